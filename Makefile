@@ -1,0 +1,44 @@
+# make train | make test | make lint | make bench          (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+PYTHON ?= python3
+TORCH  ?= cpu
+VENV   ?= .venv
+CONFIG ?= configs/countdown_tiny.yaml
+
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/$(TORCH).txt
+STAMP := $(VENV)/.installed-$(TORCH)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+.PHONY: install train test test-fast lint bench wheel-test clean
+
+install: $(STAMP)
+
+# torch comes first and pinned: anything that asks for it later finds it satisfied.
+$(STAMP): pyproject.toml CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rhythm needs Python 3.11 or later; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
+	$(PIP) --no-build-isolation --editable ".[train,dev]"
+	touch $@
+
+train: install
+	$(BIN)/rhythm-train $(CONFIG)
+
+test: install
+	$(BIN)/pytest
+
+test-fast: install
+	$(BIN)/pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m benchmarks.run --device cpu
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Triton kernels of rhythm, installed as ``rhythm.kernels``."""
