@@ -11,7 +11,9 @@ from torch import Tensor
 from rhythm.reference import attention_statistics, attention_weights, sequence_statistics
 
 
-def by_the_definition(weights: Tensor, prompt_len: int, window: int, lo: int, hi: int | None) -> tuple[list, list, list]:
+def by_the_definition(
+    weights: Tensor, prompt_len: int, window: int, lo: int, hi: int | None
+) -> tuple[list, list, list]:
     """DESIGN §2, one head, an index at a time."""
     n = len(weights)
     a = weights.tolist()
@@ -31,7 +33,13 @@ def by_the_definition(weights: Tensor, prompt_len: int, window: int, lo: int, hi
 
 @pytest.mark.parametrize(
     ("n", "prompt_len", "window", "horizon"),
-    [(1, 0, 1, (0, 0)), (1, 1, 10, (0, None)), (7, 3, 2, (1, 3)), (23, 0, 5, (4, None)), (23, 22, 10, (10, 50))],
+    [
+        (1, 0, 1, (0, 0)),
+        (1, 1, 10, (0, None)),
+        (7, 3, 2, (1, 3)),
+        (23, 0, 5, (4, None)),
+        (23, 22, 10, (10, 50)),
+    ],
 )
 def test_equals_the_definition(n: int, prompt_len: int, window: int, horizon: tuple[int, int | None]) -> None:
     torch.manual_seed(n)

@@ -1,0 +1,69 @@
+// All of pybind11: the op on raw pointers, and what the processor can run.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <optional>
+
+#include "dispatch.hpp"
+
+namespace py = pybind11;
+using rhythm::DType, rhythm::Operand, rhythm::Problem, rhythm::Sequence;
+
+namespace {
+
+// (address, first element of each sequence, strides of token, head and dim), in elements.
+using View = std::tuple<uintptr_t, std::vector<int64_t>, std::array<int64_t, 3>>;
+
+Operand operand(const View& view) {
+  const auto& [address, offset, stride] = view;
+  return {reinterpret_cast<const void*>(address), offset.data(), stride[0], stride[1], stride[2]};
+}
+
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads, const std::vector<int64_t>& bounds,
+                          const std::vector<int64_t>& prompt_lens, const View& q, const View& k,
+                          const std::optional<View>& v, float scale, int64_t window, int64_t horizon_lo,
+                          int64_t horizon_hi, uintptr_t given_lse, uintptr_t row_span, uintptr_t waad, uintptr_t fai,
+                          uintptr_t lse, uintptr_t out, int threads) {
+  static const std::map<std::string, DType> types = {
+      {"float32", DType::float32}, {"float16", DType::float16}, {"bfloat16", DType::bfloat16}};
+  Problem p;
+  p.dtype = types.at(dtype);
+  p.query_heads = heads[0];
+  p.key_heads = heads[1];
+  p.head_size = heads[2];
+  p.tokens = bounds.back();
+  p.q = operand(q);
+  p.k = operand(k);
+  if (v) p.v = operand(*v);
+  p.scale = scale;
+  p.window = window;
+  p.horizon_lo = horizon_lo;
+  p.horizon_hi = horizon_hi;
+  p.given_lse = floats(given_lse);
+  p.row_span = floats(row_span);
+  p.waad = floats(waad);
+  p.fai = floats(fai);
+  p.lse = floats(lse);
+  p.out = reinterpret_cast<void*>(out);
+  std::vector<Sequence> sequences;
+  for (size_t i = 0; i + 1 < bounds.size(); ++i)
+    sequences.push_back({bounds[i], bounds[i + 1] - bounds[i], prompt_lens[i], 0});
+  const py::gil_scoped_release nogil;
+  rhythm::run(p, std::move(sequences), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The CPU kernels of rhythm; rhythm.statistics is their public face.";
+  m.attr("to_the_end") = rhythm::to_the_end;
+  m.def("available_isas", &rhythm::available_isas, "Instruction sets this processor runs, the fastest first.");
+  m.def("selected_isa", &rhythm::selected_isa, "The one in use; RHYTHM_CPU_ISA forces one.");
+  m.def("attention_statistics", &attention_statistics, py::kw_only(), py::arg("dtype"), py::arg("heads"),
+        py::arg("bounds"), py::arg("prompt_lens"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
+        py::arg("window"), py::arg("horizon_lo"), py::arg("horizon_hi"), py::arg("given_lse"), py::arg("row_span"),
+        py::arg("waad"), py::arg("fai"), py::arg("lse"), py::arg("out"), py::arg("threads"));
+}

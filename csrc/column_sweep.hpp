@@ -1,0 +1,133 @@
+// Given lse: FAI, key-stationary, over the rows whose horizon reaches the keys; and, for a lse that came from outside,
+// the WAAD of the rows, from the band of the window. No sum is shared between tasks, so none needs an order.
+#pragma once
+
+#include <cmath>
+
+#include "row_sweep.hpp"
+
+namespace rhythm {
+namespace {
+
+// Whether some of the keys of a vector, the first of them `distance` before the row, lie within [lo, hi] of it.
+template <class S>
+inline bool touches(float distance, float lo, float hi) {
+  return distance >= lo && distance - static_cast<float>(S::lanes - 1) <= hi;
+}
+
+// Adds the weights of one row on one panel of keys to the column sums. inside: the whole tile is within the horizon.
+template <class S, bool inside>
+inline void add_columns(const float* score, float* columns, float scale, float log2_sum, float distance, float lo, float hi) {
+  using V = typename S::V;
+  for (int half = 0; half < 2; ++half) {
+    const int at = half * S::lanes;
+    const float first = distance - static_cast<float>(at);
+    if (!inside && !touches<S>(first, lo, hi)) continue;
+    V x = S::exp2(S::fma(S::load(score + at), S::set1(scale), S::set1(-log2_sum)));
+    if (!inside) x = S::where_between(S::sub(S::set1(first), S::iota()), S::set1(lo), S::set1(hi), x);
+    S::store(columns + at, S::add(S::load(columns + at), x));
+  }
+}
+
+// Σ_{0 ≤ t−s < W} A[t, s]·(W − (t − s)) over one panel of keys.
+template <class S>
+inline typename S::V window_sum(const float* score, float scale, float log2_sum, float distance, float window) {
+  using V = typename S::V;
+  V sum = S::zero();
+  for (int half = 0; half < 2; ++half) {
+    const int at = half * S::lanes;
+    const float first = distance - static_cast<float>(at);
+    if (!touches<S>(first, 0.0f, window - 1.0f)) continue;
+    const V d = S::sub(S::set1(first), S::iota());
+    const V x = S::exp2(S::fma(S::load(score + at), S::set1(scale), S::set1(-log2_sum)));
+    sum = S::add(sum, S::where_between(d, S::zero(), S::set1(window - 1.0f), S::mul(x, S::sub(S::set1(window), d))));
+  }
+  return sum;
+}
+
+template <class S, class Words>
+void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
+  constexpr int rows = S::tile_rows, panel = panel_of<S>;
+  const Sequence& s = p.sequence[task.sequence];
+  const int64_t key_head = task.head / p.group(), steps = ceil_div(p.head_size, Words::per_word);
+  const float scale = std::fabs(p.scale) * 1.44269504f;
+  const bool open = p.horizon_hi == to_the_end, with_window = p.given_lse != nullptr;
+  const int64_t last_row = s.length - 1, hi = open ? last_row : least(p.horizon_hi, last_row);
+  const int64_t key_begin = task.key_begin, key_end = task.key_end;
+  const float* const lse = (with_window ? p.given_lse : p.lse) + task.head * p.tokens + s.start;
+  float* const waad = p.waad + task.head * p.tokens + s.start;
+  float* const queries = workspace;
+  float* const score = workspace + tile_words<S>;
+  float columns[column_chunk];
+  for (int64_t i = 0; i < column_chunk; ++i) columns[i] = 0.0f;
+
+  // Rows that some key of this task reaches, and with a given lse the task's own rows as well.
+  int64_t row_begin = most(s.prompt, key_begin + p.horizon_lo);
+  int64_t row_end = least(last_row, key_end - 1 + hi) + 1;
+  if (with_window) {
+    row_begin = most(s.prompt, key_begin);
+    row_end = most(row_end, key_end);
+  }
+  for (int64_t t0 = row_begin; t0 < row_end; t0 += rows) {
+    const int64_t count = least(rows, row_end - t0), t1 = t0 + count - 1;
+    const int64_t band_begin = most(key_begin, t0 - hi), band_end = least(key_end, t1 - p.horizon_lo + 1);
+    const int64_t own = with_window ? least(count, key_end - t0) : 0;  // rows whose WAAD is this task's
+    int64_t first = band_begin, last = band_end;
+    if (own > 0) {
+      const int64_t window_begin = most(0, t0 - p.window + 1), window_end = t0 + own;
+      first = band_begin < band_end ? least(band_begin, window_begin) : window_begin;
+      last = most(window_end, band_begin < band_end ? band_end : window_end);
+    }
+    if (first >= last) continue;
+    load_queries<S, Words>(p, task.sequence, task.head, t0, count, queries);
+    typename S::V window_sums[rows];
+    for (int r = 0; r < rows; ++r) window_sums[r] = S::zero();
+    for (int64_t n = first / panel; n * panel < last; ++n) {
+      const int64_t key = n * panel;
+      multiply_tile<S, Words, false>(queries, key_panel<S, Words>(p, s, key_head, n), steps, score);
+      if (key < band_end && key + panel > band_begin) {
+        const bool inside = t0 - (key + panel - 1) >= p.horizon_lo && t1 - key <= hi;
+        for (int64_t r = 0; r < count; ++r) {
+          const float log2_sum = lse[t0 + r] * 1.44269504f, distance = static_cast<float>(t0 + r - key);
+          const float* line = score + r * row_stride;
+          float* const sums = columns + (key - key_begin);
+          if (inside)
+            add_columns<S, true>(line, sums, scale, log2_sum, distance, 0, 0);
+          else
+            add_columns<S, false>(line, sums, scale, log2_sum, distance, static_cast<float>(p.horizon_lo), static_cast<float>(hi));
+        }
+      }
+      if (key < t0 + own && key + panel > t0 - p.window + 1)
+        for (int64_t r = 0; r < own; ++r)
+          window_sums[r] = S::add(window_sums[r], window_sum<S>(score + r * row_stride, scale, lse[t0 + r] * 1.44269504f,
+                                                                static_cast<float>(t0 + r - key), static_cast<float>(p.window)));
+    }
+    for (int64_t r = 0; r < own; ++r) {
+      waad[t0 + r] = static_cast<float>(p.window) - S::sum(window_sums[r]);
+      p.lse[task.head * p.tokens + s.start + t0 + r] = lse[t0 + r];
+    }
+  }
+
+  float* const fai = p.fai + task.head * p.tokens + s.start;
+  for (int64_t key = key_begin; key < key_end; ++key) {
+    const int64_t from = most(s.prompt, key + p.horizon_lo), to = open ? last_row : least(last_row, key + p.horizon_hi);
+    if (from <= to) fai[key] = columns[key - key_begin] / static_cast<float>(to - from + 1);
+  }
+}
+
+// The table of one instruction set and word type.
+template <class S, class Words>
+constexpr Kernels kernels_of(const char* name) {
+  return Kernels{name,
+                 panel_of<S>,
+                 S::tile_rows,
+                 sweep_blocks,
+                 &panel_words<S, Words>,
+                 &workspace_words<S, Words>,
+                 &pack<S, Words>,
+                 &sweep_rows<S, Words>,
+                 &column_sweep<S, Words>};
+}
+
+}  // namespace
+}  // namespace rhythm

@@ -1,0 +1,21 @@
+// The choice of an instruction set, and a problem run on it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "problem.hpp"
+
+namespace rhythm {
+
+// Instruction sets this build has and this processor runs, the fastest first.
+std::vector<std::string> available_isas();
+
+// The one that runs: the fastest, or the one named by the environment variable RHYTHM_CPU_ISA.
+// Throws std::runtime_error if that one is unknown or can't run here.
+std::string selected_isa();
+
+// Fills the outputs of `problem`; its packed_k, packed_v, panels and the sequences' first_panel are set here.
+void run(Problem problem, std::vector<Sequence> sequences, int threads);
+
+}  // namespace rhythm

@@ -1,0 +1,86 @@
+// What an op is asked to do, in pointers, strides and plain numbers; and the pieces of work it is cut into.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rhythm {
+
+enum class DType { float32, float16, bfloat16 };
+
+// One operand. Element (sequence i, token t, head h, d) lies at data + offset[i] + t·token + h·head + d·dim elements.
+struct Operand {
+  const void* data = nullptr;
+  const int64_t* offset = nullptr;
+  int64_t token = 0, head = 0, dim = 0;
+};
+
+struct Sequence {
+  int64_t start;        // first token on the flattened token axis of the outputs
+  int64_t length;
+  int64_t prompt;       // rows before this one are prompt
+  int64_t first_panel;  // of the packed keys
+};
+
+constexpr int64_t to_the_end = -1;  // as horizon_hi
+
+struct Problem {
+  DType dtype = DType::float32;
+  int64_t query_heads = 0, key_heads = 0, head_size = 0;
+  int64_t tokens = 0, sequences = 0;
+  const Sequence* sequence = nullptr;
+  Operand q, k, v;  // v.data may be null: no attention output
+  float scale = 1.0f;
+  int64_t window = 10, horizon_lo = 10, horizon_hi = 50;
+  const float* given_lse = nullptr;  // [Hq, T]; with it only bands are visited
+
+  // Outputs, [Hq, T] unless said otherwise. Null: not wanted.
+  float* row_span = nullptr;  // Σ_s A[t, s]·(t − s), response rows
+  float* waad = nullptr;
+  float* fai = nullptr;
+  float* lse = nullptr;
+  void* out = nullptr;  // [T, Hq, D], of the inputs' type
+
+  // Packed copies, shared among the query heads of a group: 32-bit words, see pack.hpp.
+  float* packed_k = nullptr;
+  float* packed_v = nullptr;
+  int64_t panels = 0;  // of one head, all sequences
+
+  int64_t group() const { return query_heads / key_heads; }
+};
+
+// Rows [row_begin, row_end) of query heads [head_begin, head_end), which share one key head.
+struct RowTask {
+  int64_t sequence, head_begin, head_end, row_begin, row_end;
+};
+
+// Keys [key_begin, key_end) of one query head; with a given lse also the WAAD of the rows of the same numbers.
+struct ColumnTask {
+  int64_t sequence, head, key_begin, key_end;
+};
+
+// Key panels [panel_begin, panel_end) of one key head of one sequence.
+struct PackTask {
+  int64_t sequence, key_head, panel_begin, panel_end;
+};
+
+// The kernels of one instruction set for one element type.
+struct Kernels {
+  const char* name;
+  int64_t panel_keys;                                          // keys a packed panel holds
+  int64_t row_chunk, row_blocks;                               // rows of a block, blocks a row task should have
+  int64_t (*panel_words)(const Problem&, bool values);         // 32-bit words of one packed panel of one head
+  int64_t (*workspace_words)(const Problem&);                  // scratch of one thread
+  void (*pack)(const Problem&, const PackTask&);
+  void (*row_sweep)(const Problem&, const RowTask&, float* workspace);
+  void (*column_sweep)(const Problem&, const ColumnTask&, float* workspace);
+};
+
+constexpr int64_t column_chunk = 512;  // keys of a column task: a multiple of every panel
+
+const Kernels* portable_kernels(DType);
+const Kernels* avx2_kernels(DType);
+const Kernels* avx512_kernels(DType);
+const Kernels* avx512_bf16_kernels(DType);
+
+}  // namespace rhythm

@@ -1,0 +1,168 @@
+// One sweep over the keys for a block of rows: lse, row spans and WAAD, and the attention output where it is wanted.
+//
+// Flash attention's online softmax with two more sums beside Σ p: Σ p·(t − s), and on the tiles near the diagonal
+// Σ p·(W − (t − s)) over t − s < W, since Σ A·min(t − s, W) = W − Σ_{t−s<W} A·(W − (t − s)) for rows that sum to 1.
+#pragma once
+
+#include <cmath>
+
+#include "tile.hpp"
+
+namespace rhythm {
+namespace {
+
+// The running softmax of one row, in units of log2; sums are kept a lane each until the end.
+template <class S>
+struct Row {
+  typename S::V sum, distance, window;
+  float max;
+};
+
+template <class S>
+constexpr int64_t tile_words = S::tile_rows * row_stride;
+
+template <class S>
+constexpr int64_t row_words = S::tile_rows * int64_t{sizeof(Row<S>) / sizeof(float)};
+
+constexpr int64_t sweep_blocks = 16;  // row blocks that share a pass over the keys
+
+// Scratch of one thread: scores, probabilities as words, and for each row block its queries, output and states.
+template <class S, class Words>
+int64_t workspace_words(const Problem& p) {
+  return 2 * tile_words<S> + sweep_blocks * ((p.out ? 2 : 1) * tile_words<S> + row_words<S>);
+}
+
+// Takes in the scores of row t against `vectors` vectors of keys from `key`; gives what earlier sums were scaled by.
+// near: some of them lie above the diagonal or within the window.
+template <class S, class Words, bool near, bool values>
+inline float absorb(Row<S>& row, float* score, float* words, int vectors, int64_t t, int64_t key, float scale, float window) {
+  using V = typename S::V;
+  const V step = S::set1(static_cast<float>(S::lanes));
+  const V first = S::sub(S::set1(static_cast<float>(t - key)), S::iota());
+  V largest = S::set1(-INFINITY), distance = first;
+  for (int j = 0; j < vectors; ++j) {
+    V x = S::load(score + j * S::lanes);
+    if (near) {
+      x = S::where_nonnegative(distance, x, S::set1(-INFINITY));
+      S::store(score + j * S::lanes, x);
+      distance = S::sub(distance, step);
+    }
+    largest = S::max(largest, x);
+  }
+  float shrink = 1.0f;
+  const float candidate = S::max_of(largest) * scale;
+  if (candidate > row.max) {
+    shrink = row.max == -INFINITY ? 0.0f : std::exp2(row.max - candidate);
+    row.max = candidate;
+    const V factor = S::set1(shrink);
+    row.sum = S::mul(row.sum, factor);
+    row.distance = S::mul(row.distance, factor);
+    row.window = S::mul(row.window, factor);
+  }
+  // While every score so far is −inf any finite reference will do; the probabilities are 0.
+  const V reference = S::set1(row.max == -INFINITY ? 0.0f : -row.max), scales = S::set1(scale);
+  V sum = row.sum, weighted = row.distance;
+  distance = first;
+  for (int j = 0; j < vectors; ++j) {
+    const V p = S::exp2(S::fma(S::load(score + j * S::lanes), scales, reference));
+    sum = S::add(sum, p);
+    weighted = S::fma(p, distance, weighted);
+    if (near) row.window = S::fma(p, S::max(S::sub(S::set1(window), distance), S::zero()), row.window);
+    if (values) Words::template put_vector<S>(p, words, j);
+    distance = S::sub(distance, step);
+  }
+  row.sum = sum;
+  row.distance = weighted;
+  return shrink;
+}
+
+// Statistics of a finished row, and its share of the output.
+template <class S>
+void finish_row(const Problem& p, const Sequence& s, int64_t head, int64_t t, const Row<S>& row, const float* output) {
+  const int64_t token = s.start + t, at = head * p.tokens + token;
+  const float sum = S::sum(row.sum);
+  if (t >= s.prompt) {
+    const bool defined = sum > 0 && row.max < INFINITY;  // else a score is NaN or +inf, or all are −inf
+    p.row_span[at] = defined ? S::sum(row.distance) / sum : NAN;
+    p.waad[at] = defined ? static_cast<float>(p.window) - S::sum(row.window) / sum : NAN;
+    p.lse[at] = defined ? (row.max + std::log2(sum)) * 0.693147181f : NAN;
+  }
+  if (p.out == nullptr) return;
+  with_element_type(p.dtype, [&](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    T* out = static_cast<T*>(p.out) + (token * p.query_heads + head) * p.head_size;
+    for (int64_t d = 0; d < p.head_size; ++d) from_float(output[d] / sum, out[d]);
+  });
+}
+
+template <class S, class Words, bool values>
+void row_sweep(const Problem& p, const RowTask& task, float* workspace) {
+  constexpr int rows = S::tile_rows, panel = panel_of<S>, per_word = Words::per_word;
+  const Sequence& s = p.sequence[task.sequence];
+  const int64_t key_head = task.head_begin / p.group();
+  const int64_t steps = ceil_div(p.head_size, per_word), columns = ceil_div(p.head_size, panel);
+  const int64_t per_head = ceil_div(task.row_end - task.row_begin, rows);
+  const int64_t blocks = per_head * (task.head_end - task.head_begin);
+  const float scale = std::fabs(p.scale) * 1.44269504f, window = static_cast<float>(p.window);
+
+  float* const score = workspace;
+  float* const words = score + tile_words<S>;
+  float* const queries = words + tile_words<S>;
+  float* const outputs = queries + sweep_blocks * tile_words<S>;
+  Row<S>* const states = reinterpret_cast<Row<S>*>(values ? outputs + sweep_blocks * tile_words<S> : outputs);
+
+  const auto head_of = [&](int64_t b) { return task.head_begin + b / per_head; };
+  const auto first_row = [&](int64_t b) { return task.row_begin + b % per_head * rows; };
+  const auto row_count = [&](int64_t b) { return least(rows, task.row_end - first_row(b)); };
+
+  for (int64_t b = 0; b < blocks; ++b) {
+    load_queries<S, Words>(p, task.sequence, head_of(b), first_row(b), row_count(b), queries + b * tile_words<S>);
+    for (int r = 0; r < rows; ++r) states[b * rows + r] = Row<S>{S::zero(), S::zero(), S::zero(), -INFINITY};
+    if (values)
+      for (int64_t i = 0; i < tile_words<S>; ++i) outputs[b * tile_words<S> + i] = 0.0f;
+  }
+
+  for (int64_t key = 0; key < task.row_end; key += key_block) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t t0 = first_row(b), count = row_count(b);
+      const int64_t keys = least(key_block, t0 + count - key);
+      if (keys <= 0) continue;
+      for (int64_t n = 0; n * panel < keys; ++n)
+        multiply_tile<S, Words, false>(queries + b * tile_words<S>,
+                                       key_panel<S, Words>(p, s, key_head, key / panel + n), steps, score + n * panel);
+      const int vectors = static_cast<int>(ceil_div(keys, S::lanes));
+      const bool near = key + keys > t0 - p.window + 1;
+      float* const output = outputs + b * tile_words<S>;
+      for (int64_t r = 0; r < count; ++r) {
+        Row<S>& row = states[b * rows + r];
+        float* const line = score + r * row_stride;
+        float* const probabilities = words + r * row_stride;
+        const float shrink =
+            near ? absorb<S, Words, true, values>(row, line, probabilities, vectors, t0 + r, key, scale, window)
+                 : absorb<S, Words, false, values>(row, line, probabilities, vectors, t0 + r, key, scale, window);
+        if (values && shrink != 1.0f)
+          for (int64_t d = 0; d < columns * panel; ++d) output[r * row_stride + d] *= shrink;
+      }
+      if (values)
+        for (int64_t c = 0; c < columns; ++c)
+          multiply_tile<S, Words, true>(words, value_columns<S, Words>(p, s, key_head, c) + key / per_word * panel,
+                                        ceil_div(vectors * S::lanes, per_word), output + c * panel);
+    }
+  }
+
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t r = 0; r < row_count(b); ++r)
+      finish_row<S>(p, s, head_of(b), first_row(b) + r, states[b * rows + r],
+                    outputs + b * tile_words<S> + r * row_stride);
+}
+
+template <class S, class Words>
+void sweep_rows(const Problem& p, const RowTask& task, float* workspace) {
+  if (p.out)
+    row_sweep<S, Words, true>(p, task, workspace);
+  else
+    row_sweep<S, Words, false>(p, task, workspace);
+}
+
+}  // namespace
+}  // namespace rhythm

@@ -1,0 +1,29 @@
+"""The extension built from csrc/; see csrc/problem.hpp and csrc/bindings.cpp."""
+
+View = tuple[int, list[int], tuple[int, int, int]]
+
+to_the_end: int
+
+def available_isas() -> list[str]: ...
+def selected_isa() -> str: ...
+def attention_statistics(
+    *,
+    dtype: str,
+    heads: tuple[int, int, int],
+    bounds: list[int],
+    prompt_lens: list[int],
+    q: View,
+    k: View,
+    v: View | None,
+    scale: float,
+    window: int,
+    horizon_lo: int,
+    horizon_hi: int,
+    given_lse: int,
+    row_span: int,
+    waad: int,
+    fai: int,
+    lse: int,
+    out: int,
+    threads: int,
+) -> None: ...

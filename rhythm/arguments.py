@@ -1,0 +1,117 @@
+"""Checks of the ops' arguments: every refusal names the argument, what it was and what is allowed.
+
+The static checks read shapes, types and devices only, so they also run under torch.compile; the value checks
+(`layout`) read the contents of cu_seqlens and prompt_lens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences lie on the flattened token axis: sequence i is tokens bounds[i] … bounds[i + 1] − 1."""
+
+    bounds: list[int]
+    prompt_lens: list[int]
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """q [T, Hq, D] or [B, T, Hq, D]; k and v the same with Hkv heads, Hkv dividing Hq."""
+    if q.ndim not in (3, 4):
+        raise ValueError(f"q has shape {tuple(q.shape)}; allowed are [T, Hq, D] and [B, T, Hq, D]")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; allowed are {', '.join(map(str, DTYPES))}")
+    for name, x in (("k", k), ("v", v)):
+        if x is None:
+            continue
+        if x.ndim != q.ndim or x.shape[:-2] != q.shape[:-2] or x.shape[-1] != q.shape[-1]:
+            wanted = [*q.shape[:-2], "Hkv", q.shape[-1]]
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; q's shape {tuple(q.shape)} allows {wanted}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be q's, {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}; it must be on q's device, {q.device}")
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)}; it must be k's, {tuple(k.shape)}")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_SIZE:
+        raise ValueError(f"q has head size {q.shape[-1]}; allowed are 1 to {MAX_HEAD_SIZE}")
+    query_heads, key_heads = q.shape[-2], k.shape[-2]
+    if key_heads < 1 or query_heads < 1 or query_heads % key_heads:
+        raise ValueError(f"q has {query_heads} heads and k has {key_heads}; k's must divide q's, both at least 1")
+
+
+def check_options(scale: float, window: int, horizon: tuple[int, int | None]) -> None:
+    """A finite scale, window ≥ 1, and 0 ≤ H_lo ≤ H_hi (H_hi None: to the end of the sequence)."""
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale is {scale}; it must be finite")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window is {window!r}; it must be an integer of at least 1")
+    if len(horizon) != 2:
+        raise ValueError(f"horizon is {horizon!r}; it must be a pair (lo, hi)")
+    lo, hi = horizon
+    if lo < 0 or (hi is not None and hi < lo):
+        raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi) with 0 <= lo <= hi, or hi None")
+
+
+def check_lse(lse: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+    """lse fp32 of the statistics' own shape, on q's device."""
+    if lse is None:
+        return
+    if tuple(lse.shape) != tuple(shape):
+        raise ValueError(f"lse has shape {tuple(lse.shape)}; it must be {tuple(shape)}")
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"lse has dtype {lse.dtype}; allowed are torch.float32, and torch.float64 for float64 q")
+    if lse.device != device:
+        raise ValueError(f"lse is on {lse.device}; it must be on q's device, {device}")
+
+
+def check_sequences(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | None) -> None:
+    """Types and shapes of cu_seqlens int32 [B + 1] (packed q only) and prompt_lens int32 or int64 [B]."""
+    if cu_seqlens is not None:
+        if q.ndim == 4:
+            raise ValueError(f"cu_seqlens goes with packed q [T, Hq, D]; q has shape {tuple(q.shape)}")
+        if cu_seqlens.dtype != torch.int32:
+            raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it must be torch.int32")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be [B + 1]")
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on q's device, {q.device}")
+    if prompt_lens is not None:
+        count = q.shape[0] if q.ndim == 4 else 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if prompt_lens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"prompt_lens has dtype {prompt_lens.dtype}; allowed are torch.int32 and torch.int64")
+        if tuple(prompt_lens.shape) != (count,):
+            raise ValueError(f"prompt_lens has shape {tuple(prompt_lens.shape)}; it must be ({count},), one a sequence")
+        if prompt_lens.device != q.device:
+            raise ValueError(f"prompt_lens is on {prompt_lens.device}; it must be on q's device, {q.device}")
+
+
+def layout(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | None) -> Layout:
+    """The sequences of q, after the checks of the values in cu_seqlens and prompt_lens."""
+    if q.ndim == 4:
+        bounds = [i * q.shape[1] for i in range(q.shape[0] + 1)]
+    elif cu_seqlens is None:
+        bounds = [0, q.shape[0]]
+    else:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != q.shape[0]:
+            raise ValueError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must cover 0 to T = {q.shape[0]}")
+        for i, (start, end) in enumerate(pairwise(bounds)):
+            if end < start:
+                raise ValueError(f"cu_seqlens falls from {start} to {end} at entry {i + 1}; it must not fall")
+    lengths = [end - start for start, end in pairwise(bounds)]
+    prompts = [0] * len(lengths) if prompt_lens is None else prompt_lens.tolist()
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        if not 0 <= prompt <= length:
+            raise ValueError(f"prompt_lens[{i}] is {prompt}; its sequence allows 0 to {length}")
+    return Layout(bounds, prompts)

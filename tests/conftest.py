@@ -1,0 +1,49 @@
+"""What the tests of the ops share: one table of tolerances, and the rule for low precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+# The error against fp64 may be twice that of a plain torch computation in the same type, plus this floor (for results
+# on which the plain one happens to be exact), in units of the result's own largest size, or of the window for WAAD.
+ERROR_FACTOR = 2.0
+FLOOR = {
+    (torch.float32, "span"): 2e-6,
+    (torch.float32, "waad"): 4e-6,
+    (torch.float32, "fai"): 4e-6,
+    (torch.float32, "lse"): 2e-6,
+    (torch.float32, "out"): 2e-6,
+    (torch.bfloat16, "span"): 4e-6,
+    (torch.bfloat16, "waad"): 8e-6,
+    (torch.bfloat16, "fai"): 8e-6,
+    (torch.bfloat16, "lse"): 2e-6,
+    (torch.bfloat16, "out"): 4e-3,
+    (torch.float16, "span"): 4e-6,
+    (torch.float16, "waad"): 8e-6,
+    (torch.float16, "fai"): 8e-6,
+    (torch.float16, "lse"): 2e-6,
+    (torch.float16, "out"): 5e-4,
+}
+
+
+@pytest.fixture
+def assert_accurate() -> Callable[..., None]:
+    """assert_accurate(name, dtype, actual, exact fp64, plain torch, unit): that rule, and NaN where it is due."""
+
+    def check(name: str, dtype: torch.dtype, actual: Tensor, exact: Tensor, plain: Tensor, unit: float = 1e-3) -> None:
+        assert actual.shape == exact.shape
+        undefined = exact.isnan()
+        assert torch.equal(actual.isnan(), undefined), f"{name}: NaN in other places"
+        if undefined.all():
+            return
+        exact = exact[~undefined]
+        error = (actual[~undefined].double() - exact).abs().max().item()
+        plain_error = (plain[~undefined].double() - exact).abs().max().item()
+        allowed = ERROR_FACTOR * plain_error + FLOOR[dtype, name] * max(unit, exact.abs().max().item())
+        assert error <= allowed, f"{name}: error {error:.3e}, plain torch {plain_error:.3e}, allowed {allowed:.3e}"
+
+    return check
