@@ -121,6 +121,30 @@ def test_extreme_logits(isa: str, dtype: torch.dtype, assert_accurate: Callable[
     assert_accurate("out", dtype, out, exact[4], plain[4])
 
 
+def test_every_alignment_of_the_horizon(isa: str) -> None:
+    """Tiles that lie within the horizon skip the mask: the edges must be right wherever they fall on a tile."""
+    q, k, _ = random_qkv(190, 1, 1, 16, torch.float32)
+    weights, _ = reference.attention_weights(q.double(), k.double(), 0.25)
+    for lo, hi in [(lo, hi) for lo in (0, 1, 13) for hi in range(60, 100)]:
+        _, _, expected = reference.sequence_statistics(weights, prompt_len=0, window=10, horizon=(lo, hi))
+        actual = attention_statistics(q, k, horizon=(lo, hi)).fai
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-8, equal_nan=True, msg=f"{lo}, {hi}")
+
+
+def test_keys_of_no_weight(isa: str) -> None:
+    """Scores of −inf are weights of 0, also when they fill the first blocks of keys a row meets."""
+    q, k, v = random_qkv(700, 2, 1, 32, torch.float32)
+    q[..., 0] = 1.0
+    k[:600, :, 0] = -math.inf
+    out, statistics = attention_with_statistics(q, k, v)
+    rest, expected = attention_with_statistics(q[600:], k[600:], v[600:])
+    assert statistics.lse[:, :600].isnan().all()
+    torch.testing.assert_close(out[600:], rest)
+    torch.testing.assert_close(statistics.lse[:, 600:], expected.lse)
+    torch.testing.assert_close(statistics.waad[:, 600:], expected.waad)
+    torch.testing.assert_close(statistics.fai[:, 600:], expected.fai, equal_nan=True)
+
+
 def test_batched_equals_packed(isa: str) -> None:
     q, k, v = (x.unflatten(0, (3, 50)) for x in random_qkv(150, 4, 2, 32, torch.float32))
     prompts = torch.tensor([0, 7, 49])
