@@ -1,0 +1,117 @@
+"""A model and a batch → signals, by a forward pass that goes no further than the last sampled layer.
+
+Shape suffixes: B sequences, T positions of input_ids, V vocabulary, C positions handled at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rhythm.heads import HeadGroups
+from rhythm.padding import PaddedBatch, padded_batch
+from rhythm.signals import RhythmSignals, check_shape
+from rhythm.tap import AttentionTap
+
+ENTROPY_ELEMENTS = 2**24  # fp32 probabilities held at a time: 64 MB
+
+
+def observe(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    prompt_lens: Tensor | Sequence[int],
+    layers: Sequence[int] | None = None,
+    window: int = 10,
+    horizon: tuple[int, int | None] = (10, 50),
+    quantile: float = 0.3,
+    grouping: Literal["sequence", "batch"] = "sequence",
+    groups: HeadGroups | None = None,
+    entropy: bool = False,
+    backend: str = "auto",
+) -> RhythmSignals:
+    """WAAD and FAI of every response token (paper eqs. 9 and 10, over the heads of eqs. 7 and 8).
+
+    Runs the model without gradients or a KV cache up to the last sampled layer, in the mode (train or eval)
+    it is in. Padding has no influence: each row's signals are those of the row alone, up to the model's own
+    rounding. Attention that is plain and causal costs O(heads · T) memory here. See `AttentionTap` for
+    other kinds, for those that are refused, and for reading the same signals off a forward pass that
+    happens anyway.
+
+    Args:
+        model: any causal transformers model whose attention goes through transformers' attention interface.
+        input_ids: [B, T] integers; the tokens of a row are its prompt, then its response.
+        attention_mask: [B, T], 1 on tokens and 0 on padding, which may be on the left or right. None: no
+            padding.
+        prompt_lens: [B] integers, tokens of each sequence (padding not counted) that are its prompt.
+        layers: rising indices of the layers to read; None: `sampled_layers` of the model's depth.
+        window, horizon: of WAAD and FAI, tokens; as in `attention_statistics`.
+        quantile: share of the pool's heads in the local and in the global group.
+        grouping: "sequence" or "batch", as in `select_heads`.
+        groups: fixed head groups, [B, n] or [1, n]; then quantile and grouping have no say.
+        entropy: also the entropy of the distribution each token was drawn from; runs the whole model.
+        backend: as in `attention_statistics`.
+
+    Returns:
+        RhythmSignals at the positions of input_ids, on their device; NaN outside the responses.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+        UnsupportedAttention (a ValueError): attention of a kind whose statistics we can't compute.
+    """
+    B, T = check_shape("input_ids", input_ids, (None, None))
+    if B == 0 or T == 0:
+        raise ValueError(f"input_ids has shape [{B}, {T}]; it must hold at least one token")
+    if attention_mask is not None:
+        check_shape("attention_mask", attention_mask, (B, T))
+    mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+    batch = padded_batch(mask_BT, prompt_lens)
+    tap = AttentionTap(
+        model,
+        prompt_lens=prompt_lens,
+        attention_mask=mask_BT,
+        layers=layers,
+        window=window,
+        horizon=horizon,
+        quantile=quantile,
+        grouping=grouping,
+        groups=groups,
+        backend=backend,
+        stop=not entropy,
+    )
+    inputs: dict[str, Any] = {
+        "attention_mask": None if attention_mask is None else mask_BT.long(),
+        "use_cache": False,
+    }
+    if (batch.first > 0).any():
+        inputs["position_ids"] = batch.positions
+    output = None
+    with torch.no_grad(), tap:
+        output = model(input_ids, **inputs)
+    if not entropy:
+        return tap.signals()
+    logits_BTV = getattr(output, "logits", None)
+    if logits_BTV is None:
+        raise ValueError(
+            f"entropy is True, but {type(model).__name__} gives no logits; it needs a language-model head"
+        )
+    return tap.signals(_entropies(logits_BTV, batch))
+
+
+def _entropies(logits_BTV: Tensor, batch: PaddedBatch) -> Tensor:
+    """[B, T] fp32, nats, of the distribution each response token was drawn from: the logits before it.
+
+    NaN outside the responses, and for a response token without a token before it.
+    """
+    batch = batch.to(logits_BTV.device)
+    entropy_BT = torch.full(batch.real.shape, torch.nan, device=logits_BTV.device)
+    row, position = (batch.response & (batch.positions > 0)).nonzero(as_tuple=True)
+    size = max(1, ENTROPY_ELEMENTS // logits_BTV.shape[-1])
+    for row_C, position_C in zip(torch.split(row, size), torch.split(position, size), strict=True):
+        probs_CV = logits_BTV[row_C, position_C - 1].float().softmax(dim=-1)
+        entropy_BT[row_C, position_C] = torch.special.entr(probs_CV).sum(dim=-1)
+    return entropy_BT
