@@ -1,0 +1,7 @@
+"""Tasks: instances, prompts, worked solutions and rewards."""
+
+from __future__ import annotations
+
+from rhythm.tasks.base import TASKS, Reward, Task, load_task, task_class
+
+__all__ = ["TASKS", "Reward", "Task", "load_task", "task_class"]

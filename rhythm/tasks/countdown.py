@@ -1,0 +1,239 @@
+"""Countdown: combine all the given numbers with + - * / so that they make the target (TinyZero's protocol).
+
+Two formats of text:
+
+`answer`, for language models: an English prompt, and a response that ends in `<answer>(25-3)*4</answer>`.
+
+`steps`, for a model of a million parameters that has never seen English. Prompt `25,3,4>88:`, response
+`25-3=22,22*4=88`: every step takes two of the numbers still unused, given or made by an earlier step, and
+writes what they make; the last step makes the target. All numbers there are whole and not negative.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from rhythm.tasks import expression
+from rhythm.tasks.base import Reward
+
+_OPEN, _CLOSE = "<answer>", "</answer>"
+_STEP = re.compile(r"(0|[1-9][0-9]*)([-+*/])(0|[1-9][0-9]*)=(0|[1-9][0-9]*)")
+_DRAWS_PER_INSTANCE = 50
+
+
+class CountdownConfig(BaseModel, extra="forbid", frozen=True):
+    """Which instances there are, and how they are written and judged."""
+
+    train_size: int = Field(default=20_000, ge=1, description="training instances")
+    test_size: int = Field(default=512, ge=1, description="held-out instances, none in the training set")
+    seed: int = Field(default=0, ge=0, description="seed of the instances")
+    numbers: int | tuple[int, int] = Field(
+        default=4, description="how many numbers an instance has: a count, or [fewest, most]"
+    )
+    max_number: int = Field(default=99, ge=1, description="largest given number; the smallest is 1")
+    max_target: int = Field(default=100, ge=1, description="largest target; the smallest is 1")
+    format: Literal["answer", "steps"] = Field(
+        default="answer", description="text: `answer` for language models, `steps` for the tiny model"
+    )
+    format_score: float = Field(
+        default=0.0, ge=0, lt=1, description="score of a wrong answer that can be read (TinyZero gives 0.1)"
+    )
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> CountdownConfig:
+        fewest, most = self.counts
+        if not 2 <= fewest <= most <= 8:
+            raise ValueError(f"numbers is {self.numbers}: must be a count from 2 to 8, or [fewest, most] of them")
+        return self
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """The fewest and the most numbers an instance has."""
+        return (self.numbers, self.numbers) if isinstance(self.numbers, int) else self.numbers
+
+
+@dataclass(frozen=True)
+class Step:
+    """One equation, `left operator right = result`, between whole numbers."""
+
+    left: int
+    operator: str
+    right: int
+    result: int
+
+    def __str__(self) -> str:
+        return f"{self.left}{self.operator}{self.right}={self.result}"
+
+
+@dataclass(frozen=True)
+class CountdownInstance:
+    """The numbers as shown, the target, and one way to make it: a step fewer than there are numbers."""
+
+    numbers: tuple[int, ...]
+    target: int
+    solution: tuple[Step, ...]
+
+
+class Countdown:
+    """The task (see `rhythm.tasks.base.Task`)."""
+
+    config_class: ClassVar[type[BaseModel]] = CountdownConfig
+
+    def __init__(self, config: CountdownConfig) -> None:
+        """Builds the instances. Raises ValueError where fewer exist than the configuration asks for."""
+        self.config = config
+        instances = make_instances(config)
+        self.test: Sequence[CountdownInstance] = instances[: config.test_size]
+        self.train: Sequence[CountdownInstance] = instances[config.test_size :]
+
+    def prompt(self, instance: CountdownInstance) -> str:
+        """What the model reads: the numbers and the target."""
+        if self.config.format == "steps":
+            return f"{','.join(map(str, instance.numbers))}>{instance.target}:"
+        numbers = ", ".join(map(str, instance.numbers))
+        return (
+            f"Make {instance.target} from the numbers {numbers}: use each of them exactly once, with "
+            "+, -, *, / and brackets. Think between <think> and </think>, then write the expression alone "
+            "between <answer> and </answer>, for example <answer>(1 + 2) / 3</answer>.\n<think>"
+        )
+
+    def solution(self, instance: CountdownInstance) -> str:
+        """The instance's own solution as a response."""
+        steps = ",".join(map(str, instance.solution))
+        if self.config.format == "steps":
+            return steps
+        return f"{steps}</think>\n{_OPEN}{as_expression(instance)}{_CLOSE}"
+
+    def reward(self, instance: CountdownInstance, response: str) -> Reward:
+        """1 for a right answer, `format_score` for a wrong one that can be read, else 0. Never raises."""
+        judge = judge_steps if self.config.format == "steps" else judge_answer
+        readable, correct = judge(instance, response)
+        return Reward(1.0 if correct else self.config.format_score * readable, correct, readable)
+
+
+def judge_answer(instance: CountdownInstance, response: str) -> tuple[bool, bool]:
+    """(readable, correct) for the last `<answer>…</answer>` of the response; linear in its length."""
+    end = response.rfind(_CLOSE)
+    # An answer longer than the parser's cap is wrong whatever it says, so its opening tag is not looked for.
+    start = response.rfind(_OPEN, max(0, end - expression.MAX_LENGTH - len(_OPEN)), end) if end >= 0 else -1
+    if start < 0:
+        return False, False
+    try:
+        parsed = expression.parse(response[start + len(_OPEN) : end])
+        used_once = sorted(parsed.literals) == sorted(instance.numbers)
+        return True, used_once and parsed.value() == instance.target
+    except expression.ExpressionError:
+        return False, False
+
+
+def judge_steps(instance: CountdownInstance, response: str) -> tuple[bool, bool]:
+    """(readable, correct) for a response that is nothing but steps between commas.
+
+    Readable: as many steps as it takes, each `a+b=c` or the like. Correct: each step holds and takes numbers
+    that are there and not yet used, and the last one makes the target.
+    """
+    if len(response) > expression.MAX_LENGTH:
+        return False, False
+    matches = [_STEP.fullmatch(part) for part in response.split(",")]
+    if len(matches) != len(instance.numbers) - 1 or None in matches:
+        return False, False
+    unused = list(instance.numbers)
+    result = None
+    for match in matches:
+        assert match is not None
+        left, right, result = int(match[1]), int(match[3]), int(match[4])
+        for number in (left, right):
+            if number not in unused:
+                return True, False
+            unused.remove(number)
+        if not _holds(left, match[2], right, result):
+            return True, False
+        unused.append(result)
+    return True, result == instance.target
+
+
+def _holds(left: int, operator: str, right: int, result: int) -> bool:
+    if operator == "/" and right == 0:
+        return False
+    return expression.apply(Fraction(left), operator, Fraction(right)) == result
+
+
+def as_expression(instance: CountdownInstance) -> str:
+    """The instance's solution as one expression, every compound operand in brackets: `(25-3)*4`."""
+    texts = [(number, str(number)) for number in instance.numbers]
+    for step in instance.solution:
+        operands = []
+        for value in (step.left, step.right):
+            found = next(pair for pair in texts if pair[0] == value)
+            texts.remove(found)
+            operands.append(found[1] if found[1].isdigit() else f"({found[1]})")
+        texts.append((step.result, step.operator.join(operands)))
+    return texts[0][1]
+
+
+def make_instances(config: CountdownConfig) -> tuple[CountdownInstance, ...]:
+    """`test_size + train_size` instances, no two with the same numbers (in any order) and target.
+
+    They come shuffled: what many paths lead to is drawn early, and a cut of that order would be no random
+    split. Raises ValueError where drawing finds too few.
+    """
+    # Only Random.random() is promised to give the same numbers in every version of Python.
+    rng = random.Random(config.seed)
+    wanted = config.test_size + config.train_size
+    instances: dict[tuple[tuple[int, ...], int], CountdownInstance] = {}
+    for _ in range(_DRAWS_PER_INSTANCE * wanted):
+        instance = _draw(rng, config)
+        if instance is not None:
+            instances.setdefault((tuple(sorted(instance.numbers)), instance.target), instance)
+            if len(instances) == wanted:
+                return _shuffled(rng, list(instances.values()))
+    raise ValueError(
+        f"train_size + test_size is {wanted}, but only {len(instances)} different instances were found with "
+        f"numbers={config.numbers}, max_number={config.max_number}, max_target={config.max_target}: ask for "
+        "fewer, or widen these"
+    )
+
+
+def _draw(rng: random.Random, config: CountdownConfig) -> CountdownInstance | None:
+    """Numbers, and a random order of combining them; None where the result is no allowed target."""
+    fewest, most = config.counts
+    count = fewest + _below(rng, most - fewest + 1)
+    numbers = tuple(1 + _below(rng, config.max_number) for _ in range(count))
+    pool = list(numbers)
+    steps = []
+    while len(pool) > 1:
+        right = pool.pop(_below(rng, len(pool)))
+        left = pool.pop(_below(rng, len(pool)))
+        steps.append(_random_step(rng, max(left, right), min(left, right)))
+        pool.append(steps[-1].result)
+    return CountdownInstance(numbers, pool[0], tuple(steps)) if pool[0] <= config.max_target else None
+
+
+def _random_step(rng: random.Random, larger: int, smaller: int) -> Step:
+    """One of the steps that make a whole positive number; the larger operand comes first."""
+    results = {"+": larger + smaller, "*": larger * smaller}
+    if larger > smaller:
+        results["-"] = larger - smaller
+    if larger % smaller == 0:
+        results["/"] = larger // smaller
+    operator = sorted(results)[_below(rng, len(results))]
+    return Step(larger, operator, smaller, results[operator])
+
+
+def _shuffled(rng: random.Random, items: list[CountdownInstance]) -> tuple[CountdownInstance, ...]:
+    for last in range(len(items) - 1, 0, -1):
+        other = _below(rng, last + 1)
+        items[last], items[other] = items[other], items[last]
+    return tuple(items)
+
+
+def _below(rng: random.Random, bound: int) -> int:
+    """A uniform integer from 0 to bound − 1."""
+    return int(rng.random() * bound)

@@ -1,0 +1,89 @@
+"""A Qwen3 of about a million parameters with a tokenizer of its own, for runs on a laptop.
+
+The tokenizer makes every character a token, so any task in printable ASCII can be written; saved, both are an
+ordinary transformers checkpoint that `AutoModelForCausalLM` and `AutoTokenizer` load.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PAD, BOS, EOS, UNKNOWN = "<|pad|>", "<|bos|>", "<|eos|>", "<|unknown|>"
+CHARACTERS = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
+"""The newline and the 95 printable characters of ASCII."""
+
+
+class TinyModelConfig(BaseModel, extra="forbid", frozen=True):
+    """The shape of the tiny Qwen3: 0.9M parameters as it stands."""
+
+    layers: int = Field(default=6, ge=1, description="decoder layers")
+    hidden_size: int = Field(default=128, ge=1, description="width of the residual stream")
+    mlp_size: int = Field(default=256, ge=1, description="width of the gated MLP")
+    query_heads: int = Field(default=4, ge=1, description="query heads a layer")
+    key_heads: int = Field(default=2, ge=1, description="key heads a layer, each shared by equally many query heads")
+    head_size: int = Field(default=32, ge=2, description="size of a head")
+    max_positions: int = Field(default=1024, ge=1, description="longest sequence, in tokens")
+    rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary position encoding")
+    seed: int = Field(default=0, ge=0, description="seed of the initial weights")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> TinyModelConfig:
+        if self.query_heads % self.key_heads:
+            raise ValueError(f"query_heads is {self.query_heads}: must be a multiple of key_heads={self.key_heads}")
+        if self.head_size % 2:
+            raise ValueError(f"head_size is {self.head_size}: must be even, for the rotary position encoding")
+        return self
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A character a token, others unknown; `<|bos|>` goes in front unless `add_special_tokens=False`."""
+    specials = [PAD, BOS, EOS, UNKNOWN]
+    vocabulary = {token: index for index, token in enumerate([*specials, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A freshly initialised model, equal for equal configurations; torch's random state is left as it was."""
+    qwen = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.query_heads,
+        num_key_value_heads=config.key_heads,
+        head_dim=config.head_size,
+        max_position_embeddings=config.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Qwen3ForCausalLM(qwen)
+
+
+def save_checkpoint(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write configuration, weights (safetensors) and tokenizer for transformers' `from_pretrained`."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

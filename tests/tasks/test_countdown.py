@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import pytest
+from pydantic import ValidationError
+
+from rhythm.tasks import Reward
+from rhythm.tasks.countdown import (
+    Countdown,
+    CountdownConfig,
+    CountdownInstance,
+    Step,
+    as_expression,
+    make_instances,
+)
+from rhythm.tasks.expression import evaluate
+
+RIGHT, WRONG, UNREADABLE = Reward(1.0, True, True), Reward(0.0, False, True), Reward(0.0, False, False)
+
+INSTANCE = CountdownInstance((25, 3, 4), 88, (Step(25, "-", 3, 22), Step(22, "*", 4, 88)))
+TWINS = CountdownInstance((4, 4, 8), 2, ())
+
+
+def small(**keys: object) -> CountdownConfig:
+    return CountdownConfig.model_validate({"train_size": 300, "test_size": 50, "numbers": 3, "max_number": 20} | keys)
+
+
+def answers(**keys: object) -> Countdown:
+    return Countdown(small(train_size=1, test_size=1, format="answer", **keys))
+
+
+def steps(**keys: object) -> Countdown:
+    return Countdown(small(train_size=1, test_size=1, format="steps", **keys))
+
+
+# --- instances ---
+
+
+@pytest.mark.parametrize("numbers", [2, 3, 4, (3, 6)])
+def test_every_instance_is_solved_by_its_solution(numbers: object) -> None:
+    config = small(numbers=numbers, max_number=30, max_target=60)
+    counts = set()
+    for instance in make_instances(config):
+        counts.add(len(instance.numbers))
+        assert 1 <= instance.target <= 60
+        assert all(1 <= number <= 30 for number in instance.numbers)
+        assert len(instance.solution) == len(instance.numbers) - 1
+        assert evaluate(as_expression(instance), instance.numbers) == instance.target
+        for step in instance.solution:
+            exact = {"+": step.left + step.right, "-": step.left - step.right, "*": step.left * step.right}
+            exact["/"] = Fraction(step.left, step.right)
+            assert step.result == exact[step.operator] > 0
+    assert counts == ({numbers} if isinstance(numbers, int) else {3, 4, 5, 6})
+
+
+@pytest.mark.parametrize("format", ["answer", "steps"])
+def test_worked_solutions_are_right(format: str) -> None:
+    task = Countdown(small(format=format, max_number=99, numbers=(3, 5)))
+    for instance in (*task.train, *task.test):
+        assert task.reward(instance, task.solution(instance)) == RIGHT
+
+
+def test_train_and_test_are_disjoint_and_full() -> None:
+    task = Countdown(small(train_size=2000, test_size=500))
+    keys = [{(tuple(sorted(i.numbers)), i.target) for i in part} for part in (task.train, task.test)]
+    assert [len(key) for key in keys] == [len(task.train), len(task.test)] == [2000, 500]
+    assert not keys[0] & keys[1]
+
+
+def test_the_split_is_random() -> None:
+    """Drawn without the shuffle, what has many ways to be made comes first: the mean target would differ."""
+    instances = make_instances(small(train_size=9000, test_size=3000))
+    targets = [float(instance.target) for instance in instances]
+    mean = sum(targets) / len(targets)
+    deviation = (sum((target - mean) ** 2 for target in targets) / len(targets)) ** 0.5
+    for part in (targets[:3000], targets[-3000:]):
+        assert abs(sum(part) / 3000 - mean) < 4 * deviation / 3000**0.5
+
+
+def test_defaults_are_the_papers() -> None:
+    config = CountdownConfig()
+    assert (config.train_size, config.test_size, config.counts) == (20_000, 512, (4, 4))
+    assert (config.max_number, config.max_target, config.format) == (99, 100, "answer")
+    assert all(field.description for field in CountdownConfig.model_fields.values())
+
+
+def test_instances_are_the_same_everywhere() -> None:
+    first = make_instances(small())[:3]
+    assert [(i.numbers, i.target, ",".join(map(str, i.solution))) for i in first] == [
+        ((11, 9, 9), 11, "11-9=2,9+2=11"),
+        ((4, 1, 3), 1, "3*1=3,4-3=1"),
+        ((1, 9, 14), 5, "14-9=5,5*1=5"),
+    ]
+    program = (
+        "from rhythm.tasks.countdown import *\n"
+        "print(make_instances(CountdownConfig(train_size=300, test_size=50, numbers=3, max_number=20)))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "12345"}
+    other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == repr(make_instances(small()))
+    assert make_instances(small(seed=1))[:3] != first
+
+
+def test_asking_for_more_instances_than_exist_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"train_size \+ test_size is 1050, but only \d+ .*max_number=4"):
+        make_instances(small(train_size=1000, max_number=4))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"numbers": 1}, "numbers is 1: must be a count from 2 to 8"),
+        ({"numbers": [4, 3]}, "must be a count from 2 to 8, or"),
+        ({"numbers": [2, 9]}, "must be a count from 2 to 8, or"),
+        ({"format": "chat"}, "format"),
+        ({"format_score": 1.0}, "format_score"),
+        ({"max_numbr": 3}, "max_numbr"),
+    ],
+)
+def test_bad_configurations_are_named(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        small(**keys)
+
+
+# --- text ---
+
+
+def test_text_of_both_formats() -> None:
+    assert steps().prompt(INSTANCE) == "25,3,4>88:"
+    assert steps().solution(INSTANCE) == "25-3=22,22*4=88"
+    prompt = answers().prompt(INSTANCE)
+    assert prompt.startswith("Make 88 from the numbers 25, 3, 4:")
+    assert prompt.endswith("\n<think>")
+    assert answers().solution(INSTANCE) == "25-3=22,22*4=88</think>\n<answer>(25-3)*4</answer>"
+
+
+def test_equal_numbers_are_told_apart_in_the_expression() -> None:
+    solution = (Step(5, "+", 5, 10), Step(10, "-", 5, 5), Step(5, "*", 2, 10))
+    instance = CountdownInstance((5, 2, 5, 5), 10, solution)
+    assert evaluate(as_expression(instance), instance.numbers) == 10
+
+
+# --- rewards ---
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("<answer>(25-3)*4</answer>", RIGHT),
+        ("Let me see. <answer> 4 * (25 - 3) </answer> done", RIGHT),
+        ("<answer>25</answer> no: <answer>(25-3)*4</answer>", RIGHT),
+        ("<answer>(25-3)*4</answer> or <answer>25+3+4</answer>", WRONG),
+        ("<answer>(25-3)*4</answer> and <answer>open", RIGHT),
+        ("<answer>1 + <answer>(25-3)*4</answer>", RIGHT),
+        ("<answer>25*4-3*4</answer>", WRONG),  # 88, with 4 twice
+        ("<answer>88</answer>", WRONG),
+        ("<answer>(25-3)*4+0</answer>", WRONG),
+        ("<answer>(25-3)*4=88</answer>", UNREADABLE),
+        ("<answer>25/(3-3)*4</answer>", WRONG),
+        ("<answer>4/(25-25)</answer>", WRONG),
+        ("<answer></answer>", UNREADABLE),
+        ("</answer>(25-3)*4<answer>", UNREADABLE),
+        ("(25-3)*4</answer>", UNREADABLE),
+        ("(25-3)*4", UNREADABLE),
+        ("<ANSWER>(25-3)*4</ANSWER>", UNREADABLE),
+        ("", UNREADABLE),
+    ],
+)
+def test_answers(response: str, reward: Reward) -> None:
+    assert answers().reward(INSTANCE, response) == reward
+
+
+def test_exact_fractions_on_the_way_count() -> None:
+    instance = CountdownInstance((1, 3, 6), 2, ())
+    assert answers().reward(instance, "<answer>1/3*6</answer>") == RIGHT
+    assert answers().reward(CountdownInstance((1, 3, 3), 1, ()), "<answer>1/3*3</answer>") == RIGHT
+    almost = CountdownInstance((10**8, 1, 10**8), 1, ())
+    assert answers().reward(almost, f"<answer>({10**8}+1)/{10**8}</answer>") == WRONG
+
+
+def test_a_division_by_zero_scores_nothing() -> None:
+    instance = CountdownInstance((3, 3, 4), 5, ())
+    assert not answers().reward(instance, "<answer>4/(3-3)</answer>").correct
+    assert not steps().reward(instance, "3-3=0,4/0=5").correct
+    assert not steps().reward(CountdownInstance((3, 3, 4), 0, ()), "3-3=0,4/0=0").correct
+
+
+@pytest.mark.parametrize(
+    ("instance", "response", "reward"),
+    [
+        (INSTANCE, "25-3=22,22*4=88", RIGHT),
+        (INSTANCE, "25-3=22,4*22=88", RIGHT),
+        (INSTANCE, "25-3=21,21*4=88", WRONG),  # 25−3 is 22
+        (INSTANCE, "25-3=22,22*4=89", WRONG),
+        (INSTANCE, "25-3=22,22+4=26", WRONG),
+        (INSTANCE, "25-3=22,25*4=100", WRONG),  # 25 is used
+        (INSTANCE, "88-3=85,85+3=88", WRONG),  # 88 was not given
+        (INSTANCE, "22*4=88,25-3=22", WRONG),  # before it is made
+        (INSTANCE, "3-25=22,22*4=88", WRONG),
+        (INSTANCE, "22*4=88", UNREADABLE),
+        (INSTANCE, "25-3=22,22*4=88,88*1=88", UNREADABLE),
+        (INSTANCE, "25-3=22,22*4=88,", UNREADABLE),
+        (INSTANCE, "25-3=22;22*4=88", UNREADABLE),
+        (INSTANCE, "25-3=22, 22*4=88", UNREADABLE),
+        (INSTANCE, "25-3=22,22*4=88\n", UNREADABLE),
+        (INSTANCE, "25-3=022,22*4=88", UNREADABLE),
+        (INSTANCE, "25-3=22,22×4=88", UNREADABLE),
+        (INSTANCE, "２５-3=22,22*4=88", UNREADABLE),
+        (INSTANCE, "", UNREADABLE),
+        (TWINS, "8/4=2,4-2=2", RIGHT),
+        (TWINS, "4+4=8,8/8=1", WRONG),
+        (TWINS, "8/4=2,8/4=2", WRONG),  # 8 was there once
+        (TWINS, "4-4=0,8*0=0", WRONG),
+        (TWINS, "4/8=0,4/2=2", WRONG),  # no whole result
+    ],
+)
+def test_steps(instance: CountdownInstance, response: str, reward: Reward) -> None:
+    assert steps().reward(instance, response) == reward
+
+
+def test_format_score_goes_to_what_can_be_read_and_is_wrong() -> None:
+    for task, wrong, right in (
+        (answers(format_score=0.1), "<answer>25+3+4</answer>", "<answer>(25-3)*4</answer>"),
+        (steps(format_score=0.1), "25+3=28,28+4=32", "25-3=22,22*4=88"),
+    ):
+        assert task.reward(INSTANCE, wrong) == Reward(0.1, False, True)
+        assert task.reward(INSTANCE, right) == RIGHT
+        assert task.reward(INSTANCE, "nothing") == UNREADABLE
+
+
+MEGABYTE = 1 << 20
+NUMBERS = "1.5 15 1_5 51 0x1+5 (1,5) 1,5 1e5 5-(-1) +1+5 5+1+0 5/(1-1) nan inf NaN float('inf') 6"
+SYNTAX = "1//5 1%5 __import__('os').system('true') exit() 1+5=6 1+5;1 1+5# [1+5][0] \x001+5"
+NOT_ASCII = "１+５ １５ ١+٥ ¹+⁵ 1＋5 1+5\u200b"
+BLANKS = ["1 5", "1\u00a0+5", "1+5 if 1 else 0"]
+LONG = [
+    "9**9**9",
+    "9**9**9**9**9**9",
+    "(" * MEGABYTE,
+    "(" * MEGABYTE + "1" + ")" * MEGABYTE,
+    "(" * 10_000 + "1+5" + ")" * 10_000,
+    "9" * MEGABYTE,
+    "1+" * MEGABYTE + "5",
+    "-" * MEGABYTE + "6",
+]
+HOSTILE = [*NUMBERS.split(), *SYNTAX.split(), *NOT_ASCII.split(), *BLANKS, *LONG]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:24]))
+def test_hostile_answers_score_nothing_and_cost_nothing(text: str) -> None:
+    """6 from 1 and 5."""
+    instance = CountdownInstance((1, 5), 6, ())
+    assert answers().reward(instance, "<answer>1+5</answer>") == RIGHT
+    assert steps().reward(instance, "1+5=6") == RIGHT
+    responses = (
+        (answers(format_score=0.1), f"<answer>{text}</answer>"),
+        (steps(format_score=0.1), text.replace("=6", "")),
+    )
+    for task, response in responses:
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            reward = task.reward(instance, response)
+            seconds.append(time.perf_counter() - start)
+        assert not reward.correct
+        assert reward.score in ((0.0, 0.1) if reward.format_ok else (0.0,))
+        assert min(seconds) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<answer>" * (MEGABYTE // 2),
+        "</answer>" * (MEGABYTE // 2),
+        "<answer>(25-3)*</answer>" * (MEGABYTE // 8),
+        "<" * (4 * MEGABYTE),
+        "</answer" * (MEGABYTE // 2) + ">",
+        "<answer>" + "x" * (4 * MEGABYTE) + "</answer>",
+    ],
+    ids=["opened", "closed", "answers", "angles", "almost", "long"],
+)
+def test_a_response_of_megabytes_is_read_in_one_pass(response: str) -> None:
+    assert len(response) >= 3 * MEGABYTE
+    task = answers()
+    start = time.perf_counter()
+    assert task.reward(INSTANCE, response) == UNREADABLE
+    assert time.perf_counter() - start < 0.1
