@@ -1,0 +1,1 @@
+"""What does the work: Infer, Train and Attn, each behind an interface of `rhythm.engines.interfaces`."""

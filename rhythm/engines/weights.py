@@ -1,0 +1,34 @@
+"""Weights from the trainer into an engine's model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, weights: Mapping[str, Tensor], version: int, current: int) -> int:
+    """Copy `weights` into `model`, converting type and device; returns the new version.
+
+    Tensors that are the model's own already (an engine that shares the trainer's model) are left alone.
+
+    Raises:
+        ValueError: `version` is lower than `current`, the names differ from the model's, or a shape does.
+    """
+    if version < current:
+        raise ValueError(f"version is {version}: must not fall below the {current} the engine already has")
+    own = model.state_dict()
+    if own.keys() != weights.keys():
+        differing = sorted(own.keys() ^ weights.keys())
+        raise ValueError(f"weights: names differ from the engine's model in {differing[:5]}")
+    for name, tensor in weights.items():
+        target = own[name]
+        if target.shape != tensor.shape:
+            raise ValueError(
+                f"weights: {name} has shape {tuple(tensor.shape)}, the engine's {tuple(target.shape)}"
+            )
+        if target.data_ptr() != tensor.data_ptr() or target.device != tensor.device:
+            target.copy_(tensor)
+    return version

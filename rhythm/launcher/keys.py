@@ -1,0 +1,83 @@
+"""Every key of a run's configuration with its type, default and meaning, taken from the typed models."""
+
+from __future__ import annotations
+
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel
+
+from rhythm.trainer.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that can be set: `batch.mini_batch_size`, `int`, `32`, "responses of one gradient step"."""
+
+    path: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def config_keys(config: BaseModel | None = None, prefix: str = "") -> Iterator[Key]:
+    """Every key, section by section; the defaults, and the task whose options count, are `config`'s."""
+    config = TrainConfig() if config is None else config
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if _is_section(field.annotation):
+            yield from config_keys(value, f"{prefix}{name}.")
+        else:
+            meaning = field.description or ""
+            yield Key(f"{prefix}{name}", kind_of(field.annotation), _inline(config, name), meaning)
+
+
+def sections(keys: list[Key]) -> list[str]:
+    """The dotted names that hold keys: `batch`, `task`, `task.options` …"""
+    parents = (key.path.rsplit(".", n)[0] for key in keys for n in range(1, key.path.count(".") + 1))
+    return list(dict.fromkeys(parents))
+
+
+def describe(keys: list[Key], width: int = 100) -> str:
+    """Two lines a key: `path  kind = default`, and its meaning below."""
+    lines = []
+    for key in keys:
+        lines.append(f"  {key.path}  {key.kind} = {key.default}")
+        lines += textwrap.wrap(key.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def kind_of(annotation: Any) -> str:
+    """A type as its values are written: `int`, `std | mean`, `[int, int | null]`, `{quantile: float}`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is None or annotation is type(None):
+        return "null"
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(kind_of, arguments))
+    if origin in (tuple, list):
+        return f"[{', '.join('…' if a is Ellipsis else kind_of(a) for a in arguments)}]"
+    if origin is typing.Annotated:
+        return kind_of(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        inner = (f"{name}: {kind_of(f.annotation)}" for name, f in annotation.model_fields.items())
+        return f"{{{', '.join(inner)}}}"
+    if annotation is Path:
+        return "path"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _inline(config: BaseModel, name: str) -> str:
+    value = config.model_dump(mode="json", include={name})[name]
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()

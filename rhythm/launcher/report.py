@@ -1,0 +1,31 @@
+"""rhythm-report RUN_DIR: writes the report of a run, finished or not, and prints where it is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rhythm.trainer.report import write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 with the report's path on stdout; 1 with the reason on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="rhythm-report",
+        description="Write report.html into a run's directory: curves, and sampled responses with signals.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what rhythm-train wrote: runs/<name>")
+    run_dir = parser.parse_args(arguments).run_dir
+    try:
+        path = write_report(run_dir)
+    except ValueError as error:
+        print(f"rhythm-report: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""rhythm-train: a configuration file and overrides in, a trained run out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers.utils import logging as transformers_logging
+
+from rhythm.launcher.keys import config_keys, describe
+from rhythm.launcher.overrides import ConfigError, dump_config, load_config
+from rhythm.trainer.checkpoint import DamagedCheckpointError
+from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.loop import NonFiniteRunError, RunSummary, run
+from rhythm.trainer.run_dir import RunDirectoryError
+from rhythm.trainer.setup import SetupError
+
+BAD_CONFIG, NOT_FINITE, SIGNALLED = 2, 3, 128
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code: 0 done, 2 it can't run so, 3 the loss is not finite, 130 Ctrl-C,
+    143 SIGTERM.
+    """
+    arguments = _parser().parse_args(argv)
+    sys.path.insert(0, str(Path.cwd()))  # where a task of one's own is looked for
+    try:
+        if arguments.help:
+            print(_help(arguments.config, arguments.overrides))
+            return 0
+        if arguments.config is None:
+            raise ConfigError("no configuration given: rhythm-train CONFIG, or rhythm-train --help")
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(_dry_run(config))
+            return 0
+        return _train(config, resume=arguments.resume)
+    except (ConfigError, SetupError, RunDirectoryError, DamagedCheckpointError) as error:
+        print(f"rhythm-train: {error}", file=sys.stderr)
+        return BAD_CONFIG
+
+
+def _train(config: TrainConfig, *, resume: bool) -> int:
+    console = Console(stderr=True)
+    _log_to(console)
+    try:
+        summary = run(config, resume=resume, console=console)
+    except NonFiniteRunError as error:
+        print(f"rhythm-train: {error}", file=sys.stderr)
+        return NOT_FINITE
+    except KeyboardInterrupt:
+        print("rhythm-train: interrupted before training began; nothing to save", file=sys.stderr)
+        return SIGNALLED + 2
+    print(_summary(summary))
+    return 0 if summary.stopped_by is None else SIGNALLED + summary.stopped_by
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rhythm-train",
+        usage="rhythm-train CONFIG [key=value …] [--resume] [--dry-run]",
+        description="Train a policy with GRPO, its token credit taken from attention statistics.",
+        add_help=False,
+    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, for example optimizer.lr=1e-5"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in its directory, or start it there"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and batch sizes"
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="print this, with every key and its default"
+    )
+    return parser
+
+
+def _help(path: Path | None, overrides: Sequence[str]) -> str:
+    """With a configuration: its values as defaults, and the options of its task."""
+    config = None if path is None else load_config(path, overrides)
+    source = "defaults" if path is None else f"values of {path}"
+    keys = describe(list(config_keys(config)))
+    return f"{_parser().format_help()}\nkeys of the configuration, their types and {source}:\n{keys}"
+
+
+def _dry_run(config: TrainConfig) -> str:
+    """YAML, what follows from it in comments."""
+    batch = config.batch
+    return (
+        f"{dump_config(config)}"
+        "# derived\n"
+        f"# batch size: {batch.prompts_per_batch} prompts × {batch.responses_per_prompt} responses"
+        f" = {batch.batch_size} responses\n"
+        f"# gradient steps a batch: {batch.batch_size} / {batch.mini_batch_size} = {batch.gradient_steps}\n"
+        f"# passes a gradient step: {batch.mini_batch_size} / {batch.micro_batch_size}"
+        f" = {batch.micro_batches}\n"
+        f"# gradient steps of the run: {config.steps} × {batch.gradient_steps}"
+        f" = {config.steps * batch.gradient_steps}\n"
+        f"# run directory: {config.run_dir}"
+    )
+
+
+def _summary(summary: RunSummary) -> str:
+    lines = []
+    if summary.stopped_by is not None:
+        lines.append(
+            f"stopped by {summary.stopped_by.name} after step {summary.step}; saved in "
+            f"{summary.run_dir / 'checkpoints'}; continue with --resume"
+        )
+    lines.append(f"accuracy at the start   {_percent(summary.start_accuracy)}")
+    if not math.isnan(summary.final_accuracy):
+        lift = 100 * (summary.final_accuracy - summary.start_accuracy)
+        lines.append(f"accuracy after step {summary.step:<4}{_percent(summary.final_accuracy)}")
+        lines.append(f"lift                    {lift:+.1f} points")
+    lines.append(f"best accuracy           {_percent(summary.best_accuracy)} after step {summary.best_step}")
+    lines.append(f"report                  {summary.report}")
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _log_to(console: Console) -> None:
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The trainer: everything between a configuration and a finished run."""

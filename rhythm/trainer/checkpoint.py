@@ -1,0 +1,145 @@
+"""Checkpoints that are whole or not there: written aside, checksummed, renamed; a damaged one is passed
+over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+log = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.json"
+STATE = "state.json"
+_ASIDE = ".writing-"
+
+
+class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
+    """When a checkpoint is written, and how many stay."""
+
+    every_steps: int = Field(
+        default=50, ge=1, description="training steps between checkpoints; the last step always gets one"
+    )
+    keep: int = Field(
+        default=2, ge=1, description="newest checkpoints kept; with 1 there is none before a damaged one"
+    )
+
+
+class RunState(BaseModel, extra="forbid", frozen=True):
+    """What the trainer has to remember beside the engine's weights and optimizer."""
+
+    step: int = Field(ge=0, description="training steps done")
+    best_accuracy: float | None = Field(default=None, description="best held-out accuracy so far")
+    best_step: int | None = Field(default=None, description="the step it was measured after")
+    local_heads: list[bool] | None = Field(default=None, description="calibrated: heads that are local")
+    global_heads: list[bool] | None = Field(default=None, description="calibrated: heads that are global")
+
+
+class DamagedCheckpointError(RuntimeError):
+    """Checkpoints are there, and none of them is whole."""
+
+
+def save_checkpoint(directory: Path, state: RunState, write: Callable[[Path], None], keep: int) -> Path:
+    """Write `directory`/step_N and drop all but the newest `keep`; returns the new checkpoint.
+
+    `write` fills the folder it is given. The folder gets its name only when all of it is on the disk, so a
+    checkpoint that can be seen is complete, whenever the process or the machine stops.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step_{state.step:06d}"
+    aside = directory / f"{_ASIDE}{final.name}"
+    _remove_leftovers(directory)
+    aside.mkdir()
+    write(aside)
+    (aside / STATE).write_text(state.model_dump_json(indent=1))
+    sums = {str(path.relative_to(aside)): _sha256(path) for path in _files(aside)}
+    (aside / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
+        _sync(path)
+    if final.exists():  # damaged, and passed over on resume: the whole one takes its place
+        shutil.rmtree(final)
+    aside.rename(final)
+    _sync(directory)
+    # Newer ones were damaged and passed over on resume: they must not count among those kept.
+    newer = [path for path in _checkpoints(directory) if _step(path) > state.step]
+    for path in newer + _checkpoints(directory)[len(newer) + keep :]:
+        shutil.rmtree(path)
+    return final
+
+
+def latest_checkpoint(directory: Path) -> tuple[Path, RunState] | None:
+    """The newest whole checkpoint and its state; None if there has never been one.
+
+    A damaged one is logged with the file at fault, and the one before it is tried.
+
+    Raises:
+        DamagedCheckpointError: there are checkpoints, all of them damaged.
+    """
+    checkpoints = _checkpoints(directory)
+    for path in checkpoints:
+        fault = find_damage(path)
+        if fault is None:
+            return path, RunState.model_validate_json((path / STATE).read_text())
+        log.warning("checkpoint %s is damaged (%s); trying the one before it", path, fault)
+    if checkpoints:
+        raise DamagedCheckpointError(
+            f"every checkpoint in {directory} is damaged; start again without --resume"
+        )
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint can't be used, naming the file; None if it is whole."""
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS).read_text())
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except ValueError:  # neither UTF-8 nor JSON
+        return f"{CHECKSUMS} cannot be read"
+    if not isinstance(sums, dict) or STATE not in sums:
+        return f"{CHECKSUMS} does not list {STATE}"
+    for name, expected in sums.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _sha256(checkpoint / name) != expected:
+            return f"{name} does not have the content its checksum was taken from"
+    return None
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(directory.glob("step_*"), key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What a killed run was writing."""
+    for path in directory.glob(f"{_ASIDE}*"):
+        shutil.rmtree(path)
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

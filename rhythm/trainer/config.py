@@ -1,0 +1,146 @@
+"""The configuration of a run: every section stands beside its owner and is composed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+
+from rhythm.advantages import AdvantageConfig
+from rhythm.credit import CreditConfig
+from rhythm.engines.interfaces import SamplingConfig, TapConfig
+from rhythm.engines.torch_train import OptimizerConfig
+from rhythm.loss import LossConfig
+from rhythm.tasks import task_class
+from rhythm.trainer.checkpoint import CheckpointConfig
+from rhythm.trainer.evaluation import EvalConfig
+from rhythm.warm_start import WarmStartConfig
+
+
+class _NoOptions(BaseModel):
+    """Of a task that can't be found."""
+
+
+class TaskConfig(BaseModel, extra="forbid", frozen=True):
+    """Which task, and its own keys under `options`."""
+
+    name: str = Field(default="countdown", description="countdown, or module:Class for a task of your own")
+    options: SerializeAsAny[BaseModel] = Field(
+        default_factory=dict, validate_default=True, description="the task's own keys"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        try:
+            task_class(name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot be imported: {type(error).__name__}: {error}") from error
+        return name
+
+    @field_validator("options", mode="wrap")
+    @classmethod
+    def _of_the_task(cls, value: object, handler: object, info: ValidationInfo) -> BaseModel:
+        if "name" not in info.data:  # reported already; a task that can't be found has no options to check
+            return _NoOptions()
+        options: BaseModel = task_class(info.data["name"]).config_class.model_validate(value)
+        return options
+
+
+class ModelConfig(BaseModel, extra="forbid", frozen=True):
+    """The policy."""
+
+    path: Path | None = Field(
+        default=None,
+        description="directory of a transformers checkpoint; null: the tiny model, warm-started on the task",
+    )
+    device: str = Field(default="auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1 …")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="type of the forward and backward pass; weights and optimizer stay float32",
+    )
+
+
+class BatchConfig(BaseModel, extra="forbid", frozen=True):
+    """Sizes of a training step. The defaults are the paper's 512 / 32 → 16 gradient steps."""
+
+    prompts_per_batch: int = Field(default=64, ge=1, description="prompts of a training step")
+    responses_per_prompt: int = Field(
+        default=8, ge=2, description="responses to each prompt: the group of GRPO"
+    )
+    mini_batch_size: int = Field(default=32, ge=1, description="responses of one gradient step")
+    micro_batch_size: int = Field(
+        default=8, ge=1, description="responses of one forward and backward pass; a limit on memory"
+    )
+
+    @property
+    def batch_size(self) -> int:
+        """Responses of a training step."""
+        return self.prompts_per_batch * self.responses_per_prompt
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradient steps of a training step."""
+        return self.batch_size // self.mini_batch_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Passes accumulated into one gradient step."""
+        return self.mini_batch_size // self.micro_batch_size
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> BatchConfig:
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"mini_batch_size is {self.mini_batch_size}: must divide the batch, prompts_per_batch × "
+                f"responses_per_prompt = {self.prompts_per_batch} × {self.responses_per_prompt}"
+                f" = {self.batch_size}"
+            )
+        if self.mini_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size is {self.micro_batch_size}: must divide mini_batch_size"
+                f" = {self.mini_batch_size}"
+            )
+        return self
+
+
+class TrainConfig(BaseModel, extra="forbid", frozen=True):
+    """A whole run."""
+
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9._-]+$", description="the run's directory under runs_dir"
+    )
+    runs_dir: Path = Field(default=Path("runs"), description="where runs are kept")
+    seed: int = Field(default=0, ge=0, description="of prompts, sampling, shuffling and the random control")
+    steps: int = Field(default=500, ge=0, description="training steps")
+    attn: Literal["separate", "inline"] = Field(
+        default="inline",
+        description="where signals come from: a forward pass of their own, or the old-log-prob pass",
+    )
+    tensorboard: bool = Field(default=True, description="also write TensorBoard events")
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    batch: BatchConfig = BatchConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    signals: TapConfig = TapConfig()
+    credit: CreditConfig = CreditConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run keeps everything."""
+        return self.runs_dir / self.name
+
+    @model_validator(mode="after")
+    def _samples(self) -> TrainConfig:
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling.temperature is 0: must be positive, or all responses to a prompt are equal"
+            )
+        return self

@@ -1,0 +1,221 @@
+"""A run from its first to its last step: evaluate, step, log, checkpoint; leave when asked, stop on NaN."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rhythm.engines.interfaces import NonFiniteError
+from rhythm.heads import HeadGroups
+from rhythm.tasks import Task
+from rhythm.trainer.checkpoint import RunState, save_checkpoint
+from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.evaluation import evaluate
+from rhythm.trainer.interrupts import Interrupts
+from rhythm.trainer.metrics import MetricsLog, Record, Stopwatch, read_metrics
+from rhythm.trainer.progress import RunProgress
+from rhythm.trainer.report import write_report
+from rhythm.trainer.run_dir import CHECKPOINTS, SAMPLES, open_run_dir
+from rhythm.trainer.samples import first_rows, sample_lines, write_samples
+from rhythm.trainer.seeds import generator
+from rhythm.trainer.setup import build_engines, build_task, check_machine, initial_checkpoint, load_policy
+from rhythm.trainer.step import Engines, StepAbandonedError, train_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended.
+
+    step: training steps done. start_accuracy, final_accuracy, best_accuracy: held-out, before the first and
+    after the last of them, and the best, which was after best_step; NaN if not measured. stopped_by: the
+    signal that ended it early. report: its report.html.
+    """
+
+    run_dir: Path
+    step: int
+    start_accuracy: float
+    final_accuracy: float
+    best_accuracy: float
+    best_step: int
+    stopped_by: signal.Signals | None
+    report: Path
+
+
+class NonFiniteRunError(RuntimeError):
+    """The run stopped at a loss or gradient that is not finite; the message names the file with the batch."""
+
+
+def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> RunSummary:
+    """Train as `config` says; with `resume`, continue the run in its directory, or start it if there is none.
+
+    The first SIGINT or SIGTERM saves a checkpoint and returns early; a second one ends the process.
+
+    Raises:
+        SetupError, RunDirectoryError: the run can't start so; nothing has been written.
+        DamagedCheckpointError: on resume, no checkpoint is whole.
+        NonFiniteRunError: a loss or gradient is NaN or infinite.
+    """
+    console = console or Console(stderr=True)
+    check_machine(config)
+    found = open_run_dir(config, resume=resume)
+    task = build_task(config)
+    policy = load_policy(found[0] if found else initial_checkpoint(config, task, console), config.model)
+    reference = None
+    if config.loss.kl_coef:
+        reference = load_policy(initial_checkpoint(config, task, console), config.model)
+    engines = build_engines(config, policy, reference)
+    state = RunState(step=0)
+    if found is not None:
+        checkpoint, state = found
+        engines.train.load(checkpoint)
+        engines.synchronise(state.step)
+        log.info("continuing after step %d, from %s", state.step, checkpoint)
+    metrics = MetricsLog(
+        config.run_dir, tensorboard=config.tensorboard, after_step=state.step if found else None
+    )
+    progress = RunProgress(console, steps=config.steps, done=state.step)
+    with closing(metrics), Interrupts() as interrupts, progress:
+        trainer = _Trainer(config, engines, task, policy.tokenizer, metrics, progress, interrupts.asked)
+        state = trainer.train(state, measured=found is not None)
+    return _summary(config, state, interrupts.received)
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    config: TrainConfig
+    engines: Engines
+    task: Task[Any]
+    tokenizer: Any
+    metrics: MetricsLog
+    progress: RunProgress
+    stop_asked: Callable[[], bool]
+
+    def train(self, state: RunState, *, measured: bool) -> RunState:
+        """Steps until the last one or until asked to stop. `measured`: the start is, by the run continued."""
+        saved = state.step if measured else -1
+        if not measured:
+            state = self._measure_start(state)
+        while state.step < self.config.steps and not self.stop_asked():
+            watch = Stopwatch()
+            try:
+                record, groups = train_step(
+                    self.engines,
+                    self.task,
+                    self.tokenizer,
+                    self.config,
+                    step=state.step + 1,
+                    groups=_groups(state),
+                    stop_asked=self.stop_asked,
+                    phase=self.progress.phase,
+                )
+            except StepAbandonedError:
+                break
+            except NonFiniteError as error:
+                raise self._stopped_by(error, state.step + 1) from error
+            state = _with_groups(state.model_copy(update={"step": state.step + 1}), groups)
+            record["tokens_per_second"] = record["response_tokens"] / watch.total
+            if state.step == self.config.steps or state.step % self.config.evaluation.every_steps == 0:
+                state = self._measure(state, record)
+            record["seconds_total"] = watch.total
+            self.metrics.write(record)
+            self.progress.step(state.step, record)
+            if state.step == self.config.steps or state.step % self.config.checkpoint.every_steps == 0:
+                saved = self._save(state)
+        if saved != state.step:
+            self._save(state)
+        return state
+
+    def _measure_start(self, state: RunState) -> RunState:
+        watch = Stopwatch()
+        record: Record = {"step": 0.0}
+        state = self._measure(state, record)
+        record["seconds_total"] = watch.total
+        self.metrics.write(record)
+        log.info("held-out accuracy before training: %.1f%%", 100 * record["accuracy"])
+        return state
+
+    def _measure(self, state: RunState, record: Record) -> RunState:
+        """Evaluate, write samples, add both to the record, and remember the best."""
+        self.progress.phase("evaluation")
+        config, watch = self.config, Stopwatch()
+        judged = evaluate(
+            self.engines.infer,
+            self.task,
+            self.tokenizer,
+            config.evaluation,
+            config.sampling,
+            seed=config.seed,
+            step=state.step,
+        )
+        record["accuracy"] = judged.accuracy
+        if config.evaluation.samples:
+            lines = sample_lines(
+                self.engines,
+                self.tokenizer,
+                first_rows(judged, config.evaluation.samples),
+                config.signals,
+                config.credit,
+                groups=_groups(state),
+                generator=generator(config.seed, "samples", state.step),
+                step=state.step,
+            )
+            write_samples(config.run_dir / SAMPLES, state.step, lines)
+        record["seconds_evaluation"] = watch.total
+        if state.best_accuracy is None or judged.accuracy > state.best_accuracy:
+            state = state.model_copy(update={"best_accuracy": judged.accuracy, "best_step": state.step})
+        return state
+
+    def _save(self, state: RunState) -> int:
+        """Write a checkpoint; returns its step."""
+        self.progress.phase("checkpoint")
+        directory = self.config.run_dir / CHECKPOINTS
+        save_checkpoint(directory, state, self.engines.train.save, self.config.checkpoint.keep)
+        return state.step
+
+    def _stopped_by(self, error: NonFiniteError, step: int) -> NonFiniteRunError:
+        path = self.config.run_dir / f"failed_batch_step_{step:06d}.pt"
+        torch.save({"step": step, "what": error.what, "batch": asdict(error.batch)}, path)
+        return NonFiniteRunError(
+            f"step {step}: {error}. The mini-batch that caused it is in {path} (torch.load) and changed no "
+            f"weight; the checkpoints in {self.config.run_dir / CHECKPOINTS} are from before"
+        )
+
+
+def _groups(state: RunState) -> HeadGroups | None:
+    """The calibrated head groups, one row; None before calibration and without it."""
+    if state.local_heads is None or state.global_heads is None:
+        return None
+    return HeadGroups(local=torch.tensor([state.local_heads]), global_=torch.tensor([state.global_heads]))
+
+
+def _with_groups(state: RunState, groups: HeadGroups | None) -> RunState:
+    if groups is None:
+        return state
+    update = {"local_heads": groups.local[0].tolist(), "global_heads": groups.global_[0].tolist()}
+    return state.model_copy(update=update)
+
+
+def _summary(config: TrainConfig, state: RunState, stopped_by: signal.Signals | None) -> RunSummary:
+    accuracy = {row["step"]: row.get("accuracy") for row in read_metrics(config.run_dir / "metrics.jsonl")}
+    start, final = accuracy.get(0), accuracy.get(state.step)
+    return RunSummary(
+        run_dir=config.run_dir,
+        step=state.step,
+        start_accuracy=math.nan if start is None else start,
+        final_accuracy=math.nan if final is None else final,
+        best_accuracy=math.nan if state.best_accuracy is None else state.best_accuracy,
+        best_step=state.best_step or 0,
+        stopped_by=stopped_by,
+        report=write_report(config.run_dir),
+    )

@@ -1,0 +1,239 @@
+"""The curves of a run's report: metrics of every step in, inline SVG out, in the colours of the page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+Record = Mapping[str, float]
+Floats = NDArray[np.float64]
+
+# matplotlib wants real colours; the page wants its own variables, which follow light and dark.
+_INK, _GRID, _SERIES = "#010101", "#020202", "#030303"
+_ROLLOUT, _ATTENTION, _TRAINING, _OTHER = "#040404", "#050505", "#060606", "#070707"
+_PAGE_COLOURS = {
+    _INK: "var(--muted)",
+    _GRID: "var(--line)",
+    _SERIES: "var(--series)",
+    _ROLLOUT: "var(--rollout)",
+    _ATTENTION: "var(--attention)",
+    _TRAINING: "var(--training)",
+    _OTHER: "var(--other)",
+}
+_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "rhythm", "font.size": 9, "text.color": _INK}
+_WIDTH_IN, _HEIGHT_IN = 4.4, 2.2
+
+
+@dataclass(frozen=True)
+class CurveSpec:
+    """One metric and how to draw it. `peak` draws the running-peak average over the values."""
+
+    key: str
+    title: str
+    unit: str = ""
+    percent: bool = False
+    peak: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One drawn curve. `legend` pairs a CSS class of the page with a label; empty for a single series."""
+
+    key: str
+    title: str
+    unit: str
+    last: str
+    svg: str
+    legend: tuple[tuple[str, str], ...] = ()
+
+
+MAIN_CURVES = (
+    CurveSpec("accuracy", "Held-out accuracy", percent=True, peak=True),
+    CurveSpec("reward", "Mean reward", peak=True),
+    CurveSpec("loss", "Policy loss"),
+    CurveSpec("clip_share", "Clipped tokens", percent=True),
+    CurveSpec("entropy", "Entropy", "nats per token"),
+    CurveSpec("response_length", "Response length", "tokens"),
+    CurveSpec("gamma_share", "Share of γ", percent=True),
+)
+FURTHER_CURVES = (
+    CurveSpec("gamma_mean", "Mean γ"),
+    CurveSpec("amplified_fraction", "Amplified tokens", percent=True),
+    CurveSpec("waad_mean", "Mean WAAD", "tokens"),
+    CurveSpec("fai_mean", "Mean FAI"),
+    CurveSpec("approx_kl", "Approximate KL to the old policy", "nats"),
+    CurveSpec("grad_norm", "Gradient norm"),
+    CurveSpec("lr", "Learning rate"),
+    CurveSpec("tokens_per_second", "Throughput", "tokens per second"),
+)
+_PHASES = (("rollout", _ROLLOUT), ("attention", _ATTENTION), ("training", _TRAINING))
+
+
+def running_peak_average(values: Iterable[float], alpha: float) -> list[float]:
+    """The paper's smoothing of its curves: EMA_t = α·max(x_t, EMA_{t−1}) + (1 − α)·EMA_{t−1}, EMA_0 = x_0.
+
+    It never falls: it moves towards new peaks and ignores what is below. An undefined value (NaN) stays
+    undefined in the result and leaves the average of the values around it as it was.
+
+    Raises:
+        ValueError: alpha outside (0, 1].
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it has to be in (0, 1]")
+    averages: list[float] = []
+    average = math.nan
+    for value in values:
+        if math.isnan(value):
+            averages.append(math.nan)
+            continue
+        average = value if math.isnan(average) else alpha * max(value, average) + (1 - alpha) * average
+        averages.append(average)
+    return averages
+
+
+def draw_curves(records: Sequence[Record], specs: Iterable[CurveSpec], peak_alpha: float) -> list[Curve]:
+    """The curves of those specs that have at least one defined value in the records (one a step, by step)."""
+    curves = (_draw_curve(records, spec, peak_alpha) for spec in specs)
+    return [curve for curve in curves if curve is not None]
+
+
+def draw_seconds(records: Sequence[Record]) -> Curve | None:
+    """Seconds of every step, stacked by phase; what no phase claims of `seconds_total` is "other"."""
+    timed = [record for record in records if any(f"seconds_{phase}" in record for phase, _ in _PHASES)]
+    if not timed:
+        return None
+    steps = np.array([record["step"] for record in timed])
+    layers = [
+        (phase, colour, np.nan_to_num([record.get(f"seconds_{phase}", 0.0) for record in timed]))
+        for phase, colour in _PHASES
+    ]
+    claimed = np.sum([seconds for _, _, seconds in layers], axis=0)
+    total = np.array([record.get("seconds_total", math.nan) for record in timed])
+    other = np.nan_to_num(np.maximum(total - claimed, 0.0))
+    if other.sum() > 0.01 * claimed.sum():
+        layers.append(("other", _OTHER, other))
+
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        edges = np.stack([steps - 0.5, steps + 0.5], axis=1).ravel()  # a bar a step, as one path
+        axes.stackplot(
+            edges,
+            [np.repeat(seconds, 2) for _, _, seconds in layers],
+            colors=[colour for _, colour, _ in layers],
+            linewidth=0,
+        )
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(bottom=0)
+        svg = _svg(figure, "Seconds of every step by phase")
+    legend = tuple((name, name) for name, _, _ in layers)
+    last = f"{format_number(float(sum(seconds[-1] for _, _, seconds in layers)))} s"
+    return Curve("seconds", "Seconds per step", "", last, svg, legend)
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, commas at thousands, very small and large ones as 1.23e-06; NaN is "–"."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    size = abs(value)
+    if value == int(value) and size < 1e6:
+        text = f"{int(value):,}"
+    elif size >= 1e6 or size < 1e-3:
+        text = f"{value:.2e}"
+    elif size >= 100:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.{2 - math.floor(math.log10(size))}f}"
+    return text.replace("-", "−") if "e" not in text else text
+
+
+def format_percent(value: float) -> str:
+    """A share as percent with one decimal; "–" when undefined."""
+    return "–" if not math.isfinite(value) else f"{100 * value:.1f}%"
+
+
+def _draw_curve(records: Sequence[Record], spec: CurveSpec, peak_alpha: float) -> Curve | None:
+    steps, values = _series(records, spec.key)
+    defined = np.isfinite(values)
+    if not defined.any():
+        return None
+    if spec.key == "accuracy":  # undefined between evaluations: the line joins the evaluated steps
+        steps, values = steps[defined], values[defined]
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        marker = "o" if len(values) <= 40 else ""
+        axes.plot(
+            steps,
+            values,
+            color=_SERIES,
+            linewidth=1.0 if spec.peak else 1.5,
+            alpha=0.45 if spec.peak else 1.0,
+            marker=marker,
+            markersize=3,
+            markeredgewidth=0,
+        )
+        if spec.peak:
+            axes.plot(steps, running_peak_average(values, peak_alpha), color=_SERIES, linewidth=2)
+        if spec.percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{_tick(100 * value)}%"))
+        svg = _svg(figure, f"{spec.title} by step")
+    last = float(values[np.isfinite(values)][-1])
+    each = "each evaluation" if spec.key == "accuracy" else "each step"
+    legend = (("values", each), ("peak", "running peak")) if spec.peak else ()
+    text = format_percent(last) if spec.percent else format_number(last)
+    return Curve(spec.key, spec.title, spec.unit, text, svg, legend)
+
+
+def _series(records: Sequence[Record], key: str) -> tuple[Floats, Floats]:
+    """(steps, values) of the records that have the key; infinite values count as undefined."""
+    pairs = [(record["step"], record[key]) for record in records if key in record]
+    steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return steps, np.where(np.isfinite(values), values, np.nan)
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH_IN, _HEIGHT_IN), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.set_xlabel("step", color=_INK)
+    return figure, axes
+
+
+def _tick(value: float) -> str:
+    return f"{value:.6g}".replace("-", "−")
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure as an <svg> that fits its box, takes the page's colours and font, and names no address."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # matplotlib's names repeat from figure to figure
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    if view_box is None:
+        raise ValueError("matplotlib wrote an SVG without a viewBox")
+    svg = re.sub(r"<svg[^>]*>", f'<svg {view_box.group()} role="img" aria-label="{label}">', svg, count=1)
+    for colour, variable in _PAGE_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg.strip()

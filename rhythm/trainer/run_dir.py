@@ -1,0 +1,73 @@
+"""The directory of a run: whether it may be started or continued there, and the configuration kept in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rhythm.trainer.checkpoint import RunState, latest_checkpoint
+from rhythm.trainer.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+CONFIG, CHECKPOINTS, SAMPLES = "config.yaml", "checkpoints", "samples"
+
+# What may differ between a run and its continuation: how long, how often, where, in pieces of which size.
+_FREE = ("steps", "runs_dir", "tensorboard", "evaluation.", "checkpoint.", "warm_start.cache_dir")
+_FREE_SIZES = ("batch.micro_batch_size", "optimizer.token_chunk", "model.device")
+
+
+class RunDirectoryError(ValueError):
+    """The run can't be started or continued in its directory; the message says why and what to do."""
+
+
+def open_run_dir(config: TrainConfig, *, resume: bool) -> tuple[Path, RunState] | None:
+    """Make the directory ready and write its config.yaml; returns the checkpoint to continue from, if any.
+
+    Raises:
+        RunDirectoryError: without `resume`, the directory holds something; with it, a run of another
+            configuration.
+        DamagedCheckpointError: with `resume`, no checkpoint is whole.
+    """
+    directory = config.run_dir
+    found = None
+    if directory.is_dir() and any(directory.iterdir()):
+        if not resume:
+            raise RunDirectoryError(
+                f"{directory} holds a run: continue it with --resume, choose another name=…, or delete it"
+            )
+        _check_same(directory / CONFIG, config)
+        found = latest_checkpoint(directory / CHECKPOINTS)
+    directory.mkdir(parents=True, exist_ok=True)
+    if resume and found is None:
+        log.info("no checkpoint in %s: starting from the beginning", directory)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+    return found
+
+
+def _check_same(path: Path, config: TrainConfig) -> None:
+    if not path.is_file():
+        return
+    before = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
+    now = dict(_flat(config.model_dump(mode="json")))
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(_FREE) and key not in _FREE_SIZES
+    ]
+    if changed:
+        listed = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
+        raise RunDirectoryError(f"{path.parent} was started with another configuration: {listed}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,224 @@
+"""One training step: rollouts → rewards → old log-probs and signals → γ → advantages → gradient steps.
+
+Shape suffixes: B responses, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhythm.advantages import gamma_share, group_advantages, token_advantages
+from rhythm.credit import CreditConfig, batch_credit_weights
+from rhythm.engines.batches import take_rows
+from rhythm.engines.interfaces import (
+    Attn,
+    Infer,
+    LogProbs,
+    Rollout,
+    StepMetrics,
+    TapConfig,
+    Train,
+    TrainBatch,
+)
+from rhythm.heads import HeadGroups
+from rhythm.signals import RhythmSignals
+from rhythm.tasks import Task
+from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.metrics import Record, Stopwatch
+from rhythm.trainer.rollout import JudgedRollout, batch_instances, roll_out
+from rhythm.trainer.seeds import derive_seed, generator
+
+FROM_ATTENTION = ("local_chunk", "global_anchor", "coupled")
+"""Strategies that read WAAD or FAI; the others need no attention statistics, and cost none."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engines of a run. attn: only where signals come from a forward pass of their own."""
+
+    infer: Infer
+    train: Train
+    attn: Attn | None
+
+    def synchronise(self, version: int) -> None:
+        """Hand the trainer's weights to the other engines."""
+        weights = self.train.weights()
+        self.infer.update_weights(weights, version)
+        if self.attn is not None:
+            self.attn.update_weights(weights, version)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the weights that made a rollout say of it. signals: None where the strategy reads none."""
+
+    log_probs: LogProbs
+    signals: RhythmSignals | None
+    gamma: Tensor
+
+
+class StepAbandonedError(Exception):
+    """The run was asked to stop before the step changed a weight."""
+
+
+def score(
+    engines: Engines,
+    rollout: Rollout,
+    tap: TapConfig,
+    credit: CreditConfig,
+    *,
+    groups: HeadGroups | None,
+    generator: torch.Generator,
+    watch: Stopwatch,
+    always_signals: bool = False,
+) -> Scored:
+    """Old log-probs, signals and γ. Signals come from the Attn engine if there is one, else from the same
+    pass.
+    """
+    wanted = always_signals or credit.strategy in FROM_ATTENTION
+    inline = tap if wanted and engines.attn is None else None
+    with watch("training"):
+        log_probs, signals = engines.train.log_probs(rollout, inline, groups)
+    with watch("attention"):
+        if wanted and engines.attn is not None:
+            signals = replace(engines.attn.signals(rollout, groups), entropy=log_probs.entropy)
+        known = signals or _without_attention(log_probs)
+        gamma_BT = batch_credit_weights(known, rollout.response_mask, credit, generator)
+    return Scored(log_probs, signals, gamma_BT)
+
+
+def train_step(
+    engines: Engines,
+    task: Task[Any],
+    tokenizer: Any,
+    config: TrainConfig,
+    *,
+    step: int,
+    groups: HeadGroups | None,
+    stop_asked: Callable[[], bool] = lambda: False,
+    phase: Callable[[str], None] = lambda name: None,
+) -> tuple[Record, HeadGroups | None]:
+    """Step 1, 2, …: the numbers to log, and the head groups from now on (they change only when calibrated).
+
+    Raises StepAbandonedError if `stop_asked` before the first gradient step, and NonFiniteError as the Train
+    engine.
+    """
+    watch = Stopwatch()
+    torch.manual_seed(derive_seed(config.seed, "dropout", step))
+    phase("rollout")
+    with watch("rollout"):
+        judged = roll_out(
+            engines.infer,
+            task,
+            tokenizer,
+            batch_instances(task.train, config.batch.prompts_per_batch, seed=config.seed, step=step),
+            responses_per_prompt=config.batch.responses_per_prompt,
+            sampling=config.sampling,
+            seed=derive_seed(config.seed, "rollout", step),
+        )
+    _leave_if(stop_asked)
+    phase("attention")
+    scored = score(
+        engines,
+        judged.rollout,
+        config.signals,
+        config.credit,
+        groups=groups,
+        generator=generator(config.seed, "credit", step),
+        watch=watch,
+    )
+    if groups is None and config.signals.grouping == "calibrated" and scored.signals is not None:
+        chosen = scored.signals.groups
+        groups = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
+    _leave_if(stop_asked)
+    phase("training")
+    with watch("training"):
+        batch, advantages_B = _train_batch(engines.train, judged, scored, config)
+        taken = [engines.train.step(part) for part in mini_batches(batch, config, step)]
+        engines.synchronise(step)
+    record = {
+        "step": float(step),
+        **_rollout_metrics(judged, scored),
+        **_mean_metrics(taken),
+        **_credit_metrics(scored, advantages_B, judged.rollout.response_mask, config.credit),
+        **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
+    }
+    return record, groups
+
+
+def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[TrainBatch]:
+    """The batch's rows, shuffled by (seed, step) and cut into gradient steps."""
+    rows = len(batch.rollout.prompt_lens)
+    order = torch.randperm(rows, generator=generator(config.seed, "mini-batches", step))
+    return (take_rows(batch, index) for index in torch.split(order, config.batch.mini_batch_size))
+
+
+def _train_batch(
+    train: Train, judged: JudgedRollout, scored: Scored, config: TrainConfig
+) -> tuple[TrainBatch, Tensor]:
+    rollout = judged.rollout
+    advantages_B = group_advantages(judged.scores, rollout.group, config.advantages)
+    advantages_BT = token_advantages(
+        advantages_B, scored.gamma, rollout.response_mask, config.credit.apply_to
+    )
+    reference = train.reference_log_probs(rollout) if config.loss.kl_coef else None
+    return TrainBatch(rollout, scored.log_probs.logprobs, advantages_BT, reference), advantages_B
+
+
+def _leave_if(stop_asked: Callable[[], bool]) -> None:
+    if stop_asked():
+        raise StepAbandonedError
+
+
+def _without_attention(log_probs: LogProbs) -> RhythmSignals:
+    """Signals of a strategy that reads no attention: undefined but for the entropy."""
+    undefined_BT = torch.full_like(log_probs.entropy, torch.nan)
+    none_B0 = torch.zeros(len(undefined_BT), 0, device=undefined_BT.device)
+    groups = HeadGroups(local=none_B0.bool(), global_=none_B0.bool())
+    return RhythmSignals(undefined_BT, undefined_BT, log_probs.entropy, none_B0, groups)
+
+
+def _rollout_metrics(judged: JudgedRollout, scored: Scored) -> Record:
+    """reward … response_length over responses; entropy, and the mean |difference| between the log-probs that
+    the Infer and the Train engine give a sampled token, over tokens."""
+    rollout, mask_BT = judged.rollout, judged.rollout.response_mask
+    gap_BT = (rollout.logprobs - scored.log_probs.logprobs).abs()
+    return {
+        "reward": float(judged.scores.double().mean()),
+        "train_accuracy": judged.accuracy,
+        "format_share": judged.format_share,
+        "finished_share": float(rollout.finished.double().mean()),
+        "response_length": float(rollout.response_lens.double().mean()),
+        "response_tokens": float(mask_BT.sum()),
+        "entropy": float(scored.log_probs.entropy[mask_BT].double().mean()),
+        "logprob_gap": float(gap_BT[mask_BT].double().mean()),
+    }
+
+
+def _mean_metrics(taken: list[StepMetrics]) -> Record:
+    """Means over the gradient steps."""
+    return {
+        field.name: sum(getattr(metrics, field.name) for metrics in taken) / len(taken)
+        for field in fields(StepMetrics)
+    }
+
+
+def _credit_metrics(scored: Scored, advantages_B: Tensor, mask_BT: Tensor, credit: CreditConfig) -> Record:
+    """γ over all response tokens and its share in the advantages; WAAD (tokens) and FAI where they are
+    defined.
+    """
+    share = gamma_share(advantages_B, scored.gamma, mask_BT, credit.apply_to)
+    signals = scored.signals or _without_attention(scored.log_probs)
+    return {
+        "gamma_mean": float(scored.gamma[mask_BT].double().mean()),
+        "gamma_share": float(share.mass),
+        "amplified_fraction": float(share.amplified),
+        "applied_fraction": float(share.applied),
+        "waad_mean": float(signals.waad[mask_BT].double().nanmean()),
+        "fai_mean": float(signals.fai[mask_BT].double().nanmean()),
+    }
