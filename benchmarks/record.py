@@ -1,0 +1,66 @@
+"""Where a number comes from: machine, software, commit; and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks import ROOT
+from rhythm import _C
+from rhythm.launcher.doctor import cpu_model
+
+RECORDS = ROOT / "benchmarks" / "records"
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores, instruction set in use, system."""
+    return {
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "isa": _C.selected_isa(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def software() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "rhythm": version("rhythm")}
+
+
+def commit() -> dict[str, object]:
+    """The commit checked out, None where there is none, and whether anything but records differs from it."""
+    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/records")
+    return {"hash": head or None, "dirty": changes != ""}
+
+
+def record_path(device: str, where: Mapping[str, object], records: Path = RECORDS) -> Path:
+    """records/<machine>/attention_<device>.json, the machine's name made of processor, cores and instruction set."""
+    name = f"{where['cpu']} {where['cores']} cores {where['isa']}"
+    return records / re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-") / f"attention_{device}.json"
+
+
+def write_record(path: Path, record: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says; None where there is no repository, no commit or no git."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None

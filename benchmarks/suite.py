@@ -1,0 +1,248 @@
+"""The parts of a run: what races against what, and the issue's aims for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from benchmarks.measure import Contestant, Timing, peak_extra_bytes, race, ratio
+from benchmarks.registry import Benchmark
+from benchmarks.shapes import Shape, make_inputs
+from benchmarks.verify import Verdict, verify
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+FULL, ODD = Shape(4096), Shape(257, prompt=31)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a run. `aims` says whether they are those that the aims were set for."""
+
+    shape: Shape = FULL
+    band_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    memory_tokens: int = 32768
+    gate: Shape = ODD
+    rounds: int = 5
+    least_seconds: float = 0.2
+    threads: int = 1
+    aims: bool = True
+
+
+QUICK = Settings(
+    shape=Shape(192, query_heads=4, key_heads=1, head_size=32),
+    band_tokens=(128, 256),
+    memory_tokens=1024,
+    gate=Shape(111, prompt=7, query_heads=4, key_heads=1, head_size=32),
+    rounds=2,
+    least_seconds=0.0,
+    aims=False,
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One op at one shape. Seconds a call; FLOPs and bytes as `counted` says."""
+
+    op: str
+    dtype: str
+    shape: Shape
+    threads: int
+    seconds_median: float
+    seconds_min: float
+    seconds_max: float
+    rounds: int
+    flops: int
+    bytes: int
+    counted: str
+
+    @property
+    def gflops(self) -> float:
+        """10⁹ counted FLOPs a second."""
+        return self.flops / self.seconds_median / 1e9
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A measured number and the aim set for it: at least or at most; None where there is none."""
+
+    name: str
+    value: float
+    unit: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    measurements: tuple[Measurement, ...]
+    claims: tuple[Claim, ...]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What was checked at one shape in one type; all of it passed."""
+
+    shape: Shape
+    dtype: str
+    verdicts: tuple[Verdict, ...]
+
+
+def check(benchmarks: list[Benchmark], settings: Settings, device: str) -> list[Gate]:
+    """Every result of every op, at an odd shape with a prompt and at the one that races.
+
+    Raises:
+        GateError: a result is wrong.
+    """
+    return [
+        Gate(shape, _name(dtype), tuple(verify(benchmarks, make_inputs(shape, dtype, device))))
+        for shape in (settings.gate, settings.shape)
+        for dtype in DTYPES
+    ]
+
+
+def race_part(benchmarks: list[Benchmark], settings: Settings, device: str, dtype: torch.dtype) -> Part:
+    """All ops against each other at one shape, in one type."""
+    inputs = make_inputs(settings.shape, dtype, device)
+    timings = race(
+        {benchmark.name: Contestant(benchmark.make(inputs), settings.threads) for benchmark in benchmarks},
+        rounds=settings.rounds,
+        least_seconds=settings.least_seconds,
+    )
+    measurements = tuple(
+        _measurement(benchmark, timings[benchmark.name], settings.shape, dtype, settings.threads)
+        for benchmark in benchmarks
+    )
+    eager, sdpa = (16.0, 2.3) if dtype == torch.float32 else (25.0, 3.5)
+    rows = [
+        ("statistics against eager: times as fast", "eager", "statistics", {"at_least": eager}),
+        ("statistics against SDPA's forward: times as fast", "sdpa", "statistics", {"at_least": sdpa}),
+        ("with output: time over that of SDPA's forward", "with_output", "sdpa", {"at_most": 1.1}),
+    ]
+    if blocked := [name for name in timings if name.startswith("blocked")]:
+        best = min(blocked, key=lambda name: timings[name].median)
+        rows.append((f"statistics against {best}, the best blocked torch: times as fast", best, "statistics", {}))
+    claims = [
+        Claim(name, ratio(timings[one], timings[other]), "×", **(aim if settings.aims else {}))
+        for name, one, other, aim in rows
+        if one in timings and other in timings
+    ]
+    return Part(f"race_{_name(dtype)}", measurements, tuple(claims))
+
+
+def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: str) -> Part:
+    """Bands only against the full sweep, at growing lengths: its share of the time has to fall as 1/T."""
+    measurements, shares = [], {}
+    for tokens in settings.band_tokens:
+        shape = replace(settings.shape, tokens=tokens)
+        inputs = make_inputs(shape, torch.float32, device)
+        pair = [benchmarks["statistics"], benchmarks["bands"]]
+        timings = race(
+            {benchmark.name: Contestant(benchmark.make(inputs), settings.threads) for benchmark in pair},
+            rounds=settings.rounds,
+            least_seconds=settings.least_seconds,
+        )
+        for benchmark in pair:
+            timing = timings[benchmark.name]
+            measurements.append(_measurement(benchmark, timing, shape, torch.float32, settings.threads))
+        shares[tokens] = ratio(timings["bands"], timings["statistics"])
+    claims = [
+        Claim(
+            f"bands only at T={tokens}: share of the full sweep",
+            100 * share,
+            "%",
+            at_most=8.0 if settings.aims and tokens == settings.shape.tokens else None,
+        )
+        for tokens, share in shares.items()
+    ]
+    # The last doubling: at short lengths what the sweep spends once a token still counts.
+    *_, before, last = shares
+    falls = Claim(
+        f"bands only: share at T={last} over that at T={before} (½ is 1/T)",
+        shares[last] / shares[before],
+        "",
+        at_most=0.6 if settings.aims else None,
+    )
+    return Part("bands", tuple(measurements), (*claims, falls))
+
+
+def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
+    """The full sweep on one thread and on two."""
+    inputs = make_inputs(settings.shape, torch.float32, device)
+    run = benchmark.make(inputs)
+    timings = race(
+        {str(threads): Contestant(run, threads) for threads in (1, 2)},
+        rounds=settings.rounds,
+        least_seconds=settings.least_seconds,
+    )
+    measurements = tuple(
+        _measurement(benchmark, timings[str(threads)], settings.shape, torch.float32, threads) for threads in (1, 2)
+    )
+    speed_up = Claim(
+        f"{benchmark.name}, two threads against one: times as fast",
+        ratio(timings["1"], timings["2"]),
+        "×",
+        at_least=1.8 if settings.aims else None,
+    )
+    return Part("threads", measurements, (speed_up,))
+
+
+def memory_part(benchmark: Benchmark, settings: Settings) -> Part:
+    """Peak memory beyond the inputs of a long sequence, in a process of its own."""
+    shape = replace(FULL, tokens=settings.memory_tokens)
+    claims = [
+        Claim(
+            f"{benchmark.name} at T={shape.tokens}, {_name(dtype)}: memory beyond its inputs",
+            peak_extra_bytes(shape, dtype, benchmark.name, settings.threads) / 1e6,
+            "MB",
+            at_most=200.0 if settings.aims else None,
+        )
+        for dtype in DTYPES
+    ]
+    return Part("memory", (), tuple(claims))
+
+
+def gate_json(gate: Gate) -> dict[str, object]:
+    """{shape, dtype, results: {"op result": "error, at most allowed"}}."""
+    results = {f"{v.op} {v.result}": f"{v.error:.1e}, at most {v.allowed:.1e}" for v in gate.verdicts}
+    return {"shape": asdict(gate.shape), "dtype": gate.dtype, "results": results}
+
+
+def part_json(part: Part) -> dict[str, object]:
+    """The part with what its properties say."""
+    measurements = [asdict(m) | {"gflops_per_second": m.gflops} for m in part.measurements]
+    claims = [asdict(claim) | {"met": claim.met} for claim in part.claims]
+    return {"measurements": measurements, "claims": claims}
+
+
+def _measurement(benchmark: Benchmark, timing: Timing, shape: Shape, dtype: torch.dtype, threads: int) -> Measurement:
+    if not all(math.isfinite(seconds) and seconds > 0 for seconds in timing.seconds):
+        raise ValueError(f"{benchmark.name} has times {timing.seconds}; each has to be above 0")
+    return Measurement(
+        op=benchmark.name,
+        dtype=_name(dtype),
+        shape=shape,
+        threads=threads,
+        seconds_median=timing.median,
+        seconds_min=min(timing.seconds),
+        seconds_max=max(timing.seconds),
+        rounds=len(timing.seconds),
+        flops=benchmark.flops(shape),
+        bytes=benchmark.bytes(shape, dtype),
+        counted=benchmark.counted,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,123 @@
+"""The gate: every op's results against the reference in fp64, before a single number is reported.
+
+The rule is flash attention's: an error at most twice that of a plain torch computation in the same type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.contestants import Outputs
+from benchmarks.registry import Benchmark
+from benchmarks.shapes import HORIZON, WINDOW, Inputs
+from rhythm import reference
+
+ALLOWED = 2.0  # times the plain computation's error
+FLOOR = 4e-6  # for results on which the plain computation happens to be exact: 32 roundings of fp32
+
+
+class GateError(AssertionError):
+    """An op's results are wrong; nothing of the run may be reported."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One result of one op: its largest error relative to the largest value, and what is allowed."""
+
+    op: str
+    result: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+def verify(benchmarks: list[Benchmark], inputs: Inputs) -> list[Verdict]:
+    """Runs each op once on the inputs.
+
+    Raises:
+        GateError: a result that is wrong, or undefined where the reference is not, or the other way round.
+    """
+    expected = _exact(inputs)
+    plain = {name: relative_error(value, expected[name]) for name, value in _plain(inputs).items()}
+    verdicts = []
+    for benchmark in benchmarks:
+        for name, value in benchmark.make(inputs)().items():
+            error = relative_error(value, expected[name])
+            verdicts.append(Verdict(benchmark.name, name, error, max(ALLOWED * plain[name], FLOOR)))
+    if failed := [verdict for verdict in verdicts if not verdict.passed]:
+        lines = [f"{v.op}: {v.result} has error {v.error:.1e}, allowed is {v.allowed:.1e}" for v in failed]
+        raise GateError(f"at {inputs.shape}, {inputs.q.dtype}:\n" + "\n".join(lines))
+    return verdicts
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual − expected| / max |expected|; infinite if they are not undefined (NaN) at the same places."""
+    if actual.shape != expected.shape:
+        raise GateError(f"a result has shape {tuple(actual.shape)}, the reference's is {tuple(expected.shape)}")
+    if not torch.equal(actual.isnan(), expected.isnan()):
+        return float("inf")
+    defined = ~expected.isnan()
+    if not defined.any():
+        return 0.0
+    error = (actual.double() - expected)[defined].abs().max() / expected[defined].abs().max()
+    return float(error)
+
+
+def _exact(inputs: Inputs) -> Outputs:
+    """The reference in fp64, a query head at a time: one map in memory, not all."""
+    shape = inputs.shape
+    group = shape.query_heads // shape.key_heads
+    columns: dict[str, list[Tensor]] = {"span": [], "waad": [], "fai": [], "lse": [], "out": []}
+    for head in range(shape.query_heads):
+        key_head = slice(head // group, head // group + 1)
+        results = reference.attention_statistics(
+            inputs.q[:, head : head + 1].double(),
+            inputs.k[:, key_head].double(),
+            bounds=[0, shape.tokens],
+            prompt_lens=[shape.prompt],
+            scale=inputs.scale,
+            window=WINDOW,
+            horizon=HORIZON,
+            v_TGD=inputs.v[:, key_head].double(),
+        )
+        for column, result in zip(columns.values(), results, strict=True):
+            assert result is not None
+            column.append(result)
+    out = torch.cat(columns.pop("out"), dim=1)
+    span = torch.cat(columns.pop("span"), dim=1)[0]
+    return {"span": span, "out": out} | {name: torch.cat(column) for name, column in columns.items()}
+
+
+def _plain(inputs: Inputs) -> Outputs:
+    """The same in plain torch, in the input's type: matmuls in it, softmax and sums in fp32; a query head at a time."""
+    shape = inputs.shape
+    group = shape.query_heads // shape.key_heads
+    causal = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool, device=inputs.q.device).tril()
+    spans, waads, fais, lses, outs = [], [], [], [], []
+    for head in range(shape.query_heads):
+        q_TD, k_TD, v_TD = inputs.q[:, head], inputs.k[:, head // group], inputs.v[:, head // group]
+        score = ((q_TD @ k_TD.T).float() * inputs.scale).masked_fill(~causal, -torch.inf)
+        weights = score.softmax(dim=-1)
+        span, waad, fai = reference.sequence_statistics(
+            weights[None], prompt_len=shape.prompt, window=WINDOW, horizon=HORIZON
+        )
+        lse = score.logsumexp(dim=-1)
+        lse[: shape.prompt] = torch.nan
+        spans.append(span)
+        waads.append(waad)
+        fais.append(fai)
+        lses.append(lse)
+        outs.append(weights.to(v_TD.dtype) @ v_TD)
+    return {
+        "span": torch.cat(spans),
+        "waad": torch.cat(waads),
+        "fai": torch.cat(fais),
+        "lse": torch.stack(lses),
+        "out": torch.stack(outs, dim=1),
+    }
