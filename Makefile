@@ -9,7 +9,7 @@ CONSTRAINTS := constraints/$(TORCH).txt
 STAMP := $(VENV)/.installed-$(TORCH)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: install train test test-fast lint bench wheel-test clean
+.PHONY: install train test test-fast wheel-test lint bench clean
 
 install: $(STAMP)
 
@@ -36,6 +36,17 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The built wheel, in an environment of its own that borrows only the dependencies, used from a scratch directory.
+wheel-test: install
+	rm -rf build/wheel build/wheel-venv
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet --no-deps build/wheel/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(build/wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	mkdir -p build/scratch && cd build/scratch && ../wheel-venv/bin/python -m pytest -c ../../pyproject.toml \
+	  --rootdir ../.. -p no:cacheprovider ../../tests/wheel ../../tests/test_statistics.py ../../tests/test_credit.py
 
 bench: install
 	$(BIN)/python -m benchmarks.run --device cpu
