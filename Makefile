@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PIP) torch
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
 	$(PIP) --no-build-isolation --editable ".[train,dev]"
+	# The editable finder needs no path entries; those that come with it would make kernels/ importable as `kernels`,
+	# which is another project's name.
+	sed -i.orig '/^\//d' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/_editable_skbc_rhythm.pth
 	touch $@
 
 train: install

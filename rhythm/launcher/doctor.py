@@ -148,9 +148,7 @@ def _cuda() -> list[Finding]:
         reason = f"torch {torch.__version__} is a build without CUDA: make install TORCH=cuda"
         return [Finding("Accelerator", "CUDA", "", reason)]
     if not torch.cuda.is_available():
-        reason = (
-            f"torch is built for CUDA {torch.version.cuda} but finds no device: does nvidia-smi find one?"
-        )
+        reason = f"torch is built for CUDA {torch.version.cuda} but finds no device: does nvidia-smi find one?"
         return [Finding("Accelerator", "CUDA", "", reason)]
     devices = []
     for index in range(torch.cuda.device_count()):
@@ -161,9 +159,7 @@ def _cuda() -> list[Finding]:
 
 
 def _triton() -> list[Finding]:
-    package = _package(
-        "Accelerator", "triton", "pip install triton; Triton kernels and their interpreter need it"
-    )
+    package = _package("Accelerator", "triton", "pip install triton; Triton kernels and their interpreter need it")
     if package.reason is not None:
         return [package]
     return [package, Finding("Accelerator", "Triton interpreter", "runs on the CPU", _interpreter_trouble())]
@@ -204,9 +200,7 @@ def _backends() -> list[Finding]:
     ]
 
 
-def _package(
-    section: str, name: str, remedy: str, module: str | None = None, needed: bool = False
-) -> Finding:
+def _package(section: str, name: str, remedy: str, module: str | None = None, needed: bool = False) -> Finding:
     """A distribution, found by its module without importing it: an import of vLLM alone takes ten seconds."""
     if not _has_module(module or name.replace("-", "_")):
         return Finding(section, name, "", f"not installed: {remedy}", needed)
@@ -254,9 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     findings = diagnose()
     healthy = is_healthy(findings)
     if as_json:
-        print(
-            json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2)
-        )
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         console = Console(highlight=False)
         console.print(_table(findings))

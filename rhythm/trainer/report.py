@@ -110,9 +110,7 @@ def load_run(run_dir: Path) -> Run:
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        raise ValueError(
-            f"run_dir is {run_dir}, which has no metrics.jsonl; name a directory that a run wrote"
-        )
+        raise ValueError(f"run_dir is {run_dir}, which has no metrics.jsonl; name a directory that a run wrote")
     # A resumed run may write a step again: the later line counts.
     by_step = {int(row["step"]): _numbers(row) for row in _json_lines(metrics)}
     if not by_step:

@@ -75,10 +75,11 @@ def test_signals_are_those_of_observe(model: Any, make_rollout: MakeRollout) -> 
     assert expected.waad[rollout.response_mask].isfinite().all()
 
 
-def test_groups_of_a_batch_come_from_all_of_its_rows(model: Any, make_rollout: MakeRollout) -> None:
+@pytest.mark.parametrize("grouping", ["batch", "calibrated"])
+def test_shared_groups_come_from_all_rows(model: Any, make_rollout: MakeRollout, grouping: Grouping) -> None:
     rollout = make_rollout(prompt_lens=(2, 2, 2, 2), response_lens=(20, 15, 10, 5), seed=3)
     each = ObserveAttn(model, tap(), micro_batch_size=1).signals(rollout)
-    shared = ObserveAttn(model, tap("batch"), micro_batch_size=1).signals(rollout)
+    shared = ObserveAttn(model, tap(grouping), micro_batch_size=1).signals(rollout)
     assert shared.groups.local.equal(select_heads(each.span, 0.3, per="batch").local)
     assert shared.groups.global_.equal(select_heads(each.span, 0.3, per="batch").global_)
     assert not each.groups.local.equal(shared.groups.local) or not each.groups.global_.equal(shared.groups.global_)

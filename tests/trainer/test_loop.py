@@ -1,0 +1,92 @@
+"""Runs in this process: where signals come from, what γ does, and a loss that is not finite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rhythm.engines.torch_train import TorchTrain
+from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.loop import NonFiniteRunError, run
+
+Configure = Callable[..., TrainConfig]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_inline_and_separate_give_the_same_run(small_config: Configure, tmp_path: Path) -> None:
+    """γ from the old-log-prob pass and γ from a pass of its own: same γ, so the same losses and rewards."""
+    results = []
+    for attn in ("inline", "separate"):
+        summary = run(small_config(f"runs_dir={tmp_path}", f"name={attn}", f"attn={attn}", "steps=3"))
+        results.append(rows(summary.run_dir))
+    for inline, separate in zip(*results, strict=True):
+        for key in ("reward", "loss", "gamma_mean", "gamma_share", "waad_mean", "fai_mean", "accuracy"):
+            assert inline.get(key) == separate.get(key), key
+    assert 0 < results[0][1]["amplified_fraction"] < 1
+    assert results[0][1]["gamma_mean"] > 1
+
+
+def test_strategies_change_the_run_and_none_does_not_amplify(small_config: Configure, tmp_path: Path) -> None:
+    gammas = {}
+    for strategy in ("none", "random", "entropy", "local_chunk", "global_anchor", "coupled"):
+        overrides = (f"runs_dir={tmp_path}", f"name={strategy}", f"credit.strategy={strategy}", "steps=1")
+        record = rows(run(small_config(*overrides, "evaluation.samples=8", "evaluation.temperature=1")).run_dir)[1]
+        assert (record["gamma_mean"] == 1) == (strategy == "none")
+        samples = (tmp_path / strategy / "samples" / "step_000001.jsonl").read_text().splitlines()
+        gammas[strategy] = tuple(tuple(json.loads(line)["gamma"]) for line in samples)
+    assert len(set(gammas.values())) == len(gammas)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is kept, loadable without pickled code, and no weight has changed."""
+    honest, calls, before = TorchTrain.step, [], {}
+
+    def poisoned(self: TorchTrain, batch: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:  # the first gradient step of the second training step
+            batch.advantages[batch.rollout.response_mask] = torch.nan
+            before.update({name: x.clone() for name, x in self.weights().items()})
+            try:
+                return honest(self, batch)
+            finally:
+                assert all(torch.equal(x, before[name]) for name, x in self.weights().items())
+        return honest(self, batch)
+
+    monkeypatch.setattr(TorchTrain, "step", poisoned)
+    with pytest.raises(NonFiniteRunError, match=r"step 2: .*failed_batch_step_000002\.pt"):
+        run(small_config(f"runs_dir={tmp_path}"))
+    kept = torch.load(tmp_path / "small" / "failed_batch_step_000002.pt", weights_only=True)
+    assert kept["step"] == 2
+    assert kept["batch"]["advantages"].isnan().any()
+    assert [row["step"] for row in rows(tmp_path / "small")] == [0, 1]
+    assert before
+
+
+def test_the_trained_policy_is_an_ordinary_checkpoint(small_config: Configure, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run(small_config(f"runs_dir={tmp_path}", "steps=1"))
+    checkpoint = tmp_path / "small" / "checkpoints" / "step_000001"
+    folder = next(path.parent for path in checkpoint.rglob("config.json"))
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "qwen3"
+    assert AutoTokenizer.from_pretrained(folder).decode([5]) == " "
+    # and a run can start from it
+    summary = run(small_config(f"runs_dir={tmp_path}", "name=second", "steps=1", f"model.path={folder}"))
+    assert summary.step == 1

@@ -1,0 +1,163 @@
+"""A run that is killed and resumed ends as one that never was: real processes, real signals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+TIMINGS = ("seconds_", "tokens_per_second")
+
+
+def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
+    """rhythm-train on one thread: two runs of a test compare bit for bit."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rhythm.launcher.train", str(config), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, f"ended early: {process.communicate()[0]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
+
+
+def weights_digest(run: Path, step: int) -> str:
+    digest = hashlib.sha256()
+    for path in sorted((run / "checkpoints" / f"step_{step:06d}").rglob("*.safetensors")):
+        for name, tensor in sorted(load_file(path).items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_config_file: Path) -> Path:
+    """The same run, never interrupted."""
+    finish(start(small_config_file, "name=whole"))
+    return small_config_file.parent / "runs" / "whole"
+
+
+def lines_written(run: Path, count: int) -> Callable[[], bool]:
+    path = run / "metrics.jsonl"
+    return lambda: path.is_file() and path.read_text().count("\n") >= count
+
+
+MOMENTS = {
+    "after the first evaluation": lambda run: lines_written(run, 1),
+    "between checkpoints": lambda run: lines_written(run, 4),
+    "while a checkpoint is written": lambda run: lambda: any((run / "checkpoints").glob(".writing-step_000004")),
+    "in a late step": lambda run: lines_written(run, 6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_equals_uninterrupted(moment: str, small_config_file: Path, whole_run: Path) -> None:
+    name = moment.replace(" ", "-")
+    run = whole_run.parent / name
+    process = start(small_config_file, f"name={name}")
+    wait_for(MOMENTS[moment](run), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (run / "checkpoints" / "step_000006").exists()
+
+    finish(start(small_config_file, f"name={name}", "--resume"))
+    assert metrics(run) == metrics(whole_run)
+    assert weights_digest(run, 6) == weights_digest(whole_run, 6)
+    assert not list((run / "checkpoints").glob(".writing-*"))
+    for samples in sorted((whole_run / "samples").iterdir()):
+        assert (run / "samples" / samples.name).read_bytes() == samples.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(number: signal.Signals, code: int, small_config_file: Path, whole_run: Path) -> None:
+    name = number.name.lower()
+    run = whole_run.parent / name
+    process = start(small_config_file, f"name={name}")
+    wait_for(lines_written(run, 2), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"stopped by {number.name} after step" in output
+    assert "--resume" in output
+    finish(start(small_config_file, f"name={name}", "--resume"))
+    assert metrics(run) == metrics(whole_run)
+    assert weights_digest(run, 6) == weights_digest(whole_run, 6)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_reported_and_passed_over(small_config_file: Path, whole_run: Path) -> None:
+    finish(start(small_config_file, "name=damaged", "steps=4"))
+    run = whole_run.parent / "damaged"
+    newest = next((run / "checkpoints" / "step_000004").rglob("*.safetensors"))
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    output = finish(start(small_config_file, "name=damaged", "--resume"))
+    assert "step_000004 is damaged" in output
+    assert newest.name in output
+    assert "continuing after step 2" in output
+    assert weights_digest(run, 6) == weights_digest(whole_run, 6)
+    assert metrics(run)[-1] == metrics(whole_run)[-1]
+
+
+def test_an_existing_run_is_not_overwritten(small_config_file: Path, whole_run: Path) -> None:
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    process = start(small_config_file, "name=whole")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "holds a run: continue it with --resume" in output
+    process = start(small_config_file, "name=whole", "optimizer.lr=0.5", "--resume")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "optimizer.lr was 0.001, is 0.5" in output
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_a_run_leaves(whole_run: Path) -> None:
+    assert {"config.yaml", "metrics.jsonl", "samples", "checkpoints", "report.html"} <= {
+        path.name for path in whole_run.iterdir()
+    }
+    rows = metrics(whole_run)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "accuracy" in row] == [0, 2, 4, 6]
+    assert {path.name for path in (whole_run / "checkpoints").iterdir()} == {"step_000004", "step_000006"}
+    assert all(
+        row["grad_norm"] > 0 for row in rows[1:]
+    )  # there was something to learn, so that equal weights mean much
+    assert weights_digest(whole_run, 4) != weights_digest(whole_run, 6)
+    keys = {"reward", "loss", "clip_share", "entropy", "response_length", "gamma_mean", "gamma_share", "grad_norm"}
+    assert keys <= rows[1].keys()
+    assert rows[1]["logprob_gap"] < 1e-4  # generation and training agree on the sampled tokens
+    timed = json.loads((whole_run / "metrics.jsonl").read_text().splitlines()[1])
+    assert all(timed[f"seconds_{phase}"] > 0 for phase in ("rollout", "attention", "training", "total"))
+    sample = json.loads((whole_run / "samples" / "step_000006.jsonl").read_text().splitlines()[0])
+    assert len(sample["tokens"]) == len(sample["waad"]) == len(sample["fai"]) == len(sample["gamma"])
