@@ -97,9 +97,7 @@ class AttentionCall:
         return self.options.get(name) if name in inspect.signature(self.function).parameters else None
 
     def refusal(self, feature: str) -> UnsupportedAttention:
-        return UnsupportedAttention(
-            f"{self.where}: {feature}; statistics of such attention can't be computed"
-        )
+        return UnsupportedAttention(f"{self.where}: {feature}; statistics of such attention can't be computed")
 
 
 @dataclass(frozen=True)
@@ -217,9 +215,7 @@ def _window_of_mask(call: AttentionCall, mask: Tensor, batch: PaddedBatch) -> in
         if (seen_BHRT & key_B11T & (distance_RT < 0)).any():
             raise call.refusal("bidirectional attention")
         if (seen_BHRT != (visible_RT & key_B11T & query_B1R1)).any():
-            raise call.refusal(
-                "a mask other than the causal or sliding-window mask of the attention_mask given"
-            )
+            raise call.refusal("a mask other than the causal or sliding-window mask of the attention_mask given")
     return window
 
 
@@ -243,9 +239,7 @@ def check_output(call: AttentionCall, form: AttentionForm, batch: PaddedBatch, o
     # Eager attention rounds its scores to the model's type, so the probe does too.
     dtype = call.query.dtype if call.implementation == "eager" else torch.float32
     query_BPHD = call.query.transpose(1, 2)[row_B1, probed_BP].to(dtype)
-    score_BPGRT = torch.einsum(
-        "bpgrd,bgtd->bpgrt", _grouped(query_BPHD, call.key.shape[1]), call.key.to(dtype)
-    )
+    score_BPGRT = torch.einsum("bpgrd,bgtd->bpgrt", _grouped(query_BPHD, call.key.shape[1]), call.key.to(dtype))
     score_BPHT = (score_BPGRT * form.scale).flatten(2, 3).float()
     if form.softcap is not None:
         score_BPHT = form.softcap * torch.tanh(score_BPHT / form.softcap)

@@ -69,9 +69,7 @@ def text_config(model: nn.Module) -> PreTrainedConfig:
 
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
-        raise ValueError(
-            f"model is a {type(model).__name__}; it must be a transformers model (with model.config)"
-        )
+        raise ValueError(f"model is a {type(model).__name__}; it must be a transformers model (with model.config)")
     if config.is_encoder_decoder:
         raise UnsupportedAttention(f"{config.model_type}: an encoder-decoder; the model must be causal")
     of_text = config.get_text_config(decoder=True)
@@ -93,9 +91,7 @@ def checked_layers(layers: Sequence[int] | None, config: PreTrainedConfig) -> li
     count = config.num_hidden_layers
     chosen = sampled_layers(count) if layers is None else list(layers)
     if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
-        raise ValueError(
-            f"layers is {chosen}; it must hold rising indices from 0 to {count - 1}, at least one"
-        )
+        raise ValueError(f"layers is {chosen}; it must hold rising indices from 0 to {count - 1}, at least one")
     kinds = layer_kinds(config)
     if others := [layer for layer in chosen if kinds[layer] not in ATTENTION_LAYERS]:
         usable = [layer for layer in range(count) if kinds[layer] in ATTENTION_LAYERS]
@@ -115,16 +111,14 @@ def described(layers: Sequence[int], config: PreTrainedConfig) -> str:
     return "layers " + ", ".join(f"{layer} ({layer_kinds(config)[layer]})" for layer in layers)
 
 
-@torch.compiler.disable  # which tap is open is not for a compiled graph to know
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own lack of types; which tap is open is not for a compiled graph to know
 def _tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: Any
 ) -> Output:
     """The attention function that transformers finds under our names."""
     diversion = _diversions.get(id(getattr(module, "config", None)))
     if diversion is None:
-        raise RuntimeError(
-            f"{type(module).__name__} holds a copy of the configuration of a model with an open tap"
-        )
+        raise RuntimeError(f"{type(module).__name__} holds a copy of the configuration of a model with an open tap")
     config, implementation = diversion.config, diversion.implementation
     layer = getattr(module, "layer_idx", None)
     where = f"{config.model_type}, layer {layer}"

@@ -96,9 +96,7 @@ def observe(
         return tap.signals()
     logits_BTV = getattr(output, "logits", None)
     if logits_BTV is None:
-        raise ValueError(
-            f"entropy is True, but {type(model).__name__} gives no logits; it needs a language-model head"
-        )
+        raise ValueError(f"entropy is True, but {type(model).__name__} gives no logits; it needs a language-model head")
     return tap.signals(_entropies(logits_BTV, batch))
 
 

@@ -75,9 +75,7 @@ def padded_batch(attention_mask_BT: Tensor, prompt_lens: Tensor | Sequence[int])
     runs_B = real_BT[:, :1].sum(dim=1) + (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(dim=1)
     if (runs_B > 1).any():
         row = int((runs_B > 1).nonzero()[0])
-        raise ValueError(
-            f"attention_mask has padding between the tokens of row {row}; it may only be before or after"
-        )
+        raise ValueError(f"attention_mask has padding between the tokens of row {row}; it may only be before or after")
 
     prompt_lens_B = torch.as_tensor(prompt_lens, device=real_BT.device)
     if prompt_lens_B.is_floating_point() or prompt_lens_B.dtype == torch.bool:

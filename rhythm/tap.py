@@ -116,9 +116,7 @@ class AttentionTap:
         self._config = text_config(model)
         self.layers = checked_layers(layers, self._config)
         self._prompt_lens = prompt_lens
-        self._masks = (
-            None if attention_mask is None else MaskReader(padded_batch(attention_mask, prompt_lens))
-        )
+        self._masks = None if attention_mask is None else MaskReader(padded_batch(attention_mask, prompt_lens))
         self._window, self._horizon, self._backend = window, horizon, backend
         self._quantile, self._grouping, self._groups = quantile, grouping, groups
         self._stop = stop
@@ -185,9 +183,7 @@ class AttentionTap:
             raise _SeenEnoughError
         return result
 
-    def _layer_statistics(
-        self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch
-    ) -> _LayerStatistics:
+    def _layer_statistics(self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch) -> _LayerStatistics:
         q_THD = call.query.transpose(1, 2)[batch.real]
         k_TGD = call.key.transpose(1, 2)[batch.real]
         window_bites = form.window is not None and bool((batch.lens > form.window).any())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rhythm.arguments import Layout
-from rhythm.backends.outputs import Outputs
+from rhythm.backends.outputs import Outputs, mean_span
 
 _C: ModuleType | None
 try:
@@ -72,7 +72,7 @@ def run(
         out=_address(out_THD),
         threads=torch.get_num_threads(),
     )
-    return Outputs(_mean_span(row_span_HT, layout), waad_HT, fai_HT, out_lse_HT, out_THD)
+    return Outputs(mean_span(row_span_HT, layout), waad_HT, fai_HT, out_lse_HT, out_THD)
 
 
 def _view(x: Tensor, layout: Layout) -> tuple[int, list[int], tuple[int, int, int]]:
@@ -84,12 +84,3 @@ def _view(x: Tensor, layout: Layout) -> tuple[int, list[int], tuple[int, int, in
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _mean_span(row_span_HT: Tensor, layout: Layout) -> Tensor:
-    """[B, H]: the mean over each sequence's response rows, summed in fp64; NaN where there are none."""
-    spans = [
-        row_span_HT[:, start + prompt : end].mean(dim=-1, dtype=torch.float64).float()
-        for start, end, prompt in zip(layout.bounds[:-1], layout.bounds[1:], layout.prompt_lens, strict=True)
-    ]
-    return torch.stack(spans) if spans else row_span_HT.new_empty((0, row_span_HT.shape[0]))

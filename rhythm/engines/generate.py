@@ -36,9 +36,7 @@ class GenerateInfer:
         self._pad_id = pad_id
         self._version = 0
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int
-    ) -> Rollout:
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
         """`n` responses to each prompt, on the model's device.
 
         Raises ValueError without prompts, for an empty prompt, and for n < 1.
@@ -64,9 +62,7 @@ class GenerateInfer:
     def _sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Rollout:
         model = self._model
         width = max(map(len, prompts))
-        ids_BP = torch.tensor(
-            [[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device
-        )
+        ids_BP = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
         prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
         mask_BP = torch.arange(width, device=model.device) >= width - prompt_lens_B[:, None]
         recorder = _LogProbRecorder(sampling.temperature or 1.0)

@@ -29,13 +29,9 @@ class SamplingConfig(BaseModel, extra="forbid", frozen=True):
     temperature: float = Field(
         default=1.0, ge=0, description="divides the logits before sampling; 0 takes the likeliest token"
     )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="sample within this probability mass; 1 turns it off"
-    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="sample within this probability mass; 1 turns it off")
     top_k: int = Field(default=0, ge=0, description="sample among this many likeliest tokens; 0 turns it off")
-    max_new_tokens: int = Field(
-        default=1024, ge=1, description="longest response, in tokens, its end token included"
-    )
+    max_new_tokens: int = Field(default=1024, ge=1, description="longest response, in tokens, its end token included")
     rows_at_once: int = Field(default=256, ge=1, description="responses generated at once: a limit on memory")
 
 
@@ -57,9 +53,7 @@ class TapConfig(BaseModel, extra="forbid", frozen=True):
         default="sequence",
         description="who shares head groups: none, a batch, or all batches (fixed on the first)",
     )
-    backend: str = Field(
-        default="auto", description="backend of the statistics; auto takes the fastest there is"
-    )
+    backend: str = Field(default="auto", description="backend of the statistics; auto takes the fastest there is")
 
     @field_validator("backend")
     @classmethod
@@ -179,9 +173,7 @@ class NonFiniteError(ArithmeticError):
 class Infer(Protocol):
     """Prompts → responses."""
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int
-    ) -> Rollout:
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
         """`n` responses to each prompt. The same call with the same weights gives the same rollout."""
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:

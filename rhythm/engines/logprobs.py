@@ -29,18 +29,14 @@ def check_output_head(model: Any) -> None:
     for name, none in _LOGIT_FUNCTIONS.items():
         value = getattr(model.config.get_text_config(), name, none)
         if value not in (None, none):
-            raise ValueError(
-                f"model: {type(model).__name__} has {name}={value}; log-probs support no such logits"
-            )
+            raise ValueError(f"model: {type(model).__name__} has {name}={value}; log-probs support no such logits")
     device = model.device
     ids = torch.arange(2, 6, device=device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         found = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"model: the logits of {type(model).__name__} are not its output embedding of the last layer"
-        )
+        raise ValueError(f"model: the logits of {type(model).__name__} are not its output embedding of the last layer")
 
 
 def response_logprobs(model: Any, rollout: Rollout, *, temperature: float, chunk: int) -> LogProbs:
@@ -68,9 +64,7 @@ def response_logprobs(model: Any, rollout: Rollout, *, temperature: float, chunk
     )
 
 
-def _head_logprobs(
-    head: nn.Module, hidden_ND: Tensor, token_N: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _head_logprobs(head: nn.Module, hidden_ND: Tensor, token_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     def compute(hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = head(hidden_ND).float() / temperature
         log_softmax_NV = torch.log_softmax(logits_NV, dim=-1)

@@ -36,9 +36,7 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
     """AdamW and its learning rate."""
 
     lr: float = Field(default=1e-6, gt=0, allow_inf_nan=False, description="learning rate after the warm-up")
-    warmup_steps: int = Field(
-        default=0, ge=0, description="gradient steps over which it rises linearly; then constant"
-    )
+    warmup_steps: int = Field(default=0, ge=0, description="gradient steps over which it rises linearly; then constant")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of AdamW's two moments")
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="added to AdamW's denominator")
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="decoupled weight decay")
@@ -47,9 +45,7 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
         gt=0,
         description="gradients are scaled down to this norm; .inf to leave them as they are",
     )
-    token_chunk: int = Field(
-        default=4096, ge=1, description="tokens whose logits exist at once; a limit on memory"
-    )
+    token_chunk: int = Field(default=4096, ge=1, description="tokens whose logits exist at once; a limit on memory")
 
     def learning_rate(self, gradient_step: int) -> float:
         """Of gradient step 0, 1, …: linear to `lr`, reached at step warmup_steps, then constant."""
@@ -127,9 +123,7 @@ class TorchTrain:
         sums = torch.zeros(4, dtype=torch.float64)
         for index, width in micro_batches(batch.rollout, self._micro_batch_size):
             sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch)
-        grad_norm = float(
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
-        )
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
         if not math.isfinite(grad_norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError("gradient norm", grad_norm, batch)
@@ -224,6 +218,4 @@ class TorchTrain:
         return LogProbs(logprobs_BT, entropy_BT)
 
     def _response_logprobs(self, model: Any, rollout: Rollout) -> LogProbs:
-        return response_logprobs(
-            model, rollout, temperature=self._temperature, chunk=self._config.token_chunk
-        )
+        return response_logprobs(model, rollout, temperature=self._temperature, chunk=self._config.token_chunk)

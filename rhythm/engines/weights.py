@@ -26,9 +26,7 @@ def take_over(model: nn.Module, weights: Mapping[str, Tensor], version: int, cur
     for name, tensor in weights.items():
         target = own[name]
         if target.shape != tensor.shape:
-            raise ValueError(
-                f"weights: {name} has shape {tuple(tensor.shape)}, the engine's {tuple(target.shape)}"
-            )
+            raise ValueError(f"weights: {name} has shape {tuple(tensor.shape)}, the engine's {tuple(target.shape)}")
         if target.data_ptr() != tensor.data_ptr() or target.device != tensor.device:
             target.copy_(tensor)
     return version

@@ -50,9 +50,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     for override in overrides:
         key, separator, value = override.partition("=")
         if not (separator and key):
-            raise ConfigError(
-                f"{override!r}: an override is written key=value, for example optimizer.lr=1e-5"
-            )
+            raise ConfigError(f"{override!r}: an override is written key=value, for example optimizer.lr=1e-5")
         _put(values, key, _parse(value, override))
     try:
         return TrainConfig.model_validate(values)

@@ -69,18 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides, for example optimizer.lr=1e-5"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in its directory, or start it there"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration and batch sizes"
-    )
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="print this, with every key and its default"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, for example optimizer.lr=1e-5")
+    parser.add_argument("--resume", action="store_true", help="continue the run in its directory, or start it there")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and batch sizes")
+    parser.add_argument("-h", "--help", action="store_true", help="print this, with every key and its default")
     return parser
 
 

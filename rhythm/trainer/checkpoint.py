@@ -27,9 +27,7 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     every_steps: int = Field(
         default=50, ge=1, description="training steps between checkpoints; the last step always gets one"
     )
-    keep: int = Field(
-        default=2, ge=1, description="newest checkpoints kept; with 1 there is none before a damaged one"
-    )
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept; with 1 there is none before a damaged one")
 
 
 class RunState(BaseModel, extra="forbid", frozen=True):
@@ -89,9 +87,7 @@ def latest_checkpoint(directory: Path) -> tuple[Path, RunState] | None:
             return path, RunState.model_validate_json((path / STATE).read_text())
         log.warning("checkpoint %s is damaged (%s); trying the one before it", path, fault)
     if checkpoints:
-        raise DamagedCheckpointError(
-            f"every checkpoint in {directory} is damaged; start again without --resume"
-        )
+        raise DamagedCheckpointError(f"every checkpoint in {directory} is damaged; start again without --resume")
     return None
 
 

@@ -66,9 +66,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
     """Sizes of a training step. The defaults are the paper's 512 / 32 → 16 gradient steps."""
 
     prompts_per_batch: int = Field(default=64, ge=1, description="prompts of a training step")
-    responses_per_prompt: int = Field(
-        default=8, ge=2, description="responses to each prompt: the group of GRPO"
-    )
+    responses_per_prompt: int = Field(default=8, ge=2, description="responses to each prompt: the group of GRPO")
     mini_batch_size: int = Field(default=32, ge=1, description="responses of one gradient step")
     micro_batch_size: int = Field(
         default=8, ge=1, description="responses of one forward and backward pass; a limit on memory"
@@ -99,8 +97,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
             )
         if self.mini_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size}: must divide mini_batch_size"
-                f" = {self.mini_batch_size}"
+                f"micro_batch_size is {self.micro_batch_size}: must divide mini_batch_size = {self.mini_batch_size}"
             )
         return self
 
@@ -108,9 +105,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
     """A whole run."""
 
-    name: str = Field(
-        default="run", pattern=r"^[A-Za-z0-9._-]+$", description="the run's directory under runs_dir"
-    )
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$", description="the run's directory under runs_dir")
     runs_dir: Path = Field(default=Path("runs"), description="where runs are kept")
     seed: int = Field(default=0, ge=0, description="of prompts, sampling, shuffling and the random control")
     steps: int = Field(default=500, ge=0, description="training steps")
@@ -140,7 +135,5 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="after")
     def _samples(self) -> TrainConfig:
         if self.sampling.temperature == 0:
-            raise ValueError(
-                "sampling.temperature is 0: must be positive, or all responses to a prompt are equal"
-            )
+            raise ValueError("sampling.temperature is 0: must be positive, or all responses to a prompt are equal")
         return self

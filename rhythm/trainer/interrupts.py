@@ -43,6 +43,4 @@ class Interrupts:
             os.kill(os.getpid(), number)
             return
         self.received = signal.Signals(number)
-        log.warning(
-            "%s: saving at the end of this step, then leaving (again: leave at once)", self.received.name
-        )
+        log.warning("%s: saving at the end of this step, then leaving (again: leave at once)", self.received.name)

@@ -81,9 +81,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         engines.train.load(checkpoint)
         engines.synchronise(state.step)
         log.info("continuing after step %d, from %s", state.step, checkpoint)
-    metrics = MetricsLog(
-        config.run_dir, tensorboard=config.tensorboard, after_step=state.step if found else None
-    )
+    metrics = MetricsLog(config.run_dir, tensorboard=config.tensorboard, after_step=state.step if found else None)
     progress = RunProgress(console, steps=config.steps, done=state.step)
     with closing(metrics), Interrupts() as interrupts, progress:
         trainer = _Trainer(config, engines, task, policy.tokenizer, metrics, progress, interrupts.asked)

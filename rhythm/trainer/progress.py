@@ -61,9 +61,7 @@ class RunProgress:
     def step(self, step: int, record: Mapping[str, float]) -> None:
         """A step is done, and these are its numbers."""
         seconds = (perf_counter() - self._started) / (step - self._first)
-        numbers = (
-            f"{_rate(seconds)}, {record['tokens_per_second']:,.0f} tokens/s, reward {record['reward']:.3f}"
-        )
+        numbers = f"{_rate(seconds)}, {record['tokens_per_second']:,.0f} tokens/s, reward {record['reward']:.3f}"
         if "accuracy" in record:
             numbers += f", accuracy {record['accuracy']:.1%}"
         self._bars.update(self._bar, completed=step, numbers=numbers)

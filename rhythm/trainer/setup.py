@@ -68,9 +68,7 @@ def build_task(config: TrainConfig) -> Task[Any]:
         raise SetupError(f"task.options: {error}") from error
     wanted = config.warm_start.examples
     if config.model.path is None and wanted is not None and wanted > len(task.train):
-        raise SetupError(
-            f"warm_start.examples is {wanted}: the task has {len(task.train)} training instances"
-        )
+        raise SetupError(f"warm_start.examples is {wanted}: the task has {len(task.train)} training instances")
     return task
 
 

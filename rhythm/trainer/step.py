@@ -158,14 +158,10 @@ def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[
     return (take_rows(batch, index) for index in torch.split(order, config.batch.mini_batch_size))
 
 
-def _train_batch(
-    train: Train, judged: JudgedRollout, scored: Scored, config: TrainConfig
-) -> tuple[TrainBatch, Tensor]:
+def _train_batch(train: Train, judged: JudgedRollout, scored: Scored, config: TrainConfig) -> tuple[TrainBatch, Tensor]:
     rollout = judged.rollout
     advantages_B = group_advantages(judged.scores, rollout.group, config.advantages)
-    advantages_BT = token_advantages(
-        advantages_B, scored.gamma, rollout.response_mask, config.credit.apply_to
-    )
+    advantages_BT = token_advantages(advantages_B, scored.gamma, rollout.response_mask, config.credit.apply_to)
     reference = train.reference_log_probs(rollout) if config.loss.kl_coef else None
     return TrainBatch(rollout, scored.log_probs.logprobs, advantages_BT, reference), advantages_B
 
@@ -203,8 +199,7 @@ def _rollout_metrics(judged: JudgedRollout, scored: Scored) -> Record:
 def _mean_metrics(taken: list[StepMetrics]) -> Record:
     """Means over the gradient steps."""
     return {
-        field.name: sum(getattr(metrics, field.name) for metrics in taken) / len(taken)
-        for field in fields(StepMetrics)
+        field.name: sum(getattr(metrics, field.name) for metrics in taken) / len(taken) for field in fields(StepMetrics)
     }
 
 

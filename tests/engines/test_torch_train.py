@@ -17,7 +17,7 @@ from rhythm.heads import HeadGroups
 from rhythm.loss import LossConfig, policy_loss
 
 TAP = TapConfig(horizon=(2, 6))
-# A large eps makes the first step of AdamW a smooth function of the gradient: without, a rounding error may turn its sign.
+# A large eps makes AdamW's first step smooth in the gradient: without it a rounding error may turn its sign.
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, eps=1e-2)
 Make = Callable[..., TorchTrain]
 

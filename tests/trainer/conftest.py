@@ -14,7 +14,8 @@ SMALL_RUN = """
 name: small
 steps: 6
 tensorboard: false
-task: {options: {format: steps, numbers: 2, max_number: 9, max_target: 18, train_size: 60, test_size: 16, format_score: 0.2}}
+task:
+  options: {format: steps, numbers: 2, max_number: 9, max_target: 18, train_size: 60, test_size: 16, format_score: 0.2}
 warm_start:
   steps: 120
   batch_size: 16
