@@ -396,7 +396,7 @@ INT = torch.int32
         ({"scale": math.nan}, "scale is nan; it must be finite"),
         ({"lse": torch.zeros(4, 5)}, r"lse has shape \(4, 5\); it must be \(4, 6\)"),
         ({"lse": torch.zeros(4, 6, dtype=torch.float16)}, "lse has dtype torch.float16"),
-        ({"backend": "cuda"}, "backend is 'cuda'; allowed are auto, cpu, reference"),
+        ({"backend": "cuda"}, "backend is 'cuda'; allowed are auto, cpu, triton, reference"),
         (
             {"q": Q.double(), "k": K.double(), "backend": "cpu"},
             "backend 'cpu' can't take q: it has dtype torch.float64",

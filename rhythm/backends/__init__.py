@@ -13,11 +13,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rhythm.backends import cpu, eager
+from rhythm.backends import cpu, eager, triton
 
 logger = logging.getLogger("rhythm")
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": eager}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": eager}
 NAMES = ("auto", *BACKENDS)
 
 
