@@ -152,7 +152,8 @@ def row_sweep(
         sequences.count, sequences.tokens, programs,
         abs(scale) * 1.4426950408889634, -1.0 if scale < 0 else 1.0, window,
         GROUP=heads // k.shape[-2], BATCHED=q.ndim == 4, VALUES=v is not None, SIZE=size, PADDED=padded,
-        UPCAST=upcast(q.dtype), BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=dot_precision(), num_warps=warps, num_stages=stages,
+        UPCAST=upcast(q.dtype), BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=dot_precision(),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return row_span, waad, lse, out
 
