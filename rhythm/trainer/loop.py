@@ -68,8 +68,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     """
     console = console or Console(stderr=True)
     check_machine(config)
-    found = open_run_dir(config, resume=resume)
     task = build_task(config)
+    found = open_run_dir(config, resume=resume)
     policy = load_policy(found[0] if found else initial_checkpoint(config, task, console), config.model)
     reference = None
     if config.loss.kl_coef:

@@ -99,3 +99,9 @@ def test_unreadable_configurations(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "must hold keys and values" in capsys.readouterr().err
     assert main([]) == 2
     assert "no configuration given" in capsys.readouterr().err
+
+
+def test_a_task_that_cannot_be_built_leaves_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(config), "task.options={format: steps, numbers: 2, max_number: 4}"]) == 2
+    assert "different instances were found" in capsys.readouterr().err
+    assert list(config.parent.iterdir()) == [config]
