@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+
+# Before anything imports Triton, which reads it once: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The error against fp64 may be twice that of a plain torch computation in the same type, plus this floor (for results
 # on which the plain one happens to be exact), in units of the result's own largest size, or of the window for WAAD.

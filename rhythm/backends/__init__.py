@@ -51,6 +51,8 @@ def _automatic(device: str, dtype: torch.dtype) -> ModuleType:
     passed_over: list[str] = []
     for name, module in BACKENDS.items():
         reason = module.unavailable() or module.refuses(device, dtype)
+        if module is triton and triton.interpreted():
+            reason = "its interpreter is for tests"
         if reason is None:
             logger.info("backend auto: %s for %s tensors on %s%s", name, dtype, device, "".join(passed_over))
             return module
