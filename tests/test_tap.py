@@ -253,6 +253,21 @@ def test_composite_models_keep_the_implementations_of_their_parts() -> None:
     assert_same(tap.signals(), of_text)
 
 
+def test_sub_models_under_the_text_configuration_keep_theirs() -> None:
+    class WithVisionConfig(transformers.LlamaConfig):
+        sub_configs = {"vision_config": transformers.CLIPVisionConfig}  # noqa: RUF012
+
+    config = WithVisionConfig(**SIZES)
+    config.vision_config = transformers.CLIPVisionConfig()
+    model = transformers.LlamaForCausalLM(config).eval()
+    config.vision_config._attn_implementation = "eager"
+    with AttentionTap(model, prompt_lens=PROMPT_LENS):
+        assert config.vision_config._attn_implementation == "eager"
+        model(batch()[0])
+    assert config.vision_config._attn_implementation == "eager"
+    assert config._attn_implementation == "sdpa"
+
+
 def test_autocast_does_not_reach_the_statistics() -> None:
     """fp32 queries and keys under bf16 autocast: the statistics are those without it, to fp32 rounding."""
 
@@ -335,6 +350,15 @@ def test_implementations_with_2d_masks(flash: str, kind: str, side: str) -> None
             AttentionTap(model, attention_mask=wrong, prompt_lens=PROMPT_LENS),
         ):
             model(input_ids, attention_mask=mask)
+
+
+def test_a_window_as_long_as_the_sequence_does_not_bite(flash: str) -> None:
+    """An implementation with 2D masks gives the window as it is; the kernel without windows must still serve."""
+    model, (input_ids, _) = gemma("gemma3", "sdpa"), batch()
+    model.config._attn_implementation = flash
+    observe(model, input_ids[:, :8], prompt_lens=PROMPT_LENS, backend="cpu")
+    with pytest.raises(ValueError, match="because of its sliding window"):
+        observe(model, input_ids[:, :9], prompt_lens=PROMPT_LENS, backend="cpu")
 
 
 @pytest.mark.slow
