@@ -8,106 +8,178 @@ Shape suffixes: N keys and M rows of a tile, D head size (padded to a power of t
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
-from rhythm.kernels.row_sweep import load_rows
-from rhythm.kernels.sequences import Sequences, dot_precision, tensor_strides, upcast
+from rhythm.kernels.configurations import Kind, Tile
+from rhythm.kernels.launch import launch, start
+from rhythm.kernels.sequences import Sequences, locate
+from rhythm.kernels.tiles import (
+    common_arguments,
+    describable,
+    descriptor,
+    head_base,
+    load_descriptor,
+    load_rows,
+    padded_size,
+    product,
+)
 from torch import Tensor
 
 
 @triton.jit
-def add_rows(
-    k_ND, q_base, lse_base, key_N, begin, end, length, scale, lo, hi, total_N, q_token, q_dim,
-    MASKED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+def weights(q_MD, k_ND, lse, row, end, scale, PRECISION: tl.constexpr):
+    """[M, N] attention weights of the rows from `row` on; 0 from row `end` on. lse points at the sequence's first."""
+    row_M = row + tl.arange(0, q_MD.shape[0])
+    lse_M = tl.load(lse + row_M, mask=row_M < end, other=float("inf"))
+    score_MN = product(q_MD, k_ND, PRECISION)
+    return tl.exp2(score_MN * scale - (lse_M * 1.4426950408889634)[:, None])
+
+
+@triton.jit
+def folded(p_MN):
+    """[M / 16, 8, N]: rows r and r + 8 added. A thread holds both of them, so that nothing moves between threads."""
+    return tl.sum(tl.reshape(p_MN, [p_MN.shape[0] // 16, 2, 8, p_MN.shape[1]]), 1)
+
+
+@triton.jit
+def add_edge(
+    total, k_ND, q_base, lse, first, begin, end, length, scale, lo, hi, q_token, q_dim,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the weights of rows begin … end − 1 on the keys, a block of rows at a time."""
-    for first in range(begin, end, BLOCK_M):
-        row_M = first + tl.arange(0, BLOCK_M)
-        q_MD = load_rows(q_base, row_M, length, q_token, q_dim, SIZE, PADDED, UPCAST)
-        lse_M = tl.load(lse_base + row_M, mask=row_M < length, other=float("inf"))
-        score_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION)
-        p_NM = tl.exp2(score_NM * scale - (lse_M * 1.4426950408889634)[None, :])
-        if MASKED:
-            distance_NM = row_M[None, :] - key_N[:, None]
-            p_NM = tl.where((distance_NM >= lo) & (distance_NM <= hi) & (row_M < end)[None, :], p_NM, 0.0)
-        total_N += tl.sum(p_NM, 1)
-    return total_N
+    """Adds the weights of rows begin … end − 1, of which some may be outside of some key's horizon."""
+    key_N = first + tl.arange(0, k_ND.shape[0])
+    for row in tl.range(begin, end, ROWS, num_stages=STAGES):
+        q_MD = load_rows(q_base, row, length, q_token, q_dim, ROWS, True, SIZE, PADDED, WIDE, UPCAST)
+        p_MN = weights(q_MD, k_ND, lse, row, end, scale, PRECISION)
+        row_M = row + tl.arange(0, ROWS)
+        distance_MN = row_M[:, None] - key_N[None, :]
+        # Rows from `end` on are masked as well: a score that is not a number has no weight there.
+        within_MN = (distance_MN >= lo) & (distance_MN <= hi) & (row_M < end)[:, None]
+        total += folded(tl.where(within_MN, p_MN, 0.0))
+    return total
+
+
+@triton.jit
+def column_program(
+    program, programs, head, q, k, q_tiles, cu_seqlens, prompt_lens, lse, fai,
+    q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
+    sequences, tokens, scale, horizon_lo, horizon_hi,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr, SIZE: tl.constexpr,
+    PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """FAI of one block of keys of one head. From the first keys on: to the end of the sequence these have most rows."""
+    sequence, start, length, prompt, first = locate(
+        programs - 1 - program, programs, cu_seqlens, prompt_lens, sequences, tokens, PACKED, PROMPTS, False, KEYS
+    )
+    if first < length:
+        q_base = head_base(q, sequence, start, head, q_batch, q_token, q_head, BATCHED)
+        k_base = head_base(k, sequence, start, head // GROUP, k_batch, k_token, k_head, BATCHED)
+        of_head = head.to(tl.int64) * tokens + start
+        lse_base = lse + of_head
+        k_ND = load_rows(k_base, first, length, k_token, k_dim, KEYS, True, SIZE, PADDED, WIDE, UPCAST)
+
+        last = tl.minimum(first + KEYS, length) - 1
+        hi = tl.minimum(horizon_hi, length)
+        # Rows reached by some key; among them those that every key of the block reaches, in whole blocks of rows.
+        begin = tl.maximum(prompt, first + horizon_lo)
+        end = tl.minimum(length, last + hi + 1)
+        inner = tl.minimum(tl.maximum(begin, last + horizon_lo), tl.maximum(end, begin))
+        inner_end = inner + tl.maximum(tl.minimum(end, first + hi + 1) - inner, 0) // ROWS * ROWS
+
+        total = tl.zeros([ROWS // 16, 8, KEYS], tl.float32)
+        total = add_edge(
+            total, k_ND, q_base, lse_base, first, begin, inner, length, scale, horizon_lo, hi, q_token, q_dim,
+            SIZE, PADDED, WIDE, UPCAST, ROWS, 1, PRECISION,
+        )  # fmt: skip
+        for row in tl.range(inner, inner_end, ROWS, num_stages=STAGES):
+            if TMA:
+                q_MD = load_descriptor(q_tiles, sequence, start, row, head, ROWS, PADDED, BATCHED, UPCAST)
+            else:
+                q_MD = load_rows(q_base, row, length, q_token, q_dim, ROWS, False, SIZE, PADDED, WIDE, UPCAST)
+            total += folded(weights(q_MD, k_ND, lse_base, row, length, scale, PRECISION))
+        total = add_edge(
+            total, k_ND, q_base, lse_base, first, inner_end, end, length, scale, horizon_lo, hi, q_token, q_dim,
+            SIZE, PADDED, WIDE, UPCAST, ROWS, 1, PRECISION,
+        )  # fmt: skip
+        total_N = tl.sum(tl.sum(total, 0), 0)
+
+        key_N = first + tl.arange(0, KEYS)
+        from_N = tl.maximum(prompt, key_N + horizon_lo)
+        count_N = tl.minimum(length - 1, key_N + hi) - from_N + 1
+        tl.store(fai + of_head + key_N, total_N / count_N.to(tl.float32), mask=(key_N < length) & (count_N > 0))
 
 
 @triton.jit
 def column_sweep_kernel(
-    q, k, cu_seqlens, prompt_lens, blocks, lse, fai,
+    q, k, q_tiles, cu_seqlens, prompt_lens, lse, fai,
     q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
-    sequences, tokens, programs, scale, horizon_lo, horizon_hi,
-    GROUP: tl.constexpr, BATCHED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    sequences, tokens, heads, scale, horizon_lo, horizon_hi,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr, SIZE: tl.constexpr,
+    PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program, head = tl.program_id(0), tl.program_id(1)
-    sequence = tl.load(blocks + program)
-    if sequence >= sequences:
-        return
-    first_key = tl.load(blocks + programs + program)
-    start = tl.load(cu_seqlens + sequence)
-    length = tl.load(cu_seqlens + sequence + 1) - start
-    prompt = tl.load(prompt_lens + sequence)
-
-    token = 0 if BATCHED else start
-    q_base = q + sequence.to(tl.int64) * q_batch + tl.cast(token, tl.int64) * q_token + head * q_head
-    k_base = k + sequence.to(tl.int64) * k_batch + tl.cast(token, tl.int64) * k_token + (head // GROUP) * k_head
-    lse_base = lse + head.to(tl.int64) * tokens + start
-
-    key_N = first_key + tl.arange(0, BLOCK_N)
-    k_ND = load_rows(k_base, key_N, length, k_token, k_dim, SIZE, PADDED, UPCAST)
-    last_key = tl.minimum(first_key + BLOCK_N, length) - 1
-    hi = tl.minimum(horizon_hi, length)
-    # Rows reached by some key; among them those that every key of the block reaches, in whole blocks of rows.
-    begin = tl.maximum(prompt, first_key + horizon_lo)
-    end = tl.minimum(length, last_key + hi + 1)
-    inner = tl.minimum(tl.maximum(begin, last_key + horizon_lo), tl.maximum(end, begin))
-    inner_blocks = tl.maximum(tl.minimum(end, first_key + hi + 1) - inner, 0) // BLOCK_M
-    inner_end = inner + inner_blocks * BLOCK_M
-
-    total_N = tl.zeros([BLOCK_N], tl.float32)
-    total_N = add_rows(k_ND, q_base, lse_base, key_N, begin, inner, length, scale, horizon_lo, hi, total_N, q_token,
-                       q_dim, True, SIZE, PADDED, UPCAST, BLOCK_M, PRECISION)  # fmt: skip
-    total_N = add_rows(k_ND, q_base, lse_base, key_N, inner, inner_end, length, scale, horizon_lo, hi, total_N, q_token,
-                       q_dim, False, SIZE, PADDED, UPCAST, BLOCK_M, PRECISION)  # fmt: skip
-    total_N = add_rows(k_ND, q_base, lse_base, key_N, inner_end, end, length, scale, horizon_lo, hi, total_N, q_token,
-                       q_dim, True, SIZE, PADDED, UPCAST, BLOCK_M, PRECISION)  # fmt: skip
-
-    from_N = tl.maximum(prompt, key_N + horizon_lo)
-    count_N = tl.minimum(length - 1, key_N + hi) - from_N + 1
-    at_N = head.to(tl.int64) * tokens + start + key_N
-    tl.store(fai + at_N, total_N / count_N.to(tl.float32), mask=(key_N < length) & (count_N > 0))
+    column_program(
+        tl.program_id(0) // heads, tl.num_programs(0) // heads, tl.program_id(0) % heads,
+        q, k, q_tiles, cu_seqlens, prompt_lens, lse, fai,
+        q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
+        sequences, tokens, scale, horizon_lo, horizon_hi,
+        GROUP, PACKED, PROMPTS, BATCHED, SIZE, PADDED, WIDE, UPCAST, ROWS, KEYS, STAGES, TMA, PRECISION,
+    )  # fmt: skip
 
 
 def column_sweep(
-    q: Tensor, k: Tensor, lse_HT: Tensor, sequences: Sequences, *, scale: float, horizon: tuple[int, int | None]
-) -> Tensor:
-    """fai [Hq, T] fp32, NaN where no response row is within the horizon; lse_HT is read on response rows only."""
-    heads, size = q.shape[-2:]
-    padded = max(16, triton.next_power_of_2(size))
-    fai = torch.full((heads, sequences.tokens), torch.nan, device=q.device)
-    if sequences.tokens == 0:
-        return fai
-    block_m, block_n, warps, stages = column_configuration(q.dtype, padded)
-    blocks, programs = sequences.blocks(block_n, skip_prompts=False)
+    q: Tensor,
+    k: Tensor,
+    lse_HT: Tensor,
+    sequences: Sequences,
+    fai_HT: Tensor,
+    *,
+    scale: float,
+    horizon: tuple[int, int | None],
+) -> None:
+    """Fills FAI, fp32 [Hq, T], where a response row is within the horizon; lse_HT is read on response rows only."""
+    arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon)
+
+    def run(tile: Tile) -> None:
+        programs = q.shape[-2] * sequences.blocks(tile.keys)
+        start(column_sweep_kernel, programs, **arguments, **tile_arguments(q, tile))
+
+    launch(column_kind("column", q, horizon), q, describable(q), run)
+
+
+def column_arguments(
+    q: Tensor,
+    k: Tensor,
+    lse_HT: Tensor,
+    sequences: Sequences,
+    fai_HT: Tensor,
+    scale: float,
+    horizon: tuple[int, int | None],
+) -> dict[str, Any]:
     # The sign of the scale needs no care here: there is no maximum to find.
-    column_sweep_kernel[(programs, heads)](
-        q, k, sequences.cu_seqlens, sequences.prompt_lens, blocks, lse_HT, fai,
-        *tensor_strides(q), *tensor_strides(k),
-        sequences.count, sequences.tokens, programs, scale * 1.4426950408889634, horizon[0],
-        sequences.tokens if horizon[1] is None else horizon[1],
-        GROUP=heads // k.shape[-2], BATCHED=q.ndim == 4, SIZE=size, PADDED=padded, UPCAST=upcast(q.dtype),
-        BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=dot_precision(), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return fai
+    return common_arguments(q, k, sequences, scale) | {
+        "lse": lse_HT,
+        "fai": fai_HT,
+        "horizon_lo": horizon[0],
+        "horizon_hi": sequences.tokens if horizon[1] is None else min(horizon[1], sequences.tokens),
+    }
 
 
-def column_configuration(dtype: torch.dtype, padded: int) -> tuple[int, int, int, int]:
-    """(rows, keys, warps, stages) of a tile. Few rows: a band is narrow, and a tile beyond it is wasted."""
-    if dtype == torch.float32:
-        return (32, 32, 4, 2)
-    return (32, 64, 4, 3) if padded <= 128 else (32, 64, 4, 2)
+def tile_arguments(q: Tensor, tile: Tile) -> dict[str, Any]:
+    return {
+        "q_tiles": descriptor(q, tile.rows) if tile.tma else q,
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "STAGES": tile.stages,
+        "TMA": tile.tma,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def column_kind(sweep: str, q: Tensor, horizon: tuple[int, int | None]) -> Kind:
+    return Kind(sweep if horizon[1] is None else f"{sweep}_band", q.element_size(), padded_size(q.shape[-1]))

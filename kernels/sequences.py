@@ -1,56 +1,73 @@
 """Where the sequences lie, and which program works on which block of which sequence.
 
-Everything stays on the device: nothing here waits for it.
+Everything stays on the device: no program table is built and nothing here waits. Lengths that cu_seqlens or
+prompt_lens give beyond the tensors are cut to them, so that no kernel reads outside.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
-import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """cu_seqlens int32 [B + 1] on the flattened token axis, prompt_lens int32 [B], tokens = cu_seqlens[-1]."""
+    """`count` sequences on a flattened axis of `tokens`.
 
-    cu_seqlens: Tensor
-    prompt_lens: Tensor
+    Attributes:
+        cu_seqlens: int32 [count + 1]; None: all of the same length.
+        prompt_lens: int32 or int64 [count]; None: no prompts.
+    """
+
+    cu_seqlens: Tensor | None
+    prompt_lens: Tensor | None
     tokens: int
+    count: int
 
-    @property
-    def count(self) -> int:
-        return self.prompt_lens.shape[0]
-
-    def blocks(self, size: int, skip_prompts: bool) -> tuple[Tensor, int]:
-        """A table int32 [2, programs]: sequence and first row (or key) of each block; sequence B: nothing to do.
-
-        The number of programs is a bound that needs no look at the lengths. The last blocks of each sequence come
-        first, since their rows are the longest.
-        """
-        first = self.prompt_lens if skip_prompts else torch.zeros_like(self.prompt_lens)
-        lengths = self.cu_seqlens.diff() - first
-        ends = ((lengths + size - 1) // size).cumsum(0)
-        programs = self.tokens // size + self.count
-        block = torch.arange(programs, device=ends.device)
-        sequence = torch.searchsorted(ends, block, right=True)
-        held = sequence.clamp(max=self.count - 1)
-        row = first[held] + (ends[held] - 1 - block) * size
-        return torch.stack([sequence, row]).to(torch.int32), programs
+    def blocks(self, size: int) -> int:
+        """Programs for blocks of `size` rows: enough for any lengths, so that nobody has to look at them."""
+        if self.cu_seqlens is None:
+            return self.count * triton.cdiv(self.tokens // self.count, size)
+        return self.tokens // size + self.count
 
 
-def tensor_strides(x: Tensor) -> tuple[int, int, int, int]:
-    """(batch, token, head, dim) of x [T, H, D] or [B, T, H, D]; the batch stride of packed x is 0."""
-    return x.stride() if x.ndim == 4 else (0, *x.stride())
+@triton.jit
+def bound(cu_seqlens, i, tokens):
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), tokens)
 
 
-def dot_precision() -> str:
-    """Of fp32 products: torch's own switch between full fp32 and TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+@triton.jit
+def locate(
+    program, programs, cu_seqlens, prompt_lens, sequences, tokens,
+    PACKED: tl.constexpr, PROMPTS: tl.constexpr, SKIP_PROMPT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(sequence, its first token, length and prompt, first row of the block): no work where that is beyond the length.
 
-
-def upcast(dtype: torch.dtype) -> bool:
-    """Triton's interpreter multiplies the bit patterns of bf16 matrices: there they are made fp32 first."""
-    return dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    Sequence i has the blocks from cu_seqlens[i] // BLOCK + i on: at least as many as it needs. The last blocks come
+    first, since their rows are the longest. SKIP_PROMPT: blocks begin where the prompt ends.
+    """
+    block = programs - 1 - program
+    if PACKED:
+        sequence = block * 0
+        beyond = sequence + sequences
+        while beyond - sequence > 1:  # the last sequence that begins at or before the block
+            middle = (sequence + beyond) // 2
+            before = bound(cu_seqlens, middle, tokens) // BLOCK + middle <= block
+            sequence = tl.where(before, middle, sequence)
+            beyond = tl.where(before, beyond, middle)
+        start = bound(cu_seqlens, sequence, tokens)
+        length = tl.maximum(bound(cu_seqlens, sequence + 1, tokens) - start, 0)
+        index = block - (start // BLOCK + sequence)
+    else:
+        length = tokens // sequences
+        sequence = block // tl.cdiv(length, BLOCK)
+        index = block % tl.cdiv(length, BLOCK)
+        start = sequence * length
+    prompt = tl.minimum(tl.maximum(tl.load(prompt_lens + sequence).to(tl.int32), 0), length) if PROMPTS else 0
+    first = index * BLOCK
+    if SKIP_PROMPT:
+        first += prompt
+    return sequence, start, length, prompt, first

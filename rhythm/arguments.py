@@ -1,13 +1,15 @@
 """Checks of the ops' arguments: every refusal names the argument, what it was and what is allowed.
 
 The static checks read shapes, types and devices only, so they also run under torch.compile; the value checks
-(`layout`) read the contents of cu_seqlens and prompt_lens.
+(`check_values`) read the contents of cu_seqlens and prompt_lens.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -19,10 +21,31 @@ MAX_HEAD_SIZE = 256
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences lie on the flattened token axis: sequence i is tokens bounds[i] … bounds[i + 1] − 1."""
+    """Where the sequences lie on the flattened token axis: as the caller's tensors, and read from them as numbers.
 
-    bounds: list[int]
-    prompt_lens: list[int]
+    Attributes:
+        tokens: T, of all sequences together.
+        count: B.
+        cu_seqlens: int32 [B + 1] on q's device; None: B sequences of T / B tokens.
+        prompt_tensor: int32 or int64 [B] on q's device; None: no prompts.
+    """
+
+    tokens: int
+    count: int
+    cu_seqlens: Tensor | None
+    prompt_tensor: Tensor | None
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Sequence i is tokens bounds[i] … bounds[i + 1] − 1. Waits for the device."""
+        if self.cu_seqlens is None:
+            return [i * self.tokens // self.count for i in range(self.count + 1)] if self.count else [0]
+        return [int(bound) for bound in self.cu_seqlens.tolist()]
+
+    @cached_property
+    def prompt_lens(self) -> list[int]:
+        """Waits for the device."""
+        return [0] * self.count if self.prompt_tensor is None else [int(n) for n in self.prompt_tensor.tolist()]
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
@@ -97,21 +120,29 @@ def check_sequences(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | 
 
 
 def layout(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | None) -> Layout:
-    """The sequences of q, after the checks of the values in cu_seqlens and prompt_lens."""
+    """The sequences of q, after the checks of the values in cu_seqlens and prompt_lens.
+
+    Values on a GPU are not read, since that would wait for it, unless RHYTHM_CHECK_VALUES=1 asks for the checks; the
+    kernels cut what lies beyond the tensors.
+    """
     if q.ndim == 4:
-        bounds = [i * q.shape[1] for i in range(q.shape[0] + 1)]
-    elif cu_seqlens is None:
-        bounds = [0, q.shape[0]]
+        tokens, count = q.shape[0] * q.shape[1], q.shape[0]
     else:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != q.shape[0]:
-            raise ValueError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must cover 0 to T = {q.shape[0]}")
-        for i, (start, end) in enumerate(pairwise(bounds)):
-            if end < start:
-                raise ValueError(f"cu_seqlens falls from {start} to {end} at entry {i + 1}; it must not fall")
-    lengths = [end - start for start, end in pairwise(bounds)]
-    prompts = [0] * len(lengths) if prompt_lens is None else prompt_lens.tolist()
-    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        if not 0 <= prompt <= length:
-            raise ValueError(f"prompt_lens[{i}] is {prompt}; its sequence allows 0 to {length}")
-    return Layout(bounds, prompts)
+        tokens, count = q.shape[0], 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    result = Layout(tokens, count, cu_seqlens, prompt_lens)
+    if q.device.type == "cpu" or os.environ.get("RHYTHM_CHECK_VALUES") == "1":
+        check_values(result)
+    return result
+
+
+def check_values(layout: Layout) -> None:
+    """cu_seqlens runs from 0 to T without falling; each prompt is at most as long as its sequence."""
+    bounds, tokens = layout.bounds, layout.tokens
+    if bounds[0] != 0 or bounds[-1] != tokens:
+        raise ValueError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must cover 0 to T = {tokens}")
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        if end < start:
+            raise ValueError(f"cu_seqlens falls from {start} to {end} at entry {i + 1}; it must not fall")
+    for i, (prompt, (start, end)) in enumerate(zip(layout.prompt_lens, pairwise(bounds), strict=True)):
+        if not 0 <= prompt <= end - start:
+            raise ValueError(f"prompt_lens[{i}] is {prompt}; its sequence allows 0 to {end - start}")

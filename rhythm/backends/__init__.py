@@ -34,19 +34,19 @@ def choose(name: str, q: Tensor) -> ModuleType:
         RuntimeError: the named backend is not available on this machine.
     """
     if name == "auto":
-        return _automatic(q.device.type, q.dtype)
+        return _automatic(q.device, q.dtype)
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; allowed are {', '.join(NAMES)}")
     module = BACKENDS[name]
     if (reason := module.unavailable()) is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
-    if (reason := module.refuses(q.device.type, q.dtype)) is not None:
+    if (reason := module.refuses(q.device, q.dtype)) is not None:
         raise ValueError(f"backend {name!r} can't take q: {reason}")
     return module
 
 
 @cache
-def _automatic(device: str, dtype: torch.dtype) -> ModuleType:
+def _automatic(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """Cached, so that the choice for a device and type is said once."""
     passed_over: list[str] = []
     for name, module in BACKENDS.items():

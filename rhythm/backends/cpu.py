@@ -25,8 +25,8 @@ def unavailable() -> str | None:
     return None if _C is not None else f"the extension rhythm._C does not import: {_IMPORT_ERROR}"
 
 
-def refuses(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cpu":
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
         return f"it is on {device}; the cpu backend takes CPU tensors"
     if dtype not in DTYPE_NAMES:
         return f"it has dtype {dtype}; the cpu backend takes {', '.join(map(str, DTYPE_NAMES))}"

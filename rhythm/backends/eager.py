@@ -14,7 +14,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(device: str, dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 

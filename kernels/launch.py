@@ -1,0 +1,59 @@
+"""The way of every kernel onto the device: which tile, and whether it runs or is only compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from rhythm.kernels.configurations import Kind, Tile, architecture, candidates, shared_memory
+from rhythm.kernels.tuning import autotuning, tuned
+from torch import Tensor
+
+Choice = Callable[[Kind], list[Tile]]
+Compiled = Callable[[Any], None]
+
+_forced: ContextVar[Choice | None] = ContextVar("forced", default=None)
+_compiled: ContextVar[Compiled | None] = ContextVar("compiled", default=None)
+
+
+def launch(kind: Kind, q: Tensor, tma: bool, run: Callable[[Tile], None]) -> None:
+    """Runs the kernel with the tile chosen for its kind: `run(tile)` starts it, and may be called several times.
+
+    tma: whether the tensor memory accelerator could read the operands.
+    """
+    if (choice := _forced.get()) is not None:
+        for tile in choice(kind):
+            run(tile)
+        return
+    tiles = candidates(architecture(q.device), kind, shared_memory(q.device), tma)
+    run(tuned(kind, q.device, tiles, run) if len(tiles) > 1 and autotuning(q.device) else tiles[0])
+
+
+def start(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Starts that many programs of a kernel; under `compiling` it is compiled and goes to the receiver instead."""
+    if (receive := _compiled.get()) is None:
+        kernel[(programs,)](**arguments)
+    else:
+        receive(kernel.warmup(grid=(programs,), **arguments))
+
+
+@contextmanager
+def forced(choice: Choice) -> Iterator[None]:
+    """While open, kernels run with each tile that `choice` names for their kind, in turn."""
+    token = _forced.set(choice)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
+def compiling(receive: Compiled) -> Iterator[None]:
+    """While open, kernels are compiled for Triton's active driver and do not run."""
+    token = _compiled.set(receive)
+    try:
+        yield
+    finally:
+        _compiled.reset(token)
