@@ -1,0 +1,175 @@
+"""TRL: GRPOTrainer with token credit, its advantages [B] made into advantages × γ [B, C].
+
+    trainer = RhythmGRPOTrainer(model, reward, args, dataset, credit=RhythmCredit(strategy="coupled"))
+    trainer.train()
+
+Shape suffixes: B responses, P positions of the prompts (padded on the left), C of the completions (padded on the
+right), T = P + C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rhythm.advantages import token_advantages
+from rhythm.credit import CreditConfig, RhythmCredit, batch_credit_weights
+from rhythm.heads import HeadGroups
+from rhythm.signals import RhythmSignals
+
+try:
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]  # exported lazily
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise ImportError("rhythm.integrations.trl needs TRL: pip install 'rhythm[trl]'") from error
+
+REFUSED_INPUTS = {  # in what TRL makes of a batch
+    "mm_token_type_ids": "images",
+    "pixel_values": "images",
+    "token_type_ids": "images",
+    "tool_mask": "tools or an environment: responses with tokens that the model did not write",
+}
+
+
+class RhythmGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer that multiplies advantages by γ, token by token (eq. 12).
+
+    A forward pass of the policy, without gradients and no further than the last sampled layer, gives the signals of
+    each generated batch, `per_device_train_batch_size` (or `…_eval_…`) rows at a time; γ, made of them once, is shared
+    by all optimizer steps on that batch. Everything else is TRL's, and with `credit=None` all of it, bit for bit.
+
+    Logged beside TRL's metrics, over the completion tokens of all processes: rhythm/gamma_mean,
+    rhythm/amplified_fraction (tokens with γ > 1) and rhythm/waad_mean (tokens).
+
+    Args:
+        model, reward_funcs, args, *rest, **options: as in GRPOTrainer.
+        credit: how γ is made, RhythmCredit or just its CreditConfig. None: plain GRPO.
+
+    Raises:
+        ValueError: on construction: a credit of another type; `importance_sampling_level="sequence"`, whose gradient
+            gives all tokens of a response the same advantage; the strategy "entropy" at a temperature other than 1;
+            parameters sharded by FSDP or DeepSpeed ZeRO-3, whose hooks a pass that stops early would leave half done.
+            In training: images, tools or environments, whose tokens are not all text that the model wrote.
+        UnsupportedAttention (a ValueError): in training: see `observe`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *rest: Any,
+        credit: RhythmCredit | CreditConfig | None = None,
+        **options: Any,
+    ) -> None:
+        self.credit = RhythmCredit(credit) if isinstance(credit, CreditConfig) else credit
+        if self.credit is not None:
+            _check_credit(self.credit, args)
+        super().__init__(model, reward_funcs, args, *rest, **options)
+        if self.credit is not None:
+            _check_sharding(self)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.credit is not None:
+            output["advantages"] = self._token_advantages(self.credit, output)
+        return output
+
+    def _token_advantages(self, credit: RhythmCredit, output: dict[str, Any]) -> Tensor:
+        """[B, C] fp32: advantages × γ on completion tokens, 0 on padding."""
+        for name, feature in REFUSED_INPUTS.items():
+            if output.get(name) is not None:
+                raise ValueError(f"the batch holds {name} ({feature}); credit must be None with these")
+        completion_BC = output["completion_mask"].bool()
+        input_ids_BT = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        response_BT = torch.cat([torch.zeros_like(output["prompt_mask"]).bool(), completion_BC], dim=1)
+        mask_BT = torch.cat([output["prompt_mask"].bool(), completion_BC], dim=1)
+        signals = self._signals(credit, input_ids_BT, mask_BT, output["prompt_mask"].sum(dim=1))
+        gamma_BT = batch_credit_weights(signals, response_BT, credit.config, credit.generator)
+        self._log_credit(gamma_BT[response_BT], signals.waad[response_BT])
+        gamma_BC = gamma_BT[:, -completion_BC.shape[1] :]
+        return token_advantages(output["advantages"], gamma_BC, completion_BC, credit.config.apply_to)
+
+    def _signals(
+        self, credit: RhythmCredit, input_ids_BT: Tensor, mask_BT: Tensor, prompt_lens_B: Tensor
+    ) -> RhythmSignals:
+        """Of the whole batch, by passes over micro-batches of it."""
+        args = self.args
+        rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        if credit._observe.keywords["grouping"] == "batch":  # the spans of all rows choose the heads
+            rows = len(input_ids_BT)
+        model = self.accelerator.unwrap_model(self.model)
+        with _evaluating(model), self.accelerator.autocast():
+            parts = [
+                credit._observe(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
+                for input_ids, mask, prompt_lens in zip(
+                    *(torch.split(x, rows) for x in (input_ids_BT, mask_BT, prompt_lens_B)), strict=True
+                )
+            ]
+        return _joined(parts)
+
+    def _log_credit(self, gamma_t: Tensor, waad_t: Tensor) -> None:
+        """Means over the completion tokens of all processes, in TRL's own record of metrics."""
+        mode = "train" if self.model.training else "eval"
+        local = torch.stack([gamma_t.sum(), (gamma_t > 1).sum(), waad_t.sum(), gamma_t.new_tensor(len(gamma_t))])
+        *sums, count = self.accelerator.reduce(local, reduction="sum").tolist()
+        for name, value in zip(("gamma_mean", "amplified_fraction", "waad_mean"), sums, strict=True):
+            self._metrics[mode][f"rhythm/{name}"].append(value / count if count else math.nan)
+
+
+def _check_credit(credit: RhythmCredit, args: GRPOConfig | None) -> None:
+    """What can be refused before a model is loaded; `args` None: TRL's defaults, which are fine."""
+    if not isinstance(credit, RhythmCredit):
+        raise ValueError(f"credit is a {type(credit).__name__}; it must be a RhythmCredit, a CreditConfig or None")
+    if args is None:
+        return
+    if args.importance_sampling_level != "token":
+        raise ValueError(
+            f"importance_sampling_level is {args.importance_sampling_level!r}; it must be 'token' for token credit: "
+            "one ratio for a whole response gives all its tokens the same advantage"
+        )
+    if credit.config.strategy == "entropy" and args.temperature != 1:
+        raise ValueError(
+            f"temperature is {args.temperature}; it must be 1 for the strategy 'entropy', which is of the distribution "
+            "that tokens were drawn from"
+        )
+
+
+def _check_sharding(trainer: GRPOTrainer) -> None:
+    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    if trainer.is_fsdp_enabled or zero3:
+        how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3"
+        raise ValueError(f"the parameters are sharded by {how}; token credit needs them whole on each process")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and each module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _joined(parts: list[RhythmSignals]) -> RhythmSignals:
+    """The signals of a batch, of those of its micro-batches."""
+    entropies = [part.entropy for part in parts if part.entropy is not None]
+    return RhythmSignals(
+        waad=torch.cat([part.waad for part in parts]),
+        fai=torch.cat([part.fai for part in parts]),
+        entropy=torch.cat(entropies) if entropies else None,
+        span=torch.cat([part.span for part in parts]),
+        groups=HeadGroups(
+            local=torch.cat([part.groups.local.expand(part.span.shape) for part in parts]),
+            global_=torch.cat([part.groups.global_.expand(part.span.shape) for part in parts]),
+        ),
+    )
