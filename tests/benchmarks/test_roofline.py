@@ -1,0 +1,147 @@
+"""The floors: counts against masks and numbers worked by hand, and the document against the command."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import roofline
+from benchmarks.roofline import (
+    COLUMN_BAND,
+    COLUMNS_TO_END,
+    FORWARD,
+    GPUS,
+    H200,
+    KERNELS,
+    OPS,
+    ROWS,
+    ROWS_WITH_OUTPUT,
+    WINDOW_BAND,
+    Kernel,
+    Units,
+)
+from benchmarks.shapes import Shape
+
+SM_CLOCKS = 132 * 1.83e9  # a second
+
+
+def needed(kernel: Kernel, tokens: int) -> torch.Tensor:
+    """bool [t, s]: the pairs the kernel looks at."""
+    position = torch.arange(tokens)
+    distance = position[:, None] - position[None, :]
+    lo, hi = kernel.distances
+    return (distance >= lo) & (distance <= (tokens if hi is None else hi))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("tokens", [1, 9, 63, 300])
+def test_pairs_are_those_of_the_mask(kernel: Kernel, tokens: int) -> None:
+    assert kernel.pairs(tokens) == needed(kernel, tokens).sum()
+
+
+@pytest.mark.parametrize("owns_keys", [False, True])
+@pytest.mark.parametrize("distances", [(0, None), (3, None), (0, 4), (2, 9)])
+@pytest.mark.parametrize("tokens", [1, 7, 24, 61])
+def test_tiles_are_those_from_the_first_needed_pair_to_the_last(
+    owns_keys: bool, distances: tuple[int, int | None], tokens: int
+) -> None:
+    kernel = Kernel("", distances, stationary=8, moving=4, slots=1, owns_keys=owns_keys)
+    mask = needed(kernel, tokens).T if owns_keys else needed(kernel, tokens)
+    tiles = 0
+    for block in mask.split(8):
+        reached = block.any(dim=0).nonzero()
+        if len(reached):
+            tiles += -(-(int(reached[-1] - reached[0]) + 1) // 4)
+    assert kernel.tile_scores(tokens) == 32 * tiles
+
+
+def test_tile_counts_worked_by_hand() -> None:
+    assert ROWS.tile_scores(256) == 3 * 128 * 128  # one tile for the first block of rows, two for the second
+    # 64 keys are reached by the rows 10 … 113 after the first of them: 104 rows, 2 tiles of 64; the second block's
+    # rows end with the sequence: 54 rows, 1 tile.
+    assert COLUMN_BAND.tile_scores(128) == (2 + 1) * 64 * 64
+    # 64 rows look at themselves, 2 tiles of 32 keys; the second block also at 9 keys before: 73 keys, 3 tiles.
+    assert WINDOW_BAND.tile_scores(128) == (2 + 3) * 64 * 32
+
+
+def test_work_worked_by_hand() -> None:
+    """T = 3, 4 query heads, 2 key heads, head size 16: 6 causal pairs a head."""
+    shape = Shape(3, query_heads=4, key_heads=2, head_size=16)
+    query, key, row = 3 * 4 * 16 * 2, 3 * 2 * 16 * 2, 3 * 4 * 4  # bytes
+    assert ROWS.work(shape) == Units(tensor=24 * 32, exp=24, issue=24 * 8, memory=query + key + 2 * row)
+    assert ROWS_WITH_OUTPUT.work(shape) == Units(24 * 64, 24, 24 * 10.5, 2 * query + 2 * key + 2 * row)
+    assert FORWARD.work(shape) == Units(24 * 64, 24, 24 * 5.5, 2 * query + 2 * key + row)
+    assert COLUMN_BAND.work(shape).exp == 0  # no row is 10 tokens later
+    assert COLUMNS_TO_END.work(replace(shape, tokens=12)).exp == 4 * (1 + 2)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_a_score_of_the_row_sweep_costs_the_same_in_three_units(gpu: roofline.Gpu) -> None:
+    work = ROWS.work(roofline.shape_of(8192))
+    floor = roofline.seconds(work, gpu)
+    sixteenth = 32 * (8192 * 8193 // 2) / 16 / SM_CLOCKS
+    assert [floor.tensor, floor.exp, floor.issue] == pytest.approx([sixteenth] * 3)
+    assert floor.limits == "tensor = exp = issue"
+    assert floor.memory == pytest.approx((8192 * 40 * 128 * 2 + 2 * 8192 * 32 * 4) / gpu.memory)
+
+
+def test_rates_are_the_quoted_ones() -> None:
+    assert H200.tensor * SM_CLOCKS == pytest.approx(989.4e12, rel=1e-4)
+    assert H200.exp * SM_CLOCKS == pytest.approx(3.9e12, rel=0.01)
+    assert [gpu.memory for gpu in GPUS] == [3.35e12, 4.8e12]
+
+
+def test_the_three_numbers_of_a_floor() -> None:
+    floor = Units(tensor=2.0, exp=1.0, issue=3.0, memory=1.5)
+    assert (floor.overlapped, floor.staged, floor.serial) == (3.0, 5.0, 7.5)
+    assert floor.limits == "issue"
+    assert replace(floor, memory=9.0).staged == 9.0
+
+
+def test_one_launch_of_both_bands_reads_its_operands_once() -> None:
+    shape = roofline.shape_of(8192)
+    together = roofline.launch_work((WINDOW_BAND, COLUMN_BAND), shape)
+    window, column = WINDOW_BAND.work(shape), COLUMN_BAND.work(shape)
+    assert together.tensor == window.tensor + column.tensor
+    operands, lse_or_result = 8192 * 40 * 128 * 2, 8192 * 32 * 4
+    assert together.memory == operands + 3 * lse_or_result  # lse, waad, fai
+    assert window.memory == column.memory == operands + 2 * lse_or_result
+
+
+def test_conclusions_of_the_document() -> None:
+    """Its "What follows": which aims the floors allow at T = 8k on an H200, against a forward at its own floor."""
+    shape = roofline.shape_of(8192)
+    forward = roofline.seconds(FORWARD.work(shape), H200).overlapped
+    statistics, with_output, two_launches, one_launch = (roofline.op_floor(op, shape, H200) / forward for op in OPS)
+    assert 0.53 < statistics < 0.535
+    assert 1.03 < with_output < 1.035
+    assert 0.064 < two_launches < 0.065
+    assert 0.032 < one_launch < 0.033
+    thirteen = roofline.seconds(replace(ROWS, slots=13.0).work(shape), H200).overlapped
+    assert thirteen / forward == pytest.approx(13 / 16)
+    statistics_at_75 = roofline.op_floor(OPS[0], shape, H200) / (0.5 * forward / 0.75)
+    assert statistics_at_75 == pytest.approx(0.80, abs=0.005)
+
+
+def test_the_document_holds_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    roofline.main([])
+    printed = capsys.readouterr().out
+    text = roofline.DOC.read_text(encoding="utf-8")
+    block = re.search(f"{re.escape(roofline.BEGIN)}(.*?){re.escape(roofline.END)}", text, re.DOTALL)
+    assert block is not None
+    assert block[1].strip() == printed.strip(), "run python -m benchmarks.roofline --write"
+
+
+def test_write_renews_the_tables_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doc = tmp_path / "roofline.md"
+    doc.write_text(f"before\n{roofline.BEGIN}old\n{roofline.END}after\n", encoding="utf-8")
+    roofline.main(["--write", "--doc", str(doc)])
+    assert (
+        doc.read_text(encoding="utf-8") == f"before\n{roofline.BEGIN}\n{capsys.readouterr().out}{roofline.END}after\n"
+    )
+    with pytest.raises(ValueError, match="the document must hold"):
+        roofline.with_tables("no tables here")
