@@ -49,7 +49,8 @@ wheel-test: install
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$(build/wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	mkdir -p build/scratch && cd build/scratch && ../wheel-venv/bin/python -m pytest -c ../../pyproject.toml \
-	  --rootdir ../.. -p no:cacheprovider ../../tests/wheel ../../tests/test_statistics.py ../../tests/test_credit.py
+	  --rootdir ../.. -p no:cacheprovider ../../tests/wheel ../../tests/test_statistics.py ../../tests/test_credit.py \
+	  ../../tests/test_cpp_dispatch.py
 
 bench: install
 	$(BIN)/python -m benchmarks.run --device cpu
