@@ -1,6 +1,7 @@
 """Attention statistics without attention maps, and token credit for reinforcement learning from them."""
 
 from rhythm.attention_form import UnsupportedAttention
+from rhythm.column_scores import column_scores
 from rhythm.credit import RhythmCredit, credit_weights
 from rhythm.heads import HeadGroups, sampled_layers, select_heads
 from rhythm.observe import observe
@@ -17,6 +18,7 @@ __all__ = [
     "UnsupportedAttention",
     "attention_statistics",
     "attention_with_statistics",
+    "column_scores",
     "credit_weights",
     "observe",
     "sampled_layers",
