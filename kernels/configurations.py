@@ -10,7 +10,7 @@ import torch
 import triton
 
 # "bands" are columns and the window for a given lse; "_band" says that the horizon is finite.
-SWEEPS = ("row", "row_values", "column", "column_band", "bands", "bands_band")
+SWEEPS = ("row", "row_values", "column", "column_band", "bands", "bands_band", "sampled")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ INTERPRETER = {
 
 def _joined(half: Mapping[str, dict[str, list[Tile]]]) -> dict[str, dict[str, list[Tile]]]:
     table = {sweep: FLOATS[sweep] | of_half for sweep, of_half in half.items()}
-    return table | {"bands": table["column"], "column_band": BAND, "bands_band": BAND}
+    return table | {"bands": table["column"], "column_band": BAND, "bands_band": BAND, "sampled": BAND}
 
 
 TABLES = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rhythm import arguments, backends
+from rhythm import arguments, backends, forwards
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def attention_statistics(
     lse: Tensor | None = None,
     span: bool = True,
     backend: str = "auto",
+    span_rows: int | None = None,
 ) -> AttentionStatistics:
     """Span, WAAD and FAI of causal attention, without the attention maps (DESIGN §2; paper eqs. 7, 9, 10).
 
@@ -61,17 +62,24 @@ def attention_statistics(
         horizon: (H_lo, H_hi) of eq. 10, tokens, both ends in; H_hi None: to the end of the sequence.
         lse: fp32, shaped as the result's; used instead of computing it.
         span: whether span is wanted.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
+        span_rows: with `lse` given, estimate span from this many rows of each response, evenly spread
+            (docs/forwards.md says how well), instead of a full sweep.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
         RuntimeError: the named backend is not available on this machine.
     """
+    if span_rows is not None and (lse is None or not span):
+        raise ValueError(f"span_rows is {span_rows}; it goes with lse given and span wanted, else the sweep has span")
     q, k = q.detach(), k.detach()
-    scale, prompts = _checked(q, k, None, cu_seqlens, prompt_lens, scale, window, horizon, lse)
-    flat_lse = None if lse is None else _flatten(lse, q)
+    scale, prompts = _prepared(q, cu_seqlens, prompt_lens, scale)
+    arguments.check_options(scale, window, horizon)
+    if lse is not None:
+        arguments.check_lse(lse, _lse_shape(q), q.device)
+        lse = _flatten(lse, q)
     span_BH, waad_HT, fai_HT, lse_HT = _attention_statistics(
-        q, k, cu_seqlens, prompts, scale, window, horizon[0], horizon[1], flat_lse, span, backend
+        q, k, cu_seqlens, prompts, scale, window, horizon[0], horizon[1], lse, span, backend, span_rows
     )
     return AttentionStatistics(
         span_BH if span else None, _unflatten(waad_HT, q), _unflatten(fai_HT, q), _unflatten(lse_HT, q)
@@ -89,42 +97,71 @@ def attention_with_statistics(
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 50),
     backend: str = "auto",
+    forward: str = "fused",
+    span_rows: int | None = None,
 ) -> tuple[Tensor, AttentionStatistics]:
-    """Causal attention and its statistics in one sweep: (out shaped and typed as q, AttentionStatistics).
+    """Causal attention and its statistics: (out shaped and typed as q, AttentionStatistics).
 
     `out` covers all rows, the statistics those of the response. v is shaped and typed as k; everything else is as in
     `attention_statistics`. Forward only: inputs that require grad are treated as detached.
+
+    Args:
+        forward: "fused": all in one sweep. "flash_attn", "sdpa_flash", "sdpa_cudnn": the library's out and lse, to
+            which the bands are added; span then takes a sweep of its own, or `span_rows`. "auto": what was measured
+            to be fastest on this device.
+        span_rows: with another forward than the fused one, estimate span from this many rows of each response. With
+            "auto" it holds where the choice is not the fused sweep, which has the exact span for nothing.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+        RuntimeError: the named backend or forward is not available on this machine.
     """
+    if span_rows is not None and forward == "fused":
+        raise ValueError(
+            f"span_rows is {span_rows}; it goes with a forward other than 'fused', which has the exact span"
+        )
     q, k, v = q.detach(), k.detach(), v.detach()
-    scale, prompts = _checked(q, k, v, cu_seqlens, prompt_lens, scale, window, horizon, None)
+    scale, prompts = _prepared(q, cu_seqlens, prompt_lens, scale)
+    arguments.check_options(scale, window, horizon)
     out, span_BH, waad_HT, fai_HT, lse_HT = _attention_with_statistics(
-        q, k, v, cu_seqlens, prompts, scale, window, horizon[0], horizon[1], backend
+        q, k, v, cu_seqlens, prompts, scale, window, horizon[0], horizon[1], backend, forward, span_rows
     )
     statistics = AttentionStatistics(span_BH, _unflatten(waad_HT, q), _unflatten(fai_HT, q), _unflatten(lse_HT, q))
     return out, statistics
 
 
-def _checked(
+def _prepared(
+    q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | Sequence[int] | None, scale: float | None
+) -> tuple[float, Tensor | None]:
+    """The softmax scale, and prompt_lens as a tensor."""
+    if q.ndim not in (3, 4):
+        raise ValueError(f"q has shape {tuple(q.shape)}; allowed are [T, Hq, D] and [B, T, Hq, D]")
+    if prompt_lens is not None and not isinstance(prompt_lens, Tensor):
+        prompt_lens = torch.tensor(prompt_lens, dtype=torch.int64, device=q.device)
+    return (max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)), prompt_lens
+
+
+def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
     cu_seqlens: Tensor | None,
-    prompt_lens: Tensor | Sequence[int] | None,
-    scale: float | None,
+    prompt_lens: Tensor | None,
+    scale: float,
     window: int,
     horizon: tuple[int, int | None],
-    lse: Tensor | None,
-) -> tuple[float, Tensor | None]:
-    """The static checks; gives the softmax scale and prompt_lens as a tensor."""
+    span_rows: int | None,
+) -> None:
+    """The static checks. Inside the ops, since compiled graphs and C++ call these."""
     arguments.check_tensors(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments.check_options(scale, window, horizon)
-    heads = q.shape[-2]
-    arguments.check_lse(lse, (heads, q.shape[0]) if q.ndim == 3 else (q.shape[0], heads, q.shape[1]), q.device)
-    if prompt_lens is not None and not isinstance(prompt_lens, Tensor):
-        prompt_lens = torch.tensor(prompt_lens, dtype=torch.int64, device=q.device)
     arguments.check_sequences(q, cu_seqlens, prompt_lens)
-    return scale, prompt_lens
+    if span_rows is not None and span_rows < 1:
+        raise ValueError(f"span_rows is {span_rows}; it must be at least 1")
+
+
+def _lse_shape(q: Tensor) -> tuple[int, ...]:
+    return (q.shape[-2], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[-2], q.shape[1])
 
 
 def _flatten(x: Tensor, q: Tensor) -> Tensor:
@@ -150,20 +187,27 @@ def _attention_statistics(
     lse: Tensor | None,
     span: bool,
     backend: str,
+    span_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    horizon = (horizon_lo, horizon_hi)
+    _check(q, k, None, cu_seqlens, prompt_lens, scale, window, horizon, span_rows)
+    arguments.check_lse(lse, (q.shape[-2], q.shape[:-2].numel()), q.device)
     layout = arguments.layout(q, cu_seqlens, prompt_lens)
-    outputs = backends.choose(backend, q).run(
+    chosen = backends.choose(backend, q)
+    sampled = span_rows is not None and lse is not None
+    outputs = chosen.run(
         q,
         k,
         None,
         layout,
         scale=scale,
         window=window,
-        horizon=(horizon_lo, horizon_hi),
+        horizon=horizon,
         lse_HT=lse,
-        span=span,
+        span=span and not sampled,
     )
-    return outputs.span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
+    span_BH = chosen.sampled_span(q, k, lse, layout, scale=scale, count=span_rows) if sampled else outputs.span_BH
+    return span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
 
 
 @torch.library.custom_op("rhythm::attention_with_statistics", mutates_args=())
@@ -178,21 +222,26 @@ def _attention_with_statistics(
     horizon_lo: int,
     horizon_hi: int | None,
     backend: str,
+    forward: str = "fused",
+    span_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    horizon = (horizon_lo, horizon_hi)
+    _check(q, k, v, cu_seqlens, prompt_lens, scale, window, horizon, span_rows)
     layout = arguments.layout(q, cu_seqlens, prompt_lens)
-    outputs = backends.choose(backend, q).run(
-        q,
-        k,
-        v,
-        layout,
-        scale=scale,
-        window=window,
-        horizon=(horizon_lo, horizon_hi),
-        lse_HT=None,
-        span=True,
-    )
-    assert outputs.out_THD is not None
-    return outputs.out_THD.view(q.shape), outputs.span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
+    chosen = backends.choose(backend, q)
+    settings = {"scale": scale, "window": window, "horizon": horizon}
+    library = forwards.choose(forward, q, k, layout)
+    if library is None:
+        outputs = chosen.run(q, k, v, layout, lse_HT=None, span=True, **settings)
+        assert outputs.out_THD is not None
+        return outputs.out_THD.view(q.shape), outputs.span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
+    out, lse_HT = library.run(q, k, v, layout, scale)
+    outputs = chosen.run(q, k, None, layout, lse_HT=lse_HT, span=span_rows is None, **settings)
+    if span_rows is None:
+        span_BH = outputs.span_BH
+    else:
+        span_BH = chosen.sampled_span(q, k, lse_HT, layout, scale=scale, count=span_rows)
+    return out, span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
 
 
 @_attention_statistics.register_fake
@@ -208,7 +257,9 @@ def _(
     lse: Tensor | None,
     span: bool,
     backend: str,
+    span_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(q, k, None, cu_seqlens, prompt_lens, scale, window, (horizon_lo, horizon_hi), span_rows)
     return _fake_statistics(q, cu_seqlens)
 
 
@@ -224,7 +275,10 @@ def _(
     horizon_lo: int,
     horizon_hi: int | None,
     backend: str,
+    forward: str = "fused",
+    span_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(q, k, v, cu_seqlens, prompt_lens, scale, window, (horizon_lo, horizon_hi), span_rows)
     return q.new_empty(q.shape), *_fake_statistics(q, cu_seqlens)
 
 

@@ -74,7 +74,6 @@ def test_cpp_gets_the_errors_that_python_gets(caller: torch._ops._OpNamespace) -
         caller.incomplete(q)
 
 
-@pytest.mark.xfail(strict=True, reason="only the Python functions check shapes and options")
 def test_cpp_gets_the_checks_of_options(caller: torch._ops._OpNamespace) -> None:
     q, k, _ = random_qkv(10)
     with pytest.raises(ValueError, match="window is 0"):

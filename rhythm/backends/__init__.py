@@ -1,7 +1,8 @@
 """The backends of the ops, and the choice among them.
 
 A backend is a module with `unavailable()` and `refuses(device, dtype)`, which say why it can't run on this machine or
-take such tensors (None: it can), and `run(q, k, v, layout, *, scale, window, horizon, lse_HT, span) -> Outputs`.
+take such tensors (None: it can), `run(q, k, v, layout, *, scale, window, horizon, lse_HT, span) -> Outputs`, and
+`sampled_span(q, k, lse_HT, layout, *, scale, count) -> span_BH`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rhythm.arguments import Layout
 from rhythm.backends.outputs import Outputs, mean_span
+from rhythm.backends.sampled import sampled_span as sampled_span
 
 _C: ModuleType | None
 try:

@@ -8,6 +8,7 @@ from torch import Tensor
 from rhythm import reference
 from rhythm.arguments import Layout
 from rhythm.backends.outputs import Outputs
+from rhythm.backends.sampled import sampled_span as sampled_span
 
 
 def unavailable() -> str | None:

@@ -89,3 +89,15 @@ def run(
             span_BH = mean_span(row_span_HT, sequences)
             column_sweep(q, k, lse_out_HT, sequences, fai_HT, scale=scale, horizon=horizon)
     return Outputs(span_BH, waad_HT, fai_HT, lse_out_HT, out_THD)
+
+
+def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, layout: Layout, *, scale: float, count: int) -> Tensor:
+    """As rhythm.backends.sampled.sampled_span, without reading the lengths on the host."""
+    from rhythm.kernels import Sequences, sampled_span
+
+    if layout.tokens == 0:
+        return torch.full((layout.count, q.shape[-2]), torch.nan, device=q.device)
+    sequences = Sequences(layout.cu_seqlens, layout.prompt_tensor, layout.tokens, layout.count)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        span_BH: Tensor = sampled_span(q, k, lse_HT.float().contiguous(), sequences, scale=scale, count=count)
+        return span_BH
