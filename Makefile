@@ -1,4 +1,4 @@
-# make train | make test | make lint | make bench          (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+# make train | make test | make lint | make bench | make gpu          (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
 PYTHON ?= python3
 TORCH  ?= cpu
 VENV   ?= .venv
@@ -9,7 +9,9 @@ CONSTRAINTS := constraints/$(TORCH).txt
 STAMP := $(VENV)/.installed-$(TORCH)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: install train test test-fast wheel-test lint bench clean
+RUN_PYTHON ?= $(BIN)/python
+
+.PHONY: install train test test-fast wheel-test lint bench gpu compile-ahead clean
 
 install: $(STAMP)
 
@@ -54,6 +56,17 @@ wheel-test: install
 
 bench: install
 	$(BIN)/python -m benchmarks.run --device cpu
+
+# On a machine with an NVIDIA GPU, under 9 minutes; make gpu RUN_PYTHON=python takes the environment that is active.
+gpu:
+	$(RUN_PYTHON) -m pytest -q -m gpu tests/kernels
+	$(RUN_PYTHON) -m pytest -q tests/kernels -k "bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits"
+	RHYTHM_AUTOTUNE=1 $(RUN_PYTHON) -m benchmarks.run --device cuda --budget 330
+
+# What the kernels compile to, without a GPU; the record that the tests compare with.
+compile-ahead: install
+	$(BIN)/python -m rhythm.kernels.compile_ahead --arch sm_80,sm_90,sm_100,gfx942 --json \
+	  benchmarks/records/compile_ahead/triton-$$($(BIN)/python -c 'import triton; print(triton.__version__)').json
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

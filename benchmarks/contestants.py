@@ -113,7 +113,7 @@ def statistics(inputs: Inputs) -> Callable[[], Outputs]:
             prompt_lens=[inputs.shape.prompt],
             window=WINDOW,
             horizon=HORIZON,
-            backend=_backend(inputs),
+            backend=inputs.backend,
         )
         assert result.span is not None
         return {"span": result.span[0], "waad": result.waad, "fai": result.fai, "lse": result.lse}
@@ -132,7 +132,7 @@ def with_output(inputs: Inputs) -> Callable[[], Outputs]:
             prompt_lens=[inputs.shape.prompt],
             window=WINDOW,
             horizon=HORIZON,
-            backend=_backend(inputs),
+            backend=inputs.backend,
         )
         assert result.span is not None
         return {"out": out, "span": result.span[0], "waad": result.waad, "fai": result.fai, "lse": result.lse}
@@ -153,13 +153,8 @@ def bands(inputs: Inputs) -> Callable[[], Outputs]:
             horizon=HORIZON,
             lse=lse,
             span=False,
-            backend=_backend(inputs),
+            backend=inputs.backend,
         )
         return {"waad": result.waad, "fai": result.fai}
 
     return run
-
-
-def _backend(inputs: Inputs) -> str:
-    """Named, so that a benchmark of the kernels never times the reference they fell back to."""
-    return inputs.q.device.type

@@ -29,6 +29,13 @@ from benchmarks.verify import GateError
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    if options.device != "cpu":
+        from benchmarks.gpu.clock import Budget
+        from benchmarks.gpu.run import run
+
+        # What the interpreter takes says nothing: it leaves no record unless asked where.
+        records = None if options.device == "interpreter" and options.records == RECORDS else options.records
+        return run(options.device, records, console, errors, Budget(options.budget))
     settings = QUICK if options.quick else Settings()
     settings = replace(settings, threads=options.threads, aims=settings.aims and options.threads == 1)
     try:
@@ -75,11 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "interpreter"), default="cpu")
     parser.add_argument("--ops", nargs="+", metavar="OP", help=f"only these of: {', '.join(REGISTRY)}")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all? No aims, no record")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every contestant (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file as well")
+    parser.add_argument("--budget", type=float, default=400, metavar="S", help="GPU only: seconds to end within (400)")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR", help="where records are kept")
     return parser
 

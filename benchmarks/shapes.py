@@ -46,6 +46,7 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
+    backend: str = "cpu"  # of rhythm's ops: named, so that the kernels' benchmark never times a stand-in
 
     @property
     def scale(self) -> float:
@@ -57,7 +58,7 @@ class Inputs:
         return _log_sum_exp(self.q, self.k, self.shape)
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", backend: str = "cpu") -> Inputs:
     """Normal q, k, v from a fixed seed, with q doubled so that attention is not flat."""
     generator = torch.Generator().manual_seed(0)
 
@@ -66,7 +67,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs
         return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
 
     q, k, v = 2 * normal(shape.query_heads), normal(shape.key_heads), normal(shape.key_heads)
-    return Inputs(shape, q, k, v)
+    return Inputs(shape, q, k, v, backend)
 
 
 def score_flops(shape: Shape) -> int:

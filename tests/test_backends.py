@@ -50,3 +50,32 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RHYTHM_CPU_ISA", "")
     assert _C.selected_isa() == _C.available_isas()[0]
     assert _C.available_isas()[-1] == "portable"
+
+
+def test_a_gpu_too_old_for_the_kernels_is_told_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rhythm.backends import triton
+
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        triton.too_old.cache_clear()
+        reason = triton.refuses(torch.device("cuda", 0), torch.float16)
+        assert (reason is not None) == refused
+        if reason is not None:
+            assert "Tesla T4 of compute capability 7.5; the kernels need 8.0" in reason
+            assert "backend 'reference' runs there" in reason
+    triton.too_old.cache_clear()
+
+
+def test_values_on_a_gpu_are_checked_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rhythm import arguments
+
+    class OnGpu:
+        ndim, shape, device = 3, (10, 2, 8), torch.device("cuda")
+
+    bad = torch.tensor([0, 4, 20], dtype=torch.int32)
+    assert arguments.layout(OnGpu(), bad, None).count == 2
+    monkeypatch.setenv("RHYTHM_CHECK_VALUES", "1")
+    with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 20; it must cover 0 to T = 10"):
+        arguments.layout(OnGpu(), bad, None)

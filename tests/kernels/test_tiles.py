@@ -139,7 +139,9 @@ def test_lengths_beyond_the_tensors_are_cut(
     lse = attention_statistics(q, k, backend="reference").lse if given_lse else None
 
     def run(bounds: list[int], prompt_lens: list[int]) -> tuple[Tensor, ...]:
-        layout = Layout(90, 2, torch.tensor(bounds, dtype=torch.int32, device=DEVICE), torch.tensor(prompt_lens))
+        layout = Layout(
+            90, 2, torch.tensor(bounds, dtype=torch.int32, device=DEVICE), torch.tensor(prompt_lens, device=DEVICE)
+        )
         outputs = backend.run(
             q, k, None, layout, scale=0.25, window=10, horizon=(2, 30), lse_HT=lse, span=not given_lse
         )

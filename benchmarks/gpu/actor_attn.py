@@ -1,0 +1,71 @@
+"""The whole actor_attn pass: rhythm.observe on a model, against the model's plain forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rhythm
+from benchmarks.gpu.clock import Clock
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """A Qwen3 model; the defaults are Qwen3-4B's."""
+
+    layers: int = 36
+    hidden: int = 2560
+    intermediate: int = 9728
+    query_heads: int = 32
+    key_heads: int = 8
+    head_size: int = 128
+    vocabulary: int = 151936
+
+
+def build(dimensions: Dimensions, device: str, dtype: torch.dtype, tokens: int) -> Any:
+    """Random weights, made on the device."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        num_hidden_layers=dimensions.layers,
+        hidden_size=dimensions.hidden,
+        intermediate_size=dimensions.intermediate,
+        num_attention_heads=dimensions.query_heads,
+        num_key_value_heads=dimensions.key_heads,
+        head_dim=dimensions.head_size,
+        vocab_size=dimensions.vocabulary,
+        max_position_embeddings=max(tokens, 40960),
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        dtype=dtype,
+    )
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return Qwen3ForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+
+
+def token_ids(dimensions: Dimensions, device: str, tokens: int) -> Tensor:
+    return torch.randint(dimensions.vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def race(model: Any, input_ids: Tensor, clock: Clock, rounds: int) -> tuple[float, float]:
+    """Median seconds of (the plain forward without logits, rhythm.observe), interleaved."""
+
+    @torch.no_grad()
+    def plain() -> None:
+        model.model(input_ids, use_cache=False)
+
+    timings = clock.race({"plain": plain, "observe": lambda: observe(model, input_ids, clock)}, rounds)
+    return timings["plain"].median, timings["observe"].median
+
+
+def observe(model: Any, input_ids: Tensor, clock: Clock) -> rhythm.RhythmSignals:
+    """One pass, a quarter of the tokens being the prompt."""
+    return rhythm.observe(model, input_ids, prompt_lens=[input_ids.shape[1] // 4], backend=clock.backend)

@@ -1,0 +1,196 @@
+"""What races on a GPU: other attention forwards, other ways to the statistics, and rhythm's ops.
+
+Each maker takes the inputs and gives a callable that computes everything anew and returns its results by name, as in
+benchmarks/contestants.py; those that give what the reference does not have return nothing that is compared.
+
+Shape suffixes: T tokens, H query heads, G key heads, D head size; S keys of a swapped call, which are rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import contestants
+from benchmarks.contestants import Maker, Outputs
+from benchmarks.shapes import HORIZON, Inputs, Shape, band_flops, score_flops
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One op on the GPU.
+
+    Attributes:
+        flops: what is counted for a shape, whatever the op spends.
+        plain: whether it is a plain attention forward, of which the best is what ours is compared with.
+        max_tokens: the longest sequence it is tried on.
+        absent: why it can't run here; None: it can.
+    """
+
+    name: str
+    make: Maker
+    flops: Callable[[Shape], int]
+    plain: bool = False
+    max_tokens: int = 1 << 17
+    absent: Callable[[], str | None] = lambda: None
+
+
+def sdpa(backend: SDPBackend) -> Maker:
+    """torch's SDPA forward by the named backend only."""
+
+    def make(inputs: Inputs) -> Callable[[], Outputs]:
+        q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+
+        def run() -> Outputs:
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return {"out": out[0].transpose(0, 1)}
+
+        return run
+
+    return make
+
+
+def flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
+    """The package flash_attn, or version 3's flash_attn_interface."""
+    function = import_module(_flash_attn()).flash_attn_func
+    q, k, v = (x[None] for x in (inputs.q, inputs.k, inputs.v))
+
+    def run() -> Outputs:
+        found = function(q, k, v, causal=True)
+        return {"out": (found[0] if isinstance(found, tuple) else found)[0]}
+
+    return run
+
+
+def flash_colreduce(inputs: Inputs) -> Callable[[], Outputs]:
+    """The package flash-colreduce: column sums of all rows. Nothing of ours is the same; it is timed only."""
+    function = import_module("flash_colreduce").flash_colreduce
+    group = inputs.shape.query_heads // inputs.shape.key_heads
+    q = inputs.q.transpose(0, 1)[None].contiguous()
+    k = inputs.k.transpose(0, 1)[None].repeat_interleave(group, dim=1)
+
+    def run() -> Outputs:
+        function(q, k, reduction="sum", is_causal=True)
+        return {}
+
+    return run
+
+
+def flex(compiled: bool) -> Maker:
+    """FlexAttention: lse of a causal call, then FAI from a call with q and k swapped.
+
+    There the "queries" are keys s and the "keys" are rows t: with score − lse[t] as scores and the horizon as the
+    mask, the swapped call's own lse at s is log Σ_t A[t, s].
+    """
+
+    def make(inputs: Inputs) -> Callable[[], Outputs]:
+        from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+        wanted = AuxRequest(lse=True)
+        attention = _compiled_flex() if compiled else flex_attention
+        shape, (lo, hi) = inputs.shape, HORIZON
+        tokens, device = shape.tokens, inputs.q.device
+        q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+        k_per_head = k.repeat_interleave(shape.query_heads // shape.key_heads, dim=1)
+
+        def causal(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return t >= s
+
+        def reached(b: Tensor, h: Tensor, s: Tensor, t: Tensor) -> Tensor:
+            return (t - s >= lo) & (t - s <= hi) & (t >= shape.prompt)
+
+        causal_mask, reached_mask = (
+            create_block_mask(mask, None, None, tokens, tokens, device=device) for mask in (causal, reached)
+        )
+        position = torch.arange(tokens, device=device)
+        nearest = (position + lo).clamp(min=shape.prompt)
+        count = ((position + hi).clamp(max=tokens - 1) - nearest + 1).clamp(min=0)
+
+        def run() -> Outputs:
+            _, aux = attention(q, k, v, block_mask=causal_mask, enable_gqa=True, return_aux=wanted)
+            lse_HT = aux.lse[0].float()
+
+            def weight(score: Tensor, b: Tensor, h: Tensor, s: Tensor, t: Tensor) -> Tensor:
+                return score - lse_HT[h, t]
+
+            _, aux = attention(k_per_head, q, q, score_mod=weight, block_mask=reached_mask, return_aux=wanted)
+            fai = torch.where(count > 0, aux.lse[0].float().exp() / count, torch.nan)
+            return {"lse": lse_HT.masked_fill(position < shape.prompt, torch.nan), "fai": fai}
+
+        return run
+
+    return make
+
+
+def compiled_blocked(block: int) -> Maker:
+    """torch.compile of the blocked version."""
+
+    def make(inputs: Inputs) -> Callable[[], Outputs]:
+        function = torch.compile(contestants._blocked_statistics)
+        return lambda: function(inputs, block)
+
+    return make
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _flash_attn() -> str:
+    return next((name for name in ("flash_attn_interface", "flash_attn") if find_spec(name)), "")
+
+
+def _missing(package: str, found: bool) -> str | None:
+    return None if found else f"the package {package} is not installed"
+
+
+def _forward_flops(shape: Shape) -> int:
+    return 2 * score_flops(shape)
+
+
+GPU: tuple[Contestant, ...] = (
+    Contestant("sdpa_flash", sdpa(SDPBackend.FLASH_ATTENTION), _forward_flops, plain=True),
+    Contestant("sdpa_cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), _forward_flops, plain=True),
+    Contestant(
+        "flash_attn",
+        flash_attn,
+        _forward_flops,
+        plain=True,
+        absent=lambda: _missing("flash_attn", bool(_flash_attn())),
+    ),
+    Contestant("statistics", contestants.statistics, score_flops),
+    Contestant("with_output", contestants.with_output, _forward_flops),
+    Contestant("bands", contestants.bands, band_flops),
+    Contestant("flex", flex(compiled=True), score_flops),
+    Contestant(
+        "flash_colreduce",
+        flash_colreduce,
+        score_flops,
+        absent=lambda: _missing("flash-colreduce", find_spec("flash_colreduce") is not None),
+    ),
+    Contestant("blocked_1024", contestants.blocked(1024), score_flops, max_tokens=1 << 14),
+    Contestant("compiled_blocked_1024", compiled_blocked(1024), score_flops, max_tokens=1 << 13),
+    Contestant("eager", contestants.eager, score_flops, max_tokens=1 << 12),
+)
+
+# On the CPU: SDPA has no cuDNN, and nothing is compiled.
+INTERPRETER: tuple[Contestant, ...] = (
+    Contestant("sdpa_flash", sdpa(SDPBackend.FLASH_ATTENTION), _forward_flops, plain=True),
+    Contestant("sdpa_cudnn", GPU[1].make, _forward_flops, plain=True, absent=lambda: "cuDNN takes tensors on a GPU"),
+    *(contestant for contestant in GPU if contestant.name in ("flash_attn", "statistics", "with_output", "bands")),
+    Contestant("flex", flex(compiled=False), score_flops),
+    Contestant("eager", contestants.eager, score_flops),
+)
