@@ -275,7 +275,7 @@ class RhythmCredit:
     Args:
         config: strategy and options; or these by name, as in CreditConfig.
         generator: for the strategy "random"; torch's default one if None.
-        layers … backend: as in `observe`.
+        layers … backend: as in `observe`, which the attribute `observe` calls with them.
 
     Raises:
         ValueError: both a config and options of one; an option unknown or outside its range.
@@ -299,7 +299,8 @@ class RhythmCredit:
             raise ValueError(f"config is given, and so are {', '.join(options)}; it must be one or the other")
         self.config = CreditConfig(**options) if config is None else config
         self.generator = generator
-        self._observe = partial(
+        self.grouping = grouping
+        self.observe = partial(
             observe,
             layers=layers,
             window=window,
@@ -337,5 +338,5 @@ class RhythmCredit:
         prompt_lens_B = (mask_BT.bool() & ~response_BT).sum(dim=-1)
         if not padded_batch(mask_BT, prompt_lens_B).response.equal(response_BT):
             raise ValueError("response_mask must mark the last tokens of each row, in one run, and no padding")
-        signals = self._observe(model, input_ids, attention_mask=attention_mask, prompt_lens=prompt_lens_B)
+        signals = self.observe(model, input_ids, attention_mask=attention_mask, prompt_lens=prompt_lens_B)
         return batch_credit_weights(signals, response_BT, self.config, self.generator)

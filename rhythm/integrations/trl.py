@@ -102,12 +102,12 @@ class RhythmGRPOTrainer(GRPOTrainer):
         """Of the whole batch, by passes over micro-batches of it."""
         args = self.args
         rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        if credit._observe.keywords["grouping"] == "batch":  # the spans of all rows choose the heads
+        if credit.grouping == "batch":  # the spans of all rows choose the heads
             rows = len(input_ids_BT)
         model = self.accelerator.unwrap_model(self.model)
         with _evaluating(model), self.accelerator.autocast():
             parts = [
-                credit._observe(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
+                credit.observe(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
                 for input_ids, mask, prompt_lens in zip(
                     *(torch.split(x, rows) for x in (input_ids_BT, mask_BT, prompt_lens_B)), strict=True
                 )
