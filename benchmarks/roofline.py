@@ -136,11 +136,11 @@ H200 = GPUS[1]
 ROW_SLOTS = 8.0
 ROWS = Kernel("row sweep, statistics alone", (0, None), 128, 128, ROW_SLOTS)
 ROWS_WITH_OUTPUT = Kernel(
-    "row sweep with the output", (0, None), 128, 64, ROW_SLOTS + 0.5 + 128 / 64,
+    "row sweep with the output", (0, None), 128, 128, ROW_SLOTS + 0.5 + 128 / 128,
     products=2, query_arrays=2, key_arrays=2,
 )  # fmt: skip
 # Scale and lse (fma), exp2, the sum; a band adds its mask (two comparisons, a selection), the window its weight.
-COLUMNS_TO_END = Kernel("column sweep to the end", (HORIZON[0], None), 128, 128, 3.0, owns_keys=True)
+COLUMNS_TO_END = Kernel("column sweep to the end", (HORIZON[0], None), 64, 128, 3.0, owns_keys=True)
 COLUMN_BAND = Kernel("column band", HORIZON, 64, 64, 6.0, owns_keys=True)
 WINDOW_BAND = Kernel("window band", (0, WINDOW - 1), 64, 32, 7.0)
 # Maximum, fma, exp2, sum; the output as above.

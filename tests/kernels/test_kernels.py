@@ -24,6 +24,7 @@ SHAPES = [
     ([63, 0, 1, 111], [5, 0, 1, 63], 2, 2, 64, 10, (10, 50)),
     ([290], [31], 2, 1, 33, 40, (10, None)),
     ([200, 7], [40, 6], 4, 2, 96, 150, (3, 120)),
+    ([70], [9], 2, 1, 200, 10, (2, 30)),
 ]
 
 
@@ -98,3 +99,21 @@ def test_nothing_to_do() -> None:
     assert all(getattr(all_prompt, name).isnan().all() for name in NAMES)
     out, _ = attention_with_statistics(q, k, v, prompt_lens=[12], backend="triton")
     torch.testing.assert_close(out, attention_with_statistics(q, k, v, backend="reference")[0])
+
+
+def test_tf32_where_torch_allows_it() -> None:
+    """Ten bits of mantissa: another result than in full fp32 on a GPU, and near it everywhere."""
+    from rhythm.kernels.tiles import dot_precision
+
+    q, k, _ = random_qkv(90, 4, 2, 32, torch.float32)
+    before = torch.get_float32_matmul_precision()
+    full = attention_statistics(q, k, backend="triton")
+    assert dot_precision() == "ieee"
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert dot_precision() == "tf32"
+        rounded = attention_statistics(q, k, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name in NAMES:
+        torch.testing.assert_close(getattr(rounded, name), getattr(full, name), rtol=3e-2, atol=3e-3, equal_nan=True)
