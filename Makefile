@@ -59,8 +59,8 @@ bench: install
 
 # On a machine with an NVIDIA GPU, under 9 minutes; make gpu RUN_PYTHON=python takes the environment that is active.
 gpu:
-	$(RUN_PYTHON) -m pytest -q -m gpu tests/kernels
-	$(RUN_PYTHON) -m pytest -q tests/kernels -k "bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits"
+	$(RUN_PYTHON) -m pytest -o addopts=--import-mode=importlib -q -m gpu tests/kernels
+	$(RUN_PYTHON) -m pytest -o addopts=--import-mode=importlib -q tests/kernels -k "bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits"
 	RHYTHM_AUTOTUNE=1 $(RUN_PYTHON) -m benchmarks.run --device cuda --budget 330
 
 # What the kernels compile to, without a GPU; the record that the tests compare with.
