@@ -97,3 +97,14 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert run.returncode == 2
     assert "TRITON_INTERPRET=1 is set" in run.stderr
+
+
+@pytest.mark.slow
+def test_every_way_of_launching_compiles() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compile_variants.py"))]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 11
+    assert all(line.endswith(": 6 kernels") for line in lines)

@@ -1,0 +1,92 @@
+"""Compiles every kernel for sm_90 in the ways a launch may specialise it; run by test_compile_ahead.py.
+
+Triton makes constants of integers that are 1 and of strides, which its interpreter does not: what compiles for one
+batch need not for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rhythm.kernels import Sequences, bands, column_sweep, mean_span, row_sweep, sampled_span
+from rhythm.kernels.compile_ahead import ARCHITECTURES, _active, _kernels
+from rhythm.kernels.configurations import Tile
+from rhythm.kernels.launch import compiling, forced
+from torch import Tensor
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one packed sequence": {"cu_seqlens": 2, "prompt_lens": 1},
+    "no lengths": {"tokens": (1001,)},
+    "batched": {"tokens": (2, 1001), "prompt_lens": 2, "prompt_dtype": torch.int64},
+    "one head": {"heads": (1, 1), "cu_seqlens": 3},
+    "window and horizon of 1": {"cu_seqlens": 3, "prompt_lens": 2, "window": 1, "horizon": (1, 1), "rows": 1},
+    "to the end": {"cu_seqlens": 2, "prompt_lens": 1, "horizon": (1, None)},
+    "negative scale, fp16, D = 80": {"size": 80, "dtype": torch.float16, "scale": -0.2},
+    "strided": {"strided": True, "cu_seqlens": 3},
+    "one token": {"tokens": (1,), "cu_seqlens": 2, "prompt_lens": 1},
+    "TF32": {"dtype": torch.float32, "precision": "high"},
+    "full fp32": {"dtype": torch.float32, "size": 16},
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(
+    tokens: tuple[int, ...] = (1008,),
+    heads: tuple[int, int] = (8, 2),
+    size: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    cu_seqlens: int = 0,
+    prompt_lens: int = 0,
+    prompt_dtype: torch.dtype = torch.int32,
+    window: int = 10,
+    horizon: tuple[int, int | None] = (10, 50),
+    scale: float = 0.1,
+    strided: bool = False,
+    precision: str = "highest",
+    rows: int = 256,
+) -> list[Callable[[], object]]:
+    torch.set_float32_matmul_precision(precision)
+
+    def operand(count: int) -> Tensor:
+        if strided:
+            return empty(*tokens[:-1], size, count, tokens[-1], dtype=dtype).transpose(-1, -3)
+        return empty(*tokens, count, size, dtype=dtype)
+
+    q, k, v = (operand(count) for count in (heads[0], heads[1], heads[1]))
+    total = q.shape[:-2].numel()
+    sequences = Sequences(
+        empty(cu_seqlens, dtype=torch.int32) if cu_seqlens else None,
+        empty(prompt_lens, dtype=prompt_dtype) if prompt_lens else None,
+        total,
+        cu_seqlens - 1 if cu_seqlens else (tokens[0] if len(tokens) == 2 else 1),
+    )
+    a, b, c, d = (empty(heads[0], total) for _ in range(4))
+    return [
+        lambda: row_sweep(q, k, None, sequences, a, b, c, scale=scale, window=window),
+        lambda: row_sweep(q, k, v, sequences, a, b, c, scale=scale, window=window),
+        lambda: column_sweep(q, k, a, sequences, b, scale=scale, horizon=horizon),
+        lambda: bands(q, k, a, sequences, b, c, d, scale=scale, window=window, horizon=horizon),
+        lambda: mean_span(a, sequences),
+        lambda: sampled_span(q, k, a, sequences, scale=scale, count=rows),
+    ]
+
+
+def main() -> None:
+    for name, options in VARIANTS.items():
+        compiled: list[Any] = []
+        tile = Tile(32, 32, 4, 1) if options.get("dtype") == torch.float32 else Tile(64, 64, 4, 2)
+        with _active(ARCHITECTURES["sm_90"]), compiling(compiled.append), forced(lambda kind, tile=tile: [tile]):
+            for launch in launches(**options):
+                for kernel in _kernels():
+                    kernel.device_caches.clear()
+                launch()
+        print(f"{name}: {len(compiled)} kernels")
+
+
+if __name__ == "__main__":
+    main()
