@@ -48,7 +48,7 @@ def sampled_layers(num_layers: int, count: int = 5) -> list[int]:
     return list(dict.fromkeys(layers))
 
 
-def select_heads(span_Bn: Tensor, quantile: float = 0.3, per: Literal["sequence", "batch"] = "sequence") -> HeadGroups:
+def select_heads(span: Tensor, quantile: float = 0.3, per: Literal["sequence", "batch"] = "sequence") -> HeadGroups:
     """Splits off the heads with the smallest and the largest mean attention span (eq. 7).
 
     Heads are sorted by (span, place in the pool); with c = max(1, ⌊quantile·n + ½⌋) the first c are local,
@@ -56,7 +56,7 @@ def select_heads(span_Bn: Tensor, quantile: float = 0.3, per: Literal["sequence"
     count towards n; a sequence without response rows has only such heads, so it gets empty groups.
 
     Args:
-        span_Bn: [B, n] floating point, tokens.
+        span: [B, n] floating point, tokens.
         quantile: share of the pool in each group, in (0, 0.5].
         per: "sequence" sorts each sequence's own spans. "batch" sorts their mean over the sequences where
             they are defined, and gives every sequence those groups.
@@ -65,17 +65,17 @@ def select_heads(span_Bn: Tensor, quantile: float = 0.3, per: Literal["sequence"
         HeadGroups of bool [B, n].
 
     Raises:
-        ValueError: span_Bn is not floating point [B, n] with n ≥ 1; quantile or per not among the values
+        ValueError: span is not floating point [B, n] with n ≥ 1; quantile or per not among the values
             above.
     """
-    if span_Bn.ndim != 2 or span_Bn.shape[1] == 0 or not span_Bn.is_floating_point():
-        raise ValueError(f"span is {span_Bn.dtype} {list(span_Bn.shape)}; it must be floating point [B, n] with n ≥ 1")
+    if span.ndim != 2 or span.shape[1] == 0 or not span.is_floating_point():
+        raise ValueError(f"span is {span.dtype} {list(span.shape)}; it must be floating point [B, n] with n ≥ 1")
     if not 0 < quantile <= 0.5:
         raise ValueError(f"quantile is {quantile}; it must be above 0 and at most 0.5")
     if per not in ("sequence", "batch"):
         raise ValueError(f"per is {per!r}; it must be 'sequence' or 'batch'")
 
-    span_Rn = span_Bn if per == "sequence" else span_Bn.float().nanmean(dim=0, keepdim=True)
+    span_Rn = span if per == "sequence" else span.float().nanmean(dim=0, keepdim=True)
     defined_R1 = (~span_Rn.isnan()).sum(dim=-1, keepdim=True)
     share = as_fraction(quantile)
     size_R1 = (2 * share.numerator * defined_R1 + share.denominator) // (2 * share.denominator)
@@ -83,7 +83,7 @@ def select_heads(span_Bn: Tensor, quantile: float = 0.3, per: Literal["sequence"
     rank_Rn = ascending_rank(span_Rn)
     local_Rn = rank_Rn < size_R1
     global_Rn = (rank_Rn >= defined_R1 - size_R1) & (rank_Rn < defined_R1)
-    return HeadGroups(local=local_Rn.expand(span_Bn.shape), global_=global_Rn.expand(span_Bn.shape))
+    return HeadGroups(local=local_Rn.expand(span.shape), global_=global_Rn.expand(span.shape))
 
 
 def ascending_rank(x: Tensor) -> Tensor:

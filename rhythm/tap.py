@@ -136,11 +136,11 @@ class AttentionTap:
         self._exit.close()
         return isinstance(error, _SeenEnoughError)
 
-    def signals(self, entropy_BT: Tensor | None = None) -> RhythmSignals:
+    def signals(self, entropy: Tensor | None = None) -> RhythmSignals:
         """The signals of the forward pass, at the positions of its input_ids.
 
         Args:
-            entropy_BT: [B, T] nats, of the distribution each token was drawn from, to go with them.
+            entropy: [B, T] nats, of the distribution each token was drawn from, to go with them.
 
         Raises:
             UnsupportedAttention: not all of the layers reached the tap.
@@ -159,7 +159,7 @@ class AttentionTap:
             for parts in zip(*((s.span, s.waad, s.fai) for s in of_layers), strict=True)
         )
         groups = self._groups or select_heads(span_Bn, self._quantile, self._grouping)
-        return aggregate(waad_BnT, fai_BnT, span_Bn, groups, batch.response, entropy_BT)
+        return aggregate(waad_BnT, fai_BnT, span_Bn, groups, batch.response, entropy)
 
     def _receive(self, call: AttentionCall) -> Output:
         """Runs a call as the model would have, and reads it if its layer is one of ours."""
