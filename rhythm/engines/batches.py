@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,32 @@ def take_rows(items: D, index_n: Tensor) -> D:
 def trim(items: D, width: int) -> D:
     """The first `width` positions of every [B, T] tensor; what is cut off has to be padding."""
     return _map_tensors(items, lambda x: x[:, :width] if x.ndim == 2 else x)
+
+
+def place(items: D, device: torch.device | str) -> D:
+    """The same on `device`."""
+    return _map_tensors(items, lambda x: x.to(device))
+
+
+def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """The rows of all parts, padded to the longest."""
+    width = max(part.input_ids.shape[1] for part in parts)
+
+    def joined(name: str, padding: float | None = None) -> Tensor:
+        tensors: list[Tensor] = [getattr(part, name) for part in parts]
+        if padding is not None:
+            tensors = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=padding) for x in tensors]
+        return torch.cat(tensors)
+
+    return Rollout(
+        input_ids=joined("input_ids", pad_id),
+        attention_mask=joined("attention_mask", False),
+        response_mask=joined("response_mask", False),
+        prompt_lens=joined("prompt_lens"),
+        group=joined("group"),
+        logprobs=joined("logprobs", 0.0),
+        finished=joined("finished"),
+    )
 
 
 def micro_batches(rollout: Rollout, size: int) -> Iterator[tuple[Tensor, int]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from rhythm.engines.batches import concatenate
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.weights import take_over
 
@@ -52,7 +53,7 @@ class GenerateInfer:
             torch.manual_seed(seed)
             parts = [self._sample(chunk, sampling) for chunk in chunks]
         group_B = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        return replace(_concatenate(parts, self._pad_id), group=group_B)
+        return replace(concatenate(parts, self._pad_id), group=group_B)
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy in what is not this model's own already. Raises ValueError if `version` falls."""
@@ -160,25 +161,4 @@ def _right_padded(
         group=torch.zeros_like(prompt_lens_B),
         logprobs=torch.where(response_mask, picked_BT, 0.0),
         finished=finished_B,
-    )
-
-
-def _concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
-    """The rows of all parts, padded to the longest."""
-    width = max(part.input_ids.shape[1] for part in parts)
-
-    def joined(name: str, padding: float | None = None) -> Tensor:
-        tensors: list[Tensor] = [getattr(part, name) for part in parts]
-        if padding is not None:
-            tensors = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=padding) for x in tensors]
-        return torch.cat(tensors)
-
-    return Rollout(
-        input_ids=joined("input_ids", pad_id),
-        attention_mask=joined("attention_mask", False),
-        response_mask=joined("response_mask", False),
-        prompt_lens=joined("prompt_lens"),
-        group=joined("group"),
-        logprobs=joined("logprobs", 0.0),
-        finished=joined("finished"),
     )

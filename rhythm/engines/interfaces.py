@@ -167,6 +167,7 @@ class NonFiniteError(ArithmeticError):
     def __init__(self, what: str, value: float, batch: TrainBatch) -> None:
         super().__init__(f"the {what} is {value}")
         self.what = what
+        self.value = value
         self.batch = batch
 
 

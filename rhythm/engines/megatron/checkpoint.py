@@ -1,0 +1,190 @@
+"""Distributed checkpoints of weights and optimizer, which load under another layout than they were saved from.
+
+Weights go out in transformers' format as well, so that any tool can read a run's checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rhythm.engines.megatron.weights import INDEX
+
+DISTRIBUTED = "megatron"
+_STEPS = "gradient_steps"
+_EXTRA = "_extra_state"  # of TransformerEngine's FP8 recipes: pickled objects, not written
+# The optimizer's state in an order that doesn't depend on how many ranks share it.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+
+def save_state(directory: Path, model: Any, optimizer: Any, gradient_steps: int) -> None:
+    """Write the distributed checkpoint into `directory`, which is made; a collective."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = _sharded_state(model, optimizer, loading=False)
+    dist_checkpointing.save({**state, _STEPS: gradient_steps}, str(directory), content_metadata=_METADATA)
+
+
+def load_state(directory: Path, model: Any, optimizer: Any) -> int:
+    """Set weights and optimizer from what `save_state` wrote under any layout; returns the gradient steps done.
+
+    Raises pickle.UnpicklingError for a checkpoint whose metadata would run code, and ValueError for one that lacks a
+    parameter.
+    """
+    check_metadata(directory)
+    state = _sharded_state(model, optimizer, loading=True)
+    loaded = dist_checkpointing.load({**state, _STEPS: 0}, str(directory))
+    missing = model.module.load_state_dict(loaded["model"], strict=False).missing_keys
+    if lost := [name for name in missing if not name.endswith(_EXTRA)]:
+        raise ValueError(f"{directory}: there is no {lost[0]} in it")
+    with _keeping_adam_steps(optimizer):
+        optimizer.load_state_dict(loaded["optimizer"])
+    return int(loaded[_STEPS])
+
+
+def check_metadata(directory: Path) -> None:
+    """Raise pickle.UnpicklingError if the metadata of a distributed checkpoint, which torch unpickles without looking,
+    names anything but plain descriptions of tensors.
+    """
+    with (directory / ".metadata").open("rb") as file:
+        _Descriptions(file).load()
+
+
+_METADATA_CLASSES = {"Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata"}
+_DESCRIPTIONS = {
+    "torch.distributed.checkpoint.metadata": _METADATA_CLASSES | {"TensorProperties", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device", "float32", "bfloat16", "float16"},
+}
+
+
+class _Descriptions(pickle.Unpickler):
+    """Unpickles what torch.distributed.checkpoint describes tensors with, and nothing else: no pickled objects
+    (BytesStorageMetadata) either, which torch would load without looking.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _DESCRIPTIONS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the checkpoint's .metadata names {module}.{name}, which is not loaded")
+
+
+def _distributed_parts(optimizer: Any) -> list[Any]:
+    """The distributed optimizers in a chain of optimizers."""
+    return [part for part in optimizer.chained_optimizers if hasattr(part, "model_param_group_index_map")]
+
+
+@contextmanager
+def _places_without_padding(optimizer: Any) -> Iterator[None]:
+    """Megatron 0.16 cuts parameters' states out of tensors without the padding between buckets, at places that count
+    it: where there are several buckets (a tied embedding in a pipeline has its own), it would cut at the wrong ones.
+    """
+    buffers = [buffer for part in _distributed_parts(optimizer) for buffer in part.buffers]
+    kept = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = [0, *accumulate(paddings)]
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, kept, strict=True):
+            buffer.param_index_map = places
+
+
+@contextmanager
+def _keeping_adam_steps(optimizer: Any) -> Iterator[None]:
+    """Megatron 0.16's distributed optimizer with torch's Adam: on loading, it sets `step` first and then misses it
+    among a parameter's tensors, and all parameters get one tensor, which each of them would count up.
+    """
+    parts = _distributed_parts(optimizer)
+    for part in parts:
+        part._set_main_param_and_optimizer_states = partial(
+            _set_with_step, part, part._set_main_param_and_optimizer_states
+        )
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part._set_main_param_and_optimizer_states
+    for part in parts:
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+
+def _set_with_step(part: Any, set_states: Callable[..., None], parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+    group, place = part.model_param_group_index_map[parameter]
+    own = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+    set_states(parameter, {**({"step": own["step"]} if "step" in own else {}), **tensors})
+
+
+def write_weights(
+    directory: Path, weights: Iterator[tuple[str, Tensor]], source: Path, *, write: bool, shard_bytes: int = 4 << 30
+) -> None:
+    """Weights as safetensors, in files of at most `shard_bytes` or one tensor, with the configuration and tokenizer
+    of `source`. Every rank iterates; the one with `write` writes.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    places: dict[str, int] = {}
+    size = total = 0
+    for name, tensor in weights:
+        if not write:
+            continue
+        length = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + length > shard_bytes:
+            _write_shard(directory, len(shards), shards[-1])
+            shards[-1] = {}
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().clone()
+        places[name] = len(shards)
+        size += length
+        total += length
+    if not write:
+        return
+    _write_shard(directory, len(shards), shards[-1])
+    if len(shards) == 1:
+        _shard(directory, 1).rename(directory / "model.safetensors")
+    else:
+        weight_map = {name: _shard(directory, number).name for name, number in places.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in _NOT_COPIED:
+            shutil.copyfile(path, directory / path.name)
+
+
+_NOT_COPIED = (INDEX, "state.json", "checksums.json", "warm_start.json")
+
+
+def _shard(directory: Path, number: int) -> Path:
+    return directory / f"model-{number:05d}.safetensors"
+
+
+def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, _shard(directory, number), metadata={"format": "pt"})
+
+
+def _sharded_state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    whole = model.module.sharded_state_dict()
+    weights = {name: value for name, value in whole.items() if not isinstance(value, ShardedObject)}
+    with _places_without_padding(optimizer):
+        states = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)
+    return {"model": weights, "optimizer": states}

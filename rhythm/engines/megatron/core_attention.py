@@ -1,0 +1,85 @@
+"""Causal attention over packed sequences, as a layer of Megatron's; statistics are read off its queries and keys.
+
+Shape suffixes: T tokens of all sequences on one axis, H this rank's query heads, G its key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Reader(Protocol):
+    """Who wants to see a layer's queries and keys."""
+
+    def read(self, layer: int, q_THD: Tensor, k_TGD: Tensor, scale: float) -> None:
+        """`layer` counts from 0 over the whole model; the heads are this rank's."""
+
+
+class PackedAttention(MegatronModule):  # type: ignore[misc]
+    """core_attention of Megatron's layers, for sequences packed into one row without padding.
+
+    `reader`, where it is set, sees the queries and keys (after their norm and RoPE) that the output is made from.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any):
+        super().__init__(config=config)
+        self.layer = layer_number - 1
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self.reader: Reader | None = None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [T, H, D], key and value [T, G, D] → [T, H, D]. Raises ValueError unless the batch is packed."""
+        if packed_seq_params is None or attention_bias is not None:
+            raise ValueError("rhythm's core_attention takes packed sequences (qkv_format thd), and no bias")
+        if self.reader is not None:
+            self.reader.read(self.layer, query, key, self.scale)
+        return packed_attention(query, key, value, packed_seq_params, self.scale)
+
+
+def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
+    """[T, H, D], differentiable: torch's varlen flash attention on the GPU in half precision, else a sequence at a
+    time.
+    """
+    if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(q_THD, k_TGD, v_TGD, packed, scale)
+    bounds = packed.cu_seqlens_q.tolist()
+    parts = []
+    for start, end in pairwise(bounds):
+        q_HTD, k_GTD, v_GTD = (x[start:end].transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGD))
+        out = scaled_dot_product_attention(q_HTD, k_GTD, v_GTD, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    takes = inspect.signature(varlen_attn).parameters
+    # Its way of saying causal changed between versions.
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    if "enable_gqa" in takes:
+        causal["enable_gqa"] = True
+    else:
+        group = q_THD.shape[1] // k_TGD.shape[1]
+        k_TGD, v_TGD = (x.repeat_interleave(group, dim=1) for x in (k_TGD, v_TGD))
+    cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    out = varlen_attn(q_THD, k_TGD, v_TGD, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **causal)
+    assert isinstance(out, Tensor)  # with its lse only where that is asked for
+    return out

@@ -1,0 +1,137 @@
+"""A Megatron GPTModel for a transformers checkpoint of Qwen3 (dense) or Llama."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import silu
+from transformers import AutoConfig
+
+from rhythm.engines.megatron.core_attention import PackedAttention
+from rhythm.engines.megatron.parallel import Groups, ParallelConfig
+
+# What Megatron's scaled RoPE has for constants; a checkpoint with others can't be represented.
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read_config(checkpoint: Path) -> Any:
+    """The configuration of a transformers checkpoint. Raises ValueError for a model that this engine can't train."""
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    if config.model_type not in ("qwen3", "llama"):
+        raise ValueError(f"model_type is {config.model_type!r}: Megatron is set up for qwen3 and llama")
+    unsupported = {
+        "hidden_act": config.hidden_act != "silu",
+        "attention_bias": bool(getattr(config, "attention_bias", False)),
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "attention_dropout": bool(getattr(config, "attention_dropout", 0.0)),
+        "use_sliding_window": bool(getattr(config, "use_sliding_window", False)),
+        "rope_parameters": not _rope_is_known(config.rope_parameters),
+    }
+    for name, wrong in unsupported.items():
+        if wrong:
+            raise ValueError(
+                f"the checkpoint's {name} is {getattr(config, name)!r}, which Megatron's layers don't have"
+            )
+    return config
+
+
+class PolicyModel(GPTModel):  # type: ignore[misc]
+    """A GPTModel whose last stage gives hidden states [T, 1, D]: logits are the caller's, a few tokens at a time."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V / tensor ranks], this rank's part of the vocabulary; on the last stage."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_N1V: Tensor = self.output_layer(hidden_ND[:, None], weight=weight)[0]
+        return logits_N1V[:, 0]
+
+    def attentions(self) -> list[PackedAttention]:
+        """Of this stage's layers."""
+        return [layer.self_attention.core_attention for layer in self.decoder.layers]
+
+
+def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype) -> PolicyModel:
+    """This rank's part, its weights not yet set; parameters in `dtype`, on the rank's device."""
+    qk_norm = config.model_type == "qwen3"
+    rope = config.rope_parameters
+    model = PolicyModel(
+        config=_transformer_config(config, groups, parallel, dtype, qk_norm),
+        transformer_layer_spec=_layer_spec(parallel, qk_norm),
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        pre_process=groups.first_stage,
+        post_process=groups.last_stage,
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=rope["rope_theta"],
+        rope_scaling=rope["rope_type"] == "llama3",
+        rope_scaling_factor=rope.get("factor", 1.0),
+    )
+    placed: PolicyModel = model.to(groups.device, dtype)
+    return placed
+
+
+def _transformer_config(
+    config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype, qk_norm: bool
+) -> TransformerConfig:
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=config.head_dim,
+        layernorm_epsilon=config.rms_norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=qk_norm,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Packed micro-batches differ in length, and a micro-batch's loss is its part of a sum over the step.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the other one is refused with lengths that vary, experts or not
+        calculate_per_token_loss=True,
+        batch_p2p_comm=False,
+        use_cpu_initialization=groups.device.type == "cpu",
+        # Fusions that need Apex or TransformerEngine.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **(recompute if parallel.recompute else {}),
+    )
+
+
+def _layer_spec(parallel: ParallelConfig, qk_norm: bool) -> Any:
+    if parallel.layer_spec == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
+def _rope_is_known(rope: Any) -> bool:
+    kind = rope.get("rope_type", "default")
+    return kind == "default" or (kind == "llama3" and all(rope.get(k) == v for k, v in _LLAMA3_ROPE.items()))

@@ -1,0 +1,122 @@
+"""How a model is spread over ranks, and the process groups that hold them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from megatron.core import parallel_state
+from pydantic import BaseModel, Field
+from torch import Tensor, distributed
+
+from rhythm.engines.megatron.cpu import prepare_cpu
+
+
+class ParallelConfig(BaseModel, extra="forbid", frozen=True):
+    """Layout and layers of the training model."""
+
+    tensor: int = Field(default=1, ge=1, description="ranks that share every layer's matrices")
+    pipeline: int = Field(default=1, ge=1, description="stages that share the layers")
+    data: int = Field(default=1, ge=1, description="copies of the model that share a batch's responses")
+    layer_spec: Literal["local", "transformer_engine"] = Field(
+        default="local", description="Megatron's layers: plain torch, or TransformerEngine's, which needs a GPU"
+    )
+    recompute: bool = Field(default=False, description="compute activations again in the backward pass: less memory")
+    distributed_optimizer: bool = Field(default=True, description="data ranks share the optimizer's state")
+
+    @property
+    def ranks(self) -> int:
+        """Processes."""
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks meet: rank 0 listens on address:port. timeout: seconds that a collective may take."""
+
+    rank: int
+    world_size: int
+    address: str
+    port: int
+    timeout: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place among the others, and the collectives that the engine needs."""
+
+    device: torch.device
+    rank: int
+    tensor: distributed.ProcessGroup
+    pipeline: distributed.ProcessGroup
+    data: distributed.ProcessGroup
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank holds the input embedding."""
+        return self.pipeline.rank() == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank holds the output embedding."""
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one of its tensor-parallel group, on the last stage, whose results count."""
+        return self.last_stage and self.tensor.rank() == 0
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, on all of them, on the CPU; with zeros elsewhere, what one rank put in."""
+        total = x.to(self.device)
+        distributed.all_reduce(total)
+        return total.cpu()
+
+
+def join(meeting: Rendezvous, parallel: ParallelConfig) -> Groups:
+    """Meet the other ranks and form the groups: NCCL where there is CUDA, else Gloo.
+
+    Raises ValueError if the number of ranks is not that of the layout.
+    """
+    if meeting.world_size != parallel.ranks:
+        raise ValueError(
+            f"world_size is {meeting.world_size}: tensor × pipeline × data is {parallel.tensor} × "
+            f"{parallel.pipeline} × {parallel.data} = {parallel.ranks}"
+        )
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(meeting.rank % torch.cuda.device_count())
+    else:
+        prepare_cpu()
+    distributed.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"tcp://{meeting.address}:{meeting.port}",
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+        timeout=timedelta(seconds=meeting.timeout),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        distributed_timeout_minutes=max(1, round(meeting.timeout / 60)),
+    )
+    if cuda:
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(0)
+    return Groups(
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        rank=meeting.rank,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+    )
+
+
+def leave() -> None:
+    """Undo `join`."""
+    parallel_state.destroy_model_parallel()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

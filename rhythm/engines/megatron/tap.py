@@ -1,0 +1,171 @@
+"""Statistics read in Megatron's own forward pass, every rank from its heads and layers, and put together afterwards.
+
+The choice of heads is that of the whole model: spans of all heads go to all ranks, each rank sums WAAD and FAI over
+the chosen heads that are its own, and the sums are added up. So a batch-wide choice costs no second pass.
+
+Shape suffixes: B responses, P positions of the batch, n heads of the pool, h those of one layer on this rank,
+T tokens of a micro-batch on one axis, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from rhythm.engines.interfaces import Rollout, TapConfig
+from rhythm.engines.megatron.core_attention import PackedAttention
+from rhythm.engines.megatron.packing import Packed
+from rhythm.engines.megatron.parallel import Groups
+from rhythm.heads import HeadGroups, sampled_layers, select_heads
+from rhythm.signals import RhythmSignals
+from rhythm.statistics import attention_statistics
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One layer of one micro-batch. heads: their places in the pool, [h]; span [b, h], waad and fai [h, T]."""
+
+    packed: Packed
+    heads: Tensor
+    span: Tensor
+    waad: Tensor
+    fai: Tensor
+
+
+class MegatronTap:
+    """Round the forward passes of a batch. Statistics of this rank's sampled layers stay in memory until `signals`:
+    8 bytes a token and head.
+    """
+
+    def __init__(
+        self,
+        attentions: Sequence[PackedAttention],
+        depth: int,
+        tap: TapConfig,
+        head_groups: HeadGroups | None,
+        groups: Groups,
+    ) -> None:
+        """`attentions`: of this rank's stage; `depth`: layers of the whole model; `head_groups`: fixed ones."""
+        self._layers = sampled_layers(depth, tap.layers)
+        self._attentions = [attention for attention in attentions if attention.layer in self._layers]
+        self._tap, self._head_groups, self._groups = tap, head_groups, groups
+        self._packed: Packed | None = None
+        self._found: list[_Read] = []
+        self._watch = _Watch(groups.device)
+
+    def __enter__(self) -> MegatronTap:
+        for attention in self._attentions:
+            attention.reader = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for attention in self._attentions:
+            attention.reader = None
+
+    @property
+    def seconds(self) -> float:
+        """Spent in the statistics, on this rank."""
+        return self._watch.seconds
+
+    def next(self, packed: Packed) -> None:
+        """The micro-batch that the layers will see next."""
+        self._packed = packed
+
+    def read(self, layer: int, q_THD: Tensor, k_TGD: Tensor, scale: float) -> None:
+        """See rhythm.engines.megatron.core_attention.Reader. Raises RuntimeError before `next`."""
+        packed = self._packed
+        if packed is None:
+            raise RuntimeError("a layer ran before the tap was told of its micro-batch")
+        with self._watch:
+            found = attention_statistics(
+                q_THD,
+                k_TGD,
+                cu_seqlens=packed.cu_seqlens,
+                prompt_lens=packed.prompt_lens,
+                scale=scale,
+                window=self._tap.window,
+                horizon=self._tap.horizon,
+                backend=self._tap.backend,
+            )
+        assert found.span is not None
+        h, tensor = q_THD.shape[1], self._groups.tensor
+        first = (self._layers.index(layer) * tensor.size() + tensor.rank()) * h
+        self._found.append(_Read(packed, torch.arange(first, first + h), found.span, found.waad, found.fai))
+
+    def signals(self, rollout: Rollout, query_heads: int) -> RhythmSignals:
+        """Of the whole batch, on every rank, on the CPU; a collective. `query_heads`: a layer's, of the whole model."""
+        B, P = rollout.input_ids.shape
+        own_Bn = torch.zeros(B, len(self._layers) * query_heads)
+        for read in self._found:
+            own_Bn[read.packed.rows[:, None], read.heads] = read.span.float().cpu()
+        span_Bn = self._groups.summed(own_Bn)
+        chosen = self._chosen(span_Bn)
+        sums_2BP = torch.zeros(2, B, P)
+        for read in self._found:
+            rows, positions, sums_2T = _own_sums(read, chosen)
+            sums_2BP[:, rows, positions] += sums_2T
+        waad_BP, fai_BP = self._groups.summed(sums_2BP)
+        outside_BP = ~rollout.response_mask
+        return RhythmSignals(
+            waad=(waad_BP / chosen.local.sum(dim=-1, keepdim=True)).masked_fill(outside_BP, torch.nan),
+            fai=(fai_BP / chosen.global_.sum(dim=-1, keepdim=True)).masked_fill(outside_BP, torch.nan),
+            entropy=None,
+            span=span_Bn,
+            groups=chosen,
+        )
+
+    def _chosen(self, span_Bn: Tensor) -> HeadGroups:
+        """[B, n]."""
+        if self._head_groups is not None:
+            fixed = self._head_groups
+            return HeadGroups(fixed.local.expand(span_Bn.shape), fixed.global_.expand(span_Bn.shape))
+        return select_heads(
+            span_Bn, self._tap.quantile, per="sequence" if self._tap.grouping == "sequence" else "batch"
+        )
+
+
+def _own_sums(read: _Read, chosen: HeadGroups) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, position) of each token of a micro-batch, and [2, T]: its WAAD and FAI, each summed over the heads that
+    its row has chosen among these.
+    """
+    packed = read.packed
+    row_T = torch.repeat_interleave(packed.cu_seqlens.diff().long())
+    sums = []
+    for value_hT, group_Bn in ((read.waad, chosen.local), (read.fai, chosen.global_)):
+        group_bh = group_Bn[packed.rows[:, None], read.heads].to(value_hT.device)
+        # where, not a product: an undefined value of a head outside the group has no say.
+        sums.append(torch.where(group_bh[row_T].T, value_hT.float(), 0.0).sum(dim=0))
+    return packed.rows[row_T.cpu()], packed.position_ids.cpu(), torch.stack(sums).cpu()
+
+
+class _Watch:
+    """Seconds spent in blocks; on the GPU by events, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._events.append((start, end))
+            start.record()
+        self._started = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += perf_counter() - self._started
+
+    @property
+    def seconds(self) -> float:
+        """Of all blocks so far."""
+        for _, end in self._events:
+            end.synchronize()
+        return self._seconds + sum(float(start.elapsed_time(end)) for start, end in self._events) / 1000

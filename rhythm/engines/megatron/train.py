@@ -1,0 +1,321 @@
+"""Train on Megatron-core: one object a rank, every rank called alike and with the same results.
+
+Shape suffixes: B responses, P positions of the padded batch, T tokens of a micro-batch, N response tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from rhythm.engines.batches import take_rows
+from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TapConfig, TrainBatch
+from rhythm.engines.megatron import checkpoint as checkpoints
+from rhythm.engines.megatron.cpu import on_cpu
+from rhythm.engines.megatron.logprobs import head_logprobs
+from rhythm.engines.megatron.model import PolicyModel, build_model, read_config
+from rhythm.engines.megatron.packing import Packed, pack, shares
+from rhythm.engines.megatron.parallel import ParallelConfig, Rendezvous, join, leave
+from rhythm.engines.megatron.tap import MegatronTap
+from rhythm.engines.megatron.weights import gather_weights, load_weights
+from rhythm.engines.torch_train import OptimizerConfig
+from rhythm.heads import HeadGroups
+from rhythm.loss import BatchTotals, LossConfig, policy_loss
+from rhythm.signals import RhythmSignals
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of a micro-batch's response tokens, fp32 [b, width], NaN elsewhere; with their graph where there is one."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class MegatronTrain:
+    """The Train interface over all ranks: each gets the whole batch, works on its share, and returns the whole result
+    in tensors on the CPU. On CUDA with `precision` bfloat16 the optimizer keeps weights in float32.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        meeting: Rendezvous,
+        parallel: ParallelConfig,
+        *,
+        optimizer: OptimizerConfig,
+        loss: LossConfig,
+        temperature: float,
+        micro_batch_size: int,
+        precision: torch.dtype = torch.float32,
+        with_reference: bool = False,
+    ) -> None:
+        """`checkpoint`: of transformers, in safetensors. `with_reference`: keep a frozen copy for the KL term.
+
+        Raises ValueError for a model or a layout that don't go together.
+        """
+        self.config = read_config(checkpoint)
+        self._checkpoint = checkpoint
+        self._groups = join(meeting, parallel)
+        self._optimizer_config = optimizer
+        self._loss = loss
+        self._temperature = temperature
+        self._micro_batch_size = micro_batch_size
+        self._gradient_steps = 0
+        self.statistics_seconds = 0.0
+        """Spent in attention statistics by the last `log_probs` with a tap, on the slowest rank."""
+        with on_cpu():
+            model = build_model(self.config, self._groups, parallel, precision)
+            load_weights(model, checkpoint, self.config, self._groups)
+            self._model = DistributedDataParallel(
+                config=model.config,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
+                ),
+                module=model,
+            )
+            model.config.finalize_model_grads_func = _add_up_gradients
+            # No overrides: weight decay on every parameter, as the one-machine engine has it.
+            self._optimizer = megatron_optimizer.get_megatron_optimizer(
+                _optimizer_config(optimizer, precision, parallel), [self._model], config_overrides={}
+            )
+        self._reference = self._frozen(parallel, precision) if with_reference else None
+
+    def log_probs(
+        self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None
+    ) -> tuple[LogProbs, RhythmSignals | None]:
+        """See rhythm.engines.interfaces.Train."""
+        if tap is None:
+            return self._log_probs(self._model.module, rollout), None
+        depth, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        with MegatronTap(self._model.module.attentions(), depth, tap, groups, self._groups) as reader:
+            found = self._log_probs(self._model.module, rollout, reader)
+        slowest = torch.tensor([reader.seconds], dtype=torch.float64, device=self._groups.device)
+        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
+        self.statistics_seconds = float(slowest)
+        return found, replace(reader.signals(rollout, heads), entropy=found.entropy)
+
+    def reference_log_probs(self, rollout: Rollout) -> Tensor:
+        """See rhythm.engines.interfaces.Train. Raises RuntimeError where there is no reference model."""
+        if self._reference is None:
+            raise RuntimeError("this engine was made without a reference model")
+        return self._log_probs(self._reference, rollout).logprobs
+
+    def step(self, batch: TrainBatch) -> StepMetrics:
+        """See rhythm.engines.interfaces.Train. Raises NonFiniteError on every rank."""
+        self._model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        totals = BatchTotals.of(batch.rollout.response_mask)
+        sums = torch.zeros(4, dtype=torch.float64)
+
+        def part(packed: Packed, hidden_ND: Tensor) -> Tensor:
+            loss, parts = self._loss_part(packed, hidden_ND, batch, totals)
+            sums.add_(parts)
+            return loss
+
+        self._model.train()
+        self._run(self._model, batch.rollout, part, backward=True)
+        loss, clip_share, approx_kl, kl = self._groups.summed(sums if self._groups.speaks else 0 * sums).tolist()
+        grad_norm = self._clipped_gradients() if math.isfinite(loss) else math.nan
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._model.zero_grad_buffer()
+            what, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+            raise NonFiniteError(what, value, batch)
+        lr = self._optimizer_config.learning_rate(self._gradient_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        with on_cpu():
+            self._optimizer.step_with_ready_grads()
+        self._gradient_steps += 1
+        return StepMetrics(
+            loss=loss,
+            clip_share=clip_share,
+            approx_kl=approx_kl,
+            kl=kl if batch.reference_logprobs is not None else math.nan,
+            grad_norm=grad_norm,
+            lr=lr,
+        )
+
+    def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in a transformers checkpoint, whole tensor on this rank's device), one parameter gathered at a time.
+
+        A collective: all ranks iterate together, to the end.
+        """
+        return gather_weights(self._model.module, self.config, self._groups)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See rhythm.engines.interfaces.Train; copies of everything, on every rank."""
+        return {name: tensor.detach().clone() for name, tensor in self.weights_stream()}
+
+    def save(self, directory: Path) -> None:
+        """Write a transformers checkpoint, and a distributed one in its folder `megatron`."""
+        writes = self._groups.rank == 0
+        checkpoints.write_weights(directory, self.weights_stream(), self._checkpoint, write=writes)
+        with on_cpu():
+            checkpoints.save_state(
+                directory / checkpoints.DISTRIBUTED, self._model, self._optimizer, self._gradient_steps
+            )
+
+    def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote, under any layout; bit for bit under the same one."""
+        with on_cpu():
+            folder = directory / checkpoints.DISTRIBUTED
+            self._gradient_steps = checkpoints.load_state(folder, self._model, self._optimizer)
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        leave()
+
+    def _frozen(self, parallel: ParallelConfig, precision: torch.dtype) -> PolicyModel:
+        with on_cpu():
+            model = build_model(self.config, self._groups, parallel, precision)
+            load_weights(model, self._checkpoint, self.config, self._groups)
+        model.requires_grad_(False)
+        return model
+
+    @torch.no_grad()
+    def _log_probs(self, model: PolicyModel, rollout: Rollout, tap: MegatronTap | None = None) -> LogProbs:
+        found_2BP = torch.zeros(2, *rollout.input_ids.shape)
+
+        def keep(packed: Packed, hidden_ND: Tensor) -> Tensor:
+            scores = self._scores(model, packed, hidden_ND)
+            if self._groups.speaks:
+                both = torch.stack([scores.logprobs, scores.entropy])
+                found_2BP[:, packed.rows, : packed.width] = torch.where(packed.target, both, 0.0).cpu()
+            return hidden_ND.new_zeros(())
+
+        model.eval()
+        self._run(model, rollout, keep, tap=tap)
+        logprobs_BP, entropy_BP = self._groups.summed(found_2BP)
+        outside_BP = ~rollout.response_mask
+        return LogProbs(logprobs_BP.masked_fill(outside_BP, torch.nan), entropy_BP.masked_fill(outside_BP, torch.nan))
+
+    def _run(
+        self,
+        model: Any,
+        rollout: Rollout,
+        finish: Callable[[Packed, Tensor], Tensor],
+        *,
+        backward: bool = False,
+        tap: MegatronTap | None = None,
+    ) -> None:
+        """Megatron's schedule over this rank's micro-batches; `finish` gets the hidden states on the last stage, and
+        what it returns is the loss.
+        """
+        data = self._groups.data
+        micro_batches = shares(rollout.lens, data.size(), self._micro_batch_size)[data.rank()]
+        if not micro_batches:
+            if backward:
+                _add_up_gradients([model])
+            return
+
+        def forward(items: Iterator[Packed], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            packed = next(items)
+            if tap is not None:
+                tap.next(packed)
+            hidden = model(
+                packed.input_ids[None],
+                packed.position_ids[None],
+                attention_mask=None,
+                packed_seq_params=packed.sequences,
+            )
+
+            def loss(hidden_T1D: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+                # The divisor that Megatron asks for is not used: parts of a loss add up to the step's.
+                none = torch.zeros((), dtype=torch.int, device=hidden_T1D.device)
+                return finish(packed, hidden_T1D[:, 0]), none, {}
+
+            return hidden, loss
+
+        with on_cpu(), nullcontext() if backward else torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=(pack(rollout, rows, self._groups.device) for rows in micro_batches),
+                model=[model],
+                num_microbatches=len(micro_batches),
+                seq_length=1,  # lengths vary, and travel with the tensors
+                micro_batch_size=1,
+                forward_only=not backward,
+            )
+
+    def _scores(self, model: PolicyModel, packed: Packed, hidden_TD: Tensor) -> _Scores:
+        logprob_N, entropy_N = head_logprobs(
+            model,
+            hidden_TD[packed.predicts],
+            packed.tokens,
+            temperature=self._temperature,
+            chunk=self._optimizer_config.token_chunk,
+            group=self._groups.tensor,
+        )
+        undefined = torch.full(packed.target.shape, torch.nan, device=packed.target.device)
+        return _Scores(
+            logprobs=undefined.masked_scatter(packed.target, logprob_N),
+            entropy=undefined.masked_scatter(packed.target, entropy_N),
+        )
+
+    def _loss_part(
+        self, packed: Packed, hidden_TD: Tensor, batch: TrainBatch, totals: BatchTotals
+    ) -> tuple[Tensor, Tensor]:
+        """A micro-batch's part of the step's loss, and of loss, clip share and the two KLs as numbers, fp64 [4]."""
+        now = self._scores(self._model.module, packed, hidden_TD)
+        micro = take_rows(batch, packed.rows)
+
+        def placed(x_bP: Tensor) -> Tensor:
+            return x_bP[:, : packed.width].to(packed.target.device)
+
+        reference = micro.reference_logprobs
+        out = policy_loss(
+            now.logprobs,
+            placed(micro.old_logprobs),
+            placed(micro.advantages),
+            packed.target,
+            self._loss,
+            totals=totals,
+            ref_logprobs_BT=None if reference is None else placed(reference),
+            entropy_BT=now.entropy if self._loss.entropy_coef else None,
+        )
+        kl = torch.zeros(()) if out.reference_kl is None else out.reference_kl
+        parts = [out.loss.detach(), out.clip_share, out.approx_kl, kl]
+        return out.loss, torch.stack([part.detach().double().cpu() for part in parts])
+
+    def _clipped_gradients(self) -> float:
+        """Scale the gradients down to the largest norm allowed; returns the norm they had."""
+        with on_cpu():
+            self._optimizer.prepare_grads()
+            norm = float(self._optimizer.get_grad_norm())
+            largest = self._optimizer_config.max_grad_norm
+            if math.isfinite(norm) and math.isfinite(largest):
+                clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), largest, norm)
+        return norm
+
+
+def _add_up_gradients(model: list[Any], num_tokens: Tensor | None = None, **_: Any) -> None:
+    """Over data ranks, copies of a tied embedding, and norms: sums, as every rank has its part of one loss."""
+    finalize_model_grads(model, None)
+
+
+def _optimizer_config(config: OptimizerConfig, precision: torch.dtype, parallel: ParallelConfig) -> Any:
+    return megatron_optimizer.OptimizerConfig(
+        optimizer="adam",
+        decoupled_weight_decay=True,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        bf16=precision == torch.bfloat16,
+        params_dtype=precision,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        clip_grad=0.0,  # done by this engine, which looks at the norm first
+    )

@@ -1,0 +1,201 @@
+"""Weights between a transformers checkpoint and Megatron's parameters, at any tensor and pipeline layout, bit for bit.
+
+mbridge was looked at for this: it reads configurations of transformers 4 and names only TransformerEngine's layers.
+
+Shape suffixes: N key heads, R rows of a key head's group (its queries, one key, one value), D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, distributed, nn
+
+from rhythm.engines.megatron.parallel import Groups
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one parameter of Megatron's is made.
+
+    split: what tensor ranks divide: nothing, rows, columns, the key heads of stacked q, k, v, or the rows of gate
+    and up one by one. names: the tensors of the checkpoint.
+    """
+
+    split: Literal["none", "rows", "columns", "qkv", "gate_up"]
+    names: tuple[str, ...]
+
+
+_MODEL = {
+    "embedding.word_embeddings.weight": Recipe("rows", ("model.embed_tokens.weight",)),
+    "decoder.final_layernorm.weight": Recipe("none", ("model.norm.weight",)),
+    "output_layer.weight": Recipe("rows", ("lm_head.weight",)),
+}
+_QKV = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+_LAYER = {
+    "input_layernorm.weight": Recipe("none", ("input_layernorm.weight",)),
+    "self_attention.linear_qkv.weight": Recipe("qkv", _QKV),
+    "self_attention.q_layernorm.weight": Recipe("none", ("self_attn.q_norm.weight",)),
+    "self_attention.k_layernorm.weight": Recipe("none", ("self_attn.k_norm.weight",)),
+    "self_attention.linear_proj.weight": Recipe("columns", ("self_attn.o_proj.weight",)),
+    "pre_mlp_layernorm.weight": Recipe("none", ("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.weight": Recipe("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    "mlp.linear_fc2.weight": Recipe("columns", ("mlp.down_proj.weight",)),
+    # TransformerEngine's layers hold the norm with the matrix that follows it.
+    "self_attention.linear_qkv.layer_norm_weight": Recipe("none", ("input_layernorm.weight",)),
+    "mlp.linear_fc1.layer_norm_weight": Recipe("none", ("post_attention_layernorm.weight",)),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """For a parameter by its name with the layer counted over the whole model. Raises KeyError for others."""
+    if not name.startswith("decoder.layers."):
+        return _MODEL[name]
+    layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
+    found = _LAYER[rest]
+    return Recipe(found.split, tuple(f"model.layers.{layer}.{part}" for part in found.names))
+
+
+def to_megatron(made: Recipe, tensors: list[Tensor], key_heads: int, ranks: int, rank: int) -> Tensor:
+    """The part of tensor rank `rank`, from whole tensors in the order of `made.names`."""
+    if made.split == "qkv":
+        # Rows of one key head's queries, key and value stand together.
+        groups = [x.view(key_heads, -1, x.shape[1]) for x in tensors]
+        return torch.cat(groups, dim=1).chunk(ranks)[rank].flatten(0, 1)
+    if made.split == "gate_up":
+        return torch.cat([x.chunk(ranks)[rank] for x in tensors])
+    if made.split == "none":
+        return tensors[0]
+    return tensors[0].chunk(ranks, dim=0 if made.split == "rows" else 1)[rank]
+
+
+def to_transformers(made: Recipe, parts: list[Tensor], key_heads: int, head_size: int) -> list[Tensor]:
+    """The checkpoint's tensors in the order of `made.names`, from the parts of all tensor ranks."""
+    if made.split == "qkv":
+        stacked_NRD = torch.cat(parts).view(key_heads, -1, parts[0].shape[1])
+        queries = stacked_NRD.shape[1] - 2 * head_size
+        return [x.flatten(0, 1) for x in torch.split(stacked_NRD, [queries, head_size, head_size], dim=1)]
+    if made.split == "gate_up":
+        halves = [part.chunk(2) for part in parts]
+        return [torch.cat([half[i] for half in halves]) for i in range(2)]
+    if made.split == "none":
+        return [parts[0]]
+    return [torch.cat(parts, dim=0 if made.split == "rows" else 1)]
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """This stage's parameters, layers counted over the whole model, each once.
+
+    A tied output embedding that stands on a stage of its own is left out: it is a copy of the input embedding's.
+    """
+    first = next((attention.layer for attention in model.attentions()), 0)  # type: ignore[operator]
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            name = f"decoder.layers.{first + int(layer)}.{rest}"
+        found[name] = parameter
+    if model.share_embeddings_and_output_weights:
+        found.pop("output_layer.weight", None)
+    return found
+
+
+@torch.no_grad()
+def load_weights(model: Any, checkpoint: Path, config: Any, groups: Groups) -> None:
+    """Set this rank's parameters from a transformers checkpoint in safetensors.
+
+    Raises ValueError for a tensor that is missing, or of another shape than the configuration says.
+    """
+    with _Tensors(checkpoint) as tensors:
+        targets = [(recipe(name), parameter) for name, parameter in named(model).items()]
+        if config.tie_word_embeddings and groups.last_stage and not groups.first_stage:
+            targets.append((_MODEL["embedding.word_embeddings.weight"], model.output_layer.weight))
+        for made, parameter in targets:
+            whole = [tensors[name] for name in made.names]
+            part = to_megatron(made, whole, config.num_key_value_heads, groups.tensor.size(), groups.tensor.rank())
+            if part.shape != parameter.shape:
+                raise ValueError(
+                    f"{checkpoint}: {made.names[0]} gives {tuple(part.shape)} a rank, the configuration "
+                    f"{tuple(parameter.shape)}"
+                )
+            parameter.copy_(part)
+
+
+def gather_weights(model: Any, config: Any, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+    """(name in the checkpoint, whole tensor on this rank's device) of every weight, one parameter gathered at a time.
+
+    A collective: all ranks iterate, and all get everything, in the same order.
+    """
+    own = {name: (tuple(p.shape), p.dtype) for name, p in named(model).items()}
+    stages: list[Any] = [None] * groups.pipeline.size()
+    distributed.all_gather_object(stages, own, group=groups.pipeline)
+    parameters = named(model)
+    for stage, listed in enumerate(stages):
+        source = distributed.get_global_rank(groups.pipeline, stage)
+        for name, (shape, dtype) in listed.items():
+            made = recipe(name)
+            if groups.pipeline.rank() == stage:
+                parts = _over_tensor_ranks(made, parameters[name].detach(), groups)
+                whole = to_transformers(made, parts, config.num_key_value_heads, config.head_dim)
+            else:
+                blanks = [torch.empty(shape, dtype=dtype, device="meta")] * groups.tensor.size()
+                shapes = to_transformers(made, blanks, config.num_key_value_heads, config.head_dim)
+                whole = [torch.empty(x.shape, dtype=dtype, device=groups.device) for x in shapes]
+            for checkpoint_name, tensor in zip(made.names, whole, strict=True):
+                tensor = tensor.contiguous()
+                if len(stages) > 1:
+                    distributed.broadcast(tensor, source, group=groups.pipeline)
+                yield checkpoint_name, tensor
+
+
+def _over_tensor_ranks(made: Recipe, part: Tensor, groups: Groups) -> list[Tensor]:
+    if made.split == "none" or groups.tensor.size() == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(groups.tensor.size())]
+    distributed.all_gather(parts, part.contiguous(), group=groups.tensor)
+    return parts
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint in one safetensors file or several, read when asked for."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+        self._exit = ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> _Tensors:
+        index = self._checkpoint / INDEX
+        shards = (
+            sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if index.is_file()
+            else ["model.safetensors"]
+        )
+        for shard in shards:
+            file = self._exit.enter_context(safe_open(self._checkpoint / shard, framework="pt"))
+            self._files.update(dict.fromkeys(file.keys(), file))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise ValueError(f"{self._checkpoint}: there is no {name} in its safetensors")
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

@@ -1,0 +1,364 @@
+"""Infer by vLLM: one replica, its tensor-parallel workers included, in the process that builds it.
+
+Shape suffixes: B responses, T positions of input_ids, right-padded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from rhythm.engines.interfaces import Rollout, SamplingConfig
+from rhythm.engines.vllm.transfer import Ledger, TransferKind, buckets, make_sender
+
+WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
+LOCAL_BUCKET_BYTES = 64 << 20
+"""Shared memory that `update_weights` uses at a time."""
+
+
+class VllmConfig(BaseModel, extra="forbid", frozen=True):
+    """One vLLM engine."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs of one replica")
+    gpu_memory_utilization: float = Field(
+        default=0.85, gt=0, lt=1, description="share of a GPU's memory that vLLM takes; weights and KV cache"
+    )
+    kv_cache_gib: float | None = Field(
+        default=None, gt=0, description="size of the KV cache on each GPU instead, in GiB; has to be given on CPUs"
+    )
+    max_num_seqs: int = Field(default=256, ge=1, description="responses that a replica generates at a time")
+    max_num_batched_tokens: int = Field(
+        default=4096, ge=1, description="tokens of one forward pass; scoring holds as many rows of logits in fp32"
+    )
+    enforce_eager: bool = Field(default=False, description="no CUDA graphs; always so on CPUs")
+    enable_prefix_caching: bool = Field(
+        default=False, description="share the KV cache of a prompt among its responses, within a call of generate"
+    )
+
+
+def prepare_environment(bind_address: str = "127.0.0.1") -> None:
+    """Set what vLLM reads from the environment. Call it before anything imports vLLM.
+
+    `bind_address`: where its workers listen for each other. What the caller's environment sets is kept, but
+    not where to bind, nor what would let vLLM unpickle what it is sent.
+    """
+    os.environ["VLLM_HOST_IP"] = bind_address
+    os.environ["VLLM_LOOPBACK_IP"] = bind_address
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
+    # The engine lives in this process: its weights can be pushed and its errors seen without another hop.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    kept = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    if ipaddress.ip_address(bind_address).is_loopback:
+        kept |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    if not torch.cuda.is_available():
+        # Threads stay unbound: replicas on one machine would all be bound to the same cores.
+        kept |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    for name, value in kept.items():
+        os.environ.setdefault(name, value)
+
+
+class VllmInfer:
+    """Responses by vLLM.
+
+    A rollout is a function of weights, prompts, sampling and seed: every response draws from a generator of its
+    own. The temperature divides the logits where the model makes them, so vLLM's raw log-probs are those of the
+    sampling temperature before top-p and top-k cut anything off; the head computes in fp32, whatever `dtype`.
+
+    Weights come as a push: `start_push`, `receive` for each bucket, `finish_push`. A push must bring every
+    weight, in the shapes of the checkpoint; an engine whose push failed half-way serves no more.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        config: VllmConfig,
+        *,
+        max_length: int,
+        end_ids: Sequence[int],
+        pad_id: int,
+        dtype: torch.dtype,
+        seed: int = 0,
+    ) -> None:
+        """Start the engine on the weights in `checkpoint`, a transformers checkpoint in safetensors.
+
+        Args:
+            checkpoint: its directory; its tokenizer is not read.
+            config: the engine's knobs.
+            max_length: longest prompt and response together, in tokens.
+            end_ids: a response ends with the first of these.
+            pad_id: the token right of a response.
+            dtype: of weights, activations and KV cache.
+            seed: of the engine, for what no response's own seed covers.
+
+        Raises ValueError without end_ids, for a checkpoint without safetensors, and on a CPU without kv_cache_gib.
+        """
+        if not end_ids:
+            raise ValueError("end_ids is empty: a response must be able to end")
+        self._ledger = Ledger.of_checkpoint(checkpoint)
+        prepare_environment(os.environ.get("VLLM_HOST_IP") or "127.0.0.1")
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self._on_cpu = bool(current_platform.is_cpu())
+        if self._on_cpu and config.kv_cache_gib is None:
+            raise ValueError("kv_cache_gib is not set: on CPUs vLLM has to be told the size of its KV cache")
+        parallel = {"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}
+        self._llm: Any = LLM(
+            model=str(checkpoint),
+            load_format="safetensors",
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            generation_config="vllm",  # the checkpoint's sampling defaults stay out: only ours count
+            hf_overrides={"head_dtype": "float32"},
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=max_length,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30),
+            enforce_eager=config.enforce_eager or self._on_cpu,
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_sleep_mode=not self._on_cpu,
+            logprobs_mode="raw_logprobs",
+            worker_extension_cls=WORKER_EXTENSION,
+            seed=seed,
+            **parallel,
+        )
+        self._max_length = max_length
+        self._end_ids = list(end_ids)
+        self._pad_id = pad_id
+        self._version = 0
+        self._state: Literal["serving", "receiving", "asleep", "lost", "closed"] = "serving"
+        self._temperature = 1.0
+
+    @property
+    def version(self) -> int:
+        """The training step that made the current weights."""
+        return self._version
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
+        """`n` responses to each prompt, on the CPU. `sampling.rows_at_once` is left to vLLM's max_num_seqs.
+
+        Raises ValueError without prompts, for an empty prompt, for n < 1, and where a prompt leaves less than
+        max_new_tokens within max_length; RuntimeError where the engine is not serving.
+        """
+        self._must_be("serving")
+        if n < 1:
+            raise ValueError(f"n is {n}: must be at least 1")
+        if not prompts or not all(prompts):
+            raise ValueError("prompts: must hold at least one prompt, and no empty one")
+        room = self._max_length - max(map(len, prompts))
+        if sampling.max_new_tokens > room:
+            raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}: the longest prompt leaves {room} tokens")
+        self._set_temperature(sampling.temperature or 1.0)
+        # What an earlier call cached would change the order of this one's sums, and with it the rollout.
+        self._reset_prefix_cache()
+        common = self._drawing(sampling)
+        rows = [(index, prompt, sample) for index, prompt in enumerate(prompts) for sample in range(n)]
+        outputs = self._run(
+            [prompt for _, prompt, _ in rows],
+            [{**common, "seed": response_seed(seed, index, sample)} for index, _, sample in rows],
+        )
+        responses = [output.outputs[0] for output in outputs]
+        return assemble(
+            [prompt for _, prompt, _ in rows],
+            [list(response.token_ids) for response in responses],
+            [list(response.logprobs.logprobs) for response in responses],
+            group=[index for index, _, _ in rows],
+            end_ids=self._end_ids,
+            pad_id=self._pad_id,
+        )
+
+    def score(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+        """fp32 [B, T], nats: log-probs of the response tokens at `temperature`; NaN outside the response.
+
+        A forward pass over what is there already: prompt and response are read as a prompt. The last token, which
+        the pass over the others predicts, is the one token that may follow.
+
+        Raises ValueError for a row longer than max_length; RuntimeError where the engine is not serving.
+        """
+        self._must_be("serving")
+        lens = rollout.lens.tolist()
+        if max(lens) > self._max_length:
+            raise ValueError(f"rollout: its longest row has {max(lens)} tokens, max_length is {self._max_length}")
+        self._set_temperature(temperature)
+        rows = [row[:length].tolist() for row, length in zip(rollout.input_ids, lens, strict=True)]
+        outputs = self._run(
+            [row[:-1] for row in rows],
+            [
+                {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "allowed_token_ids": [row[-1]]}
+                for row in rows
+            ],
+        )
+        logprobs_BT = torch.full(rollout.input_ids.shape, torch.nan)
+        for b, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+            picked = [*output.prompt_logprobs.logprobs, *output.outputs[0].logprobs.logprobs]
+            logprobs_BT[b, 1 : len(row)] = torch.tensor(picked)
+        return logprobs_BT.masked_fill(~rollout.response_mask.cpu(), torch.nan)
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Take over all weights from this process, through shared memory.
+
+        Raises ValueError if `version` falls, a name is missing or unknown, or a shape differs.
+        """
+        self._must_not_fall(version)
+        with make_sender("shared_memory") as sender:
+            self.init_transfer("shared_memory", sender.init_info())
+            self.start_push()
+            for bucket in buckets(weights.items(), LOCAL_BUCKET_BYTES):
+                self.receive(sender.stage(bucket))
+            self.finish_push(version)
+
+    def init_transfer(self, kind: TransferKind, info: Mapping[str, Any]) -> None:
+        """Open the way weights will come; `info` is a sender's init_info. With nccl it returns once all have met."""
+        self._must_be("serving")
+        self._llm.collective_rpc("open_transfer", args=(kind, dict(info)))
+
+    def start_push(self) -> None:
+        """Begin to take over weights; until `finish_push` the engine serves nothing."""
+        self._must_be("serving")
+        self._state = "lost"
+        self._llm.collective_rpc("start_weight_update")
+        self._ledger = self._ledger.fresh()
+        self._state = "receiving"
+
+    def receive(self, info: Mapping[str, Any]) -> None:
+        """Take over one bucket, as a sender's `stage` describes it; returns when its memory may be used again.
+
+        Raises ValueError, before anything is loaded, for names unknown or already received and for wrong shapes.
+        """
+        self._must_be("receiving")
+        self._state = "lost"
+        self._ledger.enter(info["names"], info["shapes"])
+        self._llm.collective_rpc("receive_bucket", args=(dict(info),))
+        self._state = "receiving"
+
+    def finish_push(self, version: int) -> None:
+        """Serve the weights received, as of training step `version`.
+
+        Raises ValueError if `version` falls or weights are missing.
+        """
+        self._must_be("receiving")
+        self._state = "lost"
+        self._must_not_fall(version)
+        self._ledger.must_be_complete()
+        self._llm.collective_rpc("finish_weight_update")
+        self._llm.collective_rpc("repack_heads")
+        self._reset_prefix_cache()
+        self._version = version
+        self._state = "serving"
+
+    def sleep(self) -> None:
+        """Give GPU memory back: weights go to the host's memory, the KV cache goes. Nothing on a CPU."""
+        self._must_be("serving")
+        if not self._on_cpu:
+            self._llm.sleep(level=1)
+        self._state = "asleep"
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        self._must_be("asleep")
+        if not self._on_cpu:
+            self._llm.wake_up()
+        self._state = "serving"
+
+    def close(self) -> None:
+        """Stop the engine and its workers. Closing twice does no harm."""
+        if self._state == "closed":
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._state = "closed"
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+
+    def _run(self, prompts: Iterable[Sequence[int]], params: Iterable[Mapping[str, Any]]) -> list[Any]:
+        from vllm import SamplingParams
+
+        return list(
+            self._llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                [
+                    SamplingParams(**each, logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True)
+                    for each in params
+                ],
+                use_tqdm=False,
+            )
+        )
+
+    def _drawing(self, sampling: SamplingConfig) -> dict[str, Any]:
+        """vLLM's parameters; the logits are divided by the temperature already."""
+        greedy = sampling.temperature == 0
+        return {
+            "temperature": 0.0 if greedy else 1.0,
+            "top_p": 1.0 if greedy else sampling.top_p,
+            "top_k": 0 if greedy else sampling.top_k,
+            "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": self._end_ids,
+        }
+
+    def _set_temperature(self, temperature: float) -> None:
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}: must be above 0")
+        if temperature != self._temperature:
+            self._llm.collective_rpc("scale_logits", args=(1 / temperature,))
+            self._temperature = temperature
+
+    def _reset_prefix_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+
+    def _must_be(self, state: str) -> None:
+        if self._state != state:
+            raise RuntimeError(f"the vLLM engine is {self._state}: this needs it {state}")
+
+    def _must_not_fall(self, version: int) -> None:
+        if version < self._version:
+            raise ValueError(f"version is {version}: must not fall below the {self._version} the engine already has")
+
+
+def response_seed(seed: int, prompt: int, sample: int) -> int:
+    """The seed of one response, in [0, 2^63): its own for each prompt and sample of a call."""
+    digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def assemble(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    *,
+    group: Sequence[int],
+    end_ids: Sequence[int],
+    pad_id: int,
+) -> Rollout:
+    """Token lists → right-padded rows."""
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    prompt_lens_B = torch.tensor([len(prompt) for prompt in prompts])
+    lens_B = torch.tensor([len(row) for row in rows])
+    t = torch.arange(int(lens_B.max()))
+    input_ids_BT = torch.full((len(rows), len(t)), pad_id)
+    logprobs_BT = torch.zeros(len(rows), len(t))
+    for b, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        input_ids_BT[b, : len(row)] = torch.tensor(row)
+        logprobs_BT[b, len(prompt) : len(row)] = torch.tensor(logprobs[b])
+    attention_mask = t < lens_B[:, None]
+    return Rollout(
+        input_ids=input_ids_BT,
+        attention_mask=attention_mask,
+        response_mask=attention_mask & (t >= prompt_lens_B[:, None]),
+        prompt_lens=prompt_lens_B,
+        group=torch.tensor(list(group)),
+        logprobs=logprobs_BT,
+        finished=torch.tensor([response[-1] in end_ids for response in responses]),
+    )

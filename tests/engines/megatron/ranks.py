@@ -1,0 +1,125 @@
+"""Runs a scenario of test_ranks.py on all ranks of a layout: `python ranks.py SPEC OUT`, both files of torch.save.
+
+A script, not a module of tests: the ranks are spawned processes, which import it by its path.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from rhythm.engines.interfaces import NonFiniteError, Rollout, TapConfig, TrainBatch
+from rhythm.engines.megatron.model import PolicyModel
+from rhythm.engines.megatron.parallel import ParallelConfig, Rendezvous
+from rhythm.engines.megatron.train import MegatronTrain
+from rhythm.heads import HeadGroups
+
+
+def main(spec_path: str, out_path: str) -> None:
+    """Spawn the ranks of the layout and wait for them."""
+    spec = torch.load(spec_path, weights_only=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_rank, (spec, out_path, port), nprocs=spec["parallel"].ranks)
+
+
+def _rank(rank: int, spec: dict[str, Any], out_path: str, port: int) -> None:
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    parallel: ParallelConfig = spec["parallel"]
+    try:
+        engine = MegatronTrain(
+            spec["checkpoint"],
+            Rendezvous(rank, parallel.ranks, "127.0.0.1", port, timeout=60),
+            parallel,
+            micro_batch_size=2,
+            with_reference=True,
+            **spec["options"],
+        )
+        found = SCENARIOS[spec["scenario"]](engine, spec, rank)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    torch.save(found, f"{out_path}.{rank}")
+    engine.close()
+
+
+def _everything(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    rollout: Rollout = spec["rollout"]
+    tap = TapConfig(backend="reference", layers=3)
+    widest = _watch_logits(engine)
+    found: dict[str, Any] = {"weights_at_start": engine.weights()}
+    found["log_probs"], found["signals"] = engine.log_probs(rollout, tap)
+    found["statistics_seconds"] = engine.statistics_seconds
+    found["batch_signals"] = engine.log_probs(rollout, tap.model_copy(update={"grouping": "batch"}))[1]
+    groups = found["signals"].groups
+    fixed = HeadGroups(groups.local[:1].roll(1, dims=1), groups.global_[:1].roll(1, dims=1))
+    found["fixed_signals"] = engine.log_probs(rollout, tap, fixed)[1]
+    found["one_row"] = engine.log_probs(_first_row(rollout))[0]
+    found["steps"] = [engine.step(batch) for batch in spec["batches"][:-1]]
+    found["weights"] = engine.weights()
+    found["reference"] = engine.reference_log_probs(rollout)
+    found["refused"] = _refuses_infinity(engine, spec["batches"][0])
+    found["weights_after_refusal"] = engine.weights()
+    directory = Path(spec["save_to"])
+    directory.mkdir(exist_ok=True)
+    engine.save(directory)
+    engine.step(spec["batches"][-1])
+    found["last_weights"] = engine.weights()
+    engine.load(directory)
+    engine.step(spec["batches"][-1])
+    found["last_weights_again"] = engine.weights()
+    for name in spec["load_from"]:
+        engine.load(Path(name))
+        engine.step(spec["batches"][-1])
+        found[f"loaded {name}"] = engine.weights()
+    found["widest_logits"] = max(widest)
+    return found
+
+
+def _scores(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    found = {"weights_at_start": engine.weights(), "log_probs": engine.log_probs(spec["rollout"])[0]}
+    found["steps"] = [engine.step(batch) for batch in spec["batches"]]
+    found["weights"] = engine.weights()
+    return found
+
+
+SCENARIOS = {"everything": _everything, "scores": _scores}
+
+
+def _first_row(rollout: Rollout) -> Rollout:
+    return Rollout(**{name: value[:1] for name, value in vars(rollout).items()})
+
+
+def _refuses_infinity(engine: MegatronTrain, batch: TrainBatch) -> tuple[str, bool]:
+    broken = torch.where(batch.rollout.response_mask, torch.inf, 0.0)
+    try:
+        engine.step(TrainBatch(batch.rollout, batch.old_logprobs, broken, batch.reference_logprobs))
+    except NonFiniteError as error:
+        return error.what, error.batch.rollout is batch.rollout
+    return "nothing", False
+
+
+def _watch_logits(engine: MegatronTrain) -> list[int]:
+    """Tokens that had logits at once, at each call from here on."""
+    counts = [0]
+    inner = PolicyModel.logits
+
+    def counted(self: PolicyModel, hidden_ND: torch.Tensor) -> torch.Tensor:
+        counts.append(len(hidden_ND))
+        return inner(self, hidden_ND)
+
+    PolicyModel.logits = counted
+    return counts
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,153 @@
+"""What of the Megatron engine works without other ranks: recipes of weights, shares of a batch, refusals."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from transformers import LlamaConfig, Qwen3Config
+
+from rhythm.engines.interfaces import Rollout
+from rhythm.engines.megatron.checkpoint import check_metadata, write_weights
+from rhythm.engines.megatron.model import read_config
+from rhythm.engines.megatron.packing import pack, shares
+from rhythm.engines.megatron.parallel import ParallelConfig, Rendezvous, join
+from rhythm.engines.megatron.weights import recipe, to_megatron, to_transformers
+
+pytestmark = pytest.mark.cluster
+
+KEY_HEADS, GROUP, HEAD_SIZE, WIDTH = 4, 2, 3, 5
+SHAPES = {
+    "decoder.layers.7.self_attention.linear_qkv.weight": [
+        (KEY_HEADS * GROUP * HEAD_SIZE, WIDTH),
+        (KEY_HEADS * HEAD_SIZE, WIDTH),
+        (KEY_HEADS * HEAD_SIZE, WIDTH),
+    ],
+    "decoder.layers.7.self_attention.linear_proj.weight": [(WIDTH, KEY_HEADS * GROUP * HEAD_SIZE)],
+    "decoder.layers.7.mlp.linear_fc1.weight": [(8, WIDTH), (8, WIDTH)],
+    "decoder.layers.7.mlp.linear_fc2.weight": [(WIDTH, 8)],
+    "decoder.layers.7.input_layernorm.weight": [(WIDTH,)],
+    "embedding.word_embeddings.weight": [(12, WIDTH)],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_weights_come_back_as_they_went(name: str, ranks: int) -> None:
+    made = recipe(name)
+    whole = [torch.randn(shape) for shape in SHAPES[name]]
+    assert len(made.names) == len(whole)
+    parts = [to_megatron(made, whole, KEY_HEADS, ranks, rank) for rank in range(ranks)]
+    assert sum(part.numel() for part in parts) == sum(x.numel() for x in whole) * (ranks if made.split == "none" else 1)
+    back = to_transformers(made, parts, KEY_HEADS, HEAD_SIZE)
+    assert all(torch.equal(x, y) for x, y in zip(whole, back, strict=True))
+
+
+def test_a_rank_gets_whole_heads_and_the_same_columns_of_gate_and_up() -> None:
+    q = torch.arange(KEY_HEADS * GROUP * HEAD_SIZE).float()[:, None]
+    k, v = 100 + torch.arange(12.0)[:, None], 200 + torch.arange(12.0)[:, None]
+    second = to_megatron(recipe("decoder.layers.0.self_attention.linear_qkv.weight"), [q, k, v], KEY_HEADS, 4, 1)
+    assert second[:, 0].tolist() == [6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205]
+    gate, up = torch.arange(4.0)[:, None], 10 + torch.arange(4.0)[:, None]
+    second = to_megatron(recipe("decoder.layers.0.mlp.linear_fc1.weight"), [gate, up], KEY_HEADS, 2, 1)
+    assert second[:, 0].tolist() == [2, 3, 12, 13]
+
+
+def test_names_are_those_of_the_checkpoint() -> None:
+    assert recipe("decoder.layers.12.mlp.linear_fc1.weight").names == (
+        "model.layers.12.mlp.gate_proj.weight",
+        "model.layers.12.mlp.up_proj.weight",
+    )
+    # TransformerEngine's layers hold a norm with the matrix after it.
+    fused = recipe("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight")
+    assert fused == recipe("decoder.layers.3.input_layernorm.weight")
+    with pytest.raises(KeyError):
+        recipe("decoder.layers.0.mlp.router.weight")
+
+
+def test_shares_are_all_rows_once_and_about_as_many_tokens() -> None:
+    lens = torch.tensor([3, 90, 20, 50, 70, 40, 60, 10])
+    dealt = shares(lens, data_ranks=2, micro_batch_size=3)
+    rows = [torch.cat(micro_batches) for micro_batches in dealt]
+    assert torch.cat(rows).sort().values.tolist() == list(range(8))
+    assert [int(lens[r].sum()) for r in rows] == [90 + 50 + 40 + 3, 70 + 60 + 20 + 10]
+    assert [len(micro) for micro in dealt[0]] == [3, 1]
+    assert [len(micro_batches) for micro_batches in shares(lens[:1], 2, 3)] == [1, 0]
+
+
+def test_packed_rows_stand_one_after_the_other() -> None:
+    ids = torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]])
+    mask = ids > 0
+    rollout = Rollout(
+        input_ids=ids,
+        attention_mask=mask,
+        response_mask=mask & (torch.arange(4) >= torch.tensor([[1], [3]])),
+        prompt_lens=torch.tensor([1, 3]),
+        group=torch.zeros(2, dtype=torch.long),
+        logprobs=torch.zeros(2, 4),
+        finished=torch.ones(2, dtype=torch.bool),
+    )
+    packed = pack(rollout, torch.tensor([1, 0]), torch.device("cpu"))
+    assert packed.input_ids.tolist() == [8, 9, 10, 11, 5, 6, 7]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert packed.cu_seqlens.tolist() == [0, 4, 7]
+    assert packed.predicts.tolist() == [2, 4, 5]
+    assert packed.tokens.tolist() == [11, 6, 7]
+    assert packed.prompt_lens.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (Qwen3Config(attention_bias=True), "attention_bias"),
+        (Qwen3Config(hidden_act="gelu"), "hidden_act"),
+        (LlamaConfig(mlp_bias=True), "mlp_bias"),
+        (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope_parameters"),
+    ],
+)
+def test_models_it_cannot_train_are_refused(config: Any, named: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=named):
+        read_config(tmp_path)
+
+
+def test_too_few_ranks_are_refused_before_they_meet() -> None:
+    with pytest.raises(ValueError, match="tensor × pipeline × data is 2 × 2 × 1 = 4"):
+        join(Rendezvous(0, 2, "127.0.0.1", 1), ParallelConfig(tensor=2, pipeline=2))
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("what", [_Evil(), Metadata({"x": BytesStorageMetadata()})])
+def test_metadata_that_would_run_code_is_refused(what: Any, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(what))
+    with pytest.raises(pickle.UnpicklingError, match="which is not loaded"):
+        check_metadata(tmp_path)
+
+
+def test_weights_are_written_in_shards_with_an_index(tmp_path: Path) -> None:
+    source, directory = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    directory.mkdir()
+    for name in ("config.json", "tokenizer.json", "state.json", "model.safetensors"):
+        (source / name).write_text("{}")
+    weights = {f"w{i}": torch.full((10,), float(i)) for i in range(5)}
+    write_weights(directory, iter(weights.items()), source, write=True, shard_bytes=80)
+    from rhythm.engines.megatron.weights import _Tensors
+
+    with _Tensors(directory) as read:
+        assert {name: read[name][0].item() for name in read} == {f"w{i}": float(i) for i in range(5)}
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "config.json",
+        *(f"model-0000{i}.safetensors" for i in (1, 2, 3)),
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]

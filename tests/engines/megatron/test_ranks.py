@@ -1,0 +1,305 @@
+"""The Megatron engine on real ranks against the one-machine engine: weights, log-probs, signals, γ, steps, checkpoints.
+
+Every layout is run once, in processes of its own, and looked at by many tests. Differences allowed are those of sums
+in another order: log-probs 1e-5 nats, a gradient's norm 1e-5 of itself, and weights 2e-4, a fifth of a step of lr 1e-3:
+Adam's first steps divide a gradient by its own size, so where it is nearly 0 the last bit decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rhythm.credit import CreditConfig, batch_credit_weights
+from rhythm.engines.interfaces import Rollout, TapConfig, TrainBatch
+from rhythm.engines.megatron.parallel import ParallelConfig
+from rhythm.engines.torch_train import OptimizerConfig, TorchTrain
+from rhythm.heads import HeadGroups
+from rhythm.loss import LossConfig
+from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+LAYOUTS = {
+    "one": ParallelConfig(distributed_optimizer=False),
+    "tensor": ParallelConfig(tensor=2),
+    "pipeline": ParallelConfig(pipeline=2, recompute=True),
+    "data": ParallelConfig(data=2),
+    "both": ParallelConfig(tensor=2, pipeline=2),
+}
+# Whose checkpoints a layout loads; they are saved by layouts before it, with the same kind of optimizer.
+LOADS = {"one": (), "tensor": (), "pipeline": ("tensor",), "data": ("pipeline",), "both": ("data", "pipeline")}
+OPTIONS: dict[str, Any] = {
+    "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5, token_chunk=16),
+    "loss": LossConfig(kl_coef=0.1, entropy_coef=0.01),
+    "temperature": 0.9,
+}
+CHUNK = OPTIONS["optimizer"].token_chunk
+TAP = TapConfig(backend="reference", layers=3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the one-machine engine makes of the same data."""
+
+    checkpoint: Path
+    rollout: Rollout
+    batches: list[TrainBatch]
+    found: dict[str, Any]
+
+
+def make_rollout(rows: int = 7, positions: int = 40) -> Rollout:
+    random = torch.Generator().manual_seed(5)
+    lens = torch.randint(12, positions + 1, (rows, 1), generator=random)
+    prompt_lens = torch.randint(1, 8, (rows,), generator=random)
+    t = torch.arange(positions)
+    mask = t < lens
+    ids = torch.randint(4, 100, (rows, positions), generator=random)
+    return Rollout(
+        input_ids=torch.where(mask, ids, 0),
+        attention_mask=mask,
+        response_mask=mask & (t >= prompt_lens[:, None]),
+        prompt_lens=prompt_lens,
+        group=torch.arange(rows) // 2,
+        logprobs=torch.zeros(rows, positions),
+        finished=torch.ones(rows, dtype=torch.bool),
+    )
+
+
+def make_batches(rollout: Rollout, old: torch.Tensor, reference: torch.Tensor | None, count: int) -> list[TrainBatch]:
+    random = torch.Generator().manual_seed(6)
+    return [TrainBatch(rollout, old, torch.randn(old.shape, generator=random), reference) for _ in range(count)]
+
+
+def torch_engine(model: Any) -> TorchTrain:
+    return TorchTrain(model, build_tokenizer(), micro_batch_size=2, reference=copy.deepcopy(model), **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A Qwen3 of six layers, so that both stages have sampled ones, with 8 query and 4 key heads."""
+    checkpoint = tmp_path_factory.mktemp("qwen3")
+    shape = TinyModelConfig(layers=6, hidden_size=48, mlp_size=80, query_heads=8, key_heads=4, head_size=16)
+    model = build_model(shape, build_tokenizer())
+    with torch.no_grad():  # a fresh model is nearly uniform: sharper weights tell right from wrong
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.ndim == 2 else parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+    save_checkpoint(model, build_tokenizer(), checkpoint)
+    rollout = make_rollout()
+    engine = torch_engine(model)
+    found: dict[str, Any] = {"weights_at_start": copy.deepcopy(engine.weights())}
+    found["log_probs"], found["signals"] = engine.log_probs(rollout, TAP)
+    found["batch_signals"] = engine.log_probs(rollout, TAP.model_copy(update={"grouping": "batch"}))[1]
+    groups = found["signals"].groups
+    fixed = HeadGroups(groups.local[:1].roll(1, dims=1), groups.global_[:1].roll(1, dims=1))
+    found["fixed_signals"] = engine.log_probs(rollout, TAP, fixed)[1]
+    found["reference"] = engine.reference_log_probs(rollout)
+    batches = make_batches(rollout, found["log_probs"].logprobs, found["reference"], count=4)
+    found["steps"] = [engine.step(batch) for batch in batches[:-1]]
+    found["weights"] = copy.deepcopy(engine.weights())
+    engine.step(batches[-1])
+    found["last_weights"] = copy.deepcopy(engine.weights())
+    return Case(checkpoint, rollout, batches, found)
+
+
+def run_ranks(scratch: Path, timeout: float = 180, **spec: Any) -> list[dict[str, Any]]:
+    """Run a scenario of ranks.py; what each rank found."""
+    torch.save(spec, scratch / "spec.pt")
+    script = Path(__file__).with_name("ranks.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(scratch / "spec.pt"), str(scratch / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(scratch / f"out.{rank}", weights_only=False) for rank in range(spec["parallel"].ranks)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each layout leaves its checkpoint."""
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks(request: pytest.FixtureRequest, case: Case, saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(name of the layout, what each of its ranks found)."""
+    name = request.param
+    for needed in LOADS[name]:
+        assert (saved / needed).is_dir(), "layouts run in their order"
+    found = run_ranks(
+        tmp_path_factory.mktemp(name),
+        scenario="everything",
+        parallel=LAYOUTS[name],
+        checkpoint=case.checkpoint,
+        options=OPTIONS,
+        rollout=case.rollout,
+        batches=case.batches,
+        save_to=str(saved / name),
+        load_from=[str(saved / other) for other in LOADS[name]],
+    )
+    return name, found
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol, equal_nan=True)
+
+
+def assert_weights(found: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
+    tied = {"lm_head.weight"} if "lm_head.weight" not in found else set()
+    assert found.keys() == expected.keys() - tied
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def test_weights_go_in_and_out_bit_for_bit(ranks: Any, case: Case) -> None:
+    for found in ranks[1]:
+        assert_weights(found["weights_at_start"], case.found["weights_at_start"], atol=0.0)
+
+
+def test_log_probs_and_entropies(ranks: Any, case: Case) -> None:
+    for found in ranks[1]:
+        assert_near(found["log_probs"].logprobs, case.found["log_probs"].logprobs, atol=1e-5)
+        assert_near(found["log_probs"].entropy, case.found["log_probs"].entropy, atol=1e-5)
+        assert_near(found["reference"], case.found["reference"], atol=1e-5)
+        # Fewer rows than data ranks: some have nothing to do.
+        assert_near(found["one_row"].logprobs, case.found["log_probs"].logprobs[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["signals", "batch_signals", "fixed_signals"])
+def test_signals_are_those_of_the_whole_model(ranks: Any, case: Case, kind: str) -> None:
+    expected = case.found[kind]
+    for found in (rank[kind] for rank in ranks[1]):
+        assert torch.equal(found.groups.local, expected.groups.local)
+        assert torch.equal(found.groups.global_, expected.groups.global_)
+        assert_near(found.span, expected.span, atol=1e-4)
+        assert_near(found.waad, expected.waad, atol=1e-4)
+        assert_near(found.fai, expected.fai, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["local_chunk", "global_anchor", "coupled"])
+def test_gamma_is_that_of_one_machine(ranks: Any, case: Case, strategy: Any) -> None:
+    config = CreditConfig(strategy=strategy)
+    expected = batch_credit_weights(case.found["signals"], case.rollout.response_mask, config)
+    assert expected[case.rollout.response_mask].unique().numel() > 1
+    for found in ranks[1]:
+        assert torch.equal(batch_credit_weights(found["signals"], case.rollout.response_mask, config), expected)
+
+
+def test_steps_follow_one_machine(ranks: Any, case: Case) -> None:
+    for found in ranks[1]:
+        for step, expected in zip(found["steps"], case.found["steps"], strict=True):
+            assert step.loss == pytest.approx(expected.loss, abs=1e-4)
+            assert step.kl == pytest.approx(expected.kl, abs=1e-4)
+            assert step.clip_share == pytest.approx(expected.clip_share, abs=0.01)
+        first, expected = found["steps"][0], case.found["steps"][0]
+        assert first.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert_weights(found["weights"], case.found["weights"], atol=2e-4)
+
+
+def test_infinity_stops_every_rank_and_changes_no_weight(ranks: Any) -> None:
+    for found in ranks[1]:
+        assert found["refused"] == ("loss", True)
+        assert_weights(found["weights_after_refusal"], found["weights"], atol=0.0)
+
+
+def test_a_saved_run_continues_bit_for_bit(ranks: Any, case: Case) -> None:
+    for found in ranks[1]:
+        assert_weights(found["last_weights_again"], found["last_weights"], atol=0.0)
+        assert_weights(found["last_weights"], case.found["last_weights"], atol=3e-4)
+
+
+def test_a_checkpoint_loads_under_another_layout(ranks: Any, case: Case, saved: Path) -> None:
+    name, ranks_found = ranks
+    for other in LOADS[name]:
+        for found in ranks_found:
+            # The optimizer's state came along: without it the step would be another.
+            assert_weights(found[f"loaded {saved / other}"], case.found["last_weights"], atol=3e-4)
+
+
+def test_the_saved_weights_are_an_ordinary_checkpoint(ranks: Any, saved: Path) -> None:
+    name, ranks_found = ranks
+    model = AutoModelForCausalLM.from_pretrained(saved / name, local_files_only=True)
+    assert_weights(ranks_found[0]["weights"], model.state_dict(), atol=0.0)
+    assert (saved / name / "tokenizer.json").is_file()
+
+
+def test_logits_exist_a_chunk_at_a_time_and_time_is_kept(ranks: Any) -> None:
+    assert all(found["widest_logits"] == CHUNK for found in ranks[1] if found["widest_logits"])
+    assert any(found["widest_logits"] for found in ranks[1])
+    assert all(found["statistics_seconds"] > 0 for found in ranks[1])
+
+
+def test_an_untied_llama_with_scaled_rope(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "llama"
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16_384,
+            rope_parameters=rope,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+        )
+    )
+    model.save_pretrained(checkpoint, max_shard_size="20KB")
+    build_tokenizer().save_pretrained(checkpoint)
+    assert (checkpoint / "model.safetensors.index.json").is_file()
+    rollout = make_rollout(rows=4)
+    engine = torch_engine(model)
+    at_start = copy.deepcopy(engine.weights())
+    expected = engine.log_probs(rollout)[0]
+    batches = make_batches(rollout, expected.logprobs, engine.reference_log_probs(rollout), count=2)
+    (first, *_) = run_ranks(
+        tmp_path,
+        scenario="scores",
+        parallel=LAYOUTS["both"],
+        checkpoint=checkpoint,
+        options=OPTIONS,
+        rollout=rollout,
+        batches=batches,
+    )
+    assert_weights(first["weights_at_start"], at_start, atol=0.0)
+    assert_near(first["log_probs"].logprobs, expected.logprobs, atol=1e-5)
+    steps = [engine.step(batch) for batch in batches]
+    assert first["steps"][1].loss == pytest.approx(steps[1].loss, abs=1e-4)
+    assert_weights(first["weights"], engine.weights(), atol=2e-4)
+
+
+def test_bfloat16_keeps_weights_in_float32(case: Case, tmp_path: Path) -> None:
+    options = {**OPTIONS, "precision": torch.bfloat16, "optimizer": OptimizerConfig(lr=2e-4, token_chunk=16)}
+    (found,) = run_ranks(
+        tmp_path,
+        scenario="scores",
+        parallel=ParallelConfig(),
+        checkpoint=case.checkpoint,
+        options=options,
+        rollout=case.rollout,
+        batches=[replace(batch) for batch in case.batches * 12],
+    )
+    gap = (found["log_probs"].logprobs - case.found["log_probs"].logprobs).abs()
+    assert 1e-4 < gap.nanmean() < 0.1
+    # 48 steps of 2e-4 add up in the float32 copy; each alone is lost in bfloat16's eight bits for weights near 1.
+    name = "model.norm.weight"
+    start, end = found["weights_at_start"][name], found["weights"][name]
+    assert start.dtype == end.dtype == torch.bfloat16
+    assert torch.equal(start + 2e-4, start)
+    assert not torch.equal(start, end)
