@@ -17,7 +17,8 @@ from torch.nn.functional import silu
 from transformers import AutoConfig
 
 from rhythm.engines.megatron.core_attention import PackedAttention
-from rhythm.engines.megatron.parallel import Groups, ParallelConfig
+from rhythm.engines.megatron.layout import ParallelConfig
+from rhythm.engines.megatron.parallel import Groups
 
 # What Megatron's scaled RoPE has for constants; a checkpoint with others can't be represented.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

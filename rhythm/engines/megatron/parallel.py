@@ -1,35 +1,19 @@
-"""How a model is spread over ranks, and the process groups that hold them together."""
+"""The ranks meet, and form the groups of a layout."""
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from pydantic import BaseModel, Field
 from torch import Tensor, distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rhythm.engines.megatron.cpu import prepare_cpu
-
-
-class ParallelConfig(BaseModel, extra="forbid", frozen=True):
-    """Layout and layers of the training model."""
-
-    tensor: int = Field(default=1, ge=1, description="ranks that share every layer's matrices")
-    pipeline: int = Field(default=1, ge=1, description="stages that share the layers")
-    data: int = Field(default=1, ge=1, description="copies of the model that share a batch's responses")
-    layer_spec: Literal["local", "transformer_engine"] = Field(
-        default="local", description="Megatron's layers: plain torch, or TransformerEngine's, which needs a GPU"
-    )
-    recompute: bool = Field(default=False, description="compute activations again in the backward pass: less memory")
-    distributed_optimizer: bool = Field(default=True, description="data ranks share the optimizer's state")
-
-    @property
-    def ranks(self) -> int:
-        """Processes."""
-        return self.tensor * self.pipeline * self.data
+from rhythm.engines.megatron.layout import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -90,12 +74,13 @@ def join(meeting: Rendezvous, parallel: ParallelConfig) -> Groups:
         torch.cuda.set_device(meeting.rank % torch.cuda.device_count())
     else:
         prepare_cpu()
+    timeout = timedelta(seconds=meeting.timeout)
     distributed.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=f"tcp://{meeting.address}:{meeting.port}",
+        store=_store(meeting, timeout),
         rank=meeting.rank,
         world_size=meeting.world_size,
-        timeout=timedelta(seconds=meeting.timeout),
+        timeout=timeout,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -113,6 +98,16 @@ def join(meeting: Rendezvous, parallel: ParallelConfig) -> Groups:
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
     )
+
+
+def _store(meeting: Rendezvous, timeout: timedelta) -> TCPStore:
+    """The ranks' common store, which rank 0 serves on the address given: by itself torch would listen on all."""
+    options: dict[str, Any] = {"timeout": timeout, "world_size": meeting.world_size}
+    if meeting.rank > 0:
+        return TCPStore(meeting.address, meeting.port, is_master=False, **options)
+    family = socket.AF_INET6 if ":" in meeting.address else socket.AF_INET
+    listener = socket.create_server((meeting.address, meeting.port), family=family)
+    return TCPStore(meeting.address, meeting.port, is_master=True, master_listen_fd=listener.detach(), **options)
 
 
 def leave() -> None:

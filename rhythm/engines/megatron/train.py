@@ -23,10 +23,11 @@ from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TapConfig, TrainBatch
 from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.cpu import on_cpu
+from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.logprobs import head_logprobs
 from rhythm.engines.megatron.model import PolicyModel, build_model, read_config
 from rhythm.engines.megatron.packing import Packed, pack, shares
-from rhythm.engines.megatron.parallel import ParallelConfig, Rendezvous, join, leave
+from rhythm.engines.megatron.parallel import Rendezvous, join, leave
 from rhythm.engines.megatron.tap import MegatronTap
 from rhythm.engines.megatron.weights import gather_weights, load_weights
 from rhythm.engines.torch_train import OptimizerConfig

@@ -16,8 +16,9 @@ import torch
 from torch import multiprocessing
 
 from rhythm.engines.interfaces import NonFiniteError, Rollout, TapConfig, TrainBatch
+from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import PolicyModel
-from rhythm.engines.megatron.parallel import ParallelConfig, Rendezvous
+from rhythm.engines.megatron.parallel import Rendezvous
 from rhythm.engines.megatron.train import MegatronTrain
 from rhythm.heads import HeadGroups
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.core_attention import packed_attention
-from rhythm.engines.megatron.parallel import ParallelConfig, Rendezvous
+from rhythm.engines.megatron.layout import ParallelConfig
+from rhythm.engines.megatron.parallel import Rendezvous
 from rhythm.engines.megatron.train import MegatronTrain
 from rhythm.engines.torch_train import OptimizerConfig, TorchTrain
 from rhythm.loss import LossConfig

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, Qwen3Config
 
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.checkpoint import check_metadata, write_weights
+from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import read_config
 from rhythm.engines.megatron.packing import pack, shares
-from rhythm.engines.megatron.parallel import ParallelConfig, Rendezvous, join
+from rhythm.engines.megatron.parallel import Rendezvous, join
 from rhythm.engines.megatron.weights import recipe, to_megatron, to_transformers
 
 pytestmark = pytest.mark.cluster

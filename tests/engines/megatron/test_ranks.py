@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from rhythm.credit import CreditConfig, batch_credit_weights
 from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Rollout, TapConfig, TrainBatch
-from rhythm.engines.megatron.parallel import ParallelConfig
+from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.torch_train import OptimizerConfig, TorchTrain
 from rhythm.heads import HeadGroups
 from rhythm.loss import LossConfig
