@@ -1,4 +1,4 @@
-# make train | make test | make lint | make bench | make gpu          (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+# make train | make test | make test-cluster | make lint | make bench | make gpu    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
 PYTHON ?= python3
 TORCH  ?= cpu
 VENV   ?= .venv
@@ -7,11 +7,14 @@ CONFIG ?= configs/countdown_tiny.yaml
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(TORCH).txt
 STAMP := $(VENV)/.installed-$(TORCH)
+# The stack of the cluster's tests: its versions where there are no GPUs; else what pip finds for the extra.
+CLUSTER := $(wildcard constraints/cluster-$(TORCH).txt)
+CLUSTER_STAMP := $(VENV)/.installed-cluster-$(TORCH)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 RUN_PYTHON ?= $(BIN)/python
 
-.PHONY: install train test test-fast wheel-test lint bench gpu compile-ahead clean
+.PHONY: install cluster train test test-fast test-cluster wheel-test lint bench gpu compile-ahead clean
 
 install: $(STAMP)
 
@@ -27,14 +30,24 @@ $(STAMP): pyproject.toml CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*)
 	sed -i.orig '/^\//d' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/_editable_skbc_rhythm.pth
 	touch $@
 
+cluster: $(CLUSTER_STAMP)
+
+# All of them pinned and without their dependencies: no resolver, and nothing that replaces torch.
+$(CLUSTER_STAMP): $(STAMP) $(CLUSTER)
+	$(if $(CLUSTER),$(PIP) --no-deps --requirement $(CLUSTER),$(PIP) ".[cluster]")
+	touch $@
+
 train: install
 	$(BIN)/rhythm-train $(CONFIG)
 
-test: install
+test: cluster
 	$(BIN)/pytest
 
 test-fast: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not cluster"
+
+test-cluster: cluster
+	$(BIN)/pytest -m cluster
 
 lint: install
 	$(BIN)/ruff check .

@@ -31,8 +31,8 @@ def config_keys(config: BaseModel | None = None, prefix: str = "") -> Iterator[K
     config = TrainConfig() if config is None else config
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if _is_section(field.annotation):
-            yield from config_keys(value, f"{prefix}{name}.")
+        if (section := _section(field.annotation)) is not None:
+            yield from config_keys(section() if value is None else value, f"{prefix}{name}.")
         else:
             meaning = field.description or ""
             yield Key(f"{prefix}{name}", kind_of(field.annotation), _inline(config, name), meaning)
@@ -74,8 +74,11 @@ def kind_of(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model of a section, which may be left out (null); None for the type of a value."""
+    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+    only = kinds[0] if len(kinds) == 1 else None
+    return only if isinstance(only, type) and issubclass(only, BaseModel) else None
 
 
 def _inline(config: BaseModel, name: str) -> str:

@@ -73,7 +73,9 @@ def _parse(text: str, source: str) -> Any:
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for depth, name in enumerate(parents):
-        inner = values.setdefault(name, {})
+        if values.get(name) is None:  # a section that is left out, or written as null
+            values[name] = {}
+        inner = values[name]
         if not isinstance(inner, dict):
             raise ConfigError(f"{dotted}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         values = inner

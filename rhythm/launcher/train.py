@@ -13,20 +13,23 @@ from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
+from rhythm.cluster.errors import LostError, RemoteError
+from rhythm.engines.vllm.parity import ParityError
 from rhythm.launcher.keys import config_keys, describe
 from rhythm.launcher.overrides import ConfigError, dump_config, load_config
 from rhythm.trainer.checkpoint import DamagedCheckpointError
+from rhythm.trainer.cluster import plan
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, RunSummary, run
 from rhythm.trainer.run_dir import RunDirectoryError
 from rhythm.trainer.setup import SetupError
 
-BAD_CONFIG, NOT_FINITE, SIGNALLED = 2, 3, 128
+BAD_CONFIG, NOT_FINITE, LOST, NO_PARITY, SIGNALLED = 2, 3, 4, 5, 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0 done, 2 it can't run so, 3 the loss is not finite, 130 Ctrl-C,
-    143 SIGTERM.
+    """The command. Returns its exit code: 0 done, 2 it can't run so, 3 the loss is not finite, 4 processes of
+    a cluster were lost or failed, 5 its engines don't hold the same weights, 130 Ctrl-C, 143 SIGTERM.
     """
     arguments = _parser().parse_args(argv)
     sys.path.insert(0, str(Path.cwd()))  # where a task of one's own is looked for
@@ -54,6 +57,12 @@ def _train(config: TrainConfig, *, resume: bool) -> int:
     except NonFiniteRunError as error:
         print(f"rhythm-train: {error}", file=sys.stderr)
         return NOT_FINITE
+    except (LostError, RemoteError) as error:
+        print(f"rhythm-train: {error}", file=sys.stderr)
+        return LOST
+    except ParityError as error:
+        print(f"rhythm-train: {error}", file=sys.stderr)
+        return NO_PARITY
     except KeyboardInterrupt:
         print("rhythm-train: interrupted before training began; nothing to save", file=sys.stderr)
         return SIGNALLED + 2
@@ -71,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, for example optimizer.lr=1e-5")
     parser.add_argument("--resume", action="store_true", help="continue the run in its directory, or start it there")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and batch sizes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, batch sizes and a cluster's plan"
+    )
     parser.add_argument("-h", "--help", action="store_true", help="print this, with every key and its default")
     return parser
 
@@ -98,7 +109,19 @@ def _dry_run(config: TrainConfig) -> str:
         f"# gradient steps of the run: {config.steps} × {batch.gradient_steps}"
         f" = {config.steps * batch.gradient_steps}\n"
         f"# run directory: {config.run_dir}"
+        f"{_plan(config)}"
     )
+
+
+def _plan(config: TrainConfig) -> str:
+    """What a cluster would do, in comments; nothing without one."""
+    if config.cluster is None:
+        return ""
+    try:
+        lines = plan(config, config.cluster).splitlines()
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    return "".join(f"\n# {line}" for line in lines)
 
 
 def _summary(summary: RunSummary) -> str:

@@ -34,7 +34,7 @@ import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel
 
@@ -48,12 +48,14 @@ TASKS: dict[str, str] = {"countdown": "rhythm.tasks.countdown:Countdown"}
 class Reward:
     """The judgement of one response.
 
-    score: what GRPO maximises; correct: what accuracy counts; format_ok: the answer could be read at all.
+    score: what GRPO maximises; correct: what accuracy counts; format_ok: the answer could be read at all. fault:
+    why there is no judgement, where the judge raised or missed its deadline; the score is 0 then.
     """
 
     score: float
     correct: bool
     format_ok: bool
+    fault: Literal["late", "raised"] | None = None
 
 
 class Task(Protocol[Instance]):

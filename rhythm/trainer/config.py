@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from rhythm.advantages import AdvantageConfig
+from rhythm.cluster.config import ClusterConfig
 from rhythm.credit import CreditConfig
 from rhythm.engines.interfaces import SamplingConfig, TapConfig
 from rhythm.engines.torch_train import OptimizerConfig
@@ -126,6 +127,9 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig | None = Field(
+        default=None, description="engines in processes of their own, on one machine or many; null: all in this one"
+    )
 
     @property
     def run_dir(self) -> Path:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rhythm.cluster.errors import TrainLostError
 from rhythm.engines.interfaces import NonFiniteError
 from rhythm.heads import HeadGroups
 from rhythm.tasks import Task
-from rhythm.trainer.checkpoint import RunState, save_checkpoint
+from rhythm.trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.evaluation import evaluate
 from rhythm.trainer.interrupts import Interrupts
@@ -27,7 +28,14 @@ from rhythm.trainer.report import write_report
 from rhythm.trainer.run_dir import CHECKPOINTS, SAMPLES, open_run_dir
 from rhythm.trainer.samples import first_rows, sample_lines, write_samples
 from rhythm.trainer.seeds import generator
-from rhythm.trainer.setup import build_engines, build_task, check_machine, initial_checkpoint, load_policy
+from rhythm.trainer.setup import (
+    build_task,
+    check_machine,
+    initial_checkpoint,
+    load_vocabulary,
+    open_engines,
+    open_judge,
+)
 from rhythm.trainer.step import Engines, StepAbandonedError, train_step
 
 log = logging.getLogger(__name__)
@@ -65,16 +73,37 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
         SetupError, RunDirectoryError: the run can't start so; nothing has been written.
         DamagedCheckpointError: on resume, no checkpoint is whole.
         NonFiniteRunError: a loss or gradient is NaN or infinite.
+        LostError, RemoteError, ParityError: of a cluster: processes were lost too often, one of them failed, or
+            its engines don't hold the same weights.
     """
     console = console or Console(stderr=True)
     check_machine(config)
     task = build_task(config)
     found = open_run_dir(config, resume=resume)
-    policy = load_policy(found[0] if found else initial_checkpoint(config, task, console), config.model)
-    reference = None
-    if config.loss.kl_coef:
-        reference = load_policy(initial_checkpoint(config, task, console), config.model)
-    engines = build_engines(config, policy, reference)
+    start = found[0] if found and not config.loss.kl_coef else initial_checkpoint(config, task, console)
+    vocabulary = load_vocabulary(start)
+    restarts = 0
+    with open_judge(config, task) as judged, open_engines(config, task, vocabulary) as build:
+        while True:
+            try:
+                engines = build(start, restarts)
+                state, stopped_by = _train(config, engines, judged, vocabulary.tokenizer, console, found)
+                break
+            except TrainLostError as error:
+                restarts += 1
+                found = _go_back(config, error, restarts)
+    return _summary(config, state, stopped_by)
+
+
+def _train(
+    config: TrainConfig,
+    engines: Engines,
+    task: Task[Any],
+    tokenizer: Any,
+    console: Console,
+    found: tuple[Path, RunState] | None,
+) -> tuple[RunState, signal.Signals | None]:
+    """From the checkpoint `found`, or from the beginning, to the end; and the signal that ended it early."""
     state = RunState(step=0)
     if found is not None:
         checkpoint, state = found
@@ -84,9 +113,20 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     metrics = MetricsLog(config.run_dir, tensorboard=config.tensorboard, after_step=state.step if found else None)
     progress = RunProgress(console, steps=config.steps, done=state.step)
     with closing(metrics), Interrupts() as interrupts, progress:
-        trainer = _Trainer(config, engines, task, policy.tokenizer, metrics, progress, interrupts.asked)
-        state = trainer.train(state, measured=found is not None)
-    return _summary(config, state, interrupts.received)
+        trainer = _Trainer(config, engines, task, tokenizer, metrics, progress, interrupts.asked)
+        return trainer.train(state, measured=found is not None), interrupts.received
+
+
+def _go_back(config: TrainConfig, error: TrainLostError, restarts: int) -> tuple[Path, RunState] | None:
+    """The last whole checkpoint, if there is any yet. Raises `error` once that has been done often enough."""
+    assert config.cluster is not None  # nobody else loses ranks
+    if restarts > config.cluster.max_restarts:
+        raise error
+    found = latest_checkpoint(config.run_dir / CHECKPOINTS)
+    step = found[1].step if found else 0
+    log.warning("%s", error)
+    log.warning("going back to step %d: restart %d of at most %d", step, restarts, config.cluster.max_restarts)
+    return found
 
 
 @dataclass(frozen=True)

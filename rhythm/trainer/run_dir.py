@@ -17,8 +17,9 @@ log = logging.getLogger(__name__)
 CONFIG, CHECKPOINTS, SAMPLES = "config.yaml", "checkpoints", "samples"
 
 # What may differ between a run and its continuation: how long, how often, where, in pieces of which size.
-_FREE = ("steps", "runs_dir", "tensorboard", "evaluation.", "checkpoint.", "warm_start.cache_dir")
+_FREE = ("steps", "runs_dir", "tensorboard", "evaluation.", "checkpoint.", "warm_start.cache_dir", "cluster.")
 _FREE_SIZES = ("batch.micro_batch_size", "optimizer.token_chunk", "model.device")
+_NOT_FREE = ("cluster.train.engine",)  # each trainer reads only its own checkpoints
 
 
 class RunDirectoryError(ValueError):
@@ -58,7 +59,7 @@ def _check_same(path: Path, config: TrainConfig) -> None:
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_FREE) and key not in _FREE_SIZES
+        if before.get(key) != now.get(key) and (key in _NOT_FREE or not (key.startswith(_FREE) or key in _FREE_SIZES))
     ]
     if changed:
         listed = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rhythm.backends import choose
 from rhythm.engines.attention import ObserveAttn
 from rhythm.engines.generate import GenerateInfer
 from rhythm.engines.torch_train import TorchTrain
 from rhythm.tasks import Task, load_task
+from rhythm.tasks.guarded import GuardedTask
+from rhythm.trainer.cluster import check_cluster, check_prompts, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
 from rhythm.trainer.step import Engines
 from rhythm.warm_start import warm_start
@@ -25,24 +30,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A transformers model in float32 on its device, and its tokenizer."""
+class Vocabulary:
+    """A tokenizer and the tokens that matter to engines. end_ids: those that end a response; pad_id: padding."""
 
-    model: Any
     tokenizer: Any
+    end_ids: tuple[int, ...]
+    pad_id: int
 
-    @property
-    def end_ids(self) -> list[int]:
-        """Tokens that end a response: the tokenizer's and the checkpoint's own."""
-        own = self.model.generation_config.eos_token_id
-        listed = own if isinstance(own, list) else [own]
-        return sorted({i for i in [*listed, self.tokenizer.eos_token_id] if i is not None})
 
-    @property
-    def pad_id(self) -> int:
-        """The padding token, or an end token where the tokenizer has none."""
-        pad = self.tokenizer.pad_token_id
-        return self.end_ids[0] if pad is None else int(pad)
+BuildEngines = Callable[[Path, int], Engines]
+"""Engines on the weights of a checkpoint; the second argument counts how often the training ranks were lost."""
 
 
 class SetupError(ValueError):
@@ -51,13 +48,20 @@ class SetupError(ValueError):
 
 def check_machine(config: TrainConfig) -> None:
     """Raise SetupError for what is missing on this machine, before anything is built or written."""
-    device = pick_device(config.model.device)
+    if config.model.path is not None and not config.model.path.is_dir():
+        raise SetupError(f"model.path is {config.model.path}: no such directory")
+    if config.cluster is not None:
+        try:
+            check_cluster(config, config.cluster)
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+    if config.cluster is not None and config.cluster.gpus:
+        return  # the statistics run on other machines' GPUs
+    device = pick_device("cpu" if config.cluster is not None else config.model.device)
     try:
         choose(config.signals.backend, torch.empty(0, device=device))
     except (ValueError, RuntimeError) as error:
         raise SetupError(f"signals.backend: {error}") from error
-    if config.model.path is not None and not config.model.path.is_dir():
-        raise SetupError(f"model.path is {config.model.path}: no such directory")
 
 
 def build_task(config: TrainConfig) -> Task[Any]:
@@ -82,20 +86,32 @@ def initial_checkpoint(config: TrainConfig, task: Task[Any], console: Console) -
     return start.directory
 
 
-def load_policy(checkpoint: Path, config: ModelConfig) -> Policy:
-    """The model and tokenizer of a transformers checkpoint. Raises SetupError if nothing ends a response."""
+def load_vocabulary(checkpoint: Path) -> Vocabulary:
+    """The tokenizer of a transformers checkpoint; a response ends with its end token or the checkpoint's own.
+
+    Raises SetupError if nothing ends a response.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    if (checkpoint / "generation_config.json").is_file():
+        own = GenerationConfig.from_pretrained(checkpoint, local_files_only=True).eos_token_id
+    else:
+        own = AutoConfig.from_pretrained(checkpoint, local_files_only=True).eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    end_ids = tuple(sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None}))
+    if not end_ids:
+        raise SetupError(f"model.path: the tokenizer of {checkpoint} has no end token; a response needs one")
+    pad = tokenizer.pad_token_id
+    return Vocabulary(tokenizer, end_ids, end_ids[0] if pad is None else int(pad))
+
+
+def load_model(checkpoint: Path, config: ModelConfig) -> Any:
+    """The model of a transformers checkpoint, in float32 on its device."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
     # Memory of torch's own: tensors mapped from a file may be aligned differently, and sums then ordered
     # differently.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    policy = Policy(
-        model=model.to(pick_device(config.device)),
-        tokenizer=AutoTokenizer.from_pretrained(checkpoint, local_files_only=True),
-    )
-    if not policy.end_ids:
-        raise SetupError(f"model.path: the tokenizer of {checkpoint} has no end token; a response needs one")
-    return policy
+    return model.to(pick_device(config.device))
 
 
 def pick_device(name: str) -> torch.device:
@@ -108,34 +124,63 @@ def pick_device(name: str) -> torch.device:
         raise SetupError(f"model.device is {name!r}: {error}") from error
 
 
-def build_engines(config: TrainConfig, policy: Policy, reference: Policy | None) -> Engines:
-    """Engines of one process. In float32 rollouts come from the trainer's own model; bfloat16 takes a copy in
-    bfloat16.
+@contextmanager
+def open_judge(config: TrainConfig, task: Task[Any]) -> Iterator[Task[Any]]:
+    """The task, its rewards with a deadline where the configuration has one; until the block is left."""
+    if config.cluster is None:
+        yield task
+        return
+    deadlines = config.cluster.deadlines
+    name, options = config.task.name, config.task.options.model_dump()
+    with GuardedTask(task, name, options, seconds=deadlines.reward, start_seconds=deadlines.start) as guarded:
+        yield guarded
 
-    `reference`: the initial policy, for the KL term; None where there is none.
+
+@contextmanager
+def open_engines(config: TrainConfig, task: Task[Any], vocabulary: Vocabulary) -> Iterator[BuildEngines]:
+    """What the engines run on, until the block is left: this process, or the cluster of `config.cluster`.
+
+    Raises SetupError where a cluster can't be had as configured.
+    """
+    if config.cluster is None:
+        yield partial(_local_engines, config, vocabulary)
+        return
+    with ExitStack() as stack:
+        try:
+            check_prompts(config, config.cluster, task, vocabulary.tokenizer)
+            build = stack.enter_context(open_cluster(config, config.cluster))
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+        yield partial(build, vocabulary.end_ids, vocabulary.pad_id)
+
+
+def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path, restarts: int) -> Engines:
+    """Engines of one process. In float32 rollouts come from the trainer's own model; bfloat16 takes a copy in
+    bfloat16. With a KL term the checkpoint's weights are its reference.
     """
     precision = getattr(torch, config.model.precision)
     shared = precision == torch.float32
+    model = load_model(checkpoint, config.model)
     return Engines(
         infer=GenerateInfer(
-            policy.model if shared else copy.deepcopy(policy.model).to(precision),
-            end_ids=policy.end_ids,
-            pad_id=policy.pad_id,
+            model if shared else copy.deepcopy(model).to(precision),
+            end_ids=vocabulary.end_ids,
+            pad_id=vocabulary.pad_id,
         ),
         train=TorchTrain(
-            policy.model,
-            policy.tokenizer,
+            model,
+            vocabulary.tokenizer,
             optimizer=config.optimizer,
             loss=config.loss,
             temperature=config.sampling.temperature,
             micro_batch_size=config.batch.micro_batch_size,
             precision=precision,
-            reference=None if reference is None else reference.model,
+            reference=load_model(checkpoint, config.model) if config.loss.kl_coef else None,
         ),
         attn=None
         if config.attn == "inline"
         else ObserveAttn(
-            copy.deepcopy(policy.model),
+            copy.deepcopy(model),
             config.signals,
             micro_batch_size=config.batch.micro_batch_size,
             precision=precision,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,16 +37,37 @@ FROM_ATTENTION = ("local_chunk", "global_anchor", "coupled")
 """Strategies that read WAAD or FAI; the others need no attention statistics, and cost none."""
 
 
+class Meter(Protocol):
+    """Counts what engines do."""
+
+    def clear(self) -> None:
+        """A step begins."""
+
+    def taken(self, step_seconds: float) -> Record:
+        """The numbers since then; counts from zero again."""
+
+
 @dataclass(frozen=True)
 class Engines:
-    """The engines of a run. attn: only where signals come from a forward pass of their own."""
+    """The engines of a run.
+
+    attn: only where signals come from a forward pass of their own. push: hands the trainer's weights over by
+    itself, where engines are in processes of their own. check: compares what Infer and Train say of a rollout's
+    tokens; numbers to log, and an exception where they differ too much. meter: who worked how much in a step.
+    """
 
     infer: Infer
     train: Train
     attn: Attn | None
+    push: Callable[[int], None] | None = None
+    check: Callable[[Rollout, LogProbs, int], Record] | None = None
+    meter: Meter | None = None
 
     def synchronise(self, version: int) -> None:
         """Hand the trainer's weights to the other engines."""
+        if self.push is not None:
+            self.push(version)
+            return
         weights = self.train.weights()
         self.infer.update_weights(weights, version)
         if self.attn is not None:
@@ -105,10 +126,12 @@ def train_step(
 ) -> tuple[Record, HeadGroups | None]:
     """Step 1, 2, …: the numbers to log, and the head groups from now on (they change only when calibrated).
 
-    Raises StepAbandonedError if `stop_asked` before the first gradient step, and NonFiniteError as the Train
-    engine.
+    Raises StepAbandonedError if `stop_asked` before the first gradient step, NonFiniteError as the Train engine,
+    and what the engines' check raises.
     """
     watch = Stopwatch()
+    if engines.meter is not None:
+        engines.meter.clear()
     torch.manual_seed(derive_seed(config.seed, "dropout", step))
     phase("rollout")
     with watch("rollout"):
@@ -132,6 +155,7 @@ def train_step(
         generator=generator(config.seed, "credit", step),
         watch=watch,
     )
+    parity = engines.check(judged.rollout, scored.log_probs, step) if engines.check is not None else {}
     if groups is None and config.signals.grouping == "calibrated" and scored.signals is not None:
         chosen = scored.signals.groups
         groups = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
@@ -140,12 +164,16 @@ def train_step(
     with watch("training"):
         batch, advantages_B = _train_batch(engines.train, judged, scored, config)
         taken = [engines.train.step(part) for part in mini_batches(batch, config, step)]
+    phase("push")
+    with watch("push"):
         engines.synchronise(step)
     record = {
         "step": float(step),
         **_rollout_metrics(judged, scored),
         **_mean_metrics(taken),
         **_credit_metrics(scored, advantages_B, judged.rollout.response_mask, config.credit),
+        **parity,
+        **(engines.meter.taken(watch.total) if engines.meter is not None else {}),
         **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
     }
     return record, groups
@@ -188,6 +216,8 @@ def _rollout_metrics(judged: JudgedRollout, scored: Scored) -> Record:
         "reward": float(judged.scores.double().mean()),
         "train_accuracy": judged.accuracy,
         "format_share": judged.format_share,
+        "rewards_late": float(sum(reward.fault == "late" for reward in judged.rewards)),
+        "rewards_raised": float(sum(reward.fault == "raised" for reward in judged.rewards)),
         "finished_share": float(rollout.finished.double().mean()),
         "response_length": float(rollout.response_lens.double().mean()),
         "response_tokens": float(mask_BT.sum()),

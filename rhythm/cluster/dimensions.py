@@ -1,0 +1,124 @@
+"""The dimensions of a model, from its config.json or from a table of known ones, and those of the work it does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """A decoder with grouped-query attention and a gated MLP.
+
+    tied: the output embedding is the input embedding. qk_norm: RMSNorm on queries and keys (Qwen3).
+    max_positions: longest sequence the model was made for, in tokens.
+    """
+
+    layers: int
+    hidden_size: int
+    mlp_size: int
+    query_heads: int
+    key_heads: int
+    head_size: int
+    vocabulary: int
+    max_positions: int
+    tied: bool
+    qk_norm: bool = True
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer."""
+        attention = self.head_size * (2 * self.query_heads + 2 * self.key_heads) * self.hidden_size
+        norms = 2 * self.hidden_size + 2 * self.head_size * self.qk_norm
+        return attention + 3 * self.hidden_size * self.mlp_size + norms
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the input embedding, or of the output embedding where it is one of its own."""
+        return self.vocabulary * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        embeddings = self.embedding_parameters * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + embeddings + self.hidden_size
+
+    def kv_values(self, tensor: int) -> int:
+        """Keys and values that one token leaves in the KV cache of one of `tensor` GPUs."""
+        return 2 * self.layers * max(1, self.key_heads // tensor) * self.head_size
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The rest of the configuration, as far as it matters here.
+
+    value_bytes: of a weight in the forward pass, 2 or 4; reference: a frozen copy for the KL term;
+    separate_attn: signals come from actor_attn.
+    """
+
+    prompts_per_batch: int
+    responses_per_prompt: int
+    mini_batch_size: int
+    micro_batch_size: int
+    max_new_tokens: int
+    token_chunk: int
+    value_bytes: int
+    steps: int
+    reference: bool
+    separate_attn: bool
+
+    @property
+    def batch_size(self) -> int:
+        """Responses of a training step."""
+        return self.prompts_per_batch * self.responses_per_prompt
+
+
+def _qwen3(layers: int, hidden: int, mlp: int, query_heads: int, *, tied: bool) -> Dimensions:
+    return Dimensions(layers, hidden, mlp, query_heads, 8, 128, 151_936, 32_768, tied)
+
+
+KNOWN: dict[str, Dimensions] = {
+    "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
+    "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 12_288, 32, tied=False),
+    "qwen3-14b": _qwen3(40, 5120, 17_408, 40, tied=False),
+    "qwen3-32b": _qwen3(64, 5120, 25_600, 64, tied=False),
+}
+"""Dense Qwen3 base models, for plans on a machine that hasn't got the checkpoint."""
+
+
+def read_dimensions(checkpoint: Path) -> Dimensions:
+    """From the config.json of a transformers checkpoint.
+
+    Raises ValueError where the file isn't there, lacks a number, or is of a model that the cluster's engines
+    don't know.
+    """
+    path = checkpoint / "config.json"
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: not a transformers checkpoint") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON") from error
+    kind = values.get("model_type")
+    if kind not in ("qwen3", "llama"):
+        raise ValueError(f"{path}: model_type is {kind!r}: the cluster's engines know qwen3 and llama")
+    try:
+        heads = int(values["num_attention_heads"])
+        return Dimensions(
+            layers=int(values["num_hidden_layers"]),
+            hidden_size=int(values["hidden_size"]),
+            mlp_size=int(values["intermediate_size"]),
+            query_heads=heads,
+            key_heads=int(values.get("num_key_value_heads") or heads),
+            head_size=int(values.get("head_dim") or values["hidden_size"] // heads),
+            vocabulary=int(values["vocab_size"]),
+            max_positions=int(values["max_position_embeddings"]),
+            tied=bool(values.get("tie_word_embeddings", kind == "qwen3")),
+            qk_norm=kind == "qwen3",
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]}") from error

@@ -1,0 +1,187 @@
+"""Ray from the start of a run to its end, and the processes that are placed on it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rhythm.cluster.actors import AttnHost, Host, InferHost, TrainHost
+from rhythm.cluster.calls import Worker, identify
+from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.errors import LostError
+from rhythm.cluster.placement import Slot, assign
+
+log = logging.getLogger(__name__)
+
+H = TypeVar("H", bound=Host)
+
+_HOSTS: dict[str, type[Host]] = {"actor_train": TrainHost, "actor_infer": InferHost, "actor_attn": AttnHost}
+
+
+class Session:
+    """Ray, started on this machine or joined, with one bundle of GPUs reserved a node.
+
+        with Session(config, separate_attn=False) as session:
+            workers = session.start("actor_train")
+
+    On leaving, all processes are killed and a Ray that was started here is stopped. Before this module is
+    imported, `rhythm.cluster.environment.prepare_environment` has to run.
+    """
+
+    def __init__(self, config: ClusterConfig, *, separate_attn: bool) -> None:
+        """Nothing is started yet. Raises ValueError as `assign`."""
+        self.config = config
+        places = assign(config, separate_attn=separate_attn)
+        self._slots = {"actor_train": places.train, "actor_infer": places.infer, "actor_attn": places.attn}
+        self._workers: list[Worker] = []
+        self._group: PlacementGroup | None = None
+        self._gpus: list[list[int]] = []
+
+    def __enter__(self) -> Self:
+        config = self.config
+        environment = self._environment()
+        processes = sum(map(len, self._slots.values()))
+        if config.ray_address is None:
+            context = ray.init(
+                address="local",
+                num_cpus=processes,
+                include_dashboard=False,
+                object_store_memory=config.object_store_mib << 20,
+                _node_ip_address=config.bind_address,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": environment},
+            )
+        else:
+            context = ray.init(address=config.ray_address, log_to_driver=False, runtime_env={"env_vars": environment})
+        log.info("Ray %s; logs of its processes in %s", ray.__version__, _log_folder(context))
+        try:
+            self._check_address()
+            self._reserve()
+        except BaseException:
+            ray.shutdown()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop_all()
+        if self._group is not None:
+            remove_placement_group(self._group)
+        ray.shutdown()
+
+    def places(self, role: str) -> int:
+        """How many processes the role has: actor_train, actor_infer or actor_attn."""
+        return len(self._slots[role])
+
+    def start(self, role: str, indices: Sequence[int] | None = None) -> list[Worker]:
+        """Start a role's processes, or those of `indices`, and wait until they are up; their engines are not built.
+
+        Raises LostError for those that don't come up in time.
+        """
+        chosen = range(self.places(role)) if indices is None else indices
+        workers = [self._spawn(role, index) for index in chosen]
+        self._workers += workers
+        outcome = identify(workers, self.config.deadlines.start)
+        if outcome.lost:
+            raise LostError(f"starting {role}", {worker.name: why for worker, why in outcome.lost.items()})
+        return workers
+
+    def stop(self, workers: Sequence[Worker]) -> None:
+        """Kill them; those that are dead already stay so."""
+        for worker in list(workers):
+            worker.kill()
+            if worker in self._workers:
+                self._workers.remove(worker)
+
+    def stop_all(self) -> None:
+        """Kill every process of the run."""
+        self.stop(self._workers)
+
+    def shared(self, arguments: Sequence[Any]) -> list[Any]:
+        """References to pass instead of these to several processes, so that each is sent but once."""
+        return [ray.put(argument) for argument in arguments]
+
+    def _spawn(self, role: str, index: int) -> Worker:
+        slot = self._slots[role][index]
+        gpus = tuple(self._gpus[slot.node][i] for i in slot.gpus)
+        actor = (
+            ray.remote(_HOSTS[role])
+            .options(
+                num_cpus=1,
+                num_gpus=0,  # which GPUs it sees is settled by its slot: colocated roles share them
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, slot.node),
+            )
+            .remote(gpus, self.config.bind_address if self.config.on_loopback else None)
+        )
+        return Worker(f"{role}[{index}]", role.removeprefix("actor_"), actor)
+
+    def _check_address(self) -> None:
+        address = ray.util.get_node_ip_address()
+        if self.config.ray_address is None and address != self.config.bind_address:
+            raise RuntimeError(
+                f"Ray listens on {address}, cluster.bind_address is {self.config.bind_address}: "
+                "rhythm.cluster.environment.prepare_environment has to run before ray is imported"
+            )
+
+    def _reserve(self) -> None:
+        """A bundle for each node's processes and GPUs."""
+        config = self.config
+        have = ray.cluster_resources()
+        if have.get("GPU", 0) < config.gpus:
+            raise ValueError(f"cluster.gpus is {config.gpus}: Ray has {have.get('GPU', 0):g}")
+        slots: list[Slot] = [slot for role in self._slots.values() for slot in role]
+        bundles: list[dict[str, float]] = []
+        for node in range(config.nodes):
+            bundle: dict[str, float] = {"CPU": sum(slot.node == node for slot in slots)}
+            if config.gpus:
+                bundle["GPU"] = config.gpus_per_node
+            bundles.append(bundle)
+        self._group = placement_group(bundles, strategy="STRICT_SPREAD" if config.nodes > 1 else "STRICT_PACK")
+        end = time.monotonic() + config.deadlines.start
+        if not self._group.wait(timeout_seconds=max(0.0, end - time.monotonic())):
+            raise ValueError(
+                f"cluster.nodes is {config.nodes}: no {config.nodes} nodes with {config.gpus_per_node} free GPUs and "
+                f"{max(int(b['CPU']) for b in bundles)} free CPUs each came up in cluster.deadlines.start = "
+                f"{config.deadlines.start:g} s"
+            )
+        if config.gpus:
+            self._gpus = ray.get(
+                [_visible_gpus.options(**self._whole_bundle(node)).remote() for node in range(config.nodes)],
+                timeout=config.deadlines.start,
+            )
+
+    def _whole_bundle(self, node: int) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self._group, node)
+        return {"num_cpus": 0, "num_gpus": self.config.gpus_per_node, "scheduling_strategy": strategy}
+
+    def _environment(self) -> dict[str, str]:
+        """Of every process, before it imports anything."""
+        environment = {
+            "OMP_NUM_THREADS": str(self.config.threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if self.config.on_loopback:
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        return environment
+
+
+@ray.remote  # type: ignore[untyped-decorator]  # ray is untyped here
+def _visible_gpus() -> list[int]:
+    """The GPUs of the bundle it runs in."""
+    return [int(i) for i in ray.get_gpu_ids()]
+
+
+def _log_folder(context: Any) -> str:
+    return str(context.address_info.get("session_dir", "the session's folder on the head node")) + "/logs"

@@ -1,0 +1,141 @@
+"""What the tests with real processes share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.environment import prepare_environment
+
+# Before anything imports Ray, which reads it once.
+prepare_environment(ClusterConfig())
+
+SMALL_RUN = """
+name: small
+runs_dir: {directory}/runs
+steps: 4
+tensorboard: false
+task:
+  options: {{format: steps, numbers: 2, max_number: 9, max_target: 18, train_size: 60, test_size: 16}}
+warm_start:
+  cache_dir: {directory}/cache
+  steps: 60
+  batch_size: 16
+  learning_rate: 0.01
+  warmup_steps: 5
+  model: {{layers: 6, hidden_size: 32, mlp_size: 48, query_heads: 4, key_heads: 2, head_size: 32}}
+batch: {{prompts_per_batch: 4, responses_per_prompt: 4, mini_batch_size: 8, micro_batch_size: 4}}
+sampling: {{max_new_tokens: 12}}
+signals: {{horizon: [1, 6]}}
+optimizer: {{lr: 1.0e-3, warmup_steps: 2}}
+evaluation: {{every_steps: 2, samples: 2, temperature: 1.0}}
+checkpoint: {{every_steps: 2, keep: 2}}
+cluster:
+  gpus: 0
+  max_length: 64
+  object_store_mib: 80
+  push_bucket_mib: 1
+  parity: {{threshold: 1.0e-3}}
+"""
+
+
+@pytest.fixture(scope="session")
+def small_cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on CPUs; engines and their numbers are the overrides' to choose."""
+    directory = tmp_path_factory.mktemp("cluster")
+    path = directory / "small.yaml"
+    path.write_text(SMALL_RUN.format(directory=directory))
+    return path
+
+
+class Launched:
+    """rhythm-train in a process of its own, and the processes that it started."""
+
+    def __init__(self, config: Path, *arguments: str, cwd: Path | None = None) -> None:
+        self.log = config.parent / f"log-{time.monotonic_ns()}.txt"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rhythm.launcher.train", str(config), *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+            )
+        self._seen: dict[int, psutil.Process] = {}
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Its processes whose title begins so, the oldest first."""
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                self._seen[child.pid] = child
+        found = []
+        for process in self._seen.values():
+            try:
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    command = process.cmdline()
+                    if not title or (command and command[0].startswith(title)):
+                        found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return sorted(found, key=lambda process: process.create_time())
+
+    def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert self.process.poll() is None, f"ended early: {self.output}"
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.02)
+        self.processes()
+
+    def finish(self, code: int = 0, seconds: float = 300) -> str:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        assert self.process.returncode == code, self.output
+        return self.output
+
+    def nothing_left(self, seconds: float = 20) -> bool:
+        """Whether all its processes end within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self.processes():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+@pytest.fixture(scope="module")
+def launch(request: pytest.FixtureRequest) -> Callable[..., Launched]:
+    """launch(config, "key=value", …): what is still running at the end of the module is killed."""
+
+    def start(config: Path, *arguments: str, cwd: Path | None = None) -> Launched:
+        launched = Launched(config, *arguments, cwd=cwd)
+
+        def stop() -> None:
+            children = launched.processes()
+            launched.process.kill()
+            launched.process.wait()
+            for child in children:
+                try:
+                    child.kill()
+                except psutil.NoSuchProcess:
+                    continue
+
+        request.addfinalizer(stop)
+        return launched
+
+    return start

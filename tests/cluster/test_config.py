@@ -1,0 +1,72 @@
+"""The cluster section: what it refuses by itself, and how its keys are named when it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rhythm.cluster.config import ClusterConfig, InferRole
+from rhythm.engines.megatron.layout import ParallelConfig
+from rhythm.engines.vllm.infer import VllmConfig
+from rhythm.launcher.overrides import ConfigError, load_config
+
+CPU = {"gpus": 0, "infer": {"kv_cache_gib": 1}}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"nodes": 3}, r"gpus is 8: must divide among nodes=3"),
+        ({"nodes": 2, "gpus": 0}, r"nodes is 2: without GPUs there is one machine"),
+        ({"nodes": 2}, r"nodes is 2: ray_address must name the head"),
+        ({"nodes": 2, "ray_address": "10.0.0.1:6379"}, r"bind_address is 127\.0\.0\.1: other nodes can't reach it"),
+        ({"bind_address": "head"}, r"must be an IP address, got 'head'"),
+        ({"bind_address": "127.0.0.2"}, r"bind_address is 127\.0\.0\.2: the only loopback address Ray knows is 127"),
+        ({"gpus": 0}, r"infer\.kv_cache_gib is not set"),
+        ({**CPU, "train": {"engine": "torch", "tensor": 2}}, r"engine is torch, with 2 ranks"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(section: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClusterConfig.model_validate(section)
+
+
+def test_listens_on_loopback_unless_told_otherwise() -> None:
+    assert ClusterConfig().bind_address == "127.0.0.1"
+    assert ClusterConfig().on_loopback
+    assert not ClusterConfig(bind_address="10.0.0.1").on_loopback
+
+
+def test_the_knobs_of_an_engine_are_the_engines_own() -> None:
+    role = InferRole(kv_cache_gib=0.5, max_num_seqs=7, replicas=3)
+    assert role.vllm == VllmConfig(kv_cache_gib=0.5, max_num_seqs=7)
+    assert InferRole(engine="transformers").vllm is None
+    train = ClusterConfig.model_validate({"train": {"tensor": 2, "pipeline": 3, "data": 4, "recompute": True}}).train
+    assert train.parallel == ParallelConfig(tensor=2, pipeline=3, data=4, recompute=True)
+    assert train.ranks == 24
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: it\n")
+    return path
+
+
+def test_keys_are_set_and_misspelt_like_any_other(config: Path) -> None:
+    assert load_config(config).cluster is None
+    found = load_config(config, ["cluster.gpus=4", "cluster.train.tensor=2"]).cluster
+    assert found is not None
+    assert (found.gpus, found.train.tensor, found.infer.replicas) == (4, 2, 1)
+    with pytest.raises(ConfigError, match=r"cluster\.train\.tensr: unknown key; did you mean cluster\.train\.tensor\?"):
+        load_config(config, ["cluster.train.tensr=2"])
+    with pytest.raises(ConfigError, match=r"cluster\.train\.tensor is 0: input should be greater than or equal to 1"):
+        load_config(config, ["cluster.train.tensor=0"])
+
+
+def test_a_section_written_as_null_can_be_filled(config: Path) -> None:
+    config.write_text("name: it\ncluster: null\n")
+    found = load_config(config, ["cluster.gpus=4"]).cluster
+    assert found is not None
+    assert found.gpus == 4

@@ -1,0 +1,75 @@
+"""A vLLM engine killed in the middle of a rollout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from rhythm.cluster.config import ClusterConfig
+from rhythm.engines.interfaces import SamplingConfig, TrainBatch
+from rhythm.engines.torch_train import OptimizerConfig
+from rhythm.loss import LossConfig
+from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
+
+
+def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone(tmp_path: Path) -> None:
+    from rhythm.cluster.actors import InferSpec, TrainSpec
+    from rhythm.cluster.pushing import Pusher, Reader
+    from rhythm.cluster.rates import Rates
+    from rhythm.cluster.roles import ClusterInfer, ClusterTrain
+    from rhythm.cluster.session import Session
+
+    tokenizer = build_tokenizer()
+    tiny = TinyModelConfig(layers=4, hidden_size=32, mlp_size=48, query_heads=2, key_heads=1, head_size=32)
+    save_checkpoint(build_model(tiny, tokenizer), tokenizer, tmp_path)
+    config = ClusterConfig.model_validate(
+        {"gpus": 0, "max_length": 600, "infer": {"kv_cache_gib": 0.0625}, "train": {"engine": "torch"}}
+    )
+    with Session(config, separate_attn=False) as session:
+        rates = Rates({"train": 1, "infer": 1})
+        spec = TrainSpec(
+            role=config.train,
+            checkpoint=tmp_path,
+            optimizer=OptimizerConfig(lr=1e-2),
+            loss=LossConfig(),
+            temperature=1.0,
+            micro_batch_size=8,
+            precision="float32",
+            reference=False,
+            bucket_bytes=1 << 20,
+            collective_seconds=60,
+        )
+        train = ClusterTrain(session, spec, rates)
+        told = InferSpec(config.infer.vllm, tmp_path, 600, (tokenizer.eos_token_id,), tokenizer.pad_token_id, "float32")
+        infer = ClusterInfer(session, told, rates, takes_turns=False)
+        pusher = Pusher(train, [Reader("shared_memory", infer)], rates=rates, gpus_of_replica=1, seconds=60)
+
+        rollout = infer.generate(PROMPTS, 4, SamplingConfig(max_new_tokens=10), seed=1)
+        advantages = torch.linspace(-1, 1, 16)[:, None] * rollout.response_mask
+        train.step(TrainBatch(rollout, train.log_probs(rollout)[0].logprobs, advantages))
+        pusher.push(1)
+
+        long = SamplingConfig(max_new_tokens=500)
+        honest = infer.generate(PROMPTS, 8, long, seed=2)
+        lost = infer.workers[0].pid
+        assert lost is not None
+        timer = threading.Timer(0.3, os.kill, (lost, signal.SIGKILL))
+        timer.start()
+        found = infer.generate(PROMPTS, 8, long, seed=2)
+        timer.join()
+
+        assert rates.restarts == {"infer": 1}
+        assert infer.workers[0].pid != lost
+        assert torch.equal(found.input_ids, honest.input_ids)
+        mask = found.response_mask
+        assert torch.allclose(found.logprobs, honest.logprobs, atol=1e-6)
+        assert (found.logprobs - train.log_probs(found)[0].logprobs)[mask].abs().max() < 1e-4

@@ -1,0 +1,108 @@
+"""Rewards that hang, raise, or end their process: each is a score of 0 with a reason, and the next one is judged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rhythm.tasks import Reward, load_task
+from rhythm.tasks.guarded import GuardedTask
+
+MODULE = """
+import os, re, time
+from pydantic import BaseModel
+from rhythm.tasks import Reward
+
+class NoOptions(BaseModel):
+    pass
+
+class Awkward:
+    config_class = NoOptions
+
+    def __init__(self, config):
+        self.train, self.test = ["a", "b"], ["c"]
+
+    def prompt(self, instance):
+        return instance + "?"
+
+    def solution(self, instance):
+        return instance
+
+    def reward(self, instance, response):
+        if response == "sleep":
+            time.sleep(600)
+        if response == "backtrack":  # holds the interpreter's lock all the while
+            re.match(r"(a+)+$", "a" * 40 + "b")
+        if response == "raise":
+            raise KeyError("no such key")
+        if response == "exit":
+            raise SystemExit(3)
+        if response == "die":
+            os._exit(1)
+        return Reward(score=1.0, correct=response == instance, format_ok=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    found = tmp_path_factory.mktemp("task")
+    (found / "awkward.py").write_text(MODULE)
+    sys.path.insert(0, str(found))
+    yield found
+    sys.path.remove(str(found))
+
+
+@pytest.fixture(scope="module")
+def guarded(directory: Path) -> Iterator[GuardedTask]:
+    task = load_task("awkward:Awkward")
+    with GuardedTask(task, "awkward:Awkward", {}, seconds=1.0, start_seconds=60) as found:
+        yield found
+
+
+def test_everything_else_is_the_tasks_own(guarded: GuardedTask) -> None:
+    assert (guarded.train, guarded.test) == (["a", "b"], ["c"])
+    assert (guarded.prompt("a"), guarded.solution("b")) == ("a?", "b")
+    assert guarded.reward("a", "a") == Reward(score=1.0, correct=True, format_ok=True)
+    assert guarded.reward("a", "b") == Reward(score=1.0, correct=False, format_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("response", "fault"),
+    [("sleep", "late"), ("backtrack", "late"), ("raise", "raised"), ("exit", "raised"), ("die", "raised")],
+)
+def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
+    response: str, fault: str, guarded: GuardedTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    guarded.reward("a", "a")  # the judge is up
+    started = time.monotonic()
+    assert guarded.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault=fault)
+    assert time.monotonic() - started < 3
+    assert repr(response) in caplog.text
+    assert ("KeyError: 'no such key'" in caplog.text) == (response == "raise")
+    assert guarded.reward("b", "b").score == 1.0
+
+
+def test_the_judge_ends_with_a_parent_that_is_killed(directory: Path) -> None:
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from rhythm.tasks import load_task
+        from rhythm.tasks.guarded import GuardedTask
+        if __name__ == "__main__":
+            with GuardedTask(load_task("awkward:Awkward"), "awkward:Awkward", {}, seconds=1, start_seconds=60) as task:
+                task.reward("a", "a")
+                print(task.pid, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    (directory / "parent.py").write_text(script)
+    done = subprocess.run([sys.executable, "parent.py"], cwd=directory, capture_output=True, text=True, timeout=120)
+    judge = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{judge}").exists() and "State:\tZ" not in Path(f"/proc/{judge}/status").read_text():
+        assert time.monotonic() < deadline, "the judge outlived its parent"
+        time.sleep(0.05)
