@@ -38,7 +38,7 @@ class Actor:
 def ray() -> Iterator[Any]:
     import ray
 
-    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     yield ray
     ray.shutdown()
 
@@ -47,7 +47,7 @@ def ray() -> Iterator[Any]:
 def workers(ray: Any) -> list[Any]:
     from rhythm.cluster.calls import Worker, identify
 
-    made = [Worker(f"actor[{i}]", "infer", ray.remote(Actor).remote()) for i in range(3)]
+    made = [Worker(f"actor[{i}]", "infer", ray.remote(Actor).options(num_cpus=0).remote()) for i in range(3)]
     assert not identify(made, 60).lost
     return made
 

@@ -185,6 +185,10 @@ def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> No
 def _sharded_state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
     whole = model.module.sharded_state_dict()
     weights = {name: value for name, value in whole.items() if not isinstance(value, ShardedObject)}
+    if loading:
+        for part in _distributed_parts(optimizer):
+            if not part.optimizer.state:  # before the first step Adam has nothing that a state could be loaded into
+                part._init_optimizer_states_with_dummy_values()
     with _places_without_padding(optimizer):
         states = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)
     return {"model": weights, "optimizer": states}

@@ -93,7 +93,13 @@ def _scores(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
     return found
 
 
-SCENARIOS = {"everything": _everything, "scores": _scores}
+def _resumed(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    engine.load(Path(spec["load_from"]))
+    engine.step(spec["batches"][-1])
+    return {"last_weights": engine.weights()}
+
+
+SCENARIOS = {"everything": _everything, "scores": _scores, "resumed": _resumed}
 
 
 def _first_row(rollout: Rollout) -> Rollout:

@@ -215,6 +215,22 @@ def test_a_saved_run_continues_bit_for_bit(ranks: Any, case: Case) -> None:
         assert_weights(found["last_weights"], case.found["last_weights"], atol=3e-4)
 
 
+def test_a_new_process_continues_bit_for_bit(ranks: Any, case: Case, saved: Path, tmp_path: Path) -> None:
+    name, found = ranks
+    if name not in ("one", "pipeline"):  # without and with the distributed optimizer
+        return
+    again = run_ranks(
+        tmp_path,
+        scenario="resumed",
+        parallel=LAYOUTS[name],
+        checkpoint=case.checkpoint,
+        options=OPTIONS,
+        batches=case.batches,
+        load_from=str(saved / name),
+    )
+    assert_weights(again[0]["last_weights"], found[0]["last_weights"], atol=0.0)
+
+
 def test_a_checkpoint_loads_under_another_layout(ranks: Any, case: Case, saved: Path) -> None:
     name, ranks_found = ranks
     for other in LOADS[name]:
