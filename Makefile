@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
-	$(PIP) --no-build-isolation --editable ".[train,dev]"
+	$(PIP) --no-build-isolation --editable ".[train,analyze,dev]"
 	# The editable finder needs no path entries; those that come with it would make kernels/ importable as `kernels`,
 	# which is another project's name.
 	sed -i.orig '/^\//d' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/_editable_skbc_rhythm.pth

@@ -1,0 +1,53 @@
+"""One layer's attention of one sequence, kept as query, key and lse: any tile of its map, never the whole.
+
+Shape suffixes: N positions of prompt and response, H query heads, G key heads, D head size, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rhythm.analysis.maps import LayerAttention
+
+TILE_ELEMENTS = 2**24  # fp32 weights held at a time: 64 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedAttention(LayerAttention):
+    """A layer of which the pass over a response has kept what its map is made of.
+
+    Attributes:
+        lse: fp32 [H, N], log Σ exp(score), natural; NaN on prompt rows.
+        prompt_len: rows that are the prompt's.
+    """
+
+    lse: Tensor
+    prompt_len: int
+
+    def weights(self, rows: Tensor, columns: Tensor, heads: Tensor) -> Tensor:
+        """fp32 [H, R, C]: A[h, t, s] of those heads, rows and columns, all int64; NaN on prompt rows."""
+        group = self.query.shape[1] // self.key.shape[1]
+        query_HRD = self.query[rows][:, heads].transpose(0, 1).float()
+        key_HCD = self.key[columns][:, heads // group].transpose(0, 1).float()
+        score_HRC = self.scale * (query_HRD @ key_HCD.transpose(1, 2))
+        if self.softcap is not None:
+            score_HRC = self.softcap * torch.tanh(score_HRC / self.softcap)
+        distance_RC = rows[:, None] - columns
+        hidden_RC = distance_RC < 0
+        if self.sliding_window is not None:
+            hidden_RC |= distance_RC >= self.sliding_window
+        # To −inf before exp: a hidden score may be far above its row's lse.
+        return torch.exp(score_HRC.masked_fill(hidden_RC, -torch.inf) - self.lse[heads][:, rows, None])
+
+    def row_tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows [R], A [H, R, last row + 1]) of all heads and response rows, a few rows at a time."""
+        n, heads, device = self.query.shape[0], self.query.shape[1], self.query.device
+        all_heads = torch.arange(heads, device=device)
+        size = max(1, TILE_ELEMENTS // (heads * n))
+        for rows in torch.split(torch.arange(self.prompt_len, n, device=device), size):
+            columns = torch.arange(int(rows[-1]) + 1, device=device)
+            yield rows, self.weights(rows, columns, all_heads)

@@ -1,0 +1,252 @@
+"""Table 1: does another token where FAI is high change what follows more than one where it is low?
+
+At the positions of highest and of lowest FAI the token is replaced by the model's next best candidates, each is
+continued greedily, and the content words of original and continuation are compared (section 4.1, eq. 11).
+
+Shape suffixes: N tokens of prompt and response, V vocabulary (the tokenizer's).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, field_validator
+from torch import Tensor
+
+from rhythm.analysis.content_words import STOP_WORDS, WORD_PATTERN, content_words, jaccard
+from rhythm.analysis.continuations import Branch, continue_greedily, prefill
+from rhythm.analysis.results import Trial
+from rhythm.signals import check_shape
+
+Group = Literal["top", "bottom"]
+
+
+class CounterfactualConfig(BaseModel, extra="forbid", frozen=True):
+    """Which tokens are replaced by what, and how the continuations are compared. The paper states none of these."""
+
+    positions: int = Field(
+        default=5,
+        ge=1,
+        description="k: positions of highest FAI, and as many of lowest FAI, in each response; half of the eligible "
+        "ones where there are fewer than 2k",
+    )
+    candidates: int = Field(
+        default=3, ge=1, description="replacements at each position: the likeliest tokens but for the original"
+    )
+    max_new_tokens: int = Field(
+        default=256,
+        ge=1,
+        description="longest continuation, in tokens; the original is compared over as many. Shorter where the "
+        "model's context ends, and where the response was cut off before its end",
+    )
+    min_following: int = Field(
+        default=1, ge=1, description="tokens that must follow a position in the response for it to be eligible"
+    )
+    special_tokens: bool = Field(
+        default=False,
+        description="special tokens may be candidates too; the end token, then, is continued by nothing",
+    )
+    word_pattern: str = Field(
+        default=WORD_PATTERN,
+        description="regular expression of a word, in the case-folded text; the default finds numbers, and letters "
+        "with an apostrophe inside, and leaves out LaTeX commands, operators and other marks",
+    )
+    stop_words: tuple[str, ...] = Field(default=STOP_WORDS, description="words that are not content words")
+    rows_at_once: int = Field(default=32, ge=1, description="continuations generated at once: a limit on memory")
+
+    @field_validator("word_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from error
+        return pattern
+
+    @field_validator("stop_words")
+    @classmethod
+    def _folded(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(word.casefold() for word in words)
+
+
+@dataclass(frozen=True)
+class CounterfactualResult:
+    """The counterfactuals of one response.
+
+    Attributes:
+        trials: those of the top positions, then those of the bottom ones; positions by FAI, the most extreme first,
+            and each position's candidates from the likeliest on.
+        top, bottom: mean Jaccard index over the trials where it is defined, NaN where there is none.
+        top_below_bottom: Pr(Top < Bottom) over all pairs of a top and a bottom trial; NaN without one.
+        eligible: how many positions there were to choose from.
+    """
+
+    trials: tuple[Trial, ...]
+    top: float
+    bottom: float
+    top_below_bottom: float
+    eligible: int
+
+
+def counterfactuals(
+    model: Any,
+    tokenizer: Any,
+    input_ids: Tensor | Sequence[int],
+    prompt_len: int,
+    fai: Tensor,
+    config: CounterfactualConfig | None = None,
+    *,
+    end_ids: Collection[int] | None = None,
+) -> CounterfactualResult:
+    """Replace tokens of one response at its highest and lowest FAI, and compare what follows with the original.
+
+    The sequence is run once, and every continuation starts from the keys and values of that pass.
+
+    Args:
+        model: a causal transformers model, left in the mode (train or eval) it is in.
+        tokenizer: the model's.
+        input_ids: [N] integers; the tokens of the prompt, then those of the response, no padding.
+        prompt_len: how many are the prompt; at least 1, as something must predict the response's first token.
+        fai: [N] at the positions of input_ids, NaN where undefined, as `observe` gives it. Positions where it is NaN
+            are not eligible.
+        config: CounterfactualConfig() if None.
+        end_ids: a response ends with the first of these; None: the end tokens of tokenizer and generation config.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it. Or the model keeps other things than
+            keys and values in its cache.
+    """
+    config = config or CounterfactualConfig()
+    ids_N = torch.as_tensor(input_ids)
+    (length,) = check_shape("input_ids", ids_N, (None,))
+    check_shape("fai", fai, (length,))
+    if not 1 <= prompt_len < length:
+        raise ValueError(
+            f"prompt_len is {prompt_len}: must be from 1 to {length - 1}, as input_ids has {length} tokens"
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    if length > context:
+        raise ValueError(f"input_ids has {length} tokens: the model's context is {context}")
+    ends = frozenset(_end_ids(model, tokenizer) if end_ids is None else end_ids)
+
+    ids, fai_n = ids_N.tolist(), fai.tolist()
+    eligible = eligible_positions(fai_n, prompt_len, config.min_following)
+    groups = extremes(fai_n, eligible, config.positions)
+    if not groups:
+        return _result((), eligible=len(eligible))
+
+    positions = sorted(groups)
+    prefilled = prefill(model, ids_N, positions)
+    never = frozenset() if config.special_tokens else ends.union(tokenizer.all_special_ids)
+    replacements = [
+        (position, candidate)
+        for position, logits_V in zip(positions, prefilled.logits_KV, strict=True)
+        for candidate in candidates(logits_V[: len(tokenizer)], never | {ids[position]}, config.candidates)
+    ]
+    # Both sides are cut alike: where the model's context ends, and where an unfinished response breaks off.
+    end = context if ids[-1] in ends else length
+    limits = {position: min(config.max_new_tokens, end - position - 1) for position in positions}
+    continuations = continue_greedily(
+        model,
+        prefilled,
+        [Branch(position, candidate.token, limits[position]) for position, candidate in replacements],
+        end_ids=ends,
+        rows_at_once=config.rows_at_once,
+    )
+
+    def decoded(tokens: Sequence[int]) -> str:
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def words(text: str) -> frozenset[str]:
+        return content_words(text, config.word_pattern, config.stop_words)
+
+    originals = {
+        position: words(decoded(ids[position + 1 : position + 1 + limits[position]])) for position in positions
+    }
+    trials = [
+        Trial(
+            group=groups[position],
+            position=position - prompt_len,
+            fai=fai_n[position],
+            original_id=ids[position],
+            original_token=tokenizer.decode([ids[position]]),
+            replacement_id=candidate.token,
+            replacement_token=tokenizer.decode([candidate.token]),
+            candidate=candidate.rank,
+            probability=candidate.probability,
+            jaccard=jaccard(originals[position], words(text := decoded(continuation))),
+            continuation=text,
+            finished=(candidate.token, *continuation)[-1] in ends,
+        )
+        for (position, candidate), continuation in zip(replacements, continuations, strict=True)
+    ]
+    place = {position: index for index, position in enumerate(groups)}
+    trials.sort(key=lambda trial: place[trial.position + prompt_len])  # stable: candidates stay in their order
+    return _result(tuple(trials), eligible=len(eligible))
+
+
+def eligible_positions(fai: Sequence[float], prompt_len: int, min_following: int) -> list[int]:
+    """Response positions with a defined FAI and at least `min_following` tokens after them, rising."""
+    return [t for t in range(prompt_len, len(fai) - min_following) if not math.isnan(fai[t])]
+
+
+def extremes(fai: Sequence[float], eligible: Sequence[int], k: int) -> dict[int, Group]:
+    """The k eligible positions of highest FAI, the highest first, then the k of lowest, the lowest first.
+
+    Of equal ones the earlier comes first. With fewer than 2k eligible ones, half of them (rounded down) are
+    top and as many bottom, so that no position is both.
+    """
+    k = min(k, len(eligible) // 2)
+    top = sorted(eligible, key=lambda t: (-fai[t], t))[:k]
+    bottom = sorted(set(eligible).difference(top), key=lambda t: (fai[t], t))[:k]
+    groups: dict[int, Group] = dict.fromkeys(top, "top")
+    return groups | dict.fromkeys(bottom, "bottom")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may stand in the original's place; rank 1 is the likeliest of the tokenizer's vocabulary."""
+
+    token: int
+    rank: int
+    probability: float
+
+
+def candidates(logits_V: Tensor, excluded: Collection[int], count: int) -> list[Candidate]:
+    """The `count` likeliest tokens that are not excluded, the likeliest first; of equal ones the lower id."""
+    probability_V = logits_V.softmax(dim=-1)
+    order = logits_V.argsort(descending=True, stable=True)[: count + len(excluded)].tolist()
+    ranked = [Candidate(t, rank, float(probability_V[t])) for rank, t in enumerate(order, 1) if t not in excluded]
+    return ranked[:count]
+
+
+def _result(trials: tuple[Trial, ...], *, eligible: int) -> CounterfactualResult:
+    top, bottom = (
+        [trial.jaccard for trial in trials if trial.group == group and not math.isnan(trial.jaccard)]
+        for group in ("top", "bottom")
+    )
+    return CounterfactualResult(
+        trials=trials,
+        top=_mean(top),
+        bottom=_mean(bottom),
+        top_below_bottom=_mean([float(a < b) for a in top for b in bottom]),
+        eligible=eligible,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The end tokens of the tokenizer and of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*named, tokenizer.eos_token_id) if token is not None}

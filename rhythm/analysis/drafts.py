@@ -1,0 +1,173 @@
+"""Problems → responses to observe: those given, or generated ones."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rhythm.analysis.config import AnalysisConfig
+from rhythm.analysis.problems import Problem, RowError
+from rhythm.engines.interfaces import Infer
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A response before it is observed; source, finished, prompt: as in `ResponseResult`."""
+
+    problem: Problem
+    sample: int
+    source: Literal["given", "generated"]
+    finished: bool | None
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return response_name(self.problem, self.sample)
+
+
+def response_name(problem: Problem, sample: int) -> str:
+    return f"{problem.row:05d}-{sample}"
+
+
+class Drafter:
+    """Responses to problems, within the context of a model.
+
+    Args:
+        infer: generates where a problem has no response.
+        context: longest prompt and response together, in tokens; None: no limit known.
+    """
+
+    def __init__(self, tokenizer: Any, infer: Infer, config: AnalysisConfig, context: int | None) -> None:
+        if config.chat and getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("chat is true, but the tokenizer has no chat template")
+        self._tokenizer, self._infer, self._config = tokenizer, infer, config
+        self._context = sys.maxsize if context is None else context
+
+    def drafts(
+        self,
+        problems: Sequence[Problem],
+        index: int,
+        finished: Mapping[tuple[int, int], bool],
+        on_error: Callable[[RowError], None] | None = None,
+    ) -> Iterator[Draft]:
+        """The responses to one batch of problems that are not `finished`, in their order.
+
+        What is generated is a function of the weights, the batch, its index and the seed: a batch of which
+        something is missing is generated again as a whole, and comes out the same.
+
+        Args:
+            finished: whether the response of (row, sample) is done.
+            on_error: gets the error of a problem that is then left out; None: it is raised.
+
+        Raises:
+            RowError: a prompt, or a prompt and response, without tokens or longer than the context.
+        """
+        ready: list[tuple[Problem, str, tuple[int, ...]]] = []
+        for problem in problems:
+            prompt = self._prompt(problem)
+            ids = tuple(self._tokenizer(prompt, add_special_tokens=not self._config.chat).input_ids)
+            try:
+                self._check(problem, ids)
+            except RowError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+            else:
+                ready.append((problem, prompt, ids))
+        bare = [item for item in ready if not item[0].responses]
+        missing = any(not finished[problem.row, i] for problem, _, _ in bare for i in self.samples(problem))
+        drawn = self._generated(bare, index) if missing else {}
+        for problem, prompt, ids in ready:
+            for draft in drawn.get(problem.row, []) or self._given(problem, prompt, ids):
+                if finished[problem.row, draft.sample]:
+                    continue
+                try:
+                    self._check_response(draft)
+                except RowError as error:
+                    if on_error is None:
+                        raise
+                    on_error(error)
+                else:
+                    yield draft
+
+    def samples(self, problem: Problem) -> range:
+        """The responses that the problem has or gets."""
+        return range(len(problem.responses) or self._config.responses_per_problem)
+
+    def _prompt(self, problem: Problem) -> str:
+        if not self._config.chat:
+            return problem.prompt
+        messages = [{"role": "user", "content": problem.prompt}]
+        text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def _check(self, problem: Problem, ids: tuple[int, ...]) -> None:
+        if not ids:
+            raise RowError(problem.row, "the prompt has no tokens")
+        if len(ids) >= self._context:
+            raise RowError(
+                problem.row,
+                f"the prompt has {len(ids):,} tokens; the model's context of {self._context:,} leaves no room for a "
+                "response",
+            )
+
+    def _check_response(self, draft: Draft) -> None:
+        which = f"response {draft.sample + 1}"
+        if not draft.response_ids:
+            raise RowError(draft.problem.row, f"{which} has no tokens")
+        total = len(draft.prompt_ids) + len(draft.response_ids)
+        if total > self._context:
+            raise RowError(
+                draft.problem.row,
+                f"the prompt and {which} have {total:,} tokens together; the model's context is {self._context:,}",
+            )
+
+    def _given(self, problem: Problem, prompt: str, ids: tuple[int, ...]) -> list[Draft]:
+        return [
+            Draft(
+                problem,
+                sample,
+                "given",
+                None,
+                prompt,
+                ids,
+                tuple(self._tokenizer(text, add_special_tokens=False).input_ids),
+            )
+            for sample, text in enumerate(problem.responses)
+        ]
+
+    def _generated(self, items: Sequence[tuple[Problem, str, tuple[int, ...]]], index: int) -> dict[int, list[Draft]]:
+        """Drafts by the problem's row."""
+        if not items:
+            return {}
+        room = self._context - max(len(ids) for _, _, ids in items)
+        sampling = self._config.sampling
+        sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, room)})
+        n = self._config.responses_per_problem
+        rollout = self._infer.generate([ids for _, _, ids in items], n, sampling, batch_seed(self._config.seed, index))
+        drafts: dict[int, list[Draft]] = {}
+        for row, (which, prompt_len, length, finished) in enumerate(
+            zip(
+                rollout.group.tolist(),
+                rollout.prompt_lens.tolist(),
+                rollout.lens.tolist(),
+                rollout.finished.tolist(),
+                strict=True,
+            )
+        ):
+            problem, prompt, ids = items[which]
+            of_problem = drafts.setdefault(problem.row, [])
+            response = tuple(rollout.input_ids[row, prompt_len:length].tolist())
+            of_problem.append(Draft(problem, len(of_problem), "generated", finished, prompt, ids, response))
+        return drafts
+
+
+def batch_seed(seed: int, index: int) -> int:
+    """A seed in 0 … 2³¹ − 1 for each batch of a run."""
+    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

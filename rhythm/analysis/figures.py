@@ -1,0 +1,297 @@
+"""Figures and tables for papers: the paper's Figs. 2 and 8, the map of heads, Tables 1 and 2 as CSV and LaTeX."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from rhythm.analysis.page_data import SIGNALS, format_number, format_percent
+from rhythm.analysis.results import Analysis, AttentionMap, Heads, Interval, ResponseResult, Table1, Table2Row
+
+Floats = NDArray[np.float64]
+
+COLOURS = {"waad": "#cd6608", "fai": "#256cd6", "fai_receiver": "#be306c", "entropy": "#8a4cc8", "gamma": "#148e62"}
+NAMES = {signal.key: signal.name for signal in SIGNALS}
+STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+}
+LABELLED_TOKENS = 80  # a response with more has no room for its tokens below the curves
+LINE, FONT_PT = 96, 7.0  # characters a line and size of the tokens' figure
+ADVANCE = 0.602  # of DejaVu Sans Mono, in units of its size
+
+
+def write_figures(analysis: Analysis, directory: Path | None = None, *, name: str | None = None) -> list[Path]:
+    """Writes rhythm, tokens and heads as .pdf and .png, table1 and table2 as .csv and .tex; returns their paths.
+
+    Args:
+        directory: by default `figures` in the analysis's.
+        name: of the response drawn; by default the shortest of those with maps, else the shortest.
+
+    Raises:
+        ValueError: no response has the name.
+    """
+    directory = analysis.directory / "figures" if directory is None else directory
+    directory.mkdir(parents=True, exist_ok=True)
+    figures = {"heads": heads_figure(analysis.heads)}
+    if name is not None and name not in analysis.names:
+        raise ValueError(f"name is {name!r}; the analysis has {', '.join(analysis.names) or 'no responses'}")
+    if analysis.names:
+        response = analysis.response(name) if name is not None else _shortest(analysis)
+        figures |= {"rhythm": rhythm_figure(response), "tokens": tokens_figure(response)}
+    paths = []
+    for stem, figure in figures.items():
+        for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+            paths.append(directory / f"{stem}.{suffix}")
+            with matplotlib.rc_context(STYLE):
+                figure.savefig(paths[-1], dpi=200, metadata=metadata)
+    tables = {"table2": (analysis.table2_frame(), table2_latex(analysis.table2))}
+    if analysis.table1 is not None:
+        tables["table1"] = (analysis.table1_frame(), table1_latex(analysis.table1))
+    for stem, (frame, latex) in tables.items():
+        paths += [directory / f"{stem}.csv", directory / f"{stem}.tex"]
+        frame.to_csv(paths[-2], index=False)
+        paths[-1].write_text(latex, encoding="utf-8")
+    return paths
+
+
+def rhythm_figure(response: ResponseResult) -> Figure:
+    """Fig. 2: the mean local and global maps, if there are any; beside them FAI, WAAD and entropy with their peaks."""
+    tokens, peaks, maps = response.tokens, response.peaks, response.maps
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.0 if maps is None else 7.2, 4.0), layout="constrained")
+        curves: Any = figure
+        if maps is not None:
+            parts: Any = figure.subfigures(1, 2, width_ratios=(1.0, 2.3))
+            left, curves = parts
+            upper, lower = left.subplots(2, 1)
+            _draw_map(upper, maps.local, "Local heads", COLOURS["waad"])
+            _draw_map(lower, maps.global_, "Global heads", COLOURS["fai"])
+        rows: Sequence[Axes] = curves.subplots(3, 1, sharex=True)
+        for key, indices in (("fai", peaks.fai), ("fai_receiver", peaks.fai_receiver)):
+            label = "global heads" if key == "fai" else "receiver heads"
+            _draw_curve(rows[0], getattr(tokens, key), indices, COLOURS[key], label)
+        rows[0].set_title("FAI" + _capped(rows[0], [*tokens.fai, *tokens.fai_receiver]))
+        rows[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
+        _draw_curve(rows[1], tokens.waad, peaks.waad, COLOURS["waad"], "WAAD")
+        rows[1].set_title("WAAD (tokens)")
+        _draw_curve(rows[2], tokens.entropy, peaks.entropy, COLOURS["entropy"], "entropy")
+        rows[2].set_title("Entropy (nats)")
+        for axes in rows:
+            for start in response.chunks[1:]:
+                axes.axvline(start - 0.5, color="#c9ccd0", linewidth=0.5, linestyle=(0, (3, 3)), zorder=0)
+            axes.margins(x=0.01)
+        if len(tokens.texts) <= LABELLED_TOKENS:
+            labels = [shown(text).strip("␣") or shown(text) for text in tokens.texts]
+            rows[2].set_xticks(range(len(labels)), labels, rotation=90, fontsize=5.5, parse_math=False)
+            for axes in rows:
+                axes.tick_params(axis="x", length=0)
+        else:
+            rows[2].set_xlabel("token")
+    return figure
+
+
+def tokens_figure(response: ResponseResult, keys: Sequence[str] = ("fai", "waad")) -> Figure:
+    """Fig. 8: the response's tokens once for each of the signals, the colour the stronger the larger the value.
+
+    Raises:
+        ValueError: a key that is no signal.
+    """
+    if unknown := [key for key in keys if key not in COLOURS]:
+        raise ValueError(f"keys holds {unknown[0]!r}; allowed are {', '.join(COLOURS)}")
+    places = list(_places(response.tokens.texts))
+    lines = 1 + max((line for line, *_ in places), default=0)
+    width, height = LINE * ADVANCE * FONT_PT / 72, 1.6 * FONT_PT / 72
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width + 0.2, len(keys) * (lines + 2) * height))
+        for row, key in enumerate(keys):
+            bottom = 1 - (row + 1) / len(keys)
+            share = 1 / len(keys)
+            axes = figure.add_axes((0.1 / (width + 0.2), bottom, width / (width + 0.2), share * lines / (lines + 2)))
+            axes.set(xlim=(0, LINE), ylim=(lines, 0))
+            axes.axis("off")
+            axes.set_title(NAMES[key], color=COLOURS[key])
+            strengths = strength(getattr(response.tokens, key), low=1.0 if key == "gamma" else None)
+            for line, column, cells, text, token in places:
+                if not math.isnan(strengths[token]):
+                    colour = (*to_rgb(COLOURS[key]), 0.04 + 0.6 * strengths[token])
+                    axes.add_patch(Rectangle((column, line + 0.05), cells - 0.08, 0.9, facecolor=colour, linewidth=0))
+                axes.text(
+                    column, line + 0.5, text, family="DejaVu Sans Mono", fontsize=FONT_PT, va="center", parse_math=False
+                )
+    return figure
+
+
+def heads_figure(heads: Heads) -> Figure:
+    """The mean span of every head, layer × head, with the local, global and receiver sets marked."""
+    span: Floats = np.array(heads.span, dtype=np.float64)
+    with matplotlib.rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+        size = (1.4 + 0.16 * heads.heads, 1.3 + 0.16 * heads.layers)
+        figure = Figure(figsize=(max(3.4, size[0]), max(2.4, size[1])), layout="constrained")
+        axes = figure.subplots()
+        known = span[np.isfinite(span) & (span > 0)]
+        norm = LogNorm(known.min(), known.max()) if known.size and known.min() < known.max() else None
+        image = axes.imshow(span, origin="lower", cmap=_ramp(COLOURS["entropy"], "#f4eefa"), norm=norm)
+        axes.set(xlabel="head", ylabel="layer")
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        bar = figure.colorbar(image, ax=axes, label="mean span (tokens)", shrink=0.8)
+        if norm is not None:
+            bar.set_ticks(
+                ticks := np.geomspace(known.min(), known.max(), 4).tolist(), labels=[f"{tick:.3g}" for tick in ticks]
+            )
+        bar.minorticks_off()
+        bar.outline.set_visible(False)
+        for name, colour in (("local", COLOURS["waad"]), ("global", COLOURS["fai"])):
+            for layer, head in heads.set(name).heads:
+                axes.add_patch(Rectangle((head - 0.42, layer - 0.42), 0.84, 0.84, fill=False, edgecolor=colour))
+        receivers = heads.set("receiver").heads
+        dots, colour = np.array(receivers, dtype=np.float64).reshape(-1, 2), COLOURS["fai_receiver"]
+        axes.scatter(dots[:, 1], dots[:, 0], s=9, color=colour, edgecolor="white", linewidth=0.4, zorder=3)
+        figure.legend(
+            handles=[
+                Patch(fill=False, edgecolor=COLOURS["waad"], label="local"),
+                Patch(fill=False, edgecolor=COLOURS["fai"], label="global"),
+                Line2D([], [], color=colour, marker="o", markersize=3, linestyle="none", label="receiver"),
+            ],
+            loc="outside lower center",
+            ncols=3,
+        )
+    return figure
+
+
+def table1_latex(table: Table1) -> str:
+    """Table 1 with its intervals, for booktabs."""
+    rows = [
+        ("Mean Jaccard similarity", format_number(table.top), format_number(table.bottom)),
+        ("95% interval", _interval(table.top_interval, format_number), _interval(table.bottom_interval, format_number)),
+        ("Pr(Top < Bottom)", format_percent(table.top_below_bottom), ""),
+        ("Problems", format_number(table.problems), ""),
+    ]
+    return _latex(rows, ["", "Top-k", "Bottom-k"])
+
+
+def table2_latex(table: Sequence[Table2Row]) -> str:
+    """Table 2 with both baselines, for booktabs; intervals are of the lift over the closed form."""
+    rows = []
+    for row in table:
+        form = format_number if row.key == "entropy" else format_percent
+        lift, permuted = (("+" if x >= 0 else "") + format_percent(x) for x in (row.lift, row.permuted_lift))
+        interval = _interval(row.lift_interval, format_percent)
+        p = format_number(row.p_value)
+        rows.append((row.name, form(row.random), form(row.permuted), form(row.observed), lift, interval, permuted, p))
+    heads = ["Metric correlation", "Random", "Permuted", "Observed", "Lift", "95% interval", "Lift (permuted)", "p"]
+    return _latex(rows, heads)
+
+
+def shown(text: str) -> str:
+    """A token's text with its blanks as signs."""
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "·"
+
+
+def strength(values: Sequence[float], low: float | None = None) -> list[float]:
+    """Values → strength of the colour in [0, 1], NaN staying NaN: from `low`, or the smallest, to the 95th percentile.
+
+    A few tokens, the first of a response above all, have many times the others' FAI.
+    """
+    defined = sorted(value for value in values if not math.isnan(value))
+    if not defined:
+        return list(values)
+    low = defined[0] if low is None else low
+    # Below the largest, however few there are; but the largest where the rest is all the same.
+    high = defined[max(0, min(math.ceil(0.95 * len(defined)) - 1, len(defined) - 2))]
+    high = high if high > low else defined[-1]
+    width = high - low if high > low else 1.0
+    return [value if math.isnan(value) else min(max((value - low) / width, 0.0), 1.0) for value in values]
+
+
+def _shortest(analysis: Analysis) -> ResponseResult:
+    """The paper's choice for Fig. 2, among the responses with maps if there are any; two in memory at a time."""
+    return min(analysis.responses(), key=lambda response: (response.maps is None, len(response.tokens.texts)))
+
+
+def _draw_map(axes: Axes, attention: AttentionMap, title: str, colour: str) -> None:
+    weights: Floats = np.array(attention.weights, dtype=np.float64)
+    left = -attention.prompt_columns * attention.cell
+    right, bottom = ((size * attention.cell) for size in (weights.shape[1] - attention.prompt_columns, len(weights)))
+    # The root keeps what is faint visible.
+    axes.imshow(np.sqrt(weights), cmap=_ramp(colour), extent=(left, right, bottom, 0), interpolation="nearest")
+    if left:
+        axes.axvline(0, color="#8a8f96", linewidth=0.6, linestyle=(0, (3, 3)))
+    axes.set_title(title)
+    axes.tick_params(labelsize=6, length=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _draw_curve(axes: Axes, values: Sequence[float], peaks: Sequence[int], colour: str, label: str) -> None:
+    axes.plot(range(len(values)), values, color=colour, linewidth=1.0, label=label)
+    axes.plot(peaks, [values[i] for i in peaks], color=colour, marker="o", markersize=2.8, linestyle="none")
+
+
+def _capped(axes: Axes, values: Sequence[float]) -> str:
+    """Cuts the axis where a token or two would flatten all others; what to say of it."""
+    defined = np.sort([value for value in values if not math.isnan(value)])
+    if len(defined) <= 4:
+        return ""
+    largest, usual = float(defined[-1]), float(defined[min(int(0.98 * len(defined)), len(defined) - 3)])
+    if largest <= 2.5 * usual or usual <= 0:
+        return ""
+    axes.set_ylim(0, 1.3 * usual)
+    return f" (cut; largest {format_number(largest)})"
+
+
+def _ramp(colour: str, faint: str = "#ffffff") -> Colormap:
+    ramp = LinearSegmentedColormap.from_list("rhythm", [faint, colour])
+    return ramp.with_extremes(bad="#d9dbde")
+
+
+def _places(texts: Sequence[str]) -> Iterator[tuple[int, int, int, str, int]]:
+    """(line, column, cells, text, token) of every piece of every token, broken at newlines and at LINE cells."""
+    line = column = 0
+    for token, text in enumerate(texts):
+        pieces = (text or "·").replace("\t", "⇥").split("\n")
+        for i, piece in enumerate(pieces):
+            piece += "⏎" if i < len(pieces) - 1 else ""
+            cells = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in piece)
+            if column and column + cells > LINE:
+                line, column = line + 1, 0
+            if piece:
+                yield line, column, cells, piece, token
+            column += cells
+            if i < len(pieces) - 1:
+                line, column = line + 1, 0
+
+
+def _interval(interval: Interval, form: object) -> str:
+    if math.isnan(interval.low) or not callable(form):
+        return "–"
+    return f"{form(interval.low)} to {form(interval.high)}"
+
+
+def _latex(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
+    frame = pd.DataFrame([list(row) for row in rows], columns=list(heads))
+    text: str = frame.to_latex(index=False, escape=True, column_format="l" + "r" * (len(heads) - 1))
+    return text.replace("−", "$-$").replace("–", "--").replace("<", "$<$")

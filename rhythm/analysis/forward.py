@@ -1,0 +1,210 @@
+"""One forward pass over a prompt and its response: every layer's heads, and each token's distribution.
+
+Shape suffixes: N positions of prompt and response, M of the response, H query heads, G key heads, D head size, L
+layers, S sentences, V vocabulary, C tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhythm import reference
+from rhythm.analysis.attention import ObservedAttention
+from rhythm.analysis.receivers import excess_kurtosis, received_between_sentences
+from rhythm.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
+from rhythm.attention_form import check_output as check_attention
+from rhythm.attention_interface import ATTENTION_LAYERS, Output, described, diverted, layer_kinds, text_config
+from rhythm.column_scores import column_scores
+from rhythm.engines.interfaces import TapConfig
+from rhythm.engines.logprobs import check_output_head
+from rhythm.heads import sampled_layers
+from rhythm.padding import padded_batch
+from rhythm.statistics import attention_statistics
+
+LOGIT_ELEMENTS = 2**24  # fp32 logits held at a time: 64 MB
+LEAST_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """The heads of one layer on one response, fp32 on the CPU.
+
+    Attributes:
+        span, kurtosis, kurtosis_sentence: [H].
+        waad, fai: [H, M]; None outside the pool.
+        attention: its maps on demand; None outside the pool.
+    """
+
+    span: Tensor
+    kurtosis: Tensor
+    kurtosis_sentence: Tensor
+    waad: Tensor | None
+    fai: Tensor | None
+    attention: ObservedAttention | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass showed: layers by index; entropy and logprob of the response's tokens, nats, fp32 [M]."""
+
+    layers: dict[int, LayerHeads]
+    entropy: Tensor
+    logprob: Tensor
+
+
+class Observer:
+    """Reads all layers of a model off forward passes.
+
+    Args:
+        model: a causal transformers model; as `AttentionTap` demands.
+        signals: window, horizon, backend and number of sampled layers.
+        pool: "sampled" or "all": the layers whose heads form the pool.
+        sentence_gap: least distance, in sentences, at which attention between sentences counts.
+
+    Raises:
+        ValueError: too few layers.
+        UnsupportedAttention (a ValueError): a model, or a layer of the pool, whose attention can't be read.
+    """
+
+    def __init__(self, model: Any, signals: TapConfig, *, pool: str = "sampled", sentence_gap: int = 4) -> None:
+        self.config = text_config(model)
+        count = self.config.num_hidden_layers
+        if pool == "sampled" and count < LEAST_LAYERS:
+            raise ValueError(
+                f"model: {self.config.model_type} has {count} layers; the heads come from the middle third of at least "
+                f"{LEAST_LAYERS} (or from all, with pool=all)"
+            )
+        kinds = layer_kinds(self.config)
+        readable = [layer for layer in range(count) if kinds[layer] in ATTENTION_LAYERS]
+        self.pool = sampled_layers(count, signals.layers) if pool == "sampled" else readable
+        if unread := [layer for layer in self.pool if layer not in readable]:
+            raise UnsupportedAttention(
+                f"{self.config.model_type}: can't read the attention of {described(unread, self.config)}"
+            )
+        self._model, self._signals, self._gap = model, signals, sentence_gap
+        self._head_is_plain = _has_plain_head(model)
+
+    @torch.no_grad()
+    def observe(self, input_ids_N: Sequence[int], prompt_len: int, sentence_M: Sequence[int]) -> Pass:
+        """One forward pass. Memory is O(N · heads) beside the model's own, and the pool's queries and keys.
+
+        Args:
+            input_ids_N: prompt and response; both hold at least one token.
+            sentence_M: the sentence of each response token.
+        """
+        device = self._model.device
+        ids_1N = torch.tensor([list(input_ids_N)], device=device)
+        masks = MaskReader(padded_batch(torch.ones_like(ids_1N), [prompt_len]))
+        sentences = torch.tensor(list(sentence_M), device=device)
+        layers: dict[int, LayerHeads] = {}
+
+        def receive(call: AttentionCall) -> Output:
+            if call.layer is None or call.layer in layers:
+                raise UnsupportedAttention(f"{call.where}: attention that no layer, or one twice, asks for")
+            form = attention_form(call, masks)
+            result = call.run()
+            with torch.autocast(device.type, enabled=False):
+                check_attention(call, form, masks.batch.to(call.query.device), result[0])
+                layers[call.layer] = self._layer(call, form, prompt_len, sentences)
+            return result
+
+        with diverted(self.config, receive):
+            logits_of = self._logits(ids_1N)
+        if missing := [layer for layer in self.pool if layer not in layers]:
+            raise UnsupportedAttention(
+                f"{self.config.model_type}: {described(missing, self.config)} never reached transformers' attention "
+                "interface"
+            )
+        entropy_M, logprob_M = _distributions(logits_of, ids_1N[0], prompt_len, self.config.vocab_size)
+        return Pass(layers, entropy_M.cpu(), logprob_M.cpu())
+
+    def _layer(self, call: AttentionCall, form: AttentionForm, prompt_len: int, sentence_M: Tensor) -> LayerHeads:
+        query_NHD, key_NGD = call.query[0].transpose(0, 1), call.key[0].transpose(0, 1)
+        lo, _ = self._signals.horizon
+        options: dict[str, Any] = {"window": self._signals.window, "horizon": self._signals.horizon}
+        n = query_NHD.shape[0]
+        plain = form.softcap is None and (form.window is None or n <= form.window)
+        backend = self._signals.backend
+        if plain:
+            fused = attention_statistics(
+                query_NHD, key_NGD, prompt_lens=[prompt_len], scale=form.scale, backend=backend, **options
+            )
+            assert fused.span is not None
+            span_H, waad_HN, fai_HN, lse_HN = fused.span[0], fused.waad, fused.fai, fused.lse
+            received_HN = column_scores(
+                query_NHD,
+                key_NGD,
+                reduce="mean",
+                rows=(prompt_len, None),
+                horizon=(lo, None),
+                scale=form.scale,
+                lse=lse_HN,
+                backend=backend,
+            )
+        else:
+            where: dict[str, Any] = {"bounds": [0, n], "prompt_lens": [prompt_len], "scale": form.scale}
+            masked: dict[str, Any] = {"sliding_window": form.window, "softcap": form.softcap}
+            span_1H, waad_HN, fai_HN, lse_HN, _ = reference.attention_statistics(
+                query_NHD, key_NGD, **where, **options, **masked
+            )
+            span_H = span_1H[0]
+            received_HN = reference.attention_statistics(
+                query_NHD, key_NGD, **where, **masked, window=1, horizon=(lo, None), lse_HT=lse_HN
+            )[2]
+        attention = ObservedAttention(
+            query=query_NHD,
+            key=key_NGD,
+            scale=form.scale,
+            sliding_window=form.window,
+            softcap=form.softcap,
+            lse=lse_HN,
+            prompt_len=prompt_len,
+        )
+        between_HS = received_between_sentences(attention, sentence_M, self._gap)
+        in_pool = call.layer in self.pool
+        return LayerHeads(
+            span=span_H.float().cpu(),
+            kurtosis=excess_kurtosis(received_HN[:, prompt_len:]).float().cpu(),
+            kurtosis_sentence=excess_kurtosis(between_HS).float().cpu(),
+            waad=waad_HN[:, prompt_len:].float().cpu() if in_pool else None,
+            fai=fai_HN[:, prompt_len:].float().cpu() if in_pool else None,
+            attention=attention if in_pool else None,
+        )
+
+    def _logits(self, ids_1N: Tensor) -> Callable[[slice], Tensor]:
+        """Runs the model; gives a function from positions to their logits [C, V]."""
+        if self._head_is_plain:
+            hidden_ND = self._model.base_model(input_ids=ids_1N, use_cache=False).last_hidden_state[0]
+            head = self._model.get_output_embeddings()
+            return lambda positions: head(hidden_ND[positions])
+        logits_NV: Tensor = self._model(input_ids=ids_1N, use_cache=False).logits[0]
+        return lambda positions: logits_NV[positions]
+
+
+def _distributions(
+    logits_of: Callable[[slice], Tensor], ids_N: Tensor, prompt_len: int, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """(entropy, logprob) of the response's tokens, fp32 [M], at temperature 1."""
+    entropies, logprobs = [], []
+    size = max(1, LOGIT_ELEMENTS // vocabulary)
+    for start in range(prompt_len, len(ids_N), size):
+        stop = min(len(ids_N), start + size)
+        # The token at t was drawn from what the model said at t − 1.
+        log_softmax_CV = logits_of(slice(start - 1, stop - 1)).float().log_softmax(dim=-1)
+        entropies.append(torch.special.entr(log_softmax_CV.exp()).sum(dim=-1))
+        logprobs.append(log_softmax_CV.gather(1, ids_N[start:stop, None])[:, 0])
+    return torch.cat(entropies), torch.cat(logprobs)
+
+
+def _has_plain_head(model: Any) -> bool:
+    """Whether the logits are the output embedding of the last hidden state; if not, all are made at once."""
+    try:
+        check_output_head(model)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,279 @@
+"""An analysis → report.html: one file that opens from disk, with no network and no other file.
+
+The findings first; then responses with their tokens in the colours of a signal, curves, and attention maps; the
+heads; the paper's Tables 1 and 2; and every setting. It draws what was found: what is undefined has no colour and
+reads "–". However many responses there are, only the first few are read and drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rhythm.analysis.content_words import content_words
+from rhythm.analysis.counterfactual import CounterfactualConfig
+from rhythm.analysis.page_data import (
+    SETS,
+    SIGNALS,
+    format_number,
+    format_percent,
+    heads_data,
+    response_data,
+)
+from rhythm.analysis.results import Analysis, Interval, ResponseResult, Table2Row, Trial
+
+MAX_RESPONSES = 16
+EXAMPLES_PER_GROUP = 2
+CONTEXT_CHARACTERS = 240  # before a replaced token
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Headline:
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class LiftBar:
+    """Where a lift and its interval lie on the axis that the rows share, in percent of its width."""
+
+    zero: float
+    low: float
+    high: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """A text after a replaced token, in pieces (text, whether it is a content word that the other side lacks)."""
+
+    title: str
+    token: str
+    pieces: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A counterfactual as in the paper's appendix: the same context, two tokens, two continuations."""
+
+    title: str
+    note: str
+    context: str
+    sides: tuple[Side, Side]
+
+
+def write_page(analysis: Analysis, path: Path | None = None, *, max_responses: int = MAX_RESPONSES) -> Path:
+    """Writes the page of an analysis, by default to report.html in its directory; returns its path."""
+    path = analysis.directory / "report.html" if path is None else path
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(render(analysis, max_responses=max_responses), encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def render(analysis: Analysis, *, max_responses: int = MAX_RESPONSES) -> str:
+    """The page of an analysis as HTML; draws its first `max_responses` responses."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # tojson also writes <, > and & as \u003c, …, so that no text can end the element it stands in.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters |= {"number": format_number, "percent": format_percent, "interval": format_interval}
+    environment.filters |= {"p_value": format_p_value, "lift": format_lift}
+    drawn = list(islice(analysis.responses(), max_responses))
+    return environment.get_template("analysis.html.j2").render(
+        analysis=analysis,
+        model=_last_part(analysis.model),
+        facts=facts(analysis),
+        headlines=headlines(analysis),
+        signals=SIGNALS,
+        table2=list(zip(analysis.table2, lift_bars(analysis.table2), strict=True)),
+        set_names={name: title for name, (title, _) in SETS.items()},
+        examples=examples(analysis, drawn),
+        settings=list(flat_settings(analysis.settings)),
+        data={
+            "signals": [vars(signal) for signal in SIGNALS],
+            "responses": [response_data(response) for response in drawn],
+            "heads": heads_data(analysis.heads),
+        },
+    )
+
+
+def facts(analysis: Analysis) -> list[str]:
+    """What was analysed, in a few words each."""
+    count, heads = len(analysis.names), analysis.heads
+    pool = ", ".join(map(str, heads.pool_layers))
+    return [
+        f"{count:,} response{'' if count == 1 else 's'}"
+        + (f" to {_last_part(analysis.problems)}" if analysis.problems else ""),
+        f"{heads.layers} layers of {heads.heads} heads",
+        f"sets from layers {pool}" if len(heads.pool_layers) < heads.layers else "sets from all layers",
+    ]
+
+
+def headlines(analysis: Analysis) -> list[Headline]:
+    """The findings a reader looks for first: the lifts of Table 2, and Table 1's Pr(Top < Bottom)."""
+    labels = {
+        "entropy": "Entropy at WAAD peaks, in nats, over chance",
+        "cooccurrence": "Receiver and global FAI peaks together, over chance",
+        "follows": "FAI peaks at or just after WAAD peaks, over chance",
+    }
+    shown = [
+        Headline(
+            labels[row.key],
+            format_lift(row.permuted_lift),
+            f"{_observed(row, row.observed)} against {_observed(row, row.permuted)}; p {_compared(row.p_value)}",
+        )
+        for row in analysis.table2
+    ]
+    if (table := analysis.table1) is not None:
+        shown.append(
+            Headline(
+                "Problems where replacing high-FAI tokens changes more",
+                format_percent(table.top_below_bottom),
+                f"Jaccard {format_number(table.top)} against {format_number(table.bottom)}; "
+                f"p {_compared(table.p_value)}",
+            )
+        )
+    return shown
+
+
+def lift_bars(rows: Sequence[Table2Row]) -> list[LiftBar | None]:
+    """The lifts over the closed form on one axis; None where a lift is undefined."""
+    edges = [0.0]
+    for row in rows:
+        edges += [edge for edge in (row.lift, row.lift_interval.low, row.lift_interval.high) if math.isfinite(edge)]
+    low, width = min(edges), max(edges) - min(edges)
+
+    def place(value: float) -> float:
+        return round(4 + 92 * (value - low) / width, 2) if width else 50.0
+
+    return [
+        LiftBar(
+            place(0.0),
+            place(row.lift_interval.low if math.isfinite(row.lift_interval.low) else row.lift),
+            place(row.lift_interval.high if math.isfinite(row.lift_interval.high) else row.lift),
+            place(row.lift),
+        )
+        if math.isfinite(row.lift)
+        else None
+        for row in rows
+    ]
+
+
+def examples(analysis: Analysis, responses: Sequence[ResponseResult]) -> list[Example]:
+    """The responses' counterfactuals whose overlap is the closest to their group's mean, one a response."""
+    if analysis.table1 is None:
+        return []
+    config = CounterfactualConfig.model_validate(analysis.settings.get("counterfactuals") or {})
+    chosen: list[Example] = []
+    for group, mean in (("top", analysis.table1.top), ("bottom", analysis.table1.bottom)):
+        closest: list[tuple[float, ResponseResult, Trial]] = []
+        for response in responses:
+            distances = [
+                (abs(trial.jaccard - mean), i)
+                for i, trial in enumerate(response.trials)
+                if trial.group == group and not math.isnan(trial.jaccard)
+            ]
+            if distances:
+                distance, i = min(distances)
+                closest.append((distance, response, response.trials[i]))
+        closest.sort(key=lambda found: found[0])
+        chosen += [_example(response, trial, config) for _, response, trial in closest[:EXAMPLES_PER_GROUP]]
+    return chosen
+
+
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """("peaks.follow", "1"), … of nested settings."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat_settings(value, f"{prefix}{key}.")
+        else:
+            entries = value if isinstance(value, list | tuple) else [value]
+            yield f"{prefix}{key}", ", ".join("none" if entry is None else str(entry) for entry in entries)
+
+
+def format_interval(interval: Interval, percent: bool = False) -> str:
+    """ "0.12 to 0.34"; "" when undefined."""
+    if math.isnan(interval.low) or math.isnan(interval.high):
+        return ""
+    form = format_percent if percent else format_number
+    return f"{form(interval.low)} to {form(interval.high)}"
+
+
+def format_lift(lift: float) -> str:
+    """+51.2%, −3.0%; "–" when undefined."""
+    return format_percent(lift) if math.isnan(lift) or lift < 0 else "+" + format_percent(lift)
+
+
+def format_p_value(p: float) -> str:
+    """ "0.034", "< 0.0001"; "–" when undefined."""
+    if math.isnan(p):
+        return "–"
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def _observed(row: Table2Row, value: float) -> str:
+    return format_number(value) if row.key == "entropy" else format_percent(value)
+
+
+def _compared(p: float) -> str:
+    text = format_p_value(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _example(response: ResponseResult, trial: Trial, config: CounterfactualConfig) -> Example:
+    texts, following = response.tokens.texts, trial.position + 1
+    before = "".join(texts[: trial.position])
+    context = before if len(before) <= CONTEXT_CHARACTERS else "…" + before[-CONTEXT_CHARACTERS:]
+    # As it was compared: as many tokens as were continued, and without the token that ends the response.
+    compared = "".join(texts[: following + config.max_new_tokens])
+    if compared.startswith(response.response):
+        compared = response.response
+    after = compared[len("".join(texts[:following])) :]
+    original = Side("Original", trial.original_token, tuple(_pieces(after, trial.continuation, config)))
+    replaced = Side(
+        f"Candidate {trial.candidate}, probability {format_number(trial.probability)}",
+        trial.replacement_token,
+        tuple(_pieces(trial.continuation, after, config)),
+    )
+    return Example(
+        title=f"{'High' if trial.group == 'top' else 'Low'} FAI, {format_number(trial.fai)}: "
+        f"Jaccard {format_number(trial.jaccard)}",
+        note=f"response {response.name}, token {trial.position}" + ("" if trial.finished else "; cut at the limit"),
+        context=context,
+        sides=(original, replaced),
+    )
+
+
+def _pieces(text: str, other: str, config: CounterfactualConfig) -> Iterator[tuple[str, bool]]:
+    """The text in pieces; True for a content word that the other text lacks."""
+    lacking = content_words(text, config.word_pattern, config.stop_words) - content_words(
+        other, config.word_pattern, config.stop_words
+    )
+    start = 0
+    for match in re.finditer(config.word_pattern, text.replace("’", "'"), flags=re.IGNORECASE):
+        if match.group().casefold() in lacking:
+            if match.start() > start:
+                yield text[start : match.start()], False
+            yield text[match.start() : match.end()], True
+            start = match.end()
+    if start < len(text):
+        yield text[start:], False
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name or path

@@ -1,0 +1,190 @@
+"""What the script of report.html draws, as plain JSON: responses token by token, attention maps, and heads."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rhythm.analysis.results import AttentionMap, HeadMap, Heads, ResponseResult
+
+MAX_TOKENS = 3000  # of a response
+UNDEFINED = 255  # the byte of a weight that is NaN
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal of the tokens: its field of `Tokens`, the page's colour for it, and where its scale begins."""
+
+    key: str
+    name: str
+    hue: str
+    unit: str
+    meaning: str
+    low: float | None = None
+
+
+SIGNALS = (
+    Signal("waad", "WAAD", "waad", "tokens", "how far back the local heads look, clipped at the window"),
+    Signal("fai", "FAI", "fai", "", "mean attention the token receives from the horizon after it, global heads"),
+    Signal("fai_receiver", "Receiver FAI", "receiver", "", "the same, over the receiver heads"),
+    Signal("entropy", "Entropy", "entropy", "nats", "of the distribution the token was drawn from, at temperature 1"),
+    Signal("gamma", "γ", "gamma", "", "the factor training would put on the token's advantage; 1 is none", low=1.0),
+)
+SETS = {  # of heads: name, hue, and what a member is called
+    "local": ("local", "waad"),
+    "global": ("global", "fai"),
+    "receiver": ("receiver", "receiver"),
+    "receiver_sentence": ("sentence receiver", "receiver"),
+}
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, commas at thousands, very small and large ones as 1.2e-06; NaN is "–"."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    size = abs(value)
+    if value == int(value) and size < 1e6:
+        text = f"{int(value):,}"
+    elif size >= 1e6 or size < 1e-3:
+        text = f"{value:.1e}"
+    else:
+        text = f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
+    return text.replace("-", "−", 1) if value < 0 else text
+
+
+def format_percent(value: float) -> str:
+    """A share as percent with one decimal; "–" when undefined."""
+    return "–" if math.isnan(value) else f"{100 * value:.1f}%".replace("-", "−")
+
+
+def response_data(response: ResponseResult) -> Json:
+    """A response: its tokens, signals, peaks, chunks, attenders of anchors and maps, up to MAX_TOKENS tokens."""
+    n = min(len(response.tokens.texts), MAX_TOKENS)
+    jaccards: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for trial in response.trials:
+        jaccards[trial.position, trial.group].append(trial.jaccard)
+    return {
+        "name": _title(response),
+        "prompt": response.prompt,
+        "facts": _facts(response),
+        "tokens": response.tokens.texts[:n],
+        "hidden": len(response.tokens.texts) - n,
+        "values": {signal.key: rounded(getattr(response.tokens, signal.key)[:n]) for signal in SIGNALS},
+        "peaks": {key: [i for i in indices if i < n] for key, indices in vars(response.peaks).items()},
+        "chunks": [i for i in response.chunks if i < n],
+        "attenders": {
+            anchor.token: [[each.token, rounded([each.weight])[0]] for each in anchor.attenders]
+            for anchor in response.anchors
+            if anchor.attenders and anchor.token < n
+        },
+        "trials": {
+            position: f"replaced as {group} FAI, mean Jaccard {format_number(float(np.nanmean(values)))}"
+            for (position, group), values in jaccards.items()
+            if position < n and not all(map(math.isnan, values))
+        },
+        "maps": None
+        if response.maps is None
+        else {"local": map_data(response.maps.local), "global": map_data(response.maps.global_)},
+        "band": None if response.maps is None else pixels(response.maps.local.band[:n]),
+    }
+
+
+def map_data(attention: AttentionMap) -> Json:
+    """A mean attention map as an image."""
+    return {**pixels(attention.weights), "cell": attention.cell, "prompt": attention.prompt_columns}
+
+
+def pixels(weights: Sequence[Sequence[float]]) -> Json:
+    """Weights as bytes 0…254 of √(weight / peak), row after row, in base64; 255 is NaN.
+
+    The root keeps what is faint visible: most of a map's weights are far below its largest.
+    """
+    weights_RC: NDArray[np.float64] = np.array(weights, dtype=np.float64)
+    known = np.isfinite(weights_RC)
+    peak = float(weights_RC.max(where=known, initial=0.0))
+    strength = np.sqrt(np.clip(np.where(known, weights_RC, 0.0) / (peak or 1.0), 0.0, 1.0))
+    levels = np.where(known, np.rint((UNDEFINED - 1) * strength), UNDEFINED).astype(np.uint8)
+    return {
+        "rows": levels.shape[0],
+        "columns": levels.shape[1],
+        "peak": rounded([peak])[0],
+        "data": base64.b64encode(levels.tobytes()).decode("ascii"),
+    }
+
+
+def heads_data(heads: Heads) -> Json:
+    """Every head of the model: the quantities its square may be coloured by, the sets it is in, and all in words."""
+    members = {each.name: set(each.heads) for each in heads.sets}
+    quantities: list[tuple[str, str, str, bool, HeadMap]] = [
+        ("span", "Mean span", "entropy", True, heads.span),
+        ("kurtosis", "Kurtosis", "receiver", True, heads.kurtosis),
+        ("kurtosis_sentence", "Kurtosis, sentences", "receiver", True, heads.kurtosis_sentence),
+        *((each.name, f"In {SETS[each.name][0]} sets", SETS[each.name][1], False, each.chosen) for each in heads.sets),
+    ]
+
+    def notes(layer: int, head: int) -> list[str]:
+        texts = [
+            f"span {format_number(heads.span[layer][head])} tokens",
+            f"kurtosis {format_number(heads.kurtosis[layer][head])}, "
+            f"of sentences {format_number(heads.kurtosis_sentence[layer][head])}",
+        ]
+        for each in heads.sets:
+            if not math.isnan(share := each.chosen[layer][head]):
+                belongs = (layer, head) in members[each.name]
+                if share or belongs:
+                    texts.append(
+                        f"{SETS[each.name][0]} in {format_percent(share)} of the responses"
+                        + ("" if belongs else ", not pooled")
+                    )
+        return texts
+
+    return {
+        "layers": [
+            {
+                "index": layer,
+                "pool": layer in heads.pool_layers,
+                "heads": [
+                    {"sets": [name for name in members if (layer, head) in members[name]], "notes": notes(layer, head)}
+                    for head in range(heads.heads)
+                ],
+            }
+            for layer in range(heads.layers)
+        ],
+        "quantities": [
+            {"key": key, "name": name, "hue": hue, "log": log, "values": [rounded(row) for row in values]}
+            for key, name, hue, log, values in quantities
+            if any(not math.isnan(value) for row in values for value in row)
+        ],
+    }
+
+
+def rounded(values: Iterable[float]) -> list[float | None]:
+    """Four significant digits; null where undefined or infinite."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]
+
+
+def _title(response: ResponseResult) -> str:
+    """For the list of responses: its name, and the last line of its prompt that says something."""
+    lines = [line.strip() for line in response.prompt.splitlines() if len(line.strip()) > 3]
+    text = max(lines, key=len, default="")
+    return f"{response.name} · {text[:70]}{'…' if len(text) > 70 else ''}"
+
+
+def _facts(response: ResponseResult) -> list[str]:
+    facts = [f"row {response.row}", response.source]
+    if response.finished is not None:
+        facts.append("ended by itself" if response.finished else "cut at the limit")
+    tokens = len(response.tokens.texts)
+    facts.append(f"{tokens:,} tokens after a prompt of {response.prompt_tokens:,}")
+    facts.append(f"{len(response.chunks):,} chunks")
+    facts.append(f"{len(response.anchors):,} anchors")
+    return facts if response.answer is None else [*facts, f"answer of the row: {response.answer[-60:]}"]

@@ -1,0 +1,133 @@
+"""Problems from the rows of a JSONL file, or from a list: prompts, with or without responses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+"""Of the paper's prompt (appendix A.1)."""
+LAST_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\S)")
+
+
+class RowError(ValueError):
+    """A row that can't be analysed; the message names it."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"row {row}: {problem}")
+        self.row = row
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row. row: its number, from 1; responses: those given, else empty; answer: the row's own, if any."""
+
+    row: int
+    prompt: str
+    responses: tuple[str, ...] = ()
+    answer: str | None = None
+
+    def digest(self, sample: int) -> str:
+        """Of the prompt and, where given, that response."""
+        parts = [self.prompt, *self.responses[sample : sample + 1]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+Source = Path | Sequence[str | Mapping[str, Any]]
+
+
+def read_problems(source: Source, on_error: Callable[[RowError], None] | None = None) -> Iterator[Problem]:
+    """The problems of a JSONL file, a line at a time, or of a list of prompts or rows.
+
+    A row has `prompt`, taken as it stands, or `question` (GSM8K), put into the paper's prompt; perhaps `response` or
+    `responses`; and perhaps `answer`. Empty lines are left out, and counted.
+
+    Args:
+        on_error: gets the error of a row that is no problem, which is then left out; None: it is raised.
+
+    Raises:
+        RowError (a ValueError): a row that is no problem.
+        ValueError: no such file.
+    """
+    for row, item in _rows(source):
+        try:
+            found = problem(row, _parsed(row, item) if isinstance(source, Path) else item)
+        except RowError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+        else:
+            yield found
+
+
+def _rows(source: Source) -> Iterator[tuple[int, Any]]:
+    """(number from 1, line or item)."""
+    if not isinstance(source, Path):
+        for row, item in enumerate(source, start=1):
+            yield row, {"prompt": item} if isinstance(item, str) else item
+        return
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file")
+    with source.open("rb") as lines:
+        for row, line in enumerate(lines, start=1):
+            if line.strip():
+                yield row, line
+
+
+def problem(row: int, fields: Any) -> Problem:
+    """The problem of a row. Raises RowError."""
+    if not isinstance(fields, Mapping):
+        raise RowError(row, f"is a {type(fields).__name__}; it must be an object with prompt or question")
+    if "prompt" in fields and "question" in fields:
+        raise RowError(row, "has both prompt and question; it must be one or the other")
+    if "prompt" in fields:
+        prompt = _text(row, "prompt", fields["prompt"])
+    elif "question" in fields:
+        prompt = paper_prompt(_text(row, "question", fields["question"]))
+    else:
+        found = ", ".join(map(repr, fields)) or "nothing"
+        raise RowError(row, f"has no text: neither prompt nor question, only {found}")
+    answer = fields.get("answer")
+    if answer is not None and not isinstance(answer, str | int | float):
+        raise RowError(row, f"answer is a {type(answer).__name__}; it must be text or a number")
+    return Problem(row, prompt, _responses(row, fields), None if answer is None else str(answer))
+
+
+def paper_prompt(question: str) -> str:
+    """The paper's prompt: the instruction, all sentences but the last as context, and the last as the question."""
+    *context, last = LAST_SENTENCE.split(question.strip())
+    lines = [f"System: {INSTRUCTION}", f"Context: {' '.join(context)}", f"Question: {last}"]
+    return "\n".join(line for line in lines if line != "Context: ") + "\n"
+
+
+def _responses(row: int, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    if fields.get("response") is not None and fields.get("responses") is not None:
+        raise RowError(row, "has both response and responses; it must be one or the other")
+    if (one := fields.get("response")) is not None:
+        return (_text(row, "response", one),)
+    many = fields.get("responses")
+    if many is None:
+        return ()
+    if not isinstance(many, list | tuple):
+        raise RowError(row, f"responses is a {type(many).__name__}; it must be a list of texts")
+    return tuple(_text(row, f"responses[{i}]", text) for i, text in enumerate(many))
+
+
+def _text(row: int, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RowError(row, f"{name} is a {type(value).__name__}; it must be text")
+    if not value.strip():
+        raise RowError(row, f"{name} is empty; it must be text")
+    return value
+
+
+def _parsed(row: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise RowError(row, f"is not JSON: {error}") from error

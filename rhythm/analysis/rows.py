@@ -1,0 +1,103 @@
+"""Rows of the CSV files and pandas frames, as dictionaries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rhythm.analysis.results import Heads, Numbers, ResponseResult, Table1, Table2Row
+
+
+def table1_row(table: Table1) -> dict[str, Any]:
+    """Its fields; an interval becomes two."""
+    return _flat(table)
+
+
+def table2_rows(rows: Iterable[Table2Row]) -> Iterator[dict[str, Any]]:
+    """One dictionary a coupling."""
+    return ({"name": row.name, **_flat(row)} for row in rows)
+
+
+def token_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
+    """One dictionary a token: response, row, sample, token, id, text, the signals, whether it is a peak or onset."""
+    tokens, peaks = response.tokens, response.peaks
+    marks = {f"{name}_peak": set(indices) for name, indices in vars(peaks).items()} | {"chunk": set(response.chunks)}
+    signals = ("waad", "fai", "fai_receiver", "entropy", "logprob", "gamma")
+    for i, (token_id, text) in enumerate(zip(tokens.ids, tokens.texts, strict=True)):
+        yield {
+            "response": response.name,
+            "row": response.row,
+            "sample": response.sample,
+            "token": i,
+            "id": token_id,
+            "text": text,
+            **{name: getattr(tokens, name)[i] for name in signals},
+            **{name: i in indices for name, indices in marks.items()},
+        }
+
+
+def trial_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
+    """One dictionary a counterfactual, with the original's text after the position."""
+    for trial in response.trials:
+        yield {
+            "response": response.name,
+            "row": response.row,
+            "sample": response.sample,
+            **asdict(trial),
+            "original": response.after(trial.position),
+        }
+
+
+def head_rows(heads: Heads) -> Iterator[dict[str, Any]]:
+    """One dictionary a head of the model."""
+    members = {each.name: set(each.heads) for each in heads.sets}
+    for layer in range(heads.layers):
+        for head in range(heads.heads):
+            yield {
+                "layer": layer,
+                "head": head,
+                "pool": layer in heads.pool_layers,
+                "span": heads.span[layer][head],
+                "kurtosis": heads.kurtosis[layer][head],
+                "kurtosis_sentence": heads.kurtosis_sentence[layer][head],
+                **{name: (layer, head) in those for name, those in members.items()},
+                **{f"{each.name}_chosen": each.chosen[layer][head] for each in heads.sets},
+            }
+
+
+def response_row(response: ResponseResult) -> dict[str, Any]:
+    """Sizes, counts of peaks, and means of a response."""
+    tokens = response.tokens
+    return {
+        "response": response.name,
+        "row": response.row,
+        "sample": response.sample,
+        "source": response.source,
+        "finished": response.finished,
+        "prompt_tokens": response.prompt_tokens,
+        "tokens": len(tokens.ids),
+        "sentences": response.heads.sentences,
+        "chunks": len(response.chunks),
+        **{f"{name}_peaks": len(indices) for name, indices in vars(response.peaks).items()},
+        **{f"{name}_mean": _mean(getattr(tokens, name)) for name in ("waad", "fai", "entropy", "gamma")},
+    }
+
+
+def _mean(values: Numbers) -> float:
+    """Mean of the defined values, NaN without one."""
+    defined = [value for value in values if not math.isnan(value)]
+    return math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def _flat(table: Table1 | Table2Row) -> dict[str, Any]:
+    """The fields of a dataclass; an interval becomes two."""
+    flat: dict[str, Any] = {}
+    for name, field in vars(table).items():
+        if is_dataclass(field):
+            flat |= {f"{name}_{part}": value for part, value in vars(field).items()}
+        else:
+            flat[name] = field
+    return flat

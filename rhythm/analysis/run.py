@@ -1,0 +1,255 @@
+"""Problems in, a directory of results out: one response at a time, and only those that are not there yet.
+
+The directory holds settings.json, responses/<row>-<sample>.json, and once all are done results.json, the CSV files,
+report.html and figures/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rhythm.analysis.config import AnalysisConfig
+from rhythm.analysis.counterfactual import counterfactuals
+from rhythm.analysis.drafts import Draft, Drafter, batch_seed, response_name
+from rhythm.analysis.figures import write_figures
+from rhythm.analysis.forward import Observer
+from rhythm.analysis.observation import observe_response
+from rhythm.analysis.page import write_page
+from rhythm.analysis.problems import Problem, RowError, Source, read_problems
+from rhythm.analysis.results import Analysis, ResponseResult, Trial, read_json, response_path, write_json
+from rhythm.analysis.summary import summarise
+from rhythm.engines.generate import GenerateInfer
+from rhythm.engines.interfaces import Infer
+
+VERSION = 1  # of the files; another version's are not continued
+PROBE_TOKENS = 8  # of the pass that finds out whether the model's attention can be read, before all else
+DIGEST_ENTRIES = 64
+T = TypeVar("T")
+
+
+def analyze(
+    model: Any,
+    tokenizer: Any,
+    problems: Source | str,
+    *,
+    out: Path | str | None = None,
+    config: AnalysisConfig | None = None,
+    infer: Infer | None = None,
+    end_ids: Sequence[int] | None = None,
+    model_name: str | None = None,
+    keep_going: bool = False,
+    page: bool = True,
+    console: Console | None = None,
+) -> Analysis:
+    """Generate (or take) responses, observe each in one forward pass, and write down what was found.
+
+    Responses that `out` has already are not done again, and what is finished stays, whatever happens to the rest.
+    Memory does not grow with the number of problems, but for a few numbers a response.
+
+    Args:
+        model: a causal transformers model, put into eval mode; tokenizer: its own.
+        problems: a JSONL file, or a list of prompts or rows; see `read_problems`.
+        out: directory, made if missing; None: a new temporary one, the result's `directory`.
+        config: AnalysisConfig() if None.
+        infer: generates responses; None: transformers, with the same model.
+        end_ids: a response ends with the first of these; None: those of the tokenizer and the generation config.
+        model_name: for the report; None: the model's own.
+        keep_going: leave rows out that can't be analysed, and list them in `failures`, instead of raising.
+        page: write report.html and figures/ too.
+        console: for a progress bar.
+
+    Raises:
+        RowError (a ValueError): a row that can't be analysed; the message names it.
+        ValueError: a model of a kind that can't be analysed, `out` with another analysis in it, or no response left.
+    """
+    config = config or AnalysisConfig()
+    source: Source = Path(problems) if isinstance(problems, str) else problems
+    ends = end_ids_of(model, tokenizer) if end_ids is None else list(end_ids)
+    observer = _observer(model, config)
+    if infer is None:
+        pad = tokenizer.pad_token_id
+        infer = GenerateInfer(model, end_ids=ends, pad_id=ends[0] if pad is None else pad)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    drafter = Drafter(tokenizer, infer, config, context)
+
+    failures: list[str] = []
+    on_error = (lambda error: failures.append(str(error))) if keep_going else None
+    total = sum(1 for _ in read_problems(source, on_error))  # every row is looked at before the work begins
+    failures.clear()
+    directory = Path(tempfile.mkdtemp(prefix="rhythm-analysis-")) if out is None else Path(out)
+    name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+    _claim(
+        directory,
+        {"version": VERSION, "model": name, "weights": _weights_digest(model), **config.model_dump(mode="json")},
+    )
+
+    def is_finished(problem: Problem, sample: int) -> bool:
+        path = response_path(directory, response_name(problem, sample))
+        if not path.is_file():
+            return False
+        if read_json(ResponseResult, path).digest != problem.digest(sample):
+            raise RowError(problem.row, f"is not the row that {path} was made of; name another directory")
+        return True
+
+    names: list[str] = []
+    attempted = 0
+    with _progress(console) as progress:
+        bar = progress.add_task("analysing", total=total)
+        for index, batch in enumerate(_batches(read_problems(source, on_error), config.problems_at_once)):
+            wanted = [(problem, sample) for problem in batch for sample in drafter.samples(problem)]
+            finished = {(problem.row, sample): is_finished(problem, sample) for problem, sample in wanted}
+            place = {response_name(*each): attempted + i for i, each in enumerate(wanted)}
+            attempted += len(wanted)
+            for draft in drafter.drafts(batch, index, finished, on_error):
+                maps = place[draft.name] < config.maps
+                write_json(
+                    _result(model, tokenizer, observer, draft, config, ends, maps=maps),
+                    response_path(directory, draft.name),
+                )
+                finished[draft.problem.row, draft.sample] = True
+            names += [response_name(*each) for each in wanted if finished[each[0].row, each[1]]]
+            progress.advance(bar, len(batch))
+    if not names:
+        raise ValueError("\n".join(["problems: no response is left to analyse", *failures]))
+    analysis = summarise(
+        directory,
+        model=name,
+        problems=str(source) if isinstance(source, Path) else "",
+        names=names,
+        failures=failures,
+        config=config,
+        pool_layers=observer.pool,
+    )
+    if page:
+        write_page(analysis)
+        write_figures(analysis)
+    return analysis
+
+
+def _observer(model: Any, config: AnalysisConfig) -> Observer:
+    """An observer that has read some tokens. Raises ValueError where the model's attention can't be read."""
+    model.eval()
+    observer = Observer(model, config.signals, pool=config.pool, sentence_gap=config.receivers.sentence_gap)
+    probe = [i % observer.config.vocab_size for i in range(PROBE_TOKENS)]
+    observer.observe(probe, PROBE_TOKENS // 2, [0] * (PROBE_TOKENS // 2))
+    return observer
+
+
+def _result(
+    model: Any,
+    tokenizer: Any,
+    observer: Observer,
+    draft: Draft,
+    config: AnalysisConfig,
+    end_ids: Sequence[int],
+    *,
+    maps: bool,
+) -> ResponseResult:
+    generator = torch.Generator().manual_seed(batch_seed(config.seed, draft.problem.row) + draft.sample)
+    seen = observe_response(
+        observer, tokenizer, draft.prompt_ids, draft.response_ids, config, maps=maps, generator=generator
+    )
+    trials: tuple[Trial, ...] = ()
+    if config.counterfactuals is not None:
+        undefined = (float("nan"),) * len(draft.prompt_ids)
+        trials = counterfactuals(
+            model,
+            tokenizer,
+            [*draft.prompt_ids, *draft.response_ids],
+            len(draft.prompt_ids),
+            torch.tensor([*undefined, *seen.tokens.fai]),
+            config.counterfactuals,
+            end_ids=end_ids,
+        ).trials
+    return ResponseResult(
+        name=draft.name,
+        row=draft.problem.row,
+        sample=draft.sample,
+        source=draft.source,
+        finished=draft.finished,
+        prompt=draft.prompt,
+        prompt_tokens=len(draft.prompt_ids),
+        response=tokenizer.decode(draft.response_ids, skip_special_tokens=True),
+        answer=draft.problem.answer,
+        trials=trials,
+        digest=draft.problem.digest(draft.sample),
+        **vars(seen),
+    )
+
+
+def _claim(directory: Path, settings: dict[str, Any]) -> None:
+    """Make the directory this analysis' own. Raises ValueError where it is another's."""
+    path = directory / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as they will be read back
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if differing := sorted(_differences(before, settings)):
+            raise ValueError(
+                f"out is {directory}, which holds an analysis with another {', '.join(differing)}; name another "
+                "directory"
+            )
+        return
+    if directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(f"out is {directory}, which is not empty and holds no analysis; name another directory")
+    (directory / "responses").mkdir(parents=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _weights_digest(model: Any) -> str:
+    """Of some entries of every parameter: training changes nearly all."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // DIGEST_ENTRIES)][:DIGEST_ENTRIES].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the entries that differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            yield from _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    elif one != other:
+        yield name
+
+
+def end_ids_of(model: Any, tokenizer: Any) -> list[int]:
+    """Raises ValueError where nothing ends a response."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    ends = sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
+    if not ends:
+        raise ValueError("tokenizer: has no end token, and nor has the generation config; a response needs one")
+    return ends
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None,
+    )

@@ -1,0 +1,161 @@
+"""The pass over all layers against rhythm.observe and the reference, on several architectures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from rhythm import reference
+from rhythm.analysis.config import AnalysisConfig
+from rhythm.analysis.forward import Observer
+from rhythm.analysis.observation import observe_response
+from rhythm.analysis.receivers import excess_kurtosis
+from rhythm.attention_form import AttentionCall, UnsupportedAttention
+from rhythm.attention_interface import diverted, text_config
+from rhythm.observe import observe
+from rhythm.tiny_model import build_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.3,
+}
+CONFIG = AnalysisConfig()
+N, PROMPT = 80, 11
+IDS = torch.randint(4, 100, (N,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def build(kind: str) -> Any:
+    torch.manual_seed(0)
+    window: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 8}
+    if kind == "qwen3":
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES)).eval()
+    if kind == "gemma3":
+        return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, **window)).eval()
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, **window)).eval()
+    model.set_attn_implementation("eager")  # the one that caps scores
+    return model
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2"])
+def test_signals_are_those_of_observe(kind: str) -> None:
+    model = build(kind)
+    found = observe_response(
+        Observer(model, CONFIG.signals), build_tokenizer(), IDS[:PROMPT], IDS[PROMPT:], CONFIG, maps=False
+    )
+    expected = observe(model, torch.tensor([IDS]), prompt_lens=[PROMPT], entropy=True)
+    assert expected.entropy is not None
+    for name in ("waad", "fai", "entropy"):
+        of_response = getattr(expected, name)[0, PROMPT:].tolist()
+        assert getattr(found.tokens, name) == pytest.approx(of_response, rel=1e-5, abs=1e-7, nan_ok=True)
+    pool = [(layer, head) for layer in (2, 3, 4) for head in range(4)]
+    for chosen, mask in ((found.heads.local, expected.groups.local), (found.heads.global_, expected.groups.global_)):
+        assert chosen == tuple(pool[i] for i in mask[0].nonzero()[:, 0].tolist())
+    spans = [found.heads.span[layer][head] for layer, head in pool]
+    assert spans == pytest.approx(expected.span[0].tolist(), rel=1e-6)
+    with torch.no_grad():
+        log_softmax = model(torch.tensor([IDS])).logits[0].float().log_softmax(dim=-1)
+    logprob = [float(log_softmax[t - 1, IDS[t]]) for t in range(PROMPT, N)]
+    assert found.tokens.logprob == pytest.approx(logprob, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2"])
+def test_spans_and_kurtosis_of_every_layer(kind: str) -> None:
+    model = build(kind)
+    seen = Observer(model, CONFIG.signals).observe(IDS, PROMPT, [0] * (N - PROMPT))
+    calls: list[AttentionCall] = []
+
+    def kept(call: AttentionCall) -> Any:
+        calls.append(call)
+        return call.run()
+
+    with torch.no_grad(), diverted(text_config(model), kept):
+        model(torch.tensor([IDS]))
+    assert sorted(seen.layers) == list(range(6))
+    for call in calls:
+        assert call.layer is not None
+        sliding = kind != "qwen3" and call.layer % 2 == 0
+        weights, _ = reference.attention_weights(
+            call.query[0].transpose(0, 1),
+            call.key[0].transpose(0, 1),
+            call.options["scaling"],
+            sliding_window=8 if sliding else None,
+            softcap=50.0 if kind == "gemma2" else None,
+        )
+        span, _, received = reference.sequence_statistics(
+            weights, prompt_len=PROMPT, window=10, horizon=(CONFIG.signals.horizon[0], None)
+        )
+        found = seen.layers[call.layer]
+        torch.testing.assert_close(found.span, span)
+        kurtosis = excess_kurtosis(received[:, PROMPT:]).float()
+        torch.testing.assert_close(found.kurtosis, kurtosis, rtol=1e-3, atol=1e-4, equal_nan=True)
+        assert found.kurtosis_sentence.isnan().all()  # of a single sentence
+        assert (found.attention is None) == (call.layer not in (2, 3, 4))
+
+
+def test_the_logits_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen3")
+    observer = Observer(model, CONFIG.signals)
+    whole = observer.observe(IDS, PROMPT, [0] * (N - PROMPT))
+    sizes: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda *of_call: sizes.append(of_call[2].shape[0]))
+    monkeypatch.setattr("rhythm.analysis.forward.LOGIT_ELEMENTS", 700)
+    parts = observer.observe(IDS, PROMPT, [0] * (N - PROMPT))
+    assert sizes == [7] * 9 + [6]
+    torch.testing.assert_close(parts.entropy, whole.entropy)
+    torch.testing.assert_close(parts.logprob, whole.logprob)
+
+
+def test_all_layers_may_be_the_pool() -> None:
+    model = build("qwen3")
+    config = CONFIG.model_copy(update={"pool": "all"})
+    observer = Observer(model, config.signals, pool="all")
+    found = observe_response(observer, build_tokenizer(), IDS[:PROMPT], IDS[PROMPT:], config, maps=True)
+    heads = sorted((span, (layer, head)) for layer, row in enumerate(found.heads.span) for head, span in enumerate(row))
+    assert found.heads.local == tuple(sorted(head for _, head in heads[:7]))  # 24 · 0.3, rounded
+    assert found.heads.global_ == tuple(sorted(head for _, head in heads[-7:]))
+
+
+def test_models_that_cannot_be_analysed() -> None:
+    few = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES | {"num_hidden_layers": 2}))
+    with pytest.raises(
+        ValueError, match="model: qwen3 has 2 layers; the heads come from the middle third of at least 3"
+    ):
+        Observer(few, CONFIG.signals)
+    assert Observer(few, CONFIG.signals, pool="all").pool == [0, 1]
+    with pytest.raises(UnsupportedAttention, match="t5: an encoder-decoder; the model must be causal"):
+        Observer(
+            transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=16, num_layers=1)), CONFIG.signals
+        )
+    bert = transformers.BertLMHeadModel(
+        transformers.BertConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=3)
+    ).eval()
+    with pytest.raises(UnsupportedAttention, match="bert, layer 0: bidirectional attention"):
+        Observer(bert, CONFIG.signals).observe([5, 6, 7, 8], 2, [0, 0])
+
+
+def test_empty_parts_are_refused() -> None:
+    observer = Observer(build("qwen3"), CONFIG.signals)
+    for prompt, response, name in (([], IDS, "prompt"), (IDS, [], "response")):
+        with pytest.raises(ValueError, match=f"the {name} has no tokens"):
+            observe_response(observer, build_tokenizer(), prompt, response, CONFIG, maps=False)
+
+
+def test_a_short_response_is_undefined_where_it_must_be() -> None:
+    observer = Observer(build("qwen3"), CONFIG.signals)
+    found = observe_response(observer, build_tokenizer(), IDS[:PROMPT], IDS[PROMPT : PROMPT + 1], CONFIG, maps=True)
+    assert math.isnan(found.tokens.fai[0])
+    assert math.isfinite(found.tokens.waad[0])
+    assert found.heads.receiver == ()
+    assert math.isnan(found.tokens.fai_receiver[0])
+    assert found.peaks.waad == found.peaks.fai == found.anchors == ()
+    assert found.chunks == (0,)

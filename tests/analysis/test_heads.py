@@ -1,0 +1,74 @@
+"""Sets of heads over several responses, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from rhythm.analysis.heads import summarise_heads
+from rhythm.analysis.results import Head, Heads, ResponseHeads
+
+nan = float("nan")
+
+
+def heads(
+    local: tuple[Head, ...] = (),
+    global_: tuple[Head, ...] = (),
+    receiver: tuple[Head, ...] = (),
+    span: tuple[float, ...] = (1, 2, 3, 4),
+) -> ResponseHeads:
+    """Two layers of four heads, the second of which is the pool."""
+    level = ((nan,) * 4, (0.0, 1.0, 2.0, 3.0))
+    return ResponseHeads(((nan,) * 4, span), level, level, local, global_, receiver, (), 1)
+
+
+def summary(*of_responses: tuple[int, ResponseHeads]) -> Heads:
+    return summarise_heads(iter(of_responses), pool_layers=(1,), resamples=100, seed=0)
+
+
+A, B, C, D = ((1, head) for head in range(4))
+
+
+def test_stability_is_of_different_problems() -> None:
+    found = summary((1, heads(local=(A, B))), (2, heads(local=(A, B))), (3, heads(local=(B, C))))
+    # Pairs share two, one and one head of two.
+    assert found.set("local").stability == pytest.approx((1 + 0.5 + 0.5) / 3)
+    assert found.set("local").stability_random == 0.5
+    assert found.set("local").chosen[1] == pytest.approx((2 / 3, 1, 1 / 3, 0), rel=1e-6)
+    assert all(math.isnan(share) for share in found.set("local").chosen[0])
+    # The first two are of one problem: only their pairs with the third count.
+    found = summary((1, heads(local=(A, B))), (1, heads(local=(A, B))), (3, heads(local=(B, C))))
+    assert found.set("local").stability == pytest.approx(0.5)
+    assert math.isnan(summary((1, heads(local=(A,))), (1, heads(local=(A,)))).set("local").stability)
+
+
+def test_overlap_of_receivers_with_global_heads() -> None:
+    found = summary(
+        (1, heads(global_=(C, D), receiver=(C, D))),
+        (2, heads(global_=(C, D), receiver=(A, D))),
+        (3, heads(global_=(C, D), receiver=())),
+    )
+    receiver, sentence = found.overlaps
+    assert (receiver.share, receiver.random, receiver.pooled) == (0.75, 0.5, 1)
+    assert receiver.interval.low <= 0.75 <= receiver.interval.high
+    assert found.set("receiver").responses == 2
+    assert math.isnan(sentence.share)
+    assert found.set("receiver_sentence").responses == 0
+
+
+def test_means_are_over_the_defined() -> None:
+    found = summary(
+        (1, heads(local=(A,), global_=(D,), span=(1, 2, nan, 4))),
+        (2, heads(local=(A,), global_=(D,), span=(5, 1, nan, 6))),
+    )
+    assert found.span[1][:2] == (3, 1.5)
+    assert math.isnan(found.span[1][2])
+    # By the means B looks back the least, though no response chose it.
+    assert found.set("local").heads == (B,)
+    assert found.set("global").heads == (D,)
+
+
+def test_no_responses() -> None:
+    with pytest.raises(ValueError, match="responses is empty"):
+        summary()

@@ -1,0 +1,243 @@
+"""Directories of analyses: resuming, refusing and leaving out."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rhythm.analysis.run as run_module
+from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, read_analysis
+from rhythm.analysis.forward import Observer
+from rhythm.analysis.results import read_json, response_path
+from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer
+
+CONFIG = AnalysisConfig.model_validate(
+    {
+        "sampling": {"max_new_tokens": 14},
+        "problems_at_once": 2,
+        "responses_per_problem": 2,
+        "signals": {"horizon": [2, 6]},
+        "counterfactuals": {"positions": 1, "candidates": 1, "max_new_tokens": 4},
+        "table2": {"permutations": 19, "resamples": 20},
+        "maps": 1,
+    }
+)
+PROBLEMS = ["1,2,3>6:", {"prompt": "4,5,6>15:"}, {"prompt": "7,8,9>24:", "response": "7+8=15,15+9=24"}, "1,1,1>3:"]
+NAMES = ("00001-0", "00001-1", "00002-0", "00002-1", "00003-0", "00004-0", "00004-1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    shape = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
+    return build_model(shape.model_copy(update={"max_positions": 64}), tokenizer)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("responses/*.json"))}
+
+
+def test_interrupted_and_resumed_it_comes_out_the_same(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = analyze(model, tokenizer, PROBLEMS, out=tmp_path / "whole", config=CONFIG, page=False)
+    assert whole.names == NAMES
+    assert [each.source for each in whole.responses()] == ["generated"] * 4 + ["given"] + ["generated"] * 2
+    assert [each.maps is not None for each in whole.responses()] == [True] + [False] * 6
+
+    out = tmp_path / "parts"
+    passes = _counted(monkeypatch, fail_at=4)  # the first is the probe
+    with pytest.raises(KeyboardInterrupt):
+        analyze(model, tokenizer, PROBLEMS, out=out, config=CONFIG, page=False)
+    assert set(contents(out)) == {"00001-0.json", "00001-1.json"}
+    monkeypatch.undo()
+    passes = _counted(monkeypatch)
+    resumed = analyze(model, tokenizer, PROBLEMS, out=out, config=CONFIG, page=False)
+    assert len(passes) == 1 + 5
+    assert contents(out) == contents(whole.directory)
+    assert resumed.names == NAMES
+    for name in ("results.json", "tokens.csv", "table2.csv"):
+        assert (out / name).read_bytes() == (whole.directory / name).read_bytes()
+
+    passes.clear()
+    again = analyze(model, tokenizer, PROBLEMS, out=out, config=CONFIG, page=False)
+    assert len(passes) == 1
+    assert again.table2_frame().equals(whole.table2_frame())
+    assert read_analysis(out).names == NAMES
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:
+    """Lengths of the sequences observed from now on; the pass after `fail_at` of them is Ctrl-C."""
+    lengths: list[int] = []
+    observe = Observer.observe
+
+    def counted(self: Observer, ids: Any, *arguments: Any) -> Any:
+        if len(lengths) == fail_at:
+            raise KeyboardInterrupt
+        lengths.append(len(ids))
+        return observe(self, ids, *arguments)
+
+    if fail_at is not None:
+        fail_at -= 1
+    monkeypatch.setattr(Observer, "observe", counted)
+    return lengths
+
+
+def test_the_csv_files_hold_what_the_json_does(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    found = analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
+    with (found.directory / "tokens.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    responses = list(found.responses())
+    assert len(rows) == sum(len(each.tokens.ids) for each in responses)
+    first = responses[0].tokens
+    for i, row in enumerate(rows[: len(first.ids)]):
+        assert (int(row["id"]), row["text"]) == (first.ids[i], first.texts[i])
+        for name in ("waad", "fai", "entropy"):
+            value = getattr(first, name)[i]
+            assert row[name] == "" if math.isnan(value) else float(row[name]) == value
+    assert any(row["fai"] == "" for row in rows)
+    with (found.directory / "counterfactuals.csv").open(newline="", encoding="utf-8") as file:
+        trials = list(csv.DictReader(file))
+    assert len(trials) == 2 * len(NAMES)
+    for trial in trials:
+        response = found.response(trial["response"])
+        assert trial["original"] == "".join(response.tokens.texts[int(trial["position"]) + 1 :])
+
+
+def test_what_is_given_is_observed_as_it_stands(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    found = analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
+    given = found.response("00003-0")
+    assert given.response == "7+8=15,15+9=24"
+    assert given.finished is None
+    assert "".join(given.tokens.texts) == given.response
+    assert given.prompt_tokens == len("7,8,9>24:") + 1  # <|bos|>
+
+
+def test_another_analysis_is_not_mixed_in(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    analyze(model, tokenizer, PROBLEMS[:1], out=out, config=CONFIG, page=False)
+    other = CONFIG.model_copy(update={"seed": 1})
+    with pytest.raises(ValueError, match=r"holds an analysis with another seed; name another directory"):
+        analyze(model, tokenizer, PROBLEMS[:1], out=out, config=other, page=False)
+    with pytest.raises(RowError, match=r"row 1: is not the row that .*00001-0\.json was made of"):
+        analyze(model, tokenizer, ["9,9,9>27:"], out=out, config=CONFIG, page=False)
+    trained = build_model(TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, head_size=8, seed=5), tokenizer)
+    with pytest.raises(ValueError, match="with another weights"):
+        analyze(trained, tokenizer, PROBLEMS[:1], out=out, config=CONFIG, page=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="which is not empty and holds no analysis"):
+        analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "full", config=CONFIG, page=False)
+
+
+def test_more_problems_may_follow(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    analyze(model, tokenizer, PROBLEMS[:2], out=out, config=CONFIG, page=False)
+    before = contents(out)
+    more = analyze(model, tokenizer, PROBLEMS, out=out, config=CONFIG, page=False)
+    assert more.names == NAMES
+    assert contents(out).items() >= before.items()
+
+
+TOO_LONG = {"prompt": "1,2,3>6:", "response": "1+2=3," * 10}
+
+
+def test_a_response_longer_than_the_context(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    problems = [*PROBLEMS[:2], TOO_LONG, *PROBLEMS[3:]]
+    message = "row 3: the prompt and response 1 have 69 tokens together; the model's context is 64"
+    with pytest.raises(RowError, match=message):
+        analyze(model, tokenizer, problems, out=tmp_path / "out", config=CONFIG, page=False)
+    assert len(contents(tmp_path / "out")) == 4  # what was finished stays
+    found = analyze(model, tokenizer, problems, out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
+    assert found.names == tuple(name for name in NAMES if not name.startswith("00003"))
+    assert found.failures == (message,)
+
+
+def test_a_prompt_longer_than_the_context(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=r"row 2: the prompt has 64 tokens; the model's context of 64 leaves no room"):
+        analyze(model, tokenizer, [PROBLEMS[0], "1" * 63], out=tmp_path / "out", config=CONFIG, page=False)
+    # A response gets what room there is.
+    found = analyze(model, tokenizer, ["1" * 60], out=tmp_path / "short", config=CONFIG, page=False)
+    assert max(len(each.tokens.ids) for each in found.responses()) <= 3
+
+
+def test_rows_are_looked_at_before_the_work_begins(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({"prompt": "1,2,3>6:"}) + "\n" + json.dumps({"solution": "a"}) + "\n")
+    with pytest.raises(RowError, match="row 2: has no text"):
+        analyze(model, tokenizer, file, out=tmp_path / "out", config=CONFIG, page=False)
+    assert not (tmp_path / "out").exists()
+    found = analyze(model, tokenizer, file, out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
+    assert found.names == ("00001-0", "00001-1")
+    assert found.failures == ("row 2: has no text: neither prompt nor question, only 'solution'",)
+
+
+def test_nothing_left(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no response is left to analyse\nrow 1: prompt is empty"):
+        analyze(model, tokenizer, [""], out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
+
+
+def test_damaged_responses_are_named(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    found = analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=CONFIG, page=False)
+    path = response_path(found.directory, found.names[0])
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"00001-0\.json is not a ResponseResult of this version"):
+        read_json(ResponseResult, path)
+
+
+def test_without_counterfactuals(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"counterfactuals": None})
+    found = analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=config, page=False)
+    assert found.table1 is None
+    assert found.table1_frame().empty
+    assert not (found.directory / "table1.csv").exists()
+
+
+def test_chat_needs_a_template(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"chat": True})
+    with pytest.raises(ValueError, match="tokenizer has no chat template"):
+        analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=config, page=False)
+    templated = build_tokenizer()
+    templated.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    found = analyze(model, templated, ["1,2>3:"], out=tmp_path / "out", config=config, page=False)
+    response = found.response(found.names[0])
+    assert (response.prompt, response.prompt_tokens) == ("[1,2>3:]", 8)
+
+
+def test_memory_does_not_grow_with_the_responses(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no time are more responses alive than a pass over them holds."""
+    config = CONFIG.model_copy(update={"counterfactuals": None, "responses_per_problem": 1})
+    most = 0
+    write = run_module.write_json
+
+    def counting(*arguments: Any) -> None:
+        nonlocal most
+        gc.collect()
+        alive = [each for each in gc.get_objects() if type(each) is ResponseResult]
+        most = max(most, len(alive))
+        write(*arguments)
+
+    monkeypatch.setattr(run_module, "write_json", counting)
+    analyze(model, tokenizer, ["1,2,3>6:"] * 9, out=tmp_path / "out", config=config, page=False)
+    assert 1 <= most <= 2
+
+
+def test_seeds_of_torch_are_left_alone(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=CONFIG, page=False)
+    assert torch.rand(1).equal(expected)
