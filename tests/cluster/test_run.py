@@ -144,3 +144,19 @@ def test_engines_that_disagree_stop_the_run_with_both_numbers(start: Callable[..
     assert "by actor_train" in output
     assert len(rows(run)) == 1
     assert launched.nothing_left()
+
+
+def test_ctrl_c_with_a_third_role_saves_and_leaves(whole: Path, start: Callable[..., tuple[Any, Path]]) -> None:
+    launched, run = start("separate", "attn=separate")
+    launched.wait_for(lambda: len(rows(run)) >= 3)
+    launched.process.send_signal(signal.SIGINT)
+    launched.finish(code=130)
+    found = rows(run)
+    assert (run / "checkpoints" / f"step_{found[-1]['step']:06.0f}").is_dir()
+    assert launched.nothing_left()
+    # Same seed, same rollouts: actor_attn's model gives the numbers that Megatron's two ranks give.
+    for row, inline in zip(found[1:], rows(whole)[1:], strict=False):
+        for name in ("reward", "gamma_mean", "gamma_share", "waad_mean", "fai_mean"):
+            assert row[name] == pytest.approx(inline[name], rel=1e-5), name
+        assert row["tokens_per_second_attn"] > 0
+        assert row["attention_share"] > 0

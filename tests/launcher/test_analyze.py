@@ -86,11 +86,35 @@ def test_bad_rows_and_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFix
     assert "left out: row 2:" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(command.importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_vllm_is_asked_for_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vllm_is_asked_for_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     file = prompts(tmp_path, {"prompt": "1,2,3>6:"})
     assert run(checkpoint(tmp_path / "model"), file, tmp_path / "out", "--engine", "vllm") == command.BAD_INPUT
     assert "vLLM is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_vllm_generates_what_transformers_would(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    shape = TinyModelConfig(layers=3, hidden_size=64, mlp_size=64, query_heads=4, key_heads=2, head_size=32)
+    save_checkpoint(build_model(shape, tokenizer), tokenizer, tmp_path / "model")
+    file = prompts(tmp_path, {"prompt": "1,2,3>6:"}, {"prompt": "4,5>9:"})
+    options = ["--temperature", "0", "--engine"]
+    assert run(str(tmp_path / "model"), file, tmp_path / "transformers", *options, "transformers") == 0
+    assert run(str(tmp_path / "model"), file, tmp_path / "vllm", *options, "vllm", "--vllm-kv-cache", "0.0625") == 0
+    texts = [
+        [
+            json.loads(path.read_text())["tokens"]["texts"]
+            for path in sorted((tmp_path / engine / "responses").iterdir())
+        ]
+        for engine in ("transformers", "vllm")
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 2
+    assert all(texts[0])
 
 
 @pytest.mark.parametrize(

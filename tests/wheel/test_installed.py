@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent
+COMMANDS = ["rhythm-analyze", "rhythm-doctor", "rhythm-report", "rhythm-train"]
 
 
 def is_editable() -> bool:
@@ -60,7 +61,8 @@ def test_public_names(tmp_path: Path) -> None:
 
 
 def test_types_templates_and_kernels_are_packaged(tmp_path: Path) -> None:
-    files = ["py.typed", "_C.pyi", "trainer/templates/report.html.j2"]
+    page = [f"analysis/templates/analysis.{kind}" for kind in ("html.j2", "css", "js")]
+    files = ["py.typed", "_C.pyi", "trainer/templates/report.html.j2", *page]
     code = f"""
 from importlib.resources import files
 import rhythm.kernels
@@ -76,7 +78,7 @@ print(*[len(package.joinpath(name).read_text()) for name in {files[1:]}], packag
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     files = [str(path) for path in metadata.files("rhythm") or [] if "__pycache__" not in str(path)]
     commands = [name for name in files if name.startswith("..")]
-    assert sorted(Path(name).name for name in commands) == ["rhythm-doctor", "rhythm-report", "rhythm-train"]
+    assert sorted(Path(name).name for name in commands) == COMMANDS
     assert {name.split("/")[0].split("-")[0] for name in files if name not in commands} == {"rhythm"}
     assert any(name.startswith("rhythm/kernels/") for name in files)
     assert Path(run("import rhythm; print(rhythm.__file__)", tmp_path).strip()) == Path(
@@ -96,7 +98,7 @@ def test_kernels_compile_ahead_starts(tmp_path: Path) -> None:
     assert "--json" in shown
 
 
-@pytest.mark.parametrize("command", ["rhythm-train", "rhythm-doctor", "rhythm-report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_start(command: str, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name(command)
     shown = subprocess.run([program, "--help"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
