@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +12,17 @@ from torch import Tensor
 # Before anything imports Triton, which reads it once: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_stays_as_it_was() -> Iterator[None]:
+    """vLLM wants variables set that change what torch does, for other modules' tests too."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
+
 
 # The error against fp64 may be twice that of a plain torch computation in the same type, plus this floor (for results
 # on which the plain one happens to be exact), in units of the result's own largest size, or of the window for WAAD.

@@ -5,9 +5,7 @@ Weights go out in transformers' format as well, so that any tool can read a run'
 
 from __future__ import annotations
 
-import json
 import pickle
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,12 +13,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import save_torch_state_dict
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
-from safetensors.torch import save_file
 from torch import Tensor
-
-from rhythm.engines.megatron.weights import INDEX
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 DISTRIBUTED = "megatron"
 _STEPS = "gradient_steps"
@@ -136,50 +133,19 @@ def _set_with_step(part: Any, set_states: Callable[..., None], parameter: Tensor
 
 
 def write_weights(
-    directory: Path, weights: Iterator[tuple[str, Tensor]], source: Path, *, write: bool, shard_bytes: int = 4 << 30
+    directory: Path, weights: Iterator[tuple[str, Tensor]], source: Path, *, write: bool, max_shard_size: str = "5GB"
 ) -> None:
-    """Weights as safetensors, in files of at most `shard_bytes` or one tensor, with the configuration and tokenizer
-    of `source`. Every rank iterates; the one with `write` writes.
+    """An ordinary transformers checkpoint, its configuration and tokenizer those of `source`. Every rank iterates; the
+    one with `write` keeps all weights in the host's memory and writes them.
     """
-    shards: list[dict[str, Tensor]] = [{}]
-    places: dict[str, int] = {}
-    size = total = 0
-    for name, tensor in weights:
-        if not write:
-            continue
-        length = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + length > shard_bytes:
-            _write_shard(directory, len(shards), shards[-1])
-            shards[-1] = {}
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().cpu().clone()
-        places[name] = len(shards)
-        size += length
-        total += length
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in weights if write}
     if not write:
         return
-    _write_shard(directory, len(shards), shards[-1])
-    if len(shards) == 1:
-        _shard(directory, 1).rename(directory / "model.safetensors")
-    else:
-        weight_map = {name: _shard(directory, number).name for name, number in places.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in _NOT_COPIED:
-            shutil.copyfile(path, directory / path.name)
-
-
-_NOT_COPIED = (INDEX, "state.json", "checksums.json", "warm_start.json")
-
-
-def _shard(directory: Path, number: int) -> Path:
-    return directory / f"model-{number:05d}.safetensors"
-
-
-def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, _shard(directory, number), metadata={"format": "pt"})
+    save_torch_state_dict(kept, directory, max_shard_size=max_shard_size)
+    AutoConfig.from_pretrained(source, local_files_only=True).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
+    if (source / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(source, local_files_only=True).save_pretrained(directory)
 
 
 def _sharded_state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,6 @@ from rhythm.engines.torch_train import OptimizerConfig
 from rhythm.heads import HeadGroups
 from rhythm.loss import BatchTotals, LossConfig, policy_loss
 from rhythm.signals import RhythmSignals
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """Of a micro-batch's response tokens, fp32 [b, width], NaN elsewhere; with their graph where there is one."""
-
-    logprobs: Tensor
-    entropy: Tensor
 
 
 class MegatronTrain:
@@ -250,7 +242,8 @@ class MegatronTrain:
                 forward_only=not backward,
             )
 
-    def _scores(self, model: PolicyModel, packed: Packed, hidden_TD: Tensor) -> _Scores:
+    def _scores(self, model: PolicyModel, packed: Packed, hidden_TD: Tensor) -> LogProbs:
+        """Of a micro-batch's response tokens, [b, width]; with their graph where there is one."""
         logprob_N, entropy_N = head_logprobs(
             model,
             hidden_TD[packed.predicts],
@@ -260,7 +253,7 @@ class MegatronTrain:
             group=self._groups.tensor,
         )
         undefined = torch.full(packed.target.shape, torch.nan, device=packed.target.device)
-        return _Scores(
+        return LogProbs(
             logprobs=undefined.masked_scatter(packed.target, logprob_N),
             entropy=undefined.masked_scatter(packed.target, entropy_N),
         )

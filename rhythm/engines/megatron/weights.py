@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 
 from rhythm.engines.megatron.parallel import Groups
 
-INDEX = "model.safetensors.index.json"
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Tensors(Mapping[str, Tensor]):
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> _Tensors:
-        index = self._checkpoint / INDEX
+        index = self._checkpoint / _INDEX
         shards = (
             sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if index.is_file()

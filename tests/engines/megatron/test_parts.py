@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
-from transformers import LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.checkpoint import check_metadata, write_weights
@@ -19,6 +19,7 @@ from rhythm.engines.megatron.model import read_config
 from rhythm.engines.megatron.packing import pack, shares
 from rhythm.engines.megatron.parallel import Rendezvous, join
 from rhythm.engines.megatron.weights import recipe, to_megatron, to_transformers
+from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 pytestmark = pytest.mark.cluster
 
@@ -134,21 +135,16 @@ def test_metadata_that_would_run_code_is_refused(what: Any, tmp_path: Path) -> N
         check_metadata(tmp_path)
 
 
-def test_weights_are_written_in_shards_with_an_index(tmp_path: Path) -> None:
+def test_weights_are_written_in_shards_that_load_again(tmp_path: Path) -> None:
     source, directory = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
     directory.mkdir()
-    for name in ("config.json", "tokenizer.json", "state.json", "model.safetensors"):
-        (source / name).write_text("{}")
-    weights = {f"w{i}": torch.full((10,), float(i)) for i in range(5)}
-    write_weights(directory, iter(weights.items()), source, write=True, shard_bytes=80)
-    from rhythm.engines.megatron.weights import _Tensors
-
-    with _Tensors(directory) as read:
-        assert {name: read[name][0].item() for name in read} == {f"w{i}": float(i) for i in range(5)}
-    assert sorted(path.name for path in directory.iterdir()) == [
-        "config.json",
-        *(f"model-0000{i}.safetensors" for i in (1, 2, 3)),
-        "model.safetensors.index.json",
-        "tokenizer.json",
-    ]
+    model = build_model(TinyModelConfig(layers=2, hidden_size=32, mlp_size=32), build_tokenizer())
+    save_checkpoint(model, build_tokenizer(), source)
+    (source / "state.json").write_text("{}")
+    weights = {name: tensor + 1 for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    write_weights(directory, iter(weights.items()), source, write=True, max_shard_size="20KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    assert not (directory / "state.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in weights.items())
+    assert AutoTokenizer.from_pretrained(directory, local_files_only=True)("1+1").input_ids

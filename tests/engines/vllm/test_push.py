@@ -20,6 +20,7 @@ from rhythm.engines.vllm.parity import compare, must_agree
 
 SEGMENTS = Path("/dev/shm")
 TRAINER = Path(__file__).with_name("trainer_process.py")
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def call(connection: Connection, method: str, alongside: Callable[[], None] = la
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    "kind", ["shared_memory", pytest.param("nccl", marks=pytest.mark.gpu), pytest.param("ipc", marks=pytest.mark.gpu)]
+    "kind", ["shared_memory", pytest.param("nccl", marks=ON_A_GPU), pytest.param("ipc", marks=ON_A_GPU)]
 )
 def test_every_kind_of_push_brings_every_weight(
     kind: Any,
