@@ -38,8 +38,8 @@ PROMPTS, RESPONSES = 2, 4
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster_step", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2000, help="longest response")
-    parser.add_argument("--steps", type=int, default=4, help="training steps, the first of which is not counted")
+    parser.add_argument("--tokens", type=int, default=1200, help="longest response")
+    parser.add_argument("--steps", type=int, default=3, help="training steps, the first of which is not counted")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,6 +107,7 @@ def _run(way: str, checkpoint: Path, scratch: Path, tokens: int, steps: int) -> 
         "signals.horizon": "paper",
         "evaluation.every_steps": steps + 1,
         "evaluation.samples": 0,
+        "evaluation.instances": 1,
         "checkpoint.every_steps": steps + 1,
         "cluster.max_length": tokens + 64,
         "cluster.train.tensor": 1,
