@@ -64,11 +64,14 @@ class TrainSpec:
     reference: bool
     bucket_bytes: int
     collective_seconds: float
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
 class InferSpec:
-    """A replica of actor_infer. vllm: None for transformers' generate."""
+    """A replica of actor_infer. checkpoint: must stay, as lost replicas start from it again. vllm: None for
+    transformers' generate.
+    """
 
     vllm: VllmConfig | None
     checkpoint: Path
@@ -76,16 +79,18 @@ class InferSpec:
     end_ids: tuple[int, ...]
     pad_id: int
     precision: Precision
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
 class AttnSpec:
-    """A replica of actor_attn."""
+    """A replica of actor_attn. checkpoint: must stay, as for InferSpec."""
 
     checkpoint: Path
     tap: TapConfig
     micro_batch_size: int
     precision: Precision
+    trust_remote_code: bool = False
 
 
 class Host:
@@ -128,7 +133,7 @@ class TrainHost(Host):
         """Load the model; with Megatron, all ranks at the same time, which meet at address:port."""
         self._spec, self._rank, self._senders = spec, rank, {}
         if spec.role.engine == "torch":
-            model = _load_model(spec.checkpoint, torch.float32)
+            model = _load_model(spec, torch.float32)
             self._engine, self._device = _torch_train(spec, model), model.device
         else:
             self._engine, self._device = _megatron_train(spec, rank, address, port), torch.device("cpu")
@@ -224,7 +229,7 @@ class InferHost(Host):
         """Load the engine."""
         dtype = getattr(torch, spec.precision)
         if spec.vllm is None:
-            self._engine = _GenerateReplica(_load_model(spec.checkpoint, dtype), spec)
+            self._engine = _GenerateReplica(_load_model(spec, dtype), spec)
             return
         prepare_environment(self._bind_address)
         self._engine = VllmInfer(
@@ -234,6 +239,7 @@ class InferHost(Host):
             end_ids=spec.end_ids,
             pad_id=spec.pad_id,
             dtype=dtype,
+            trust_remote_code=spec.trust_remote_code,
         )
 
     def generate(self, prompts: list[list[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
@@ -292,7 +298,7 @@ class AttnHost(Host):
 
     def build(self, spec: AttnSpec) -> None:
         """Load the model."""
-        model = _load_model(spec.checkpoint, torch.float32)
+        model = _load_model(spec, torch.float32)
         self._reader = ModelReader(model)
         self._device = model.device
         self._engine = ObserveAttn(
@@ -349,9 +355,11 @@ class _GenerateReplica(GenerateInfer):
         """Nothing outlives the process."""
 
 
-def _load_model(checkpoint: Path, dtype: torch.dtype) -> Any:
+def _load_model(spec: TrainSpec | InferSpec | AttnSpec, dtype: torch.dtype) -> Any:
     """A transformers model in memory of torch's own, on this process's GPU if it has one."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        spec.checkpoint, dtype=dtype, local_files_only=True, trust_remote_code=spec.trust_remote_code
+    )
     # Tensors mapped from a file may be aligned differently, and sums then ordered differently.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -361,13 +369,13 @@ def _load_model(checkpoint: Path, dtype: torch.dtype) -> Any:
 def _torch_train(spec: TrainSpec, model: Any) -> Train:
     return TorchTrain(
         model,
-        AutoTokenizer.from_pretrained(spec.checkpoint, local_files_only=True),
+        AutoTokenizer.from_pretrained(spec.checkpoint, local_files_only=True, trust_remote_code=spec.trust_remote_code),
         optimizer=spec.optimizer,
         loss=spec.loss,
         temperature=spec.temperature,
         micro_batch_size=spec.micro_batch_size,
         precision=getattr(torch, spec.precision),
-        reference=_load_model(spec.checkpoint, torch.float32) if spec.reference else None,
+        reference=_load_model(spec, torch.float32) if spec.reference else None,
     )
 
 
@@ -386,4 +394,5 @@ def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> Trai
         micro_batch_size=spec.micro_batch_size,
         precision=getattr(torch, spec.precision),
         with_reference=spec.reference,
+        trust_remote_code=spec.trust_remote_code,
     )

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from rhythm.engines.attention import SignalRows, autocast, shared_groups, tap_options
 from rhythm.engines.batches import micro_batches, take_rows, trim
@@ -157,8 +156,8 @@ class TorchTrain:
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote, bit for bit."""
         # Copied into memory of torch's own: a mapped file may be aligned differently, and sums then ordered
-        # differently.
-        saved = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        # differently. The model's own class, so that no code of the checkpoint's is looked for.
+        saved = type(self._model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         take_over(self._model, saved.state_dict(), 0, 0)
         state = torch.load(directory / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         self._optimizer.load_state_dict(state["optimizer"])

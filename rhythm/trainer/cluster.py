@@ -109,7 +109,7 @@ def open_cluster(
     """Ray, until the block is left; yields what builds engines on it, as often as it takes.
 
     build(end_ids, pad_id, checkpoint, restarts): engines on that checkpoint's weights, the earlier ones killed;
-    `restarts`: of the training ranks so far, for the metrics.
+    replicas lost later start from it again, so it must stay. `restarts`: of the training ranks so far.
     """
     prepare_environment(cluster)
     from rhythm.cluster.session import Session
@@ -126,7 +126,7 @@ def _build(
     from rhythm.cluster.rates import Rates
     from rhythm.cluster.roles import ClusterAttn, ClusterInfer, ClusterTrain
 
-    cluster, checkpoint = session.config, checkpoint.resolve()
+    cluster, checkpoint, trust = session.config, checkpoint.resolve(), config.model.trust_remote_code
     session.stop_all()
     rates = Rates({"train": session.places("actor_train"), "infer": session.places("actor_infer")})
     rates.restarts["train"] = restarts
@@ -143,12 +143,13 @@ def _build(
             reference=config.loss.kl_coef > 0,
             bucket_bytes=cluster.push_bucket_mib << 20,
             collective_seconds=max(cluster.deadlines.step, cluster.deadlines.log_probs),
+            trust_remote_code=trust,
         ),
         rates,
     )
     infer = ClusterInfer(
         session,
-        InferSpec(cluster.infer.vllm, checkpoint, cluster.max_length, end_ids, pad_id, config.model.precision),
+        InferSpec(cluster.infer.vllm, checkpoint, cluster.max_length, end_ids, pad_id, config.model.precision, trust),
         rates,
         takes_turns=cluster.gpus > 0 and cluster.placement == "colocated",
     )
@@ -156,7 +157,7 @@ def _build(
     readers = [Reader(push_kind(cluster), infer)]
     if config.attn == "separate":
         rates.processes["attn"] = session.places("actor_attn")
-        spec = AttnSpec(checkpoint, config.signals, config.batch.micro_batch_size, config.model.precision)
+        spec = AttnSpec(checkpoint, config.signals, config.batch.micro_batch_size, config.model.precision, trust)
         attn = ClusterAttn(session, spec, rates)
         readers.append(Reader("object_store", attn))
     pusher = Pusher(

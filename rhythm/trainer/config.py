@@ -61,6 +61,7 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True):
         default="float32",
         description="type of the forward and backward pass; weights and optimizer stay float32",
     )
+    trust_remote_code: bool = Field(default=False, description="run Python code that the checkpoint brings along")
 
 
 class BatchConfig(BaseModel, extra="forbid", frozen=True):

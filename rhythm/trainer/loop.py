@@ -80,7 +80,9 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     check_machine(config)
     task = build_task(config)
     found = open_run_dir(config, resume=resume)
-    start = found[0] if found and not config.loss.kl_coef else initial_checkpoint(config, task, console)
+    # A cluster builds engines again whenever it loses processes, and the run drops its own checkpoints on the way.
+    keeps_start = config.cluster is not None or config.loss.kl_coef > 0
+    start = found[0] if found and not keeps_start else initial_checkpoint(config, task, console)
     vocabulary = load_vocabulary(start)
     restarts = 0
     with open_judge(config, task) as judged, open_engines(config, task, vocabulary) as build:

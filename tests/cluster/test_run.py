@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,30 @@ def test_a_killed_driver_leaves_nothing_and_resumes(whole: Path, start: Callable
     assert killed.nothing_left(seconds=90)  # two idle agents of Ray's look for its control process for a minute
     assert metrics(run) == metrics(whole)
     assert weights_digest(run, 6) == weights_digest(whole, 6)
+
+
+def test_a_resumed_run_outlives_the_checkpoint_it_began_from(
+    whole: Path, folder: Path, start: Callable[..., tuple[Any, Path]]
+) -> None:
+    run = folder / "again" / "whole"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step_000006")
+    sizes = ("checkpoint.every_steps=1", "checkpoint.keep=1")
+    launched, _ = start("whole", f"runs_dir={run.parent}", *sizes, "--resume")
+    launched.wait_for(lambda: (run / "checkpoints" / "step_000004").is_dir())
+    launched.processes(INFER)[0].send_signal(signal.SIGKILL)
+    launched.wait_for(lambda: len(rows(run)) >= 6)
+    assert not (run / "checkpoints" / "step_000003").exists()
+    assert rows(run)[-1]["restarts_infer"] == 1
+    launched.processes(TRAIN)[1].send_signal(signal.SIGKILL)
+    output = launched.finish()
+    assert "continuing after step 3" in output
+    assert "going back to step" in output
+    assert rows(run)[-1]["restarts_train"] == 1
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000006"]
+    assert metrics(run) == metrics(whole)
+    assert weights_digest(run, 6) == weights_digest(whole, 6)
+    assert launched.nothing_left()
 
 
 def test_engines_that_disagree_stop_the_run_with_both_numbers(start: Callable[..., tuple[Any, Path]]) -> None:

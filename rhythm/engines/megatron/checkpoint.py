@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -132,20 +133,45 @@ def _set_with_step(part: Any, set_states: Callable[..., None], parameter: Tensor
     set_states(parameter, {**({"step": own["step"]} if "step" in own else {}), **tensors})
 
 
+@dataclass(frozen=True)
+class Companions:
+    """What stands beside the weights in a transformers checkpoint. generation: None where it has none."""
+
+    config: Any
+    tokenizer: Any
+    generation: GenerationConfig | None
+
+
+def read_companions(checkpoint: Path, *, trust_remote_code: bool = False) -> Companions:
+    """Of a transformers checkpoint, which may be gone afterwards."""
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    has_generation = (checkpoint / "generation_config.json").is_file()
+    return Companions(
+        AutoConfig.from_pretrained(checkpoint, **options),
+        AutoTokenizer.from_pretrained(checkpoint, **options),
+        GenerationConfig.from_pretrained(checkpoint, local_files_only=True) if has_generation else None,
+    )
+
+
 def write_weights(
-    directory: Path, weights: Iterator[tuple[str, Tensor]], source: Path, *, write: bool, max_shard_size: str = "5GB"
+    directory: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    companions: Companions,
+    *,
+    write: bool,
+    max_shard_size: str = "5GB",
 ) -> None:
-    """An ordinary transformers checkpoint, its configuration and tokenizer those of `source`. Every rank iterates; the
-    one with `write` keeps all weights in the host's memory and writes them.
+    """An ordinary transformers checkpoint. Every rank iterates; the one with `write` keeps all weights in the host's
+    memory and writes them.
     """
     kept = {name: tensor.detach().cpu().clone() for name, tensor in weights if write}
     if not write:
         return
     save_torch_state_dict(kept, directory, max_shard_size=max_shard_size)
-    AutoConfig.from_pretrained(source, local_files_only=True).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
-    if (source / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(source, local_files_only=True).save_pretrained(directory)
+    companions.config.save_pretrained(directory)
+    companions.tokenizer.save_pretrained(directory)
+    if companions.generation is not None:
+        companions.generation.save_pretrained(directory)
 
 
 def _sharded_state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from rhythm.engines.megatron.parallel import Groups
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def read_config(checkpoint: Path) -> Any:
+def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a transformers checkpoint. Raises ValueError for a model that this engine can't train."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
     if config.model_type not in ("qwen3", "llama"):
         raise ValueError(f"model_type is {config.model_type!r}: Megatron is set up for qwen3 and llama")
     unsupported = {

@@ -53,13 +53,15 @@ class MegatronTrain:
         micro_batch_size: int,
         precision: torch.dtype = torch.float32,
         with_reference: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
-        """`checkpoint`: of transformers, in safetensors. `with_reference`: keep a frozen copy for the KL term.
+        """`checkpoint`: of transformers, in safetensors; not read again later. `with_reference`: keep a frozen copy
+        for the KL term. `trust_remote_code`: run code that the checkpoint brings along for config and tokenizer.
 
         Raises ValueError for a model or a layout that don't go together.
         """
-        self.config = read_config(checkpoint)
-        self._checkpoint = checkpoint
+        self.config = read_config(checkpoint, trust_remote_code=trust_remote_code)
+        self._companions = checkpoints.read_companions(checkpoint, trust_remote_code=trust_remote_code)
         self._groups = join(meeting, parallel)
         self._optimizer_config = optimizer
         self._loss = loss
@@ -83,7 +85,7 @@ class MegatronTrain:
             self._optimizer = megatron_optimizer.get_megatron_optimizer(
                 _optimizer_config(optimizer, precision, parallel), [self._model], config_overrides={}
             )
-        self._reference = self._frozen(parallel, precision) if with_reference else None
+        self._reference = self._frozen(checkpoint, parallel, precision) if with_reference else None
 
     def log_probs(
         self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None
@@ -154,7 +156,7 @@ class MegatronTrain:
     def save(self, directory: Path) -> None:
         """Write a transformers checkpoint, and a distributed one in its folder `megatron`."""
         writes = self._groups.rank == 0
-        checkpoints.write_weights(directory, self.weights_stream(), self._checkpoint, write=writes)
+        checkpoints.write_weights(directory, self.weights_stream(), self._companions, write=writes)
         with on_cpu():
             checkpoints.save_state(
                 directory / checkpoints.DISTRIBUTED, self._model, self._optimizer, self._gradient_steps
@@ -170,10 +172,10 @@ class MegatronTrain:
         """Leave the process groups."""
         leave()
 
-    def _frozen(self, parallel: ParallelConfig, precision: torch.dtype) -> PolicyModel:
+    def _frozen(self, checkpoint: Path, parallel: ParallelConfig, precision: torch.dtype) -> PolicyModel:
         with on_cpu():
             model = build_model(self.config, self._groups, parallel, precision)
-            load_weights(model, self._checkpoint, self.config, self._groups)
+            load_weights(model, checkpoint, self.config, self._groups)
         model.requires_grad_(False)
         return model
 

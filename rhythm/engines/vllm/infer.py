@@ -86,6 +86,7 @@ class VllmInfer:
         pad_id: int,
         dtype: torch.dtype,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         """Start the engine on the weights in `checkpoint`, a transformers checkpoint in safetensors.
 
@@ -97,6 +98,7 @@ class VllmInfer:
             pad_id: the token right of a response.
             dtype: of weights, activations and KV cache.
             seed: of the engine, for what no response's own seed covers.
+            trust_remote_code: run code that the checkpoint brings along.
 
         Raises ValueError without end_ids, for a checkpoint without safetensors, and on a CPU without kv_cache_gib.
         """
@@ -115,7 +117,7 @@ class VllmInfer:
             model=str(checkpoint),
             load_format="safetensors",
             skip_tokenizer_init=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             generation_config="vllm",  # the checkpoint's sampling defaults stay out: only ours count
             hf_overrides={"head_dtype": "float32"},
             dtype=str(dtype).removeprefix("torch."),

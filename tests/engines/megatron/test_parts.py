@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3Config
 
 from rhythm.engines.interfaces import Rollout
-from rhythm.engines.megatron.checkpoint import check_metadata, write_weights
+from rhythm.engines.megatron.checkpoint import check_metadata, read_companions, write_weights
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import read_config
 from rhythm.engines.megatron.packing import pack, shares
@@ -135,16 +136,20 @@ def test_metadata_that_would_run_code_is_refused(what: Any, tmp_path: Path) -> N
         check_metadata(tmp_path)
 
 
-def test_weights_are_written_in_shards_that_load_again(tmp_path: Path) -> None:
+def test_weights_are_written_in_shards_that_load_again_though_their_source_is_gone(tmp_path: Path) -> None:
     source, directory = tmp_path / "source", tmp_path / "out"
     directory.mkdir()
     model = build_model(TinyModelConfig(layers=2, hidden_size=32, mlp_size=32), build_tokenizer())
     save_checkpoint(model, build_tokenizer(), source)
     (source / "state.json").write_text("{}")
+    GenerationConfig(eos_token_id=[2, 7]).save_pretrained(source)
+    companions = read_companions(source)
+    shutil.rmtree(source)
     weights = {name: tensor + 1 for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    write_weights(directory, iter(weights.items()), source, write=True, max_shard_size="20KB")
+    write_weights(directory, iter(weights.items()), companions, write=True, max_shard_size="20KB")
     assert len(list(directory.glob("*.safetensors"))) > 2
     assert not (directory / "state.json").exists()
     loaded = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in weights.items())
     assert AutoTokenizer.from_pretrained(directory, local_files_only=True)("1+1").input_ids
+    assert GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id == [2, 7]
