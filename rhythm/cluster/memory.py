@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.dimensions import Dimensions, Workload
+from rhythm.engines.head import SLICE
 
 GIB = 2**30
 
@@ -128,8 +129,8 @@ def gib(size: int) -> str:
 
 def _activations(cluster: ClusterConfig, work: Workload, model: Dimensions, layers: int) -> int:
     """About what the backward pass needs of one micro-batch: with recomputation each layer's input and one
-    layer whole. The pipeline keeps as many micro-batches alive as it has stages. On top, the fp32 logits of a
-    chunk of tokens, and their gradients."""
+    layer whole. The pipeline keeps as many micro-batches alive as it has stages. On top, two fp32 copies of the logits
+    that exist at once and one in the forward pass's type, and the gradient of the output embedding."""
     train = cluster.train
     tokens = work.micro_batch_size * cluster.max_length
     width = model.hidden_size
@@ -138,8 +139,10 @@ def _activations(cluster: ClusterConfig, work: Workload, model: Dimensions, laye
     heads = (2 * model.query_heads + 2 * model.key_heads) * model.head_size
     one_layer = 6 * width + (heads + 3 * model.mlp_size) // train.tensor
     kept = layers * width + one_layer if train.recompute else layers * one_layer
-    logits = 3 * 4 * min(work.token_chunk, tokens) * model.vocabulary // train.tensor
-    return kept * tokens * work.value_bytes * train.pipeline + logits
+    entries = model.vocabulary // train.tensor
+    logits = (2 * 4 + work.value_bytes) * min(work.token_chunk, tokens) * min(entries, SLICE)
+    head = entries * width * work.value_bytes
+    return kept * tokens * work.value_bytes * train.pipeline + logits + head
 
 
 def _share(cluster: ClusterConfig) -> str:

@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rhythm.engines.batches import concatenate
+from rhythm.engines.head import exact_head
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.weights import take_over
 
 
 class GenerateInfer:
-    """Responses by transformers' generate, in the type the model has.
+    """Responses by transformers' generate, in the type the model has; logits are an fp32 product even so, as the
+    trainer's are.
 
     The model may be the trainer's own: then `update_weights` finds nothing to copy and one set of weights
     serves both. Each call seeds torch's global generators inside a fork, so a rollout is a function of
@@ -69,7 +71,7 @@ class GenerateInfer:
         recorder = _LogProbRecorder(sampling.temperature or 1.0)
         was_training = model.training
         model.eval()
-        with _own_generation_config(model):
+        with _own_generation_config(model), exact_head(model):
             sequences = model.generate(
                 input_ids=ids_BP,
                 attention_mask=mask_BP.long(),

@@ -1,4 +1,4 @@
-"""Log-probs and entropies of response tokens, the logits of a few tokens at a time.
+"""Log-probs and entropies of response tokens, from logits in fp32 of a few tokens at a time.
 
 Shape suffixes: B responses, T positions, D width, N response tokens, V vocabulary.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from rhythm.engines.head import logprobs_and_entropies, output_head
 from rhythm.engines.interfaces import LogProbs, Rollout
 
 # Names of what a model may do to its logits after the output embedding, and the value that does nothing.
@@ -42,9 +41,11 @@ def check_output_head(model: Any) -> None:
 def response_logprobs(model: Any, rollout: Rollout, *, temperature: float, chunk: int) -> LogProbs:
     """Log-probs and entropies at `temperature`, NaN outside the responses; differentiable.
 
-    Only `chunk` tokens have logits at a time, in the backward pass too, where they are computed again: memory
-    is O(chunk × V), not O(B × T × V).
+    Logits are the fp32 product of hidden states and output embedding, whatever the model's type; see
+    `rhythm.engines.head` for what exists of them at a time. Raises ValueError where that embedding is no plain linear
+    layer.
     """
+    weight_VD, bias_V = output_head(model)
     hidden_BTD = model.base_model(
         input_ids=rollout.input_ids, attention_mask=rollout.attention_mask.long(), use_cache=False
     ).last_hidden_state
@@ -52,26 +53,11 @@ def response_logprobs(model: Any, rollout: Rollout, *, temperature: float, chunk
     # The token at t was drawn from what the model said at t − 1.
     hidden_ND = hidden_BTD[:, :-1][target_BT[:, 1:]]
     token_N = rollout.input_ids[:, 1:][target_BT[:, 1:]]
-    head = model.get_output_embeddings()
-    parts = [
-        _head_logprobs(head, hidden, token, temperature)
-        for hidden, token in zip(torch.split(hidden_ND, chunk), torch.split(token_N, chunk), strict=True)
-    ]
-    undefined_BT = torch.full(target_BT.shape, torch.nan, device=target_BT.device)
-    return LogProbs(
-        logprobs=undefined_BT.masked_scatter(target_BT, torch.cat([logprob for logprob, _ in parts])),
-        entropy=undefined_BT.masked_scatter(target_BT, torch.cat([entropy for _, entropy in parts])),
+    logprob_N, entropy_N = logprobs_and_entropies(
+        hidden_ND, weight_VD, token_N, temperature=temperature, chunk=chunk, bias_V=bias_V
     )
-
-
-def _head_logprobs(head: nn.Module, hidden_ND: Tensor, token_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    def compute(hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = head(hidden_ND).float() / temperature
-        log_softmax_NV = torch.log_softmax(logits_NV, dim=-1)
-        entropy_N = torch.special.entr(log_softmax_NV.exp()).sum(dim=-1)
-        return log_softmax_NV.gather(1, token_N[:, None])[:, 0], entropy_N
-
-    if not torch.is_grad_enabled():
-        return compute(hidden_ND)
-    again: tuple[Tensor, Tensor] = checkpoint(compute, hidden_ND, use_reentrant=False)
-    return again
+    undefined_BT = torch.full(target_BT.shape, torch.nan, dtype=logprob_N.dtype, device=target_BT.device)
+    return LogProbs(
+        logprobs=undefined_BT.masked_scatter(target_BT, logprob_N),
+        entropy=undefined_BT.masked_scatter(target_BT, entropy_N),
+    )

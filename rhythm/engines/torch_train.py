@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rhythm.engines.attention import SignalRows, autocast, shared_groups, tap_options
 from rhythm.engines.batches import micro_batches, take_rows, trim
+from rhythm.engines.head import output_head
 from rhythm.engines.interfaces import (
     LogProbs,
     NonFiniteError,
@@ -72,9 +73,11 @@ class TorchTrain:
     ) -> None:
         """`reference`: a frozen model for the KL term. `precision`: type of autocast; float32 is none.
 
-        Raises ValueError for a model whose logits are more than its output embedding of the last layer.
+        Raises ValueError for a model whose logits are more than its output embedding of the last layer, or whose output
+        embedding is no plain linear layer.
         """
         check_output_head(model)
+        output_head(model)
         self._model = model
         self._tokenizer = tokenizer
         self._config = optimizer

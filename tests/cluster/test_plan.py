@@ -62,8 +62,9 @@ def test_memory_of_a_small_model_by_hand() -> None:
         optimizer=824 * 12,
         reference=824 * 2,
         # 2 · 32 tokens, 2 bytes, two micro-batches alive: two layers' inputs and one layer of 6 · 8 +
-        # (12 · 4 + 3 · 16) / 2 values; three copies of fp32 logits of 16 tokens × 10 entries / 2 ranks.
-        activations=(2 * 8 + 6 * 8 + 48) * 64 * 2 * 2 + 3 * 4 * 16 * 10 // 2,
+        # (12 · 4 + 3 · 16) / 2 values; two copies in fp32 and one in bfloat16 of logits of 16 tokens × 10 entries / 2
+        # ranks; the gradient of these entries' rows of the output embedding.
+        activations=(2 * 8 + 6 * 8 + 48) * 64 * 2 * 2 + (2 * 4 + 2) * 16 * 5 + 5 * 8 * 2,
     )
     found = infer_memory(cluster, WORK, SMALL)
     assert found == InferMemory(weights=3304, kv_cache=2**30, token=2 * 4 * 1 * 4 * 2)

@@ -51,11 +51,17 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, V / tensor ranks], this rank's part of the vocabulary; on the last stage."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits_N1V: Tensor = self.output_layer(hidden_ND[:, None], weight=weight)[0]
-        return logits_N1V[:, 0]
+    def head_weight(self) -> Tensor:
+        """[V / tensor ranks, D], this rank's part of the output embedding; on the last stage.
+
+        The output layer itself is never called: it rounds logits to the type of its weights.
+        """
+        weight: Tensor = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return weight
 
     def attentions(self) -> list[PackedAttention]:
         """Of this stage's layers."""

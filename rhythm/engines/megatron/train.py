@@ -20,11 +20,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from rhythm.engines.batches import take_rows
+from rhythm.engines.head import logprobs_and_entropies
 from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TapConfig, TrainBatch
 from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
-from rhythm.engines.megatron.logprobs import head_logprobs
 from rhythm.engines.megatron.model import PolicyModel, build_model, read_config
 from rhythm.engines.megatron.packing import Packed, pack, shares
 from rhythm.engines.megatron.parallel import Rendezvous, join, leave
@@ -246,9 +246,9 @@ class MegatronTrain:
 
     def _scores(self, model: PolicyModel, packed: Packed, hidden_TD: Tensor) -> LogProbs:
         """Of a micro-batch's response tokens, [b, width]; with their graph where there is one."""
-        logprob_N, entropy_N = head_logprobs(
-            model,
+        logprob_N, entropy_N = logprobs_and_entropies(
             hidden_TD[packed.predicts],
+            model.head_weight(),
             packed.tokens,
             temperature=self._temperature,
             chunk=self._optimizer_config.token_chunk,

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from rhythm.engines import head
 from rhythm.engines.interfaces import NonFiniteError, Rollout, TapConfig, TrainBatch
+from rhythm.engines.megatron import train
 from rhythm.engines.megatron.layout import ParallelConfig
-from rhythm.engines.megatron.model import PolicyModel
 from rhythm.engines.megatron.parallel import Rendezvous
 from rhythm.engines.megatron.train import MegatronTrain
 from rhythm.heads import HeadGroups
@@ -93,13 +94,27 @@ def _scores(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
     return found
 
 
+def _hidden(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """What the log-probs were made of: hidden states, tokens and what came out, of each micro-batch; and the head."""
+    seen = []
+
+    def watched(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, token_N: torch.Tensor, **options: Any) -> Any:
+        found = head.logprobs_and_entropies(hidden_ND, weight_VD, token_N, **options)
+        seen.append((hidden_ND, token_N, *found))
+        return found
+
+    train.logprobs_and_entropies = watched
+    engine.log_probs(spec["rollout"])
+    return {"seen": seen, "head": engine.weights()["model.embed_tokens.weight"]}
+
+
 def _resumed(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
     engine.load(Path(spec["load_from"]))
     engine.step(spec["batches"][-1])
     return {"last_weights": engine.weights()}
 
 
-SCENARIOS = {"everything": _everything, "scores": _scores, "resumed": _resumed}
+SCENARIOS = {"everything": _everything, "scores": _scores, "hidden": _hidden, "resumed": _resumed}
 
 
 def _first_row(rollout: Rollout) -> Rollout:
@@ -118,13 +133,13 @@ def _refuses_infinity(engine: MegatronTrain, batch: TrainBatch) -> tuple[str, bo
 def _watch_logits(engine: MegatronTrain) -> list[int]:
     """Tokens that had logits at once, at each call from here on."""
     counts = [0]
-    inner = PolicyModel.logits
+    inner = head._scaled_logits
 
-    def counted(self: PolicyModel, hidden_ND: torch.Tensor) -> torch.Tensor:
-        counts.append(len(hidden_ND))
-        return inner(self, hidden_ND)
+    def counted(operand_nD: torch.Tensor, *rest: Any) -> torch.Tensor:
+        counts.append(len(operand_nD))
+        return inner(operand_nD, *rest)
 
-    PolicyModel.logits = counted
+    head._scaled_logits = counted
     return counts
 
 

@@ -319,6 +319,24 @@ def test_a_data_rank_without_rows_joins_the_step(case: Case, tmp_path: Path) -> 
         assert_weights(found["weights"], engine.weights(), atol=2e-4)
 
 
+@pytest.mark.parametrize("layout", ["one", "tensor"])
+def test_bfloat16_log_probs_are_of_an_fp32_product(layout: str, case: Case, tmp_path: Path) -> None:
+    for found in run_ranks(
+        tmp_path,
+        scenario="hidden",
+        parallel=LAYOUTS[layout],
+        checkpoint=case.checkpoint,
+        options={**OPTIONS, "precision": torch.bfloat16},
+        rollout=case.rollout,
+    ):
+        assert sum(len(token) for _, token, _, _ in found["seen"]) == int(case.rollout.response_mask.sum())
+        for hidden, token, logprobs, entropies in found["seen"]:
+            assert hidden.dtype == found["head"].dtype == torch.bfloat16
+            log_p = (hidden.double() @ found["head"].double().T / OPTIONS["temperature"]).log_softmax(dim=-1)
+            assert_near(logprobs.double(), log_p.gather(1, token[:, None])[:, 0], atol=1e-5)
+            assert_near(entropies.double(), -(log_p.exp() * log_p).sum(dim=-1), atol=1e-5)
+
+
 def test_bfloat16_keeps_weights_in_float32(case: Case, tmp_path: Path) -> None:
     options = {**OPTIONS, "precision": torch.bfloat16, "optimizer": OptimizerConfig(lr=1e-3, token_chunk=16)}
     (found,) = run_ranks(
