@@ -1,0 +1,83 @@
+"""A fixed reference in plain Triton: exponents relative to the row's largest score in its diagonal tile.
+
+The online softmax spends a maximum on every score, and shuffles and a rescaling on every tile; during the maximum
+the unit for exponentials idles. A reference that is one of the row's own scores needs none of it: Σ p is at least 1,
+and fp32 has room for scores 88 nats above. A block whose sums overflow all the same is computed again, in the same
+program, with the online softmax: results are exact for any scores.
+
+Shape suffixes: M rows and N keys of a tile, D head size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from rhythm.kernels.launch import start
+from rhythm.kernels.tiles import upcast
+
+from benchmarks.contestants import Outputs
+from benchmarks.gpu.prototypes.operands import blocks, common, results, tiles, two_programs
+from benchmarks.gpu.prototypes.sums import absorb_online, load_tile, moments, overflowed, store_rows
+from benchmarks.shapes import Inputs
+
+
+@triton.jit(do_not_specialize=["tokens", "heads"])
+def fixed_kernel(
+    q_tiles, k_tiles, row_span, lse, tokens, heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.num_programs(0) // heads
+    first, head = (blocks - 1 - tl.program_id(0) // heads) * ROWS, tl.program_id(0) % heads
+    q_MD = load_tile(q_tiles, first, head, ROWS, D, UPCAST)
+    zeros_M = tl.zeros([ROWS], tl.float32)
+
+    diagonal = first // KEYS * KEYS  # a block lies within one tile of keys
+    k_ND = load_tile(k_tiles, diagonal, head // GROUP, KEYS, D, UPCAST)
+    score_MN = tl.dot(q_MD, tl.trans(k_ND))
+    causal_MN = first + tl.arange(0, ROWS)[:, None] >= diagonal + tl.arange(0, KEYS)[None, :]
+    score_MN = tl.where(causal_MN, score_MN, float("-inf"))
+    near = (zeros_M - float("inf"), zeros_M, zeros_M, zeros_M[:, None])
+    near = absorb_online(near, score_MN, k_ND, (first - diagonal).to(tl.float32), scale, False)
+    largest_M, sum_M, reach_M, _ = near
+    reference_M = tl.where(largest_M == float("-inf"), 0.0, largest_M)
+
+    for key in tl.range(0, diagonal, KEYS, num_stages=STAGES):
+        k_ND = load_tile(k_tiles, key, head // GROUP, KEYS, D, UPCAST)
+        score_MN = tl.dot(q_MD, tl.trans(k_ND))
+        p_MN = tl.exp2(score_MN * scale - reference_M[:, None])
+        tile_sum_M, tile_place_M = moments(p_MN)
+        sum_M += tile_sum_M
+        reach_M += tile_sum_M * (first - key).to(tl.float32) - tile_place_M
+
+    if tl.max(overflowed(sum_M, reach_M).to(tl.int32), 0) > 0:
+        state = near
+        for key in tl.range(0, diagonal, KEYS, num_stages=1):
+            k_ND = load_tile(k_tiles, key, head // GROUP, KEYS, D, UPCAST)
+            score_MN = tl.dot(q_MD, tl.trans(k_ND))
+            state = absorb_online(state, score_MN, k_ND, (first - key).to(tl.float32), scale, False)
+        reference_M, sum_M, reach_M, _ = state
+    store_rows(row_span, lse, reference_M, sum_M, reach_M, first, head, tokens, ROWS)
+
+
+def run(inputs: Inputs) -> Outputs:
+    """span and lse; 128 rows × 128 keys, two programs to a multiprocessor."""
+    rows = keys = 128
+    found = results(inputs, rows)
+    start(
+        fixed_kernel,
+        inputs.shape.query_heads * blocks(inputs, rows),
+        q_tiles=tiles(inputs.q, rows),
+        k_tiles=tiles(inputs.k, keys),
+        row_span=found.row_span_HT,
+        lse=found.lse_HT,
+        ROWS=rows,
+        KEYS=keys,
+        STAGES=2,
+        UPCAST=upcast(inputs.q.dtype),
+        num_warps=8,
+        num_stages=2,
+        **two_programs(),
+        **common(inputs),
+    )
+    return found.outputs()

@@ -1,0 +1,97 @@
+"""A fixed reference, with sums that stay with the thread that made them until the end: plain Triton.
+
+In the steady loop nothing moves between threads: Σ p and Σ p·(first row − key) are kept for each of the eight keys of
+a group, folded over the groups of a tile, and added over threads once a program. Tiles go from the diagonal down, so
+the first is the one that gives the reference. Blocks whose sums overflow raise a flag, and a second launch computes
+them again with the online softmax (fixed.py does it in the same program, at the price of registers).
+
+Shape suffixes: M rows and N keys of a tile, C the eight keys of a group, D head size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from rhythm.kernels.launch import start
+from rhythm.kernels.tiles import upcast
+
+from benchmarks.contestants import Outputs
+from benchmarks.gpu.prototypes.online import redo
+from benchmarks.gpu.prototypes.operands import Results, blocks, common, results, tiles, two_programs
+from benchmarks.gpu.prototypes.sums import fold, load_tile, overflowed, store_rows
+from benchmarks.shapes import Inputs
+
+
+@triton.jit
+def weigh(sum_MC, reach_MC, score_MN, reference_M, offset, scale):
+    """Adds a tile; offset: first row − first key. Distances are to the first row, not to key 0: nothing cancels."""
+    p_MN = tl.exp2(score_MN * scale - reference_M[:, None])
+    tile_MC, moment_MC = fold(p_MN)
+    reach_MC += tile_MC * offset
+    reach_MC -= moment_MC * (p_MN.shape[1] // 2)
+    return sum_MC + tile_MC, reach_MC
+
+
+@triton.jit(do_not_specialize=["tokens", "heads"])
+def lanes_kernel(
+    q_tiles, k_tiles, row_span, lse, flags, tokens, heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.num_programs(0) // heads
+    block, head = blocks - 1 - tl.program_id(0) // heads, tl.program_id(0) % heads
+    first = block * ROWS
+    q_MD = load_tile(q_tiles, first, head, ROWS, D, UPCAST)
+    zeros_MC = tl.zeros([ROWS, 8], tl.float32)
+
+    diagonal = first // KEYS * KEYS  # a block lies within one tile of keys
+    k_ND = load_tile(k_tiles, diagonal, head // GROUP, KEYS, D, UPCAST)
+    score_MN = tl.dot(q_MD, tl.trans(k_ND))
+    causal_MN = first + tl.arange(0, ROWS)[:, None] >= diagonal + tl.arange(0, KEYS)[None, :]
+    score_MN = tl.where(causal_MN, score_MN, float("-inf"))
+    largest_M = tl.max(score_MN, 1) * scale
+    reference_M = tl.where(largest_M == float("-inf"), 0.0, largest_M)
+    offset = (first - diagonal).to(tl.float32)
+    sum_MC, reach_MC = weigh(zeros_MC, zeros_MC, score_MN, reference_M, offset, scale)
+
+    for down in tl.range(0, diagonal, KEYS, num_stages=STAGES):
+        key = diagonal - KEYS - down
+        k_ND = load_tile(k_tiles, key, head // GROUP, KEYS, D, UPCAST)
+        score_MN = tl.dot(q_MD, tl.trans(k_ND))
+        offset = (first - key).to(tl.float32)
+        sum_MC, reach_MC = weigh(sum_MC, reach_MC, score_MN, reference_M, offset, scale)
+
+    sum_M = tl.sum(sum_MC, 1)
+    reach_M = tl.sum(reach_MC - sum_MC * tl.arange(0, 8).to(tl.float32)[None, :], 1)
+    store_rows(row_span, lse, reference_M, sum_M, reach_M, first, head, tokens, ROWS)
+    tl.store(flags + head * blocks + block, tl.max(overflowed(sum_M, reach_M).to(tl.int32), 0))
+
+
+def sweep(inputs: Inputs, *, rows: int = 128, keys: int = 128) -> Results:
+    """One launch: spans and lse, wrong in the blocks whose flag is set."""
+    found = results(inputs, rows)
+    start(
+        lanes_kernel,
+        inputs.shape.query_heads * blocks(inputs, rows),
+        q_tiles=tiles(inputs.q, rows),
+        k_tiles=tiles(inputs.k, keys),
+        row_span=found.row_span_HT,
+        lse=found.lse_HT,
+        flags=found.flags,
+        ROWS=rows,
+        KEYS=keys,
+        STAGES=2,
+        UPCAST=upcast(inputs.q.dtype),
+        num_warps=8,
+        num_stages=2,
+        **two_programs(),
+        **common(inputs),
+    )
+    return found
+
+
+def run(inputs: Inputs) -> Outputs:
+    """span and lse; 128 rows × 128 keys, two programs to a multiprocessor."""
+    found = sweep(inputs)
+    redo(inputs, found, rows=128)
+    return found.outputs()

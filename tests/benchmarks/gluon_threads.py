@@ -1,0 +1,235 @@
+"""Runs Gluon kernels on the CPU, since Triton's interpreter does not: a thread a warpgroup, torch for the arithmetic.
+
+Their own source is executed, with stand-ins for what it calls. Barriers have the hardware's phases and byte counts, and
+a wait that nothing ends raises. A load first overwrites its shared memory with NaN; a product is computed when it is
+issued and again when it is waited for, and must be the same: memory that was read too early, or released too early,
+shows. Layouts, registers and fences are not modeled.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon._runtime import GluonJITFunction
+
+PATIENCE = 20.0  # seconds
+NAMESAKES = ("where", "exp2", "log2", "abs", "reshape", "permute", "full_like")  # the same in torch
+
+
+class Int(int):
+    """An integer of a kernel, which has `.to`."""
+
+    def to(self, dtype: torch.dtype) -> Int | float:
+        return float(self) if dtype.is_floating_point else self
+
+
+def _wrapped(name: str) -> Any:
+    def operation(self: Int, other: Any) -> Any:
+        result = getattr(int, name)(self, other)
+        return Int(result) if type(result) is int else result
+
+    return operation
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "xor"):
+    for _method in (f"__{_name}__", f"__r{_name}__"):
+        setattr(Int, _method, _wrapped(_method))
+
+
+class Value(Tensor):
+    """A tensor of a kernel; its layout is nothing."""
+
+    type = property(lambda self: SimpleNamespace(layout=None))  # type: ignore[assignment]
+
+
+def value(x: Tensor) -> Value:
+    return x.as_subclass(Value)  # type: ignore[no-any-return]
+
+
+class Pointer:
+    def __init__(self, memory: Tensor, at: Any = 0) -> None:
+        self.memory, self.at = memory, at
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.memory, self.at + offset)
+
+
+class Shared:
+    """Shared memory of a program: a tile, or several."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def index(self, i: int) -> Shared:
+        return Shared(self.data[i])
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order))
+
+    def load(self, layout: object) -> Value:
+        return value(self.data.clone())
+
+
+class Barrier:
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.parity = self.bytes = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+
+    def update(self, arrivals: int = 0, expected: int = 0) -> None:
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += expected
+            assert self.pending >= 0, "more arrivals in a phase than the barrier counts"
+            if self.pending == 0 and self.bytes == 0:
+                self.parity ^= 1
+                self.pending = self.count
+                self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.parity != parity, PATIENCE), "nothing ends this wait"
+
+
+class Barriers(list[Barrier]):
+    index = list.__getitem__  # type: ignore[assignment]
+
+
+class Program:
+    """What one program's functions see as gl, mbarrier, warpgroup_mma, warpgroup_mma_wait and load_tile."""
+
+    def __init__(self, program: int, programs: int) -> None:
+        self.program, self.programs = Int(program), Int(programs)
+        self.local = threading.local()  # each warpgroup's products in flight
+        self.mbarrier = SimpleNamespace(
+            init=lambda barrier, count: barrier.init(count),
+            arrive=lambda barrier: barrier.update(arrivals=1),
+            expect=lambda barrier, size: barrier.update(arrivals=1, expected=size),
+            wait=lambda barrier, parity: barrier.wait(parity),
+            MBarrierLayout=lambda: None,
+        )
+        ignored = lambda *arguments: None  # noqa: E731
+        self.gl = SimpleNamespace(
+            program_id=lambda axis: self.program,
+            num_programs=lambda axis: self.programs,
+            float32=torch.float32,
+            bfloat16=torch.bfloat16,
+            int64=torch.int64,
+            constexpr=object,
+            SliceLayout=ignored,
+            NVMMADistributedLayout=ignored,
+            DotOperandLayout=ignored,
+            convert_layout=lambda x, layout: x,
+            allocate_shared_memory=self.allocate,
+            warp_specialize=self.warp_specialize,
+            static_range=range,
+            arange=lambda start, end, layout: value(torch.arange(start, end)),
+            zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
+            max=torch.amax,
+            sum=torch.sum,
+            split=lambda x: (x[..., 0], x[..., 1]),
+            fma=lambda a, b, c: a * b + c,
+            maximum=lambda a, b: torch.maximum(a, b),
+            store=self.store,
+            **{name: getattr(torch, name) for name in NAMESAKES},
+        )
+
+    def allocate(self, dtype: torch.dtype, shape: list[int], layout: object) -> Any:
+        if dtype == torch.bfloat16:
+            return Shared(torch.full(shape, torch.nan, dtype=dtype))
+        return Barrier() if len(shape) == 1 else Barriers(Barrier() for _ in range(shape[0]))
+
+    def warp_specialize(self, parts: list[Any], warps: list[int], registers: list[int]) -> None:
+        assert len(parts) - 1 == len(warps) == len(registers)
+        failures: list[BaseException] = []
+
+        def run(function: Any, arguments: tuple[Any, ...]) -> None:
+            try:
+                function(*arguments)
+                assert not getattr(self.local, "flying", None), "a product that nothing waits for"
+            except BaseException as failure:
+                failures.append(failure)
+
+        threads = [threading.Thread(target=run, args=part, daemon=True) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * PATIENCE)
+        if failures:
+            raise failures[0]
+
+    def store(self, pointer: Pointer, x: Any, mask: Any = None) -> None:
+        at = torch.as_tensor(pointer.at)
+        x = torch.as_tensor(x).expand(at.shape)
+        keep = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
+        pointer.memory.view(-1)[at[keep]] = x[keep].to(pointer.memory.dtype)
+
+    def load_tile(self, tiles: Any, start: list[int], barrier: Barrier, into: Shared) -> None:
+        into.data.fill_(torch.nan)
+        (row, column), (rows, columns) = start, tiles.block_shape
+        tile = torch.zeros(rows, columns, dtype=torch.bfloat16)
+        found = tiles.base[row : row + rows, column : column + columns]
+        tile[: found.shape[0]] = found
+        into.data.copy_(tile)
+        barrier.update(expected=-tiles.block_type.nbytes)
+
+    def warpgroup_mma(self, a: Any, b: Shared, sums: Value, *, use_acc: bool = True, is_async: bool) -> Any:
+        def product() -> Value:
+            left = a.data if isinstance(a, Shared) else a
+            result = left.float() @ b.data.float()
+            return value(result + sums if use_acc else result)
+
+        flying = self.local.__dict__.setdefault("flying", [])
+        flying.append(SimpleNamespace(product=product, issued=product(), done=None))
+        return flying[-1]
+
+    def warpgroup_mma_wait(self, outstanding: int, of: list[Any]) -> Value:
+        flying = self.local.flying
+        while len(flying) > outstanding:
+            one = flying.pop(0)
+            one.done = one.product()
+            assert torch.equal(one.done.nan_to_num(7e7), one.issued.nan_to_num(7e7)), "operands changed under a product"
+        (one,) = of
+        assert one.done is not None, "the wait leaves this product in flight"
+        result: Value = one.done
+        return result
+
+
+def start(kernel: GluonJITFunction[Any], programs: int, **arguments: Any) -> None:
+    """In the place of rhythm.kernels.launch.start: every program, one after the other."""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor):
+            arguments[name] = Pointer(x)
+        elif hasattr(x, "block_shape"):
+            size = 2 * x.block_shape[0] * x.block_shape[1]
+            block_type = SimpleNamespace(nbytes=size)
+            arguments[name] = SimpleNamespace(
+                base=x.base, block_shape=x.block_shape, layout=None, block_type=block_type
+            )  # fmt: skip
+        elif type(x) is int:
+            arguments[name] = Int(x)
+    options = {"num_warps", "enable_fp_fusion"}
+    arguments = {name: x for name, x in arguments.items() if name not in options}
+    for program in range(programs):
+        _function(kernel, Program(program, programs), {})(**arguments)
+
+
+def _function(kernel: GluonJITFunction[Any], program: Program, done: dict[Any, Any]) -> Any:
+    """The kernel's Python function, and those that it calls, with the program's stand-ins."""
+    if kernel not in done:
+        scope = dict(kernel.fn.__globals__)
+        done[kernel] = types.FunctionType(kernel.fn.__code__, scope, kernel.fn.__name__, kernel.fn.__defaults__)
+        for name in ("gl", "mbarrier", "warpgroup_mma", "warpgroup_mma_wait", "load_tile"):
+            if name in scope:
+                scope[name] = getattr(program, name)
+        for name, x in scope.items():
+            if isinstance(x, GluonJITFunction):
+                scope[name] = _function(x, program, done)
+    return done[kernel]
