@@ -51,6 +51,7 @@ REFUSED_ATTRIBUTES = {  # of the attention module: they change the map without s
     "sinks": "attention sinks",
 }
 MASK_ROWS = 1024  # rows of a [T, T] mask compared at a time
+CHECKED_ELEMENTS = 2**22  # of keys or of values that check_output holds in fp32 at a time: 16 MB
 # Largest error of a probed row relative to Σ_s A[t, s]·|v_s|, for arithmetic in full fp32 and for any other.
 PRECISE, COARSE = 1e-3, 0.1
 
@@ -112,38 +113,102 @@ class AttentionForm:
     softcap: float | None
 
 
-class MaskReader:
-    """Finds which keys the queries of a padded batch see. A mask shared by several layers is read once."""
+class Verdicts:
+    """Which checks of tensors' values failed, kept on the device until `settle` reads all of them at once."""
 
-    def __init__(self, batch: PaddedBatch) -> None:
+    def __init__(self) -> None:
+        self._pending: list[tuple[Tensor, UnsupportedAttention]] = []
+
+    def refuse_if(self, wrong: Tensor, refusal: UnsupportedAttention) -> None:
+        """wrong: bool, one element."""
+        self._pending.append((wrong, refusal))
+
+    def settle(self) -> None:
+        """Waits for the device, once. Raises the first refusal whose check failed, and again when called again."""
+        if not self._pending:
+            return
+        device = self._pending[0][0].device
+        failed = torch.stack([wrong.to(device) for wrong, _ in self._pending]).tolist()
+        for is_wrong, (_, refusal) in zip(failed, self._pending, strict=True):
+            if is_wrong:
+                raise refusal
+        self._pending = []
+
+
+class AtOnce(Verdicts):
+    """Reads the outcome of each check where it is made, waiting for the device each time."""
+
+    def refuse_if(self, wrong: Tensor, refusal: UnsupportedAttention) -> None:
+        super().refuse_if(wrong, refusal)
+        self.settle()
+
+
+class MaskReader:
+    """Finds which keys the queries of a padded batch see. A mask shared by several layers is read once.
+
+    Args:
+        verdicts: what collects the checks of masks' values. None: each is read at once, and so are the windows of 4D
+            masks. Else nothing here waits for the device: the window of a 4D mask is the one that the layer's
+            arguments or configuration name, and that the mask has no other is one of the checks.
+    """
+
+    def __init__(self, batch: PaddedBatch, verdicts: Verdicts | None = None) -> None:
         self.batch = batch
+        self._verdicts = verdicts
+        self._elsewhere: dict[torch.device, PaddedBatch] = {}
         # The mask is kept with its window: an id is only good as long as its object lives.
-        self._windows: dict[int, tuple[Tensor, int | None]] = {}
+        self._windows: dict[tuple[int, int | None], tuple[Tensor, int | None]] = {}
+
+    def on(self, device: torch.device) -> PaddedBatch:
+        """The batch on a device, copied there once."""
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.batch.to(device)
+        return self._elsewhere[device]
 
     def window(self, call: AttentionCall) -> int | None:
         """The sliding window of causal attention among the batch's own tokens; None without one.
 
         Raises:
-            UnsupportedAttention: tokens see anything else.
+            UnsupportedAttention: tokens see anything else; from the verdicts, where there are some.
         """
         mask = call.mask
         if isinstance(mask, Tensor) and mask.ndim == 4:
-            if id(mask) not in self._windows:
-                self._windows[id(mask)] = (mask, _window_of_mask(call, mask, self.batch.to(mask.device)))
-            return self._windows[id(mask)][1]
-        batch = self.batch.to(call.query.device)
+            named = None if self._verdicts is None else _named_window(call)
+            if (id(mask), named) not in self._windows:
+                self._windows[id(mask), named] = (mask, self._window_of_mask(call, mask, named))
+            return self._windows[id(mask), named][1]
         if isinstance(mask, Tensor) and mask.ndim == 2 and "flash" in call.implementation:
-            if mask.shape != batch.real.shape or (mask.bool() != batch.real).any():
-                raise call.refusal("a padding mask other than the attention_mask given")
+            batch, refusal = self.on(mask.device), call.refusal("a padding mask other than the attention_mask given")
+            if mask.shape != batch.real.shape:
+                raise refusal
+            if (id(mask), None) not in self._windows:
+                self._windows[id(mask), None] = (mask, None)
+                (self._verdicts or AtOnce()).refuse_if((mask.bool() != batch.real).any(), refusal)
         elif mask is not None:
             kind = f"{mask.ndim}D tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise call.refusal(f"a mask of unknown kind ({kind}) for {call.implementation!r} attention")
-        elif (batch.first > 0).any():
+        elif self.batch.host.starts_late:
             raise call.refusal("no mask on the padding that the attention_mask given has before tokens")
-        if batch.real.shape[1] > 1 and not _causal_without_mask(call):
+        if self.batch.real.shape[1] > 1 and not _causal_without_mask(call):
             raise call.refusal("bidirectional attention")
         window = call.heeded("sliding_window")
         return None if window is None else int(window)
+
+    def _window_of_mask(self, call: AttentionCall, mask: Tensor, named: int | None) -> int | None:
+        """The window of a 4D mask, which must be the causal mask of the batch, perhaps with a sliding window."""
+        batch = self.on(mask.device)
+        T = batch.real.shape[1]
+        if mask.shape[-2:] != (T, T):
+            raise call.refusal(f"a mask of shape {list(mask.shape)} for {T} positions")
+        if not mask.is_floating_point() and mask.dtype != torch.bool:
+            raise call.refusal(f"a 4D mask of dtype {mask.dtype}")
+        visible = mask == 0 if mask.is_floating_point() else mask
+        if self._verdicts is None:
+            window = _window_seen(visible, batch)
+        else:
+            window = named if named is not None and named < batch.host.longest else None
+        _check_mask(call, mask, visible, batch, window, self._verdicts or AtOnce())
+        return window
 
 
 def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
@@ -184,26 +249,38 @@ def _causal_without_mask(call: AttentionCall) -> bool:
     return bool(getattr(call.module, "is_causal", True) if causal is None else causal)
 
 
-def _window_of_mask(call: AttentionCall, mask: Tensor, batch: PaddedBatch) -> int | None:
-    """The window of a 4D mask, which must be the causal mask of the batch, perhaps with a sliding window."""
-    B, T = batch.real.shape
-    if mask.shape[-2:] != (T, T):
-        raise call.refusal(f"a mask of shape {list(mask.shape)} for {T} positions")
-    if mask.is_floating_point():
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        mask = mask == 0
-        if not (mask | hidden).all():
-            raise call.refusal("a position bias (in the mask)")
-    elif mask.dtype != torch.bool:
-        raise call.refusal(f"a 4D mask of dtype {mask.dtype}")
+def _named_window(call: AttentionCall) -> int | None:
+    """The sliding window that the layer's arguments name, or its configuration where they have no such argument."""
+    if "sliding_window" in call.options:
+        window = call.options["sliding_window"]
+    else:
+        config = getattr(call.module, "config", None)
+        kinds = getattr(config, "layer_types", None)
+        slides = kinds is None or call.layer is None or "sliding" in kinds[call.layer]
+        window = getattr(config, "sliding_window", None) if slides else None
+    return int(window) if window else None  # some configurations say 0 for none
 
+
+def _window_seen(visible: Tensor, batch: PaddedBatch) -> int | None:
+    """The window by which the mask cuts the longest sequences short. Waits for the device."""
+    B, T = batch.real.shape
     # The last token sees the whole sequence, or as much of it as the window lets it.
     last_B = batch.first + batch.lens - 1
-    seen_BH = mask.expand(B, -1, T, T)[torch.arange(B, device=mask.device), :, last_B].sum(dim=-1)
+    seen_BH = visible.expand(B, -1, T, T)[torch.arange(B, device=visible.device), :, last_B].sum(dim=-1)
     cut_short = seen_BH[seen_BH < batch.lens[:, None]]
-    window = max(1, int(cut_short.max())) if len(cut_short) else None
+    return max(1, int(cut_short.max())) if len(cut_short) else None
 
+
+def _check_mask(
+    call: AttentionCall, mask: Tensor, visible: Tensor, batch: PaddedBatch, window: int | None, verdicts: Verdicts
+) -> None:
+    """Refuses a mask other than the causal one of the batch, with the window if there is one."""
+    if mask.is_floating_point():
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        verdicts.refuse_if(~(visible | hidden).all(), call.refusal("a position bias (in the mask)"))
+    T = batch.real.shape[1]
     position_T = torch.arange(T, device=mask.device)
+    ahead, other = torch.zeros((2,), dtype=torch.bool, device=mask.device)
     for start in range(0, T, MASK_ROWS):
         rows = slice(start, start + MASK_ROWS)
         distance_RT = position_T[rows, None] - position_T
@@ -211,22 +288,31 @@ def _window_of_mask(call: AttentionCall, mask: Tensor, batch: PaddedBatch) -> in
         if window is not None:
             visible_RT &= distance_RT < window
         key_B11T, query_B1R1 = batch.real[:, None, None, :], batch.real[:, None, rows, None]
-        seen_BHRT = mask[:, :, rows] & query_B1R1
-        if (seen_BHRT & key_B11T & (distance_RT < 0)).any():
-            raise call.refusal("bidirectional attention")
-        if (seen_BHRT != (visible_RT & key_B11T & query_B1R1)).any():
-            raise call.refusal("a mask other than the causal or sliding-window mask of the attention_mask given")
-    return window
+        seen_BHRT = visible[:, :, rows] & query_B1R1
+        ahead = ahead | (seen_BHRT & key_B11T & (distance_RT < 0)).any()
+        other = other | (seen_BHRT != (visible_RT & key_B11T & query_B1R1)).any()
+    verdicts.refuse_if(ahead, call.refusal("bidirectional attention"))
+    verdicts.refuse_if(
+        other, call.refusal("a mask other than the causal or sliding-window mask of the attention_mask given")
+    )
 
 
-def check_output(call: AttentionCall, form: AttentionForm, batch: PaddedBatch, output: Tensor) -> None:
+def check_output(
+    call: AttentionCall,
+    form: AttentionForm,
+    batch: PaddedBatch,
+    output: Tensor,
+    verdicts: Verdicts | None = None,
+) -> None:
     """Computes the first, middle and last row of each sequence in this form and compares with the model's.
 
     Args:
+        batch: on the call's device.
         output: [B, T, H, E], of `call.run()`.
+        verdicts: what collects the outcome. None: it is read at once, which waits for the device.
 
     Raises:
-        UnsupportedAttention: they differ by more than rounding.
+        UnsupportedAttention: they differ by more than rounding; from the verdicts, where there are some.
     """
     B, H, T, _ = call.query.shape
     batch = batch.to(call.query.device)
@@ -239,8 +325,14 @@ def check_output(call: AttentionCall, form: AttentionForm, batch: PaddedBatch, o
     # Eager attention rounds its scores to the model's type, so the probe does too.
     dtype = call.query.dtype if call.implementation == "eager" else torch.float32
     query_BPHD = call.query.transpose(1, 2)[row_B1, probed_BP].to(dtype)
-    score_BPGRT = torch.einsum("bpgrd,bgtd->bpgrt", _grouped(query_BPHD, call.key.shape[1]), call.key.to(dtype))
-    score_BPHT = (score_BPGRT * form.scale).flatten(2, 3).float()
+    query_BPGRD = _grouped(query_BPHD, call.key.shape[1])
+    score_BPHT = torch.cat(
+        [
+            (torch.einsum("bpgrd,bgtd->bpgrt", query_BPGRD, key_BGCD.to(dtype)) * form.scale).flatten(2, 3).float()
+            for key_BGCD in _some_at_a_time(call.key)
+        ],
+        dim=-1,
+    )
     if form.softcap is not None:
         score_BPHT = form.softcap * torch.tanh(score_BPHT / form.softcap)
     distance_BPT = probed_BP[:, :, None] - torch.arange(T, device=output.device)
@@ -249,16 +341,31 @@ def check_output(call: AttentionCall, form: AttentionForm, batch: PaddedBatch, o
         visible_BPT &= distance_BPT < form.window
     weight_BPHT = score_BPHT.masked_fill(~visible_BPT[:, :, None], -torch.inf).softmax(dim=-1)
 
-    weight_BPVRT, value_BVTE = _grouped(weight_BPHT, call.value.shape[1]), call.value.float()
-    ours_BPHE = torch.einsum("bpvrt,bvte->bpvre", weight_BPVRT, value_BVTE).flatten(2, 3)
-    size_BPHE = torch.einsum("bpvrt,bvte->bpvre", weight_BPVRT, value_BVTE.abs()).flatten(2, 3)
+    ours_BPHE = size_BPHE = torch.zeros((), device=output.device)
+    start = 0
+    for value_BVCE in _some_at_a_time(call.value):
+        value_BVCE = value_BVCE.float()
+        end = start + value_BVCE.shape[2]
+        weight_BPVRC = _grouped(weight_BPHT[..., start:end], call.value.shape[1])
+        ours_BPHE = ours_BPHE + torch.einsum("bpvrc,bvce->bpvre", weight_BPVRC, value_BVCE).flatten(2, 3)
+        size_BPHE = size_BPHE + torch.einsum("bpvrc,bvce->bpvre", weight_BPVRC, value_BVCE.abs()).flatten(2, 3)
+        start = end
     error_BH = (output[row_B1, probed_BP].float() - ours_BPHE).norm(dim=(1, 3))
     size_BH = size_BPHE.norm(dim=(1, 3))
     # A NaN of ours comes from NaN in the inputs or an empty sequence; a NaN of the model's alone disagrees.
-    if not ((error_BH <= _tolerance(call, output) * size_BH) | size_BH.isnan()).all():
-        raise call.refusal(
+    agrees_BH = (error_BH <= _tolerance(call, output) * size_BH) | size_BH.isnan()
+    (verdicts or AtOnce()).refuse_if(
+        ~agrees_BH.all(),
+        call.refusal(
             f"an output of {call.implementation!r} attention that is not that of causal attention with {form}"
-        )
+        ),
+    )
+
+
+def _some_at_a_time(x_BGTX: Tensor) -> tuple[Tensor, ...]:
+    """[B, G, C, X] views of up to CHECKED_ELEMENTS elements: a copy of all keys or values would be as large as they."""
+    B, G, _, X = x_BGTX.shape
+    return torch.split(x_BGTX, max(1, CHECKED_ELEMENTS // max(1, B * G * X)), dim=2)
 
 
 def _grouped(x_BPHX: Tensor, groups: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rhythm.heads import HeadGroups
-from rhythm.padding import PaddedBatch, padded_batch
+from rhythm.padding import PaddedBatch
 from rhythm.signals import RhythmSignals, check_shape
 from rhythm.tap import AttentionTap
 
@@ -40,7 +40,8 @@ def observe(
     it is in. Padding has no influence: each row's signals are those of the row alone, up to the model's own
     rounding. Attention that is plain and causal costs O(heads · T) memory here. See `AttentionTap` for
     other kinds, for those that are refused, and for reading the same signals off a forward pass that
-    happens anyway.
+    happens anyway. Waits for the device once before the forward pass, to read attention_mask, and once after it; in the
+    forward pass nothing of it waits.
 
     Args:
         model: any causal transformers model whose attention goes through transformers' attention interface.
@@ -69,7 +70,6 @@ def observe(
     if attention_mask is not None:
         check_shape("attention_mask", attention_mask, (B, T))
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-    batch = padded_batch(mask_BT, prompt_lens)
     tap = AttentionTap(
         model,
         prompt_lens=prompt_lens,
@@ -87,8 +87,8 @@ def observe(
         "attention_mask": None if attention_mask is None else mask_BT.long(),
         "use_cache": False,
     }
-    if (batch.first > 0).any():
-        inputs["position_ids"] = batch.positions
+    if tap.batch.host.starts_late:
+        inputs["position_ids"] = tap.batch.positions
     output = None
     with torch.no_grad(), tap:
         output = model(input_ids, **inputs)
@@ -97,7 +97,7 @@ def observe(
     logits_BTV = getattr(output, "logits", None)
     if logits_BTV is None:
         raise ValueError(f"entropy is True, but {type(model).__name__} gives no logits; it needs a language-model head")
-    return tap.signals(_entropies(logits_BTV, batch))
+    return tap.signals(_entropies(logits_BTV, tap.batch))
 
 
 def _entropies(logits_BTV: Tensor, batch: PaddedBatch) -> Tensor:
@@ -107,7 +107,7 @@ def _entropies(logits_BTV: Tensor, batch: PaddedBatch) -> Tensor:
     """
     batch = batch.to(logits_BTV.device)
     entropy_BT = torch.full(batch.real.shape, torch.nan, device=logits_BTV.device)
-    row, position = (batch.response & (batch.positions > 0)).nonzero(as_tuple=True)
+    row, position = batch.drawn_places
     size = max(1, ENTROPY_ELEMENTS // logits_BTV.shape[-1])
     for row_C, position_C in zip(torch.split(row, size), torch.split(position, size), strict=True):
         probs_CV = logits_BTV[row_C, position_C - 1].float().softmax(dim=-1)

@@ -65,7 +65,7 @@ def sequence_statistics(
     n = weights_HNN.shape[-1]
     distance = _distance(n, weights_HNN.device)
     is_response = torch.arange(n, device=weights_HNN.device) >= prompt_len
-    span = _weighted(weights_HNN, distance.clamp(min=0))[:, is_response].mean(dim=-1)
+    span = _weighted(weights_HNN, distance.clamp(min=0))[:, prompt_len:].contiguous().mean(dim=-1)
     waad = _weighted(weights_HNN, distance.clamp(min=0, max=window))
     waad = waad.masked_fill(~is_response, torch.nan)
 

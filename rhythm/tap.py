@@ -1,7 +1,7 @@
 """Statistics of the sampled layers' attention, computed while a forward pass of the model runs.
 
 Shape suffixes: B sequences, T positions of input_ids, H query heads of a layer, G key heads, D head size, n
-heads of the pool; THD and TGD are packed, with the padding left out.
+heads of the pool; THD and TGD are packed, with the padding left out, and BTHD and BTGD are as the model has them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from rhythm.attention_form import (
     AttentionForm,
     MaskReader,
     UnsupportedAttention,
+    Verdicts,
     attention_form,
     check_output,
 )
 from rhythm.attention_interface import Output, checked_layers, described, diverted, text_config
 from rhythm.heads import HeadGroups, select_heads
-from rhythm.padding import PaddedBatch, padded_batch
+from rhythm.padding import PaddedBatch, integers, padded_batch, whole_batch
 from rhythm.signals import RhythmSignals, aggregate
 from rhythm.statistics import attention_statistics
 
@@ -68,10 +69,15 @@ class AttentionTap:
     Threads: taps on different models are independent. A model has at most one open tap, whichever thread
     opened it, and should run nothing but that tap's forward pass meanwhile.
 
+    No tapped layer waits for the device. What can be seen only in the values of tensors there (masks, and the output
+    of the attention) is therefore judged in `signals`, which waits for it once; an attention_mask on the device is
+    read once, on construction.
+
     Refused by name: attention sinks, biases, chunked or bidirectional attention, cross-attention, attention
     dropout in train mode, layers without attention, packed rows, masks other than the causal or
-    sliding-window mask of attention_mask, arguments of the attention function that are not known, and any
-    attention whose output is not that of the map we assume (some rows are computed and compared).
+    sliding-window mask of attention_mask (the window being the one that the layer's arguments or configuration
+    name), arguments of the attention function that are not known, and any attention whose output is not that of
+    the map we assume (some rows are computed and compared).
 
     Args:
         model: any causal transformers model whose attention goes through transformers' attention interface;
@@ -90,7 +96,8 @@ class AttentionTap:
     Raises:
         ValueError: an argument is not as described; the message names it.
         UnsupportedAttention (a ValueError): on construction, in the forward pass or in `signals`: attention
-            of a refused kind, or that does not go through transformers' attention interface.
+            of a refused kind, or that does not go through transformers' attention interface. Masks and outputs other
+            than those assumed show in `signals` only, after the forward pass.
         RuntimeError: on entering: the model has an open tap, or this one has served its forward pass. In
             the forward pass: a layer ran twice.
     """
@@ -115,8 +122,14 @@ class AttentionTap:
         select_heads(torch.zeros(1, 1), quantile, grouping)
         self._config = text_config(model)
         self.layers = checked_layers(layers, self._config)
-        self._prompt_lens = prompt_lens
-        self._masks = None if attention_mask is None else MaskReader(padded_batch(attention_mask, prompt_lens))
+        self._verdicts = Verdicts()
+        self._masks: MaskReader | None = None
+        if attention_mask is not None:
+            self._masks = MaskReader(padded_batch(attention_mask, prompt_lens), self._verdicts)
+        else:
+            # Read here, because the first of the layers should not have to.
+            self._prompt_lens_B = integers(torch.as_tensor(prompt_lens))
+            self._prompt_lens: list[int] = self._prompt_lens_B.tolist()
         self._window, self._horizon, self._backend = window, horizon, backend
         self._quantile, self._grouping, self._groups = quantile, grouping, groups
         self._stop = stop
@@ -137,13 +150,14 @@ class AttentionTap:
         return isinstance(error, _SeenEnoughError)
 
     def signals(self, entropy: Tensor | None = None) -> RhythmSignals:
-        """The signals of the forward pass, at the positions of its input_ids.
+        """The signals of the forward pass, at the positions of its input_ids. Waits for the device, once.
 
         Args:
             entropy: [B, T] nats, of the distribution each token was drawn from, to go with them.
 
         Raises:
-            UnsupportedAttention: not all of the layers reached the tap.
+            UnsupportedAttention: not all of the layers reached the tap; a mask, or the output of a layer's attention,
+                is not what the statistics assume. The message names the layer.
         """
         if missing := [layer for layer in self.layers if layer not in self._statistics]:
             hint = "layers= may name others" if self._reached else "no layer did: has a forward pass run?"
@@ -151,8 +165,8 @@ class AttentionTap:
                 f"{self._config.model_type}: {described(missing, self._config)} never reached transformers' "
                 f"attention interface ({hint})"
             )
-        assert self._masks is not None  # set before the first statistics
-        batch = self._masks.batch
+        self._verdicts.settle()
+        batch = self.batch
         of_layers = [self._statistics[layer] for layer in self.layers]
         span_Bn, waad_BnT, fai_BnT = (
             torch.cat([x.to(batch.real.device) for x in parts], dim=1)
@@ -160,6 +174,12 @@ class AttentionTap:
         )
         groups = self._groups or select_heads(span_Bn, self._quantile, self._grouping)
         return aggregate(waad_BnT, fai_BnT, span_Bn, groups, batch.response, entropy)
+
+    @property
+    def batch(self) -> PaddedBatch:
+        """What attention_mask and prompt_lens describe; without an attention_mask only after the forward pass."""
+        assert self._masks is not None
+        return self._masks.batch
 
     def _receive(self, call: AttentionCall) -> Output:
         """Runs a call as the model would have, and reads it if its layer is one of ours."""
@@ -170,28 +190,29 @@ class AttentionTap:
             raise RuntimeError(f"{call.where}: ran twice in one tap; open one for each forward pass")
         if self._masks is None:
             B, _, T, _ = call.query.shape
-            no_padding_BT = torch.ones((B, T), dtype=torch.bool, device=call.query.device)
-            self._masks = MaskReader(padded_batch(no_padding_BT, self._prompt_lens))
+            batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)
+            self._masks = MaskReader(batch, self._verdicts)
         form = attention_form(call, self._masks)
         result = call.run()
         # Autocast around the forward pass would take the statistics to low precision as well.
         with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
-            batch = self._masks.batch.to(call.query.device)
-            check_output(call, form, batch, result[0])
+            batch = self._masks.on(call.query.device)
+            check_output(call, form, batch, result[0], self._verdicts)
             self._statistics[call.layer] = self._layer_statistics(call, form, batch)
         if self._stop and len(self._statistics) == len(self.layers):
             raise _SeenEnoughError
         return result
 
     def _layer_statistics(self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch) -> _LayerStatistics:
-        q_THD = call.query.transpose(1, 2)[batch.real]
-        k_TGD = call.key.transpose(1, 2)[batch.real]
-        window_bites = form.window is not None and bool((batch.lens > form.window).any())
+        q_BTHD, k_BTGD = call.query.transpose(1, 2), call.key.transpose(1, 2)
+        window_bites = form.window is not None and batch.host.longest > form.window
         if form.softcap is None and not window_bites:
+            # Without padding the kernels read the layer's own tensors.
+            whole = batch.is_whole
             fused = attention_statistics(
-                q_THD,
-                k_TGD,
-                cu_seqlens=batch.cu_seqlens,
+                q_BTHD if whole else batch.packed(q_BTHD),
+                k_BTGD if whole else batch.packed(k_BTGD),
+                cu_seqlens=None if whole else batch.cu_seqlens,
                 prompt_lens=batch.prompt_lens,
                 scale=form.scale,
                 window=self._window,
@@ -199,6 +220,8 @@ class AttentionTap:
                 backend=self._backend,
             )
             assert fused.span is not None
+            if whole:
+                return _LayerStatistics(fused.span.float(), fused.waad.float(), fused.fai.float())
             span_BH, waad_HT, fai_HT = fused.span, fused.waad, fused.fai
         else:
             if self._backend not in ("auto", "reference"):
@@ -208,25 +231,18 @@ class AttentionTap:
                 )
             _say_reference(self._config.model_type)
             span_BH, waad_HT, fai_HT, _, _ = reference.attention_statistics(
-                q_THD,
-                k_TGD,
-                bounds=batch.cu_seqlens.tolist(),
-                prompt_lens=batch.prompt_lens.tolist(),
+                batch.packed(q_BTHD),
+                batch.packed(k_BTGD),
+                bounds=batch.host.bounds,
+                prompt_lens=batch.host.prompt_lens,
                 scale=form.scale,
                 window=self._window,
                 horizon=self._horizon,
                 sliding_window=form.window,
                 softcap=form.softcap,
             )
-        waad_BHT, fai_BHT = _unpacked(waad_HT, batch.real), _unpacked(fai_HT, batch.real)
+        waad_BHT, fai_BHT = (batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (waad_HT, fai_HT))
         return _LayerStatistics(span_BH.float(), waad_BHT, fai_BHT)
-
-
-def _unpacked(x_HT: Tensor, real_BT: Tensor) -> Tensor:
-    """[B, H, T] fp32 of packed values, NaN on padding."""
-    x_BTH = x_HT.new_full((*real_BT.shape, x_HT.shape[0]), torch.nan, dtype=torch.float32)
-    x_BTH[real_BT] = x_HT.transpose(0, 1).float()
-    return x_BTH.transpose(1, 2)
 
 
 @cache

@@ -208,14 +208,18 @@ def test_the_forward_pass_must_have_the_masks_of_the_tap() -> None:
     left[1, :5] = right[1, -5:] = 0
     with refused("no mask on the padding"), AttentionTap(model, attention_mask=left, prompt_lens=[2, 2]):
         model(input_ids)
-    for mask in (left, right):
-        with refused(MASK_REFUSAL), AttentionTap(model, prompt_lens=[2, 2]):
-            model(input_ids, attention_mask=mask)
-    with refused(MASK_REFUSAL), AttentionTap(model, attention_mask=left, prompt_lens=[2, 2]):
-        model(input_ids, attention_mask=right)
     packed = torch.cat([torch.arange(9), torch.arange(T - 9)]).expand(2, T)
-    with refused(MASK_REFUSAL), AttentionTap(model, prompt_lens=[2, 2]):
-        model(input_ids, position_ids=packed, use_cache=False)
+    for of_tap, of_pass in (
+        (None, {"attention_mask": left}),
+        (None, {"attention_mask": right}),
+        (left, {"attention_mask": right}),
+        (None, {"position_ids": packed, "use_cache": False}),
+    ):
+        with AttentionTap(model, attention_mask=of_tap, prompt_lens=[2, 2], stop=True) as tap:
+            model(input_ids, **of_pass)
+        for _ in range(2):  # what was refused once is never given
+            with refused(f"llama, layer 1: {MASK_REFUSAL}"):
+                tap.signals()
     # Tokens don't see the padding after them, so its mask is not missed.
     with torch.no_grad(), AttentionTap(model, attention_mask=right, prompt_lens=[2, 2]) as tap:
         model(input_ids)
@@ -304,8 +308,8 @@ def test_windows_are_read_off_masks(monkeypatch: pytest.MonkeyPatch, mask: Tenso
 
 def test_a_shared_mask_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     masks_read: list[Tensor] = []
-    read = attention_form._window_of_mask
-    monkeypatch.setattr(attention_form, "_window_of_mask", lambda c, m, b: (masks_read.append(m), read(c, m, b))[1])
+    check = attention_form._check_mask
+    monkeypatch.setattr(attention_form, "_check_mask", lambda *a: (masks_read.append(a[1]), check(*a))[1])
     observe(llama("eager"), tokens(1, T), prompt_lens=[2], layers=[0, 1, 3])
     assert len(masks_read) == 1
 

@@ -35,7 +35,7 @@ from rhythm.attention_form import (
     attention_form,
 )
 from rhythm.attention_interface import Output
-from rhythm.padding import PaddedBatch, padded_batch
+from rhythm.padding import PaddedBatch, padded_batch, whole_batch
 from rhythm.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
 
 NAME = "rhythm"
@@ -154,7 +154,7 @@ class _Layer:
     @property
     def windowed(self) -> bool:
         """Whether a sliding window hides anything."""
-        return self.form.window is not None and bool((self.batch.lens > self.form.window).any())
+        return self.form.window is not None and self.batch.host.longest > self.form.window
 
     @property
     def fusable(self) -> bool:
@@ -165,7 +165,7 @@ class _Layer:
         return alike and not wants_grad and not self.windowed
 
     def packed(self, x_BHTD: Tensor) -> Tensor:
-        return x_BHTD.detach().transpose(1, 2)[self.batch.real]
+        return self.batch.packed(x_BHTD.detach().transpose(1, 2))
 
 
 class _Collector:
@@ -201,7 +201,7 @@ class _Collector:
             nothing = torch.zeros(len(real_BT), dtype=torch.int64)
             self._masks = _Masks(padded_batch(real_BT, nothing if self._prompt_lens is None else self._prompt_lens))
         form = attention_form(call, self._masks)
-        layer = _Layer(call, form, self._masks.batch.to(call.query.device))
+        layer = _Layer(call, form, self._masks.on(call.query.device))
         own = None if layer.fusable else _sdpa(call)[0]
         # Autocast around the forward pass would take the statistics to low precision as well.
         with torch.autocast(call.query.device.type, enabled=False):
@@ -220,7 +220,7 @@ class _Collector:
             backend=self._backend,
             **self._options,
         )
-        return _at_positions(out_THD, batch.real, 0.0), _padded(packed, batch.real)
+        return batch.padded(out_THD, 0.0), _padded(packed, batch)
 
     def _beside(self, layer: _Layer) -> AttentionStatistics:
         """The statistics alone."""
@@ -236,7 +236,7 @@ class _Collector:
                 backend=self._backend,
                 **self._options,
             )
-            return _padded(packed, batch.real)
+            return _padded(packed, batch)
         if self._backend not in ("auto", "reference"):
             raise ValueError(
                 f"backend is {self._backend!r}; it must be 'auto' or 'reference' for {call.where}, because of its "
@@ -247,13 +247,13 @@ class _Collector:
         span_BH, waad_HT, fai_HT, lse_HT, _ = reference.attention_statistics(
             q_THD,
             k_TGD,
-            bounds=batch.cu_seqlens.tolist(),
-            prompt_lens=batch.prompt_lens.tolist(),
+            bounds=batch.host.bounds,
+            prompt_lens=batch.host.prompt_lens,
             scale=form.scale,
             sliding_window=form.window,
             **self._options,
         )
-        return _padded(AttentionStatistics(span_BH, waad_HT, fai_HT, lse_HT), batch.real)
+        return _padded(AttentionStatistics(span_BH, waad_HT, fai_HT, lse_HT), batch)
 
 
 _open: ContextVar[_Collector | None] = ContextVar("rhythm_collect_statistics", default=None)
@@ -329,10 +329,13 @@ class _Masks(MaskReader):
         mask = call.mask
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return super().window(call)
-        if not mask.equal(self.batch.real.to(mask.device)):
-            raise call.refusal("a padding mask other than that of the layers before")
+        if (id(mask), None) not in self._windows:
+            if not mask.equal(self.on(mask.device).real):
+                raise call.refusal("a padding mask other than that of the layers before")
+            self._windows[id(mask), None] = (mask, None)
         # Read as if there were no padding: what is left is whether the layer is causal.
-        everything = padded_batch(torch.ones_like(mask), torch.zeros(len(mask), dtype=torch.int64))
+        B, T = mask.shape
+        everything = whole_batch(B, T, torch.zeros(B, dtype=torch.int64), [0] * B, mask.device)
         return MaskReader(everything).window(replace(call, mask=None))
 
 
@@ -348,21 +351,13 @@ def _tokens(call: AttentionCall) -> Tensor:
     return torch.ones((B, T), dtype=torch.bool, device=call.query.device)
 
 
-def _padded(packed: AttentionStatistics, real_BT: Tensor) -> AttentionStatistics:
+def _padded(packed: AttentionStatistics, batch: PaddedBatch) -> AttentionStatistics:
     """fp32, waad, fai and lse [B, H, T], NaN on padding, of packed [H, T] ones."""
     waad, fai, lse = (
-        _at_positions(x_HT.float().T, real_BT, torch.nan).transpose(1, 2)
-        for x_HT in (packed.waad, packed.fai, packed.lse)
+        batch.padded(x_HT.float().T, torch.nan).transpose(1, 2) for x_HT in (packed.waad, packed.fai, packed.lse)
     )
     assert packed.span is not None
     return AttentionStatistics(packed.span.float(), waad, fai, lse)
-
-
-def _at_positions(x_TX: Tensor, real_BT: Tensor, on_padding: float) -> Tensor:
-    """[B, T, …] of packed [T, …]."""
-    x_BTX = x_TX.new_full((*real_BT.shape, *x_TX.shape[1:]), on_padding)
-    x_BTX[real_BT] = x_TX
-    return x_BTX
 
 
 @cache
