@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor
 
 from rhythm.credit import ApplyTo
+from rhythm.extras import needs
 from rhythm.signals import check_shape
+
+with needs("rhythm.advantages"):
+    from pydantic import BaseModel, Field
 
 
 class AdvantageConfig(BaseModel, extra="forbid", frozen=True):

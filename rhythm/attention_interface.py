@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rhythm.attention_form import AttentionCall, UnsupportedAttention
+from rhythm.extras import needs
 from rhythm.heads import sampled_layers
 
 if TYPE_CHECKING:
@@ -63,9 +64,11 @@ def text_config(model: nn.Module) -> PreTrainedConfig:
 
     Raises:
         ValueError: model is not a transformers model.
+        ModuleNotFoundError: transformers is not installed.
         UnsupportedAttention: it is not causal, or does not use the attention interface.
     """
-    from transformers import PreTrainedConfig, PreTrainedModel
+    with needs("rhythm.observe (and AttentionTap)"):
+        from transformers import PreTrainedConfig, PreTrainedModel
 
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):

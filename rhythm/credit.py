@@ -12,14 +12,17 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rhythm.extras import needs
 from rhythm.heads import HeadGroups, as_fraction, ascending_rank
 from rhythm.observe import observe
 from rhythm.padding import padded_batch
 from rhythm.signals import RhythmSignals, check_shape
+
+with needs("rhythm.credit"):
+    from pydantic import BaseModel, Field
 
 Strategy = Literal["none", "random", "entropy", "local_chunk", "global_anchor", "coupled"]
 Select = Literal["top", "bottom"]

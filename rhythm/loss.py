@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from rhythm.extras import needs
 from rhythm.signals import check_shape
+
+with needs("rhythm.loss"):
+    from pydantic import BaseModel, Field, model_validator
 
 # exp(±20) is far outside any clip; beyond it, a ratio that overflows would turn gradients of 0 into NaN.
 _MAX_LOG_RATIO = 20.0

@@ -6,9 +6,12 @@ analysis = analyze(model, tokenizer, "gsm8k.jsonl", out="runs/analysis")
 analysis.table2_frame()
 """
 
-from rhythm.analysis.config import AnalysisConfig
-from rhythm.analysis.problems import RowError, read_problems
-from rhythm.analysis.results import Analysis, ResponseResult, read_analysis
-from rhythm.analysis.run import analyze
+from rhythm.extras import needs
+
+with needs("rhythm.analysis"):
+    from rhythm.analysis.config import AnalysisConfig
+    from rhythm.analysis.problems import RowError, read_problems
+    from rhythm.analysis.results import Analysis, ResponseResult, read_analysis
+    from rhythm.analysis.run import analyze
 
 __all__ = ["Analysis", "AnalysisConfig", "ResponseResult", "RowError", "analyze", "read_analysis", "read_problems"]

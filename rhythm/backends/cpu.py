@@ -23,7 +23,9 @@ DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat1
 
 
 def unavailable() -> str | None:
-    return None if _C is not None else f"the extension rhythm._C does not import: {_IMPORT_ERROR}"
+    if _C is not None:
+        return None
+    return f"the extension rhythm._C does not import ({_IMPORT_ERROR}); pip install . in a clone of rhythm builds it"
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:

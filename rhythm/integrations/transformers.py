@@ -22,9 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from rhythm import arguments, reference
 from rhythm.attention_form import (
@@ -35,8 +32,14 @@ from rhythm.attention_form import (
     attention_form,
 )
 from rhythm.attention_interface import Output
+from rhythm.extras import needs
 from rhythm.padding import PaddedBatch, padded_batch, whole_batch
 from rhythm.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
+
+with needs("rhythm.integrations.transformers"):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 NAME = "rhythm"
 # Arguments that change the output, and that sdpa, which we fall back on, takes and ignores.

@@ -19,15 +19,12 @@ from torch import Tensor, nn
 
 from rhythm.advantages import token_advantages
 from rhythm.credit import CreditConfig, RhythmCredit, batch_credit_weights
+from rhythm.extras import needs
 from rhythm.heads import HeadGroups
 from rhythm.signals import RhythmSignals
 
-try:
+with needs("rhythm.integrations.trl"):
     from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]  # exported lazily
-except ModuleNotFoundError as error:
-    if error.name != "trl":
-        raise
-    raise ImportError("rhythm.integrations.trl needs TRL: pip install 'rhythm[trl]'") from error
 
 REFUSED_INPUTS = {  # in what TRL makes of a batch
     "mm_token_type_ids": "images",

@@ -88,7 +88,9 @@ def load(directory: Path, device: str, dtype: str) -> tuple[Any, Any]:
 
 def _vllm(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Infer:
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError("--engine vllm: vLLM is not installed; pip install 'rhythm[cluster]', or take transformers")
+        raise ValueError(
+            "--engine vllm: vLLM is not installed; pip install '.[cluster]' in a clone of rhythm, or take transformers"
+        )
     ends = end_ids_of(model, tokenizer)
     return VllmInfer(
         arguments.model,

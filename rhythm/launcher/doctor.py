@@ -104,10 +104,12 @@ def cpu_model() -> str:
 
 def _packages() -> list[Finding]:
     findings = [Finding("Packages", "Python", platform.python_version(), needed=True)]
-    for name in ("rhythm", "torch", "transformers", "numpy", "pydantic", "rich"):
-        findings.append(_package("Packages", name, "pip install rhythm", needed=True))
+    for name in ("rhythm", "torch", "numpy"):
+        findings.append(_package("Packages", name, "pip install . in a clone of rhythm", needed=True))
+    for name in ("transformers", "pydantic"):
+        findings.append(_package("Packages", name, "pip install '.[models]' in a clone of rhythm, for signals and γ"))
     for name in ("tensorboard", "matplotlib", "jinja2"):
-        findings.append(_package("Packages", name, "pip install 'rhythm[train]', for the report of a run"))
+        findings.append(_package("Packages", name, "pip install '.[train]' in a clone of rhythm, for training runs"))
     return findings
 
 

@@ -1,1 +1,5 @@
 """The trainer: everything between a configuration and a finished run."""
+
+from rhythm.extras import require
+
+require("rhythm.trainer", "pydantic", "rich", "transformers", "yaml")

@@ -21,6 +21,7 @@ from rhythm.cluster.environment import prepare_environment
 from rhythm.cluster.plan import describe_plan, push_kind
 from rhythm.engines.interfaces import LogProbs, Rollout
 from rhythm.engines.vllm.parity import ParityConfig, compare, must_agree
+from rhythm.extras import missing
 from rhythm.tasks import Task
 from rhythm.tiny_model import CHARACTERS, TinyModelConfig
 from rhythm.trainer.config import TrainConfig
@@ -82,7 +83,7 @@ def check_cluster(config: TrainConfig, cluster: ClusterConfig) -> None:
         wanted["cluster.train.engine"] = "megatron"
     for key, module in wanted.items():
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"{key} needs {module}, which is not installed: pip install 'rhythm[cluster]'")
+            raise ValueError(missing(key, module, "cluster"))
     if config.model.path is not None:
         check_weights(config.model.path)
     check(cluster, workload(config), model_dimensions(config)[0])

@@ -94,6 +94,6 @@ def _summary_writer(directory: Path, after_step: int | None) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "tensorboard=true needs TensorBoard: pip install 'rhythm[train]', or set tensorboard=false"
+            "tensorboard=true needs TensorBoard: pip install '.[train]' in a clone of rhythm, or set tensorboard=false"
         ) from error
     return SummaryWriter(str(directory), purge_step=0 if after_step is None else after_step + 1)

@@ -329,4 +329,4 @@ def test_without_trl_the_extra_is_named() -> None:
     code = "import sys; sys.modules['trl'] = None; import rhythm.integrations.trl"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "ImportError: rhythm.integrations.trl needs TRL: pip install 'rhythm[trl]'" in result.stderr
+    assert "rhythm.integrations.trl needs trl, which is not installed: pip install '.[trl]' in a clone" in result.stderr
