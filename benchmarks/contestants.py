@@ -1,7 +1,8 @@
 """The contestants: what one writes in PyTorch without custom kernels, and rhythm's ops.
 
 Each maker takes the inputs and gives a callable that computes everything anew and returns its results by name:
-span [Hq], waad, fai, lse [Hq, T] and out [T, Hq, D], those that it computes.
+span [Hq], waad, fai, lse [Hq, T] and out [T, Hq, D], those that it computes. What the call needs is built by the
+maker, on the device of the inputs: a call copies nothing from the host and waits for nothing.
 
 Shape suffixes: T tokens, R rows of a block, C columns of its band, S keys so far, G key heads, M query heads of a
 group, X = M·R rows of a group, D head size.
@@ -105,12 +106,13 @@ def sdpa(inputs: Inputs) -> Callable[[], Outputs]:
 
 def statistics(inputs: Inputs) -> Callable[[], Outputs]:
     """rhythm.attention_statistics: the full sweep."""
+    prompt_lens = inputs.prompt_lens
 
     def run() -> Outputs:
         result = attention_statistics(
             inputs.q,
             inputs.k,
-            prompt_lens=[inputs.shape.prompt],
+            prompt_lens=prompt_lens,
             window=WINDOW,
             horizon=HORIZON,
             backend=inputs.backend,
@@ -123,13 +125,14 @@ def statistics(inputs: Inputs) -> Callable[[], Outputs]:
 
 def with_output(inputs: Inputs) -> Callable[[], Outputs]:
     """rhythm.attention_with_statistics: the attention output as well, in the same sweep."""
+    prompt_lens = inputs.prompt_lens
 
     def run() -> Outputs:
         out, result = attention_with_statistics(
             inputs.q,
             inputs.k,
             inputs.v,
-            prompt_lens=[inputs.shape.prompt],
+            prompt_lens=prompt_lens,
             window=WINDOW,
             horizon=HORIZON,
             backend=inputs.backend,
@@ -142,13 +145,13 @@ def with_output(inputs: Inputs) -> Callable[[], Outputs]:
 
 def bands(inputs: Inputs) -> Callable[[], Outputs]:
     """rhythm.attention_statistics given lse and without span: only the bands near the diagonal."""
-    lse = inputs.lse
+    lse, prompt_lens = inputs.lse, inputs.prompt_lens
 
     def run() -> Outputs:
         result = attention_statistics(
             inputs.q,
             inputs.k,
-            prompt_lens=[inputs.shape.prompt],
+            prompt_lens=prompt_lens,
             window=WINDOW,
             horizon=HORIZON,
             lse=lse,

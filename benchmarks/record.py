@@ -8,20 +8,21 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from benchmarks import ROOT
-from rhythm import _C
-from rhythm.launcher.doctor import cpu_model
 
 RECORDS = ROOT / "benchmarks" / "records"
 
 
 def machine() -> dict[str, object]:
     """Processor, cores, instruction set in use, system."""
+    from rhythm import _C  # here: a machine with a GPU may have the source tree alone
+    from rhythm.launcher.doctor import cpu_model
+
     return {
         "cpu": cpu_model(),
         "cores": cores(),
@@ -36,12 +37,22 @@ def cores() -> int:
 
 
 def software() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "rhythm": version("rhythm")}
+    """Versions of Python, torch and rhythm; the source tree alone has no version but its commit."""
+    try:
+        rhythm = version("rhythm")
+    except PackageNotFoundError:
+        rhythm = "not installed: the source tree"
+    return {"python": platform.python_version(), "torch": torch.__version__, "rhythm": rhythm}
 
 
 def commit() -> dict[str, object]:
-    """The commit checked out, None where there is none, and whether anything but records differs from it."""
+    """The commit checked out, None where there is none, and whether anything but records differs from it.
+
+    Where there is no repository, as in a copy of the source tree, RHYTHM_COMMIT says which commit was copied.
+    """
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    if head is None and (told := os.environ.get("RHYTHM_COMMIT")):
+        return {"hash": told, "dirty": None}
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/records")
     return {"hash": head or None, "dirty": changes != ""}
 

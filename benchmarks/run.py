@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.gpu.run import run
 
         # What the interpreter takes says nothing: it leaves no record unless asked where.
-        records = None if options.device == "interpreter" and options.records == RECORDS else options.records
+        records = None if options.device != "cuda" and options.records == RECORDS else options.records
         return run(options.device, records, console, errors, Budget(options.budget))
     settings = QUICK if options.quick else Settings()
     settings = replace(settings, threads=options.threads, aims=settings.aims and options.threads == 1)
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda", "interpreter"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "interpreter", "rehearsal"), default="cpu")
     parser.add_argument("--ops", nargs="+", metavar="OP", help=f"only these of: {', '.join(REGISTRY)}")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all? No aims, no record")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every contestant (1)")

@@ -53,18 +53,25 @@ class Inputs:
         return float(self.shape.head_size**-0.5)
 
     @cached_property
+    def prompt_lens(self) -> Tensor | None:
+        """[1] int32 on the device of q; None without a prompt. Copied there once, so that no timed call has to."""
+        if self.shape.prompt == 0:
+            return None
+        return torch.tensor([self.shape.prompt], dtype=torch.int32, device=self.q.device)
+
+    @cached_property
     def lse(self) -> Tensor:
         """[Hq, T] fp32, for the ops that are given it; NaN on prompt rows."""
         return _log_sum_exp(self.q, self.k, self.shape)
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", backend: str = "cpu") -> Inputs:
-    """Normal q, k, v from a fixed seed, with q doubled so that attention is not flat."""
-    generator = torch.Generator().manual_seed(0)
+    """Normal q, k, v from a fixed seed, drawn on the device, with q doubled so that attention is not flat."""
+    generator = torch.Generator(device=device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
         size = (shape.tokens, heads, shape.head_size)
-        return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     q, k, v = 2 * normal(shape.query_heads), normal(shape.key_heads), normal(shape.key_heads)
     return Inputs(shape, q, k, v, backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import rhythm
 from benchmarks.gpu.clock import Clock
+from benchmarks.measure import Timing
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,21 @@ def build(dimensions: Dimensions, device: str, dtype: torch.dtype, tokens: int) 
 
 
 def token_ids(dimensions: Dimensions, device: str, tokens: int) -> Tensor:
-    return torch.randint(dimensions.vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator(device=device).manual_seed(0)
+    return torch.randint(dimensions.vocabulary, (1, tokens), generator=generator, device=device)
 
 
-def race(model: Any, input_ids: Tensor, clock: Clock, rounds: int) -> tuple[float, float]:
-    """Median seconds of (the plain forward without logits, rhythm.observe), interleaved."""
+def race(model: Any, input_ids: Tensor, clock: Clock, rounds: int) -> dict[str, Timing]:
+    """The plain forward without logits, and rhythm.observe, interleaved; eager, since a model is not captured whole."""
 
     @torch.no_grad()
     def plain() -> None:
         model.model(input_ids, use_cache=False)
 
-    timings = clock.race({"plain": plain, "observe": lambda: observe(model, input_ids, clock)}, rounds)
-    return timings["plain"].median, timings["observe"].median
+    return clock.race({"plain": plain, "observe": observer(model, input_ids, clock)}, rounds)
 
 
-def observe(model: Any, input_ids: Tensor, clock: Clock) -> rhythm.RhythmSignals:
-    """One pass, a quarter of the tokens being the prompt."""
-    return rhythm.observe(model, input_ids, prompt_lens=[input_ids.shape[1] // 4], backend=clock.backend)
+def observer(model: Any, input_ids: Tensor, clock: Clock) -> Callable[[], rhythm.RhythmSignals]:
+    """rhythm.observe to be called; a quarter of the tokens is the prompt."""
+    prompt_lens = torch.full((input_ids.shape[0],), input_ids.shape[1] // 4, device=input_ids.device)
+    return lambda: rhythm.observe(model, input_ids, prompt_lens=prompt_lens, backend=clock.backend)

@@ -1,4 +1,12 @@
-"""Time and memory of calls on a device, and the budget of a whole run."""
+"""Time and memory of calls on a device, and the budget of a whole run.
+
+Three times of one call, and which is which:
+
+- replayed: a CUDA graph of the call, replayed. The device alone: no Python, no launches one by one. Claims use it.
+- eager: the call as it is written, launched behind work that keeps the device busy until the host is done: the device
+  with the gaps between launches, as in a program whose host runs ahead.
+- host: what the host needs to issue the call. Where the device would otherwise be idle, a call takes at least this.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +16,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import Timing
 
 Run = Callable[[], Any]
 FLUSH_BYTES = 256 << 20  # more than any second-level cache
+POISON = 12345.0
+# Sleeping keeps the device busy while the host launches: cycles at least, at most (0.1 s), and per second of the host.
+SLEEP, LONGEST_SLEEP, CYCLES_A_SECOND = 2_000_000, 200_000_000, 2e9
 
 
 class Clock(ABC):
@@ -20,18 +32,33 @@ class Clock(ABC):
 
     device: str
     backend = "triton"
+    name: str
 
     @abstractmethod
     def seconds(self, run: Run) -> float:
-        """Of one call, with cold caches."""
+        """Of one call on the device, with cold caches; launches are hidden behind work queued before it."""
 
     @abstractmethod
-    def graph_seconds(self, run: Run) -> float:
-        """Of one call without what the host needs to launch it."""
+    def captured(self, run: Run) -> Run:
+        """The call as a CUDA graph: a callable that replays it and returns its results, always the same tensors."""
 
     @abstractmethod
     def peak_bytes(self, run: Run) -> int:
-        """Largest memory during a call, beyond what stood before it."""
+        """Largest memory during a call, beyond what stood before it. Waits for the call: its errors surface here."""
+
+    def host_seconds(self, run: Run) -> float:
+        """What the host needs to issue a call, the median of three."""
+        return sorted(self._issued(run) for _ in range(3))[1]
+
+    def free(self) -> None:
+        """Gives back what the part before left."""
+
+    def poisoned_replay(self, run: Run) -> Any:
+        """Results of a replay whose result tensors were overwritten before: whatever is right was computed by it."""
+        replay = self.captured(run)
+        for result in _tensors(replay()):
+            result.fill_(POISON)
+        return replay()
 
     def race(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
         """Every contestant once a round, in turn, after two calls to warm up (and compile)."""
@@ -44,15 +71,36 @@ class Clock(ABC):
                 seconds[name].append(self.seconds(run))
         return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
+    def race_replays(self, runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, Timing], dict[str, str]]:
+        """The same of CUDA graphs, and why a contestant could not be captured."""
+        replays, reasons = {}, {}
+        for name, run in runs.items():
+            try:
+                replays[name] = self.captured(run)
+            except Exception as error:  # whatever a library raises here costs its own row
+                reasons[name] = told(error)
+        return self.race(replays, rounds), reasons
+
+    def _issued(self, run: Run) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
 
 class CudaClock(Clock):
-    device = "cuda"
+    device, name = "cuda", "cuda"
 
     def __init__(self) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._cycles: dict[Run, int] = {}
 
     def seconds(self, run: Run) -> float:
+        if run not in self._cycles:
+            torch.cuda.synchronize()
+            wanted = int(2 * CYCLES_A_SECOND * self._issued(run))
+            self._cycles[run] = min(max(wanted, SLEEP), LONGEST_SLEEP)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(self._cycles[run])
         self._flush.zero_()
         begin.record()
         run()
@@ -60,16 +108,32 @@ class CudaClock(Clock):
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
-    def graph_seconds(self, run: Run) -> float:
+    def captured(self, run: Run) -> Run:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
+            run()
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
-        return sorted(self.seconds(graph.replay) for _ in range(9))[4]
+            results = run()
+
+        def replay() -> Any:
+            graph.replay()
+            return results
+
+        return replay
+
+    def host_seconds(self, run: Run) -> float:
+        def issued() -> float:
+            torch.cuda.synchronize()
+            return self._issued(run)
+
+        seconds = sorted(issued() for _ in range(3))[1]
+        torch.cuda.synchronize()
+        return seconds
 
     def peak_bytes(self, run: Run) -> int:
         torch.cuda.synchronize()
@@ -79,23 +143,65 @@ class CudaClock(Clock):
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
 
+    def free(self) -> None:
+        self._cycles.clear()
+        torch.cuda.empty_cache()
+
 
 class InterpreterClock(Clock):
     """The wall clock, for tests on the CPU: no graph, no peak memory."""
 
-    device = "cpu"
+    device, name = "cpu", "interpreter"
 
     def seconds(self, run: Run) -> float:
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
+        return self._issued(run)
 
-    def graph_seconds(self, run: Run) -> float:
-        return self.seconds(run)
+    def captured(self, run: Run) -> Run:
+        return run
 
     def peak_bytes(self, run: Run) -> int:
         run()
         return 0
+
+    def poisoned_replay(self, run: Run) -> Any:
+        """Nothing is replayed here, so nothing could be left as it was."""
+        return run()
+
+
+class MadeUpClock(InterpreterClock):
+    """Times that follow from a contestant's name, for rehearsals: everything runs, nothing is measured."""
+
+    name = "rehearsal"
+
+    @staticmethod
+    def made_up(name: str) -> float:
+        """Between 1 and 2 ms."""
+        return (1 + sum(name.encode()) % 97 / 97) / 1e3
+
+    def seconds(self, run: Run) -> float:
+        run()
+        return 1e-3
+
+    def host_seconds(self, run: Run) -> float:
+        run()
+        return 2e-4
+
+    def race(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
+        """Half as much again as the replays take."""
+        return {name: Timing(tuple(1.5 * x for x in self._times(name, run, rounds))) for name, run in runs.items()}
+
+    def race_replays(self, runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, Timing], dict[str, str]]:
+        timings, reasons = {}, {}
+        for name, run in runs.items():
+            try:
+                timings[name] = Timing(self._times(name, self.captured(run), rounds))
+            except Exception as error:
+                reasons[name] = told(error)
+        return timings, reasons
+
+    def _times(self, name: str, run: Run, rounds: int) -> tuple[float, ...]:
+        run()
+        return tuple(self.made_up(name) * (1 + turn / 100) for turn in range(rounds))
 
 
 class Budget:
@@ -107,3 +213,23 @@ class Budget:
     @property
     def left(self) -> float:
         return self._end - self._now()
+
+
+def clock_of(device: str) -> Clock | None:
+    """The clock for cuda, interpreter or rehearsal; None for cuda without a GPU."""
+    if device == "cuda":
+        return CudaClock() if torch.cuda.is_available() else None
+    return MadeUpClock() if device == "rehearsal" else InterpreterClock()
+
+
+def told(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results]
+    values = results.values() if isinstance(results, Mapping) else results if isinstance(results, tuple | list) else ()
+    return [tensor for value in values for tensor in _tensors(value)]

@@ -1,9 +1,10 @@
-"""The parts of a run on a GPU, the most important first, and the aims."""
+"""The parts of a record on a GPU, the most important first, and the aims."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from benchmarks.gpu import actor_attn
 from benchmarks.gpu.actor_attn import Dimensions
-from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.clock import Budget, Clock, Run, told
 from benchmarks.gpu.contestants import GPU, INTERPRETER, Contestant
+from benchmarks.gpu.report import Part, Planned
 from benchmarks.measure import Timing, ratio
-from benchmarks.shapes import HORIZON, WINDOW, Shape, make_inputs, score_flops
+from benchmarks.shapes import HORIZON, WINDOW, Inputs, Shape, make_inputs, score_flops
 from benchmarks.suite import Claim
-from benchmarks.verify import Verdict, verify
+from benchmarks.verify import GateError, Verdict, verify
 from rhythm import attention_statistics, attention_with_statistics
 
 QWEN3_4B, QWEN3_4B_MODEL = Shape(8192, query_heads=32, key_heads=8, head_size=128), Dimensions()
@@ -34,12 +36,13 @@ class Settings:
         Shape(2048, prompt=100, query_heads=4, key_heads=1, head_size=96),
     )
     gate_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 16384, 32768, 65536, 131072)
+    lengths: tuple[int, ...] = (16384, 32768, 131072, 65536, 4096, 2048, 1024)
     packed: tuple[int, ...] = (16384, 65536)
     mean_length: int = 1024
     model: Dimensions = QWEN3_4B_MODEL
     longest: int = 131072
     rounds: int = 9
+    late_lengths: tuple[int, ...] = (8192, 4096)
 
 
 INTERPRETED = Settings(
@@ -53,18 +56,31 @@ INTERPRETED = Settings(
     model=Dimensions(6, 32, 64, 4, 2, 8, 50),
     longest=80,
     rounds=2,
+    late_lengths=(96,),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One op at one shape: median, fastest and slowest seconds; FLOPs as counted; bytes beyond the inputs."""
+    """One op at one shape.
+
+    Attributes:
+        seconds, seconds_min, seconds_max: median, fastest, slowest; `by` says of what (benchmarks/gpu/clock.py).
+        by: "replayed", or "eager" where the op could not be captured in a CUDA graph.
+        eager_seconds, host_seconds: the median of eager calls, and what the host needs to issue one.
+        flops: as counted.
+        peak_bytes: beyond the inputs.
+        to_best_forward: over the best plain forward, both by the same kind of time.
+    """
 
     op: str
     tokens: int
     seconds: float
     seconds_min: float
     seconds_max: float
+    by: str
+    eager_seconds: float
+    host_seconds: float
     flops: int
     peak_bytes: int
     to_best_forward: float | None
@@ -73,100 +89,208 @@ class Row:
     def tflops(self) -> float:
         return self.flops / self.seconds / 1e12
 
-
-@dataclass(frozen=True)
-class Part:
-    name: str
-    rows: tuple[Row, ...] = ()
-    claims: tuple[Claim, ...] = ()
-    absent: tuple[str, ...] = ()
-
     def json(self) -> dict[str, Any]:
-        rows = [asdict(row) | {"tflops": row.tflops} for row in self.rows]
-        claims = [asdict(claim) | {"met": claim.met} for claim in self.claims]
-        return {"rows": rows, "claims": claims, "absent": list(self.absent)}
+        return asdict(self) | {"tflops": self.tflops}
+
+    def cells(self) -> dict[str, str]:
+        """The row of the printed table."""
+        return {
+            "op": self.op,
+            "T": str(self.tokens),
+            "ms": f"{1e3 * self.seconds:,.3f}",
+            "fastest": f"{1e3 * self.seconds_min:,.3f}",
+            "slowest": f"{1e3 * self.seconds_max:,.3f}",
+            "by": self.by,
+            "eager ms": f"{1e3 * self.eager_seconds:,.3f}",
+            "host ms": f"{1e3 * self.host_seconds:,.3f}",
+            "TFLOP/s": f"{self.tflops:.1f}",
+            "MB beyond inputs": f"{self.peak_bytes / 1e6:,.1f}",
+            "over the best forward": "" if self.to_best_forward is None else f"{self.to_best_forward:.3f}",
+        }
 
 
-def parts(settings: Settings, clock: Clock) -> list[tuple[str, float, Callable[[], Part]]]:
-    """(name, seconds it needs at least, the part yet to be run), the most important first."""
-    planned: list[tuple[str, float, Callable[[], Part]]] = [
-        ("race", 60.0, lambda: race_part(settings, clock, settings.shape)),
-        ("actor_attn", 40.0, lambda: actor_part(settings, clock)),
+@dataclass
+class Field:
+    """Contestants that ran once, and what their race showed.
+
+    Attributes:
+        runs: what races; a contestant that can't run isn't in it.
+        absent: what can't run here or at this length, and why.
+        failed: "name: why" of what should have run.
+        eager, replayed: times by name; whatever could not be captured has no replays, but a reason in `failed`.
+    """
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
+    eager: dict[str, Timing] = field(default_factory=dict)
+    replayed: dict[str, Timing] = field(default_factory=dict)
+
+    def enter(self, name: str, make: Callable[[], Run], clock: Clock) -> None:
+        """Builds and runs a contestant; whatever it raises costs its own row."""
+        try:
+            run = make()
+            run()
+            self.peaks[name] = clock.peak_bytes(run)
+        except Exception as error:
+            self.failed[name] = told(error)
+        else:
+            self.runs[name] = run
+
+    def race(self, clock: Clock, rounds: int) -> None:
+        self.host = {name: clock.host_seconds(run) for name, run in self.runs.items()}
+        self.eager = clock.race(self.runs, rounds)
+        self.replayed, reasons = clock.race_replays(self.runs, rounds)
+        self.failed |= {name: f"not captured in a graph, {reason}" for name, reason in reasons.items()}
+
+    def best(self, plain: list[str]) -> str | None:
+        """The fastest of the plain forwards, by replays where there are any."""
+        timings = self.replayed if any(name in self.replayed for name in plain) else self.eager
+        there = [name for name in plain if name in timings]
+        return min(there, key=lambda name: timings[name].median) if there else None
+
+    def rows(self, tokens: int, flops: Mapping[str, int], best: str | None) -> tuple[Row, ...]:
+        return tuple(self._row(name, tokens, flops[name], best) for name in self.runs)
+
+    def ours_failed(self) -> bool:
+        return any(name in OURS for name in self.failed)
+
+    def not_measured(self) -> tuple[str, ...]:
+        return tuple(f"{name}: {reason}" for name, reason in self.failed.items())
+
+    def _row(self, name: str, tokens: int, flops: int, best: str | None) -> Row:
+        by, timings = ("replayed", self.replayed) if name in self.replayed else ("eager", self.eager)
+        timing = timings[name]
+        share = ratio(timing, timings[best]) if best is not None and best in timings else None
+        seconds = timing.median, min(timing.seconds), max(timing.seconds)
+        eager, host = self.eager[name].median, self.host[name]
+        return Row(name, tokens, *seconds, by, eager, host, flops, self.peaks[name], share)
+
+
+def parts(settings: Settings, clock: Clock, refused: Mapping[str, str], budget: Budget) -> list[Planned]:
+    """The most important first; rivals that take long to compile last. refused: see `refusals`."""
+    planned = [
+        Planned("race", 60.0, lambda: race_part(settings, clock, settings.shape, refused)),
+        Planned("actor_attn", 40.0, lambda: actor_part(settings, clock)),
     ]
     for tokens in settings.packed:
-        planned.append((f"packed_{tokens}", 15.0, lambda tokens=tokens: packed_part(settings, clock, tokens)))
+        planned.append(Planned(f"packed_{tokens}", 15.0, partial(packed_part, settings, clock, tokens)))
     for tokens in settings.lengths:
         shape = replace(settings.shape, tokens=tokens)
-        planned.append((f"race_{tokens}", 25.0, lambda shape=shape: race_part(settings, clock, shape)))
+        needed = 15.0 + tokens / 4096
+        planned.append(Planned(f"race_{tokens}", needed, partial(race_part, settings, clock, shape, refused)))
+    if any(one.late for one in settings.contestants):
+        for tokens in settings.late_lengths:
+            shape = replace(settings.shape, tokens=tokens)
+            planned.append(Planned(f"rivals_{tokens}", 30.0, partial(late_part, settings, clock, shape, budget)))
     return planned
 
 
 def check(settings: Settings, clock: Clock) -> list[tuple[Shape, str, list[Verdict]]]:
-    """Results against the fp64 reference, on the device. Raises GateError."""
-    passed = []
-    for shape in settings.gates:
-        for dtype in settings.gate_dtypes:
-            inputs = make_inputs(shape, dtype, clock.device, clock.backend)
-            # What takes seconds to compile is checked once.
-            every = shape == settings.gates[0] and dtype == torch.bfloat16
-            able = [one for one in settings.contestants if one.name in OURS or (every and not one.plain)]
-            able = [one for one in able if one.absent() is None]
-            passed.append((shape, str(dtype).removeprefix("torch."), verify(able, inputs)))
-    return passed
-
-
-def race_part(settings: Settings, clock: Clock, shape: Shape) -> Part:
-    """All contestants that are there and can take the length; claims at the settings' own shape."""
-    inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
-    runs, absent = {}, []
-    for one in settings.contestants:
-        reason = one.absent()
-        if reason is None and shape.tokens > one.max_tokens:
-            reason = f"only to T = {one.max_tokens}"
-        if reason is None:
-            run = one.make(inputs)
-            try:
-                run()
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            else:
-                runs[one.name] = run
-        if reason is not None:
-            absent.append(f"{one.name}: {reason}")
-    timings = clock.race(runs, settings.rounds if shape.tokens <= 16384 else 3)
-    chosen = {one.name: one for one in settings.contestants if one.name in runs}
-    plain = [name for name, one in chosen.items() if one.plain]
-    best = min(plain, key=lambda name: timings[name].median) if plain else None
-    rows = tuple(
-        _row(name, shape, timings[name], one.flops(shape), clock.peak_bytes(runs[name]), timings.get(best or ""))
-        for name, one in chosen.items()
-    )
-    claims = _claims(timings, best, shape) if shape == settings.shape else []
-    if shape == settings.shape and best is not None and "bands" in runs:
-        share = clock.graph_seconds(runs["bands"]) / clock.graph_seconds(runs[best])
-        claims.append(Claim(f"bands given lse: time over that of {best}, both in graphs", share, "×", at_most=0.05))
-    return Part(f"race_{shape.tokens}", rows, tuple(claims), tuple(absent))
-
-
-def _claims(timings: dict[str, Timing], best: str | None, shape: Shape) -> list[Claim]:
-    if best is None:
-        return []
-    aims = {"statistics": 0.5, "with_output": 1.05, "bands": None}
+    """Results of rhythm's ops against the fp64 reference, on the device. Raises GateError."""
+    ours = [one for one in settings.contestants if one.name in OURS]
     return [
-        Claim(
-            f"{name} at T={shape.tokens}: time over that of {best}",
-            ratio(timings[name], timings[best]),
-            "×",
-            at_most=aim,
-        )
-        for name, aim in aims.items()
-        if name in timings
+        (shape, _name(dtype), verify(ours, make_inputs(shape, dtype, clock.device, clock.backend)))
+        for shape in settings.gates
+        for dtype in settings.gate_dtypes
     ]
 
 
-def _row(op: str, shape: Shape, timing: Timing, flops: int, peak: int, best: Timing | None) -> Row:
-    to_best = None if best is None else ratio(timing, best)
-    return Row(op, shape.tokens, timing.median, min(timing.seconds), max(timing.seconds), flops, peak, to_best)
+def refusals(settings: Settings, clock: Clock, late: bool = False) -> dict[str, str]:
+    """Which others give wrong results or can't be checked, and why: they may not race, and nothing else is lost."""
+    refused = {}
+    for one in settings.contestants:
+        if one.name in OURS or one.late != late or one.absent() is not None:
+            continue
+        try:
+            verify([one], make_inputs(settings.gates[0], torch.bfloat16, clock.device, clock.backend))
+        except GateError as error:
+            refused[one.name] = str(error).splitlines()[-1].removeprefix(f"{one.name}: ")
+        except Exception as error:
+            refused[one.name] = told(error)
+    return refused
+
+
+def race_part(settings: Settings, clock: Clock, shape: Shape, refused: Mapping[str, str]) -> Part:
+    """All contestants that are there and can take the length; claims at the settings' own shape."""
+    able = [one for one in settings.contestants if not one.late]
+    return _race(f"race_{shape.tokens}", able, settings, clock, shape, refused)
+
+
+def late_part(settings: Settings, clock: Clock, shape: Shape, budget: Budget) -> Part:
+    """The rivals that take long to compile, beside the plain forwards and rhythm's sweep: checked, then raced."""
+    late = replace(settings, contestants=tuple(one for one in settings.contestants if one.late))
+    refused: dict[str, str] = {}
+    for one in late.contestants:
+        if budget.left < 20.0:
+            refused[one.name] = "budget"
+        else:
+            refused |= refusals(replace(late, contestants=(one,)), clock, late=True)
+    able = [one for one in settings.contestants if one.late or one.plain or one.name == "statistics"]
+    return _race(f"rivals_{shape.tokens}", able, settings, clock, shape, refused)
+
+
+def _race(
+    name: str,
+    able: list[Contestant],
+    settings: Settings,
+    clock: Clock,
+    shape: Shape,
+    refused: Mapping[str, str],
+) -> Part:
+    inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
+    found = Field()
+    for one in able:
+        reason = one.absent()
+        if reason is None and shape.tokens > one.max_tokens:
+            reason = f"only to T = {one.max_tokens}"
+        if reason is not None:
+            found.absent.append(f"{one.name}: {reason}")
+        elif one.name in refused:
+            found.failed[one.name] = refused[one.name]
+        else:
+            found.enter(one.name, partial(one.make, inputs), clock)
+    found.race(clock, settings.rounds if shape.tokens <= 16384 else 3)
+    best = found.best([one.name for one in able if one.plain])
+    rows = found.rows(shape.tokens, {one.name: one.flops(shape) for one in able}, best)
+    claims: list[Claim] = []
+    if name == f"race_{settings.shape.tokens}":
+        claims = _claims({**found.replayed, "bands": found.eager.get("bands")}, best, shape, found.eager)
+        claims += _bands_claim(found.replayed, best)
+    return Part(
+        name,
+        tuple(row.json() for row in rows),
+        tuple(claims),
+        tuple(found.absent),
+        found.not_measured(),
+        found.ours_failed(),
+        tuple(row.cells() for row in rows),
+    )
+
+
+def _claims(
+    timings: Mapping[str, Timing | None], best: str | None, shape: Shape, eager: Mapping[str, Timing] | None = None
+) -> list[Claim]:
+    """Times over that of the best plain forward, of replays; bands without an aim, eager where that was measured."""
+    aims = {"statistics": 0.5, "with_output": 1.05, "bands": None}
+    claims = []
+    for name, aim in aims.items():
+        eagerly = eager is not None and name == "bands"
+        over = (eager if eager is not None and eagerly else timings).get(best or "")
+        if (timing := timings.get(name)) is not None and over is not None:
+            how = ", both eager" if eagerly else "" if eager is None else ", both replayed"
+            what = f"{name} at T={shape.tokens}: time over that of {best}{how}"
+            claims.append(Claim(what, ratio(timing, over), "×", at_most=aim))
+    return claims
+
+
+def _bands_claim(replayed: Mapping[str, Timing], best: str | None) -> list[Claim]:
+    if best not in replayed or "bands" not in replayed:
+        return []
+    share = ratio(replayed["bands"], replayed[best])
+    return [Claim(f"bands given lse: time over that of {best}, both replayed", share, "×", at_most=0.05)]
 
 
 def lengths_of(tokens: int, mean: int) -> list[int]:
@@ -185,66 +309,89 @@ def packed_part(settings: Settings, clock: Clock, tokens: int) -> Part:
     inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
     cu_seqlens = torch.tensor([0, *lengths], device=clock.device).cumsum(0).to(torch.int32)
     prompt_lens = torch.tensor([length * 15 // 100 for length in lengths], device=clock.device)
-    arguments: dict[str, Any] = {"cu_seqlens": cu_seqlens, "prompt_lens": prompt_lens, "window": WINDOW}
-    arguments |= {"horizon": HORIZON, "backend": clock.backend}
-    q, k, v = inputs.q, inputs.k, inputs.v
-    lse: Tensor = attention_statistics(q, k, **arguments).lse
-    runs: dict[str, Callable[[], Any]] = {
-        "statistics": lambda: attention_statistics(q, k, **arguments),
-        "with_output": lambda: attention_with_statistics(q, k, v, **arguments),
-        "bands": lambda: attention_statistics(q, k, lse=lse, span=False, **arguments),
-    }
-    absent, forwards = [], {}
-    for name in ("flash_attn", "sdpa_flash"):
-        forwards[name] = _varlen(name, inputs.q, inputs.k, inputs.v, cu_seqlens, inputs.scale)
-        try:
-            forwards[name]()
-        except (RuntimeError, ValueError) as error:
-            absent.append(f"{name}: {str(error).splitlines()[0]}")
-            del forwards[name]
-    timings = clock.race(runs | forwards, settings.rounds)
-    best = min(forwards, key=lambda name: timings[name].median) if forwards else None
+    found = Field()
+    for name, make in packed_ops(inputs, cu_seqlens, prompt_lens).items():
+        found.enter(name, make, clock)
+    forwards = ("flash_attn", "sdpa_flash")
+    for name in forwards:
+        if (reason := _varlen_absent(name, inputs, cu_seqlens)) is not None:
+            found.absent.append(f"{name}: {reason}")
+        else:
+            found.enter(name, partial(_varlen, name, inputs, cu_seqlens), clock)
+    found.race(clock, settings.rounds)
     sequences = [replace(shape, tokens=n, prompt=n * 15 // 100) for n in lengths]
     flops = sum(score_flops(sequence) for sequence in sequences)
     whole = sum(score_flops(replace(sequence, prompt=0)) for sequence in sequences)
     counted = {"statistics": flops, "bands": 0} | dict.fromkeys(("with_output", *forwards), 2 * whole)
-    rows = tuple(
-        _row(name, shape, timings[name], counted[name], clock.peak_bytes(run), timings.get(best or ""))
-        for name, run in (runs | forwards).items()
-    )
+    rows = found.rows(tokens, counted, found.best(list(forwards)))
     return Part(
-        f"packed_{tokens}", rows, (), (*absent, f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens")
+        f"packed_{tokens}",
+        tuple(row.json() for row in rows),
+        (),
+        (*found.absent, f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens"),
+        found.not_measured(),
+        found.ours_failed(),
+        tuple(row.cells() for row in rows),
     )
 
 
-def _varlen(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Callable[[], Any]:
+def packed_ops(inputs: Inputs, cu_seqlens: Tensor, prompt_lens: Tensor) -> dict[str, Callable[[], Run]]:
+    """Makers of rhythm's ops on a packed batch."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    arguments: dict[str, Any] = {"cu_seqlens": cu_seqlens, "prompt_lens": prompt_lens, "window": WINDOW}
+    arguments |= {"horizon": HORIZON, "backend": inputs.backend}
+
+    def bands() -> Run:
+        lse = attention_statistics(q, k, **arguments).lse
+        return lambda: attention_statistics(q, k, lse=lse, span=False, **arguments)
+
+    return {
+        "statistics": lambda: lambda: attention_statistics(q, k, **arguments),
+        "with_output": lambda: lambda: attention_with_statistics(q, k, v, **arguments),
+        "bands": bands,
+    }
+
+
+def _varlen_absent(name: str, inputs: Inputs, cu_seqlens: Tensor) -> str | None:
     from rhythm import forwards
+
+    forward = forwards.FORWARDS[name]
+    return forward.unavailable() or forward.refuses(inputs.q, inputs.k, _layout(inputs, cu_seqlens))
+
+
+def _varlen(name: str, inputs: Inputs, cu_seqlens: Tensor) -> Run:
+    from rhythm import forwards
+
+    layout, forward = _layout(inputs, cu_seqlens), forwards.FORWARDS[name]
+    return lambda: forward.run(inputs.q, inputs.k, inputs.v, layout, inputs.scale)
+
+
+def _layout(inputs: Inputs, cu_seqlens: Tensor) -> Any:
     from rhythm.arguments import Layout
 
-    layout = Layout(q.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens, None)
-
-    def run() -> Any:
-        forward = forwards.choose(name, q, k, layout)
-        assert forward is not None
-        return forward.run(q, k, v, layout, scale)
-
-    return run
+    return Layout(inputs.q.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens, None)
 
 
 def actor_part(settings: Settings, clock: Clock) -> Part:
     """rhythm.observe of a whole model, its share of the plain forward, and a pass over the longest sequence."""
-    dtype = torch.bfloat16
-    model = actor_attn.build(settings.model, clock.device, dtype, settings.longest)
+    model = actor_attn.build(settings.model, clock.device, torch.bfloat16, settings.longest)
     ids = actor_attn.token_ids(settings.model, clock.device, settings.shape.tokens)
-    plain, observed = actor_attn.race(model, ids, clock, 3)
-    claims = [
-        Claim(f"actor_attn at T={ids.shape[1]}: time over the plain forward's", observed / plain, "×", at_most=0.7)
-    ]
+    timings = actor_attn.race(model, ids, clock, 3)
+    share = ratio(timings["observe"], timings["plain"])
+    facts = {f"{name}_seconds": list(timing.seconds) for name, timing in timings.items()}
+    name = f"actor_attn at T={ids.shape[1]}: time over the plain forward's, both eager"
+    claims = [Claim(name, share, "×", at_most=0.7)]
     longest = actor_attn.token_ids(settings.model, clock.device, settings.longest)
+    failed = []
     try:
-        signals = actor_attn.observe(model, longest, clock)
+        signals = actor_attn.observer(model, longest, clock)()
         done = float(signals.waad[:, settings.longest // 4 :].isfinite().all())
-    except torch.OutOfMemoryError:
+    except Exception as error:  # too little memory, or anything else: the share above stays
+        failed.append(f"{settings.longest} tokens: {told(error)}")
         done = 0.0
     claims.append(Claim(f"actor_attn of {settings.longest} tokens in memory (1: yes)", done, "", at_least=1.0))
-    return Part("actor_attn", (), tuple(claims))
+    return Part("actor_attn", (), tuple(claims), (), tuple(failed), facts=facts)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

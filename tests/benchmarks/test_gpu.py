@@ -72,7 +72,7 @@ def test_a_wrong_result_closes_the_gate(tmp_path: Path, monkeypatch: pytest.Monk
         right = cpu_contestants.eager(inputs)
         return lambda: {name: x * 1.01 for name, x in right().items()}
 
-    broken = (contestants.Contestant("eager", wrong, lambda shape: 1),)
+    broken = (contestants.Contestant("statistics", wrong, lambda shape: 1),)
     monkeypatch.setattr("benchmarks.gpu.run.INTERPRETED", replace(QUICK, contestants=broken))
     console = Console(record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     assert run("interpreter", tmp_path, console, console, Budget(60)) == 1
