@@ -1,4 +1,4 @@
-# make train | make test | make test-cluster | make lint | make bench | make gpu    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+# make train | make test | make test-cluster | make lint | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
 PYTHON ?= python3
 TORCH  ?= cpu
 VENV   ?= .venv
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 RUN_PYTHON ?= $(BIN)/python
 
-.PHONY: install cluster train test test-fast test-cluster wheel-test lint bench gpu compile-ahead clean
+.PHONY: install cluster train test test-fast test-cluster wheel-test lint bench gpu gpu-check gpu-race gpu-record gpu-tree compile-ahead clean
 
 install: $(STAMP)
 
@@ -70,11 +70,33 @@ wheel-test: install
 bench: install
 	$(BIN)/python -m benchmarks.run --device cpu
 
-# On a machine with an NVIDIA GPU, under 9 minutes; make gpu RUN_PYTHON=python takes the environment that is active.
+# On a machine with an NVIDIA GPU: three commands, each under 9 minutes and each with records of its own (docs/gpu.md).
+# RUN_PYTHON=python takes the environment that is active: torch, triton, numpy, pytest and transformers are enough.
+# A folder of links has rhythm with its kernels, and keeps kernels/ from being importable as `kernels`.
+GPU_TREE := build/gpu
+GPU_FLAGS ?=
+GPU = PYTHONPATH="$(CURDIR)/$(GPU_TREE)$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1 RHYTHM_AUTOTUNE=0 \
+  timeout --kill-after=5 530 $(RUN_PYTHON) -P -m benchmarks.gpu
+
 gpu:
-	$(RUN_PYTHON) -m pytest -o addopts=--import-mode=importlib -q -m gpu tests/kernels
-	$(RUN_PYTHON) -m pytest -o addopts=--import-mode=importlib -q tests/kernels -k "bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits"
-	RHYTHM_AUTOTUNE=1 $(RUN_PYTHON) -m benchmarks.run --device cuda --budget 330
+	$(MAKE) gpu-check
+	$(MAKE) gpu-race
+	$(MAKE) gpu-record
+
+gpu-tree:
+	mkdir -p $(GPU_TREE)/rhythm
+	ln -sfn $(CURDIR)/rhythm/* $(GPU_TREE)/rhythm/
+	ln -sfn $(CURDIR)/kernels $(GPU_TREE)/rhythm/kernels
+	ln -sfn $(CURDIR)/benchmarks $(GPU_TREE)/benchmarks
+
+gpu-check: gpu-tree
+	$(GPU) check --budget 480 $(GPU_FLAGS)
+
+gpu-race: gpu-tree
+	$(GPU) race --budget 480 $(GPU_FLAGS)
+
+gpu-record: gpu-tree
+	$(GPU) record --budget 480 $(GPU_FLAGS)
 
 # What the kernels compile to, without a GPU; the record that the tests compare with.
 compile-ahead: install

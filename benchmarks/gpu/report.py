@@ -1,4 +1,4 @@
-"""A run's record and what it prints: parts one after the other, each written when it is done, none able to lose another.
+"""A run's record and what it prints: one part after the other, each written when it is done, none losing another.
 
 Only torch, Triton and NumPy are needed here and in what this imports: a machine with a GPU may have little else.
 """
@@ -88,7 +88,9 @@ class Report:
             "not_measured": [],
         }
         self.path = None if records is None else records / folder(self.record["machine"]["name"]) / file
-        self.say(", ".join(f"{key} {value}" for key, value in (self.record["machine"] | self.record["software"]).items()))
+        self.say(
+            ", ".join(f"{key} {value}" for key, value in (self.record["machine"] | self.record["software"]).items())
+        )
 
     def run(self, parts: Sequence[Planned], budget: Budget) -> None:
         """Every part that the budget has room for; the record is written after each."""
@@ -152,7 +154,10 @@ def aligned(table: Sequence[dict[str, str]]) -> list[str]:
     rows = [list(table[0]), *(list(row.values()) for row in table)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(zip(row, widths)))
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 

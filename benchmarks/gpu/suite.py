@@ -45,6 +45,7 @@ class Settings:
     late_lengths: tuple[int, ...] = (8192, 4096)
 
 
+FULL = Settings()
 INTERPRETED = Settings(
     contestants=INTERPRETER,
     shape=Shape(96, query_heads=4, key_heads=2, head_size=16),

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,3 +22,41 @@ if "benchmarks" not in sys.modules:
     package = importlib.util.module_from_spec(spec)
     sys.modules["benchmarks"] = package
     spec.loader.exec_module(package)
+
+
+@pytest.fixture(scope="session")
+def smallest() -> Any:
+    """Settings of the GPU's benchmark: rhythm's ops and the plain forwards, at shapes of a tile or two."""
+    from benchmarks.gpu import suite
+    from benchmarks.gpu.actor_attn import Dimensions
+    from benchmarks.shapes import Shape
+
+    names = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "statistics", "with_output", "bands")
+    return replace(
+        suite.INTERPRETED,
+        contestants=tuple(one for one in suite.INTERPRETED.contestants if one.name in names),
+        shape=Shape(40, query_heads=2, key_heads=1, head_size=16),
+        gates=(Shape(33, prompt=5, query_heads=2, key_heads=1, head_size=16),),
+        gate_dtypes=(torch.bfloat16,),
+        lengths=(24,),
+        packed=(30,),
+        mean_length=12,
+        model=Dimensions(2, 16, 16, 2, 1, 8, 20),
+        longest=24,
+        late_lengths=(40,),
+    )
+
+
+@pytest.fixture(scope="session")
+def rehearse() -> Callable[..., dict[str, Any]]:
+    """rehearse(command, folder, code=0, budget=480): the record of a command of `make gpu`, its times made up."""
+    from benchmarks.gpu.__main__ import main
+
+    def run(command: str, folder: Path, code: int = 0, budget: float = 480.0) -> dict[str, Any]:
+        arguments = [command, "--device", "rehearsal", "--records", str(folder), "--budget", str(budget)]
+        assert main(arguments) == code
+        (path,) = (folder / "rehearsal").glob("*.json")
+        parsed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return parsed
+
+    return run

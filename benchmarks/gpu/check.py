@@ -1,0 +1,181 @@
+"""gpu-check: what this card can do, and whether every kernel is right on it, before anything is raced.
+
+If a result is wrong, the ops run again with small tiles and without the tensor memory accelerator: which of these is
+right says where to look.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks import ROOT
+from benchmarks.contestants import Outputs
+from benchmarks.gpu.ceilings import HOPPER, Sizes, card_part, ceilings_part
+from benchmarks.gpu.clock import Budget, Clock, clock_of, told
+from benchmarks.gpu.contestants import Contestant
+from benchmarks.gpu.report import Console, Part, Planned, Report
+from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Settings
+from benchmarks.registry import Benchmark
+from benchmarks.shapes import Inputs, Shape, make_inputs
+from benchmarks.verify import GateError, verify
+
+IMPORT_MODE = "--import-mode=importlib"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A run of pytest: its arguments, and the seconds it may take."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    suite: Settings = FULL
+    sizes: Sizes = HOPPER
+    tests: tuple[Selection, ...] = (
+        Selection("tests marked gpu", ("-m", "gpu", "tests/kernels", "tests/benchmarks"), 120.0),
+        Selection(
+            "the kernels' own tests, compiled",
+            ("tests/kernels", "-k", "bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits or tma"),
+            240.0,
+        ),
+    )
+    rounds: int = 15
+
+
+REHEARSED = CheckSettings(
+    INTERPRETED,
+    Sizes(matmul=16, copied=64, cached=(4 * 4096,), passes=2, programs=2),
+    (Selection("tests of tiles", ("tests/kernels/test_tuning.py", "-k", "needed_memory"), 120.0),),
+    rounds=2,
+)
+
+
+def run(device: str, records: Path | None, console: Console, errors: Console, budget: Budget) -> int:
+    """The parts in turn; see `benchmarks.gpu.run.run` for arguments and exit codes."""
+    clock = clock_of(device)
+    if clock is None:
+        errors.print("--device cuda: torch sees no CUDA device", style="red")
+        return 2
+    settings = CheckSettings() if device == "cuda" else REHEARSED
+    report = Report(clock, "gpu_check.json", records, console, errors)
+    report.run(parts(settings, clock, budget), budget)
+    if report.record["parts"].get("contestants", {}).get("wrong"):
+        report.run([Planned("bisection", 10.0, lambda: bisection_part(settings.suite, clock))], budget)
+    if report.failed:
+        report.complain("Something is wrong above: race and record nothing before it is found (docs/gpu.md).")
+    return report.end()
+
+
+def parts(settings: CheckSettings, clock: Clock, budget: Budget) -> list[Planned]:
+    """The contestants come before the tests: they are what the other two commands race."""
+    suite = settings.suite
+    plain = tuple(one for one in suite.contestants if one.plain)
+    return [
+        Planned("card", 1.0, card_part),
+        Planned("ceilings", 20.0, lambda: ceilings_part(clock, settings.sizes, suite.shape, plain, settings.rounds)),
+        Planned("contestants", 30.0, lambda: contestants_part(suite, clock)),
+        *(Planned(tests.name, 10.0, lambda tests=tests: tests_part(tests, budget)) for tests in settings.tests),
+    ]
+
+
+def contestants_part(suite: Settings, clock: Clock) -> Part:
+    """Rhythm's contestants replayed from CUDA graphs, their results overwritten before, against the fp64 reference."""
+    rows, wrong = [], []
+    for one, shape, dtype in _cases(suite):
+        inputs = make_inputs(shape, dtype, clock.device, clock.backend)
+        case = {"op": one.name, "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
+        try:
+            verdicts = verify([_replayed(one, clock)], inputs)
+        except Exception as error:  # wrong, or it could not be captured: both are findings
+            reason = str(error).splitlines()[-1] if isinstance(error, GateError) else told(error)
+            wrong.append(f"{' '.join(case.values())}: {reason}")
+        else:
+            rows += [case | {"result": v.result, "error": v.error, "allowed": v.allowed} for v in verdicts]
+    table = tuple({key: f"{x:.1e}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+    return Part("contestants", tuple(rows), (), (), tuple(wrong), bool(wrong), table, {"wrong": wrong})
+
+
+def bisection_part(suite: Settings, clock: Clock) -> Part:
+    """The same with other tiles: if small ones are right, the tiles are wrong; if those without TMA are, its loads."""
+    from rhythm.kernels.configurations import Kind, Tile, architecture, candidates, shared_memory
+    from rhythm.kernels.launch import forced
+
+    device = torch.device(clock.device)
+
+    def without_tma(kind: Kind) -> list[Tile]:
+        tile, *_ = candidates(architecture(device), kind, shared_memory(device), False)
+        return [replace(tile, tma=False)]
+
+    choices = {"tiles of 32 × 32": lambda kind: [Tile(32, 32, 4, 1)], "the same tiles, TMA off": without_tma}
+    facts: dict[str, list[str]] = {}
+    for name, choice in choices.items():
+        with forced(choice):
+            facts[name] = contestants_part(suite, clock).facts["wrong"]
+    table = tuple(
+        {"tiles": name, "": "right", "what": ""} if not wrong else {"tiles": name, "": "WRONG", "what": wrong[0]}
+        for name, wrong in facts.items()
+    )
+    return Part("bisection", (), table=table, facts={"wrong with": facts})
+
+
+def tests_part(tests: Selection, budget: Budget) -> Part:
+    """pytest in a process of its own, stopped when its time or the budget is over."""
+    spread = ("-n", "8") if find_spec("xdist") and (os.cpu_count() or 1) >= 8 else ()
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-o",
+        f"addopts={IMPORT_MODE}",
+        "-q",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += [*spread, *tests.arguments]
+    seconds = max(min(tests.seconds, budget.left - 5.0), 1.0)
+    started = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return Part(tests.name, (), (), (), (f"stopped after {seconds:.0f} s",), True)
+    output = done.stdout.strip().splitlines()
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output[-1])}
+    failed = [line for line in output if line.startswith(("FAILED", "ERROR"))]
+    facts = {"command": command[1:], "exit": done.returncode, "counts": counts, "failed": failed}
+    facts["seconds"] = time.monotonic() - started
+    wrong = done.returncode != 0 or not counts.get("passed")
+    if wrong:
+        facts["tail"] = output[-60:] + done.stderr.splitlines()[-20:]
+    said = (", ".join(f"{number} {word}" for word, number in counts.items()) or output[-1], *failed)
+    return Part(tests.name, (), (), said, (), wrong, facts=facts)
+
+
+def _cases(suite: Settings) -> list[tuple[Contestant, Shape, torch.dtype]]:
+    ours = [one for one in suite.contestants if one.name in OURS]
+    return [(one, shape, dtype) for shape in suite.gates for dtype in suite.gate_dtypes for one in ours]
+
+
+def _replayed(one: Contestant, clock: Clock) -> Benchmark:
+    """The contestant as the gate takes it."""
+
+    def make(inputs: Inputs) -> Callable[[], Outputs]:
+        run = one.make(inputs)
+        return lambda: clock.poisoned_replay(run)
+
+    return Benchmark(one.name, make, one.flops, lambda shape, dtype: 0, "")

@@ -1,0 +1,111 @@
+"""gpu-check rehearsed whole, at the smallest shapes: kernels in the interpreter, times made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rhythm.kernels.configurations import TABLES, Kind, Tile
+from rhythm.kernels.launch import _forced
+
+from benchmarks import contestants as ops
+from benchmarks.gpu import check
+from benchmarks.gpu.check import Selection
+from benchmarks.gpu.clock import Budget
+from benchmarks.gpu.suite import Settings
+from benchmarks.shapes import Inputs, Shape
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # numpy's and flex attention's, uncompiled
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen where there is no GPU"),
+]
+SHAPE = Shape(40, query_heads=2, key_heads=1, head_size=16)
+
+
+@pytest.fixture(scope="module")
+def checked(
+    tmp_path_factory: pytest.TempPathFactory, smallest: Settings, rehearse: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "REHEARSED", replace(check.REHEARSED, suite=smallest))
+        return rehearse("check", tmp_path_factory.mktemp("records"))
+
+
+def test_check_finds_ceilings(checked: dict[str, Any]) -> None:
+    assert list(checked["parts"]) == ["card", "ceilings", "contestants", "tests of tiles"]
+    rows = {row["name"]: row for row in checked["parts"]["ceilings"]["rows"]}
+    assert list(rows) == ["matmul 16³, bf16", "copy, read and written", "L2 read, 0 MB", f"sdpa_flash {SHAPE}"]
+    matmul = rows["matmul 16³, bf16"]
+    assert matmul["rate"] == pytest.approx(2 * 16**3 / matmul["seconds"] / 1e12)
+    read = rows["L2 read, 0 MB"]
+    assert read["rate"] == pytest.approx(2 * 2 * 4 * 4096 / read["seconds"] / 1e12)
+    (claim,) = checked["parts"]["ceilings"]["claims"]
+    assert claim["at_least"] == 500
+    assert claim["value"] == rows[f"sdpa_flash {SHAPE}"]["rate"]
+    assert claim["met"] is False
+
+
+def test_check_compares_our_contestants_with_the_reference(checked: dict[str, Any]) -> None:
+    rows = checked["parts"]["contestants"]["rows"]
+    assert {(row["op"], row["result"]) for row in rows} == {
+        *(("statistics", name) for name in ("span", "waad", "fai", "lse")),
+        *(("with_output", name) for name in ("out", "span", "waad", "fai", "lse")),
+        ("bands", "waad"), ("bands", "fai"),
+    }  # fmt: skip
+    assert all(row["error"] <= row["allowed"] for row in rows)
+    assert any(row["error"] > 0 for row in rows)
+    assert checked["parts"]["tests of tiles"]["counts"] == {"passed": 1}
+
+
+def test_a_wrong_kernel_is_bisected(
+    smallest: Settings,
+    rehearse: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Statistics that are wrong unless tiles of 32 × 32 are forced; the interpreter's own tile has another size."""
+    monkeypatch.setitem(
+        TABLES, "interpreter", {s: {g: [Tile(16, 16, 1, 1)] for g in t} for s, t in TABLES["interpreter"].items()}
+    )
+    real = ops.statistics
+
+    def make(inputs: Inputs) -> Callable[[], Any]:
+        call = real(inputs)
+
+        def wrong_with_large_tiles() -> Any:
+            found, choice = call(), _forced.get()
+            small = choice is not None and choice(Kind("row", 2, 16)) == [Tile(32, 32, 4, 1)]
+            return found if small else found | {"waad": found["waad"] + 0.5}
+
+        return wrong_with_large_tiles
+
+    contestants_ = tuple(replace(one, make=make) for one in smallest.contestants if one.name == "statistics")
+    settings = replace(check.REHEARSED, suite=replace(smallest, contestants=contestants_), tests=())
+    monkeypatch.setattr(check, "REHEARSED", settings)
+    record = rehearse("check", tmp_path, code=1)
+    (reason,) = record["parts"]["contestants"]["wrong"]
+    assert reason.startswith("statistics T=33, Hq=2, Hkv=1, D=16 bfloat16: statistics: waad has error ")
+    found = record["parts"]["bisection"]["wrong with"]
+    assert found["tiles of 32 × 32"] == []
+    assert len(found["the same tiles, TMA off"]) == 1
+    assert "race and record nothing" in capsys.readouterr().out
+
+
+def test_failing_tests_fail_the_check(tmp_path: Path) -> None:
+    failing = tmp_path / "test_it.py"
+    failing.write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n", encoding="utf-8")
+    part = check.tests_part(Selection("a", (str(failing),), 60.0), Budget(100))
+    assert part.failed
+    assert part.facts["counts"] == {"failed": 1, "passed": 1}
+    assert part.facts["failed"][0].split(" - ")[0].endswith("test_it.py::test_wrong")
+    assert check.tests_part(Selection("a", (str(failing), "-k", "no_such_test"), 60.0), Budget(100)).failed
+    slow = tmp_path / "test_slow.py"
+    slow.write_text("import time\ndef test_slow(): time.sleep(60)\n", encoding="utf-8")
+    stopped = check.tests_part(Selection("a", (str(slow),), 2.0), Budget(100))
+    assert stopped.failed
+    assert stopped.not_measured == ("stopped after 2 s",)

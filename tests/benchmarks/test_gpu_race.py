@@ -1,0 +1,207 @@
+"""gpu-race rehearsed whole, at the smallest shapes: kernels in the interpreter, times made up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rhythm.kernels.configurations import TABLES, Kind, Tile
+from rhythm.kernels.launch import _forced
+from triton.runtime.errors import OutOfResources
+
+from benchmarks import contestants as ops
+from benchmarks.contestants import Maker
+from benchmarks.gpu import race, tile_race
+from benchmarks.gpu.clock import Budget, MadeUpClock
+from benchmarks.gpu.suite import Settings
+from benchmarks.shapes import Inputs, Shape
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # numpy's and flex attention's, uncompiled
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen where there is no GPU"),
+]
+MADE_UP = MadeUpClock.made_up
+SHAPE = Shape(40, query_heads=2, key_heads=1, head_size=16)
+TILES = [Tile(32, 32, 1, 1), Tile(16, 32, 1, 1), Tile(16, 16, 1, 1)]
+
+
+def settings_of(smallest: Settings) -> race.RaceSettings:
+    """The prototypes' shapes have the head size that prototypes take."""
+    gate, raced = (Shape(tokens, query_heads=2, key_heads=1, head_size=64) for tokens in (33, 40))
+    return replace(race.REHEARSED, suite=smallest, gates=(gate,), raced=raced)
+
+
+def names(part: dict[str, Any], key: str = "op") -> list[str]:
+    return [row[key] for row in part["rows"]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    name: str
+    make: Maker
+    reason: str | None = None
+
+    def absent(self) -> str | None:
+        return self.reason
+
+
+def span_and_lse(inputs: Inputs) -> Callable[[], Any]:
+    call = ops.eager(inputs)
+
+    def found() -> Any:
+        results = call()
+        return {"span": results["span"][None], "lse": results["lse"]}
+
+    return found
+
+
+def compiles_not(inputs: Inputs) -> Callable[[], Any]:
+    raise ValueError("ptxas fatal")
+
+
+TRIALS = (
+    Trial("right", span_and_lse),
+    Trial("wrong", lambda inputs: lambda: {"lse": 1.1 * ops.eager(inputs)()["lse"]}),
+    Trial("raises", compiles_not),
+    Trial("elsewhere", span_and_lse, "needs another card"),
+)
+
+
+@pytest.fixture(scope="module")
+def raced(
+    tmp_path_factory: pytest.TempPathFactory, smallest: Settings, rehearse: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """Two kinds of sweep; of the rows' three tiles the last one has no room."""
+    folder = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(race, "REHEARSED", replace(settings_of(smallest), sweeps=("row", "bands_band")))
+        patch.setattr(race, "prototypes", lambda: TRIALS)
+        patch.setattr(tile_race, "attention_statistics", without_room(tile_race.attention_statistics))
+        patch.setitem(TABLES, "interpreter", TABLES["interpreter"] | {"row": {"half128": TILES}})
+        patch.setenv("RHYTHM_CACHE", str(folder / "cache"))
+        patch.setattr("rhythm.kernels.tuning.measured", lambda call, tile: float(tile.rows + tile.keys))
+        return rehearse("race", folder)
+
+
+def without_room(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, for which a tile of 16 × 16 is too large: what Triton raises when a kernel is launched."""
+
+    def run(*arguments: Any, **more: Any) -> Any:
+        choice = _forced.get()
+        if choice is not None and TILES[2] in choice(Kind("row", 2, 16)):
+            raise OutOfResources(300, 200, "shared memory")
+        return op(*arguments, **more)
+
+    return run
+
+
+def test_tiles_race_by_replays(raced: dict[str, Any]) -> None:
+    part = raced["parts"]["tiles_row"]
+    named = ["32 × 32, 1 warps, 1 stages", "16 × 32, 1 warps, 1 stages"]
+    assert sorted(names(part, "tile")) == sorted(named)
+    times = {row["tile"]: row["seconds"] for row in part["rows"]}
+    assert times == {name: pytest.approx(MADE_UP(name) * 1.005) for name in named}
+    fastest = min(named, key=MADE_UP)
+    assert [row["tile"] for row in part["rows"] if "fastest" in row["is"]] == [fastest]
+    assert [row["tile"] for row in part["rows"] if "default" in row["is"]] == [named[0]]
+    missing = [reason for reason in raced["not_measured"] if reason.startswith("tiles_row")]
+    assert len(missing) == 1
+    assert missing[0].startswith("tiles_row, 16 × 16, 1 warps, 1 stages: OutOfResources: ")
+    assert names(raced["parts"]["tiles_bands_band"], "tile") == [named[0]]
+
+
+def test_a_tile_with_other_results_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLES, "interpreter", TABLES["interpreter"] | {"row": {"half128": TILES[:2]}})
+    compared: list[str] = []
+
+    def different(actual: Any, expected: Any) -> str | None:
+        compared.append("")
+        changed = actual | {"lse": actual["lse"] + (len(compared) - 1)}
+        return real(changed, expected)
+
+    real = tile_race.different
+    monkeypatch.setattr(tile_race, "different", different)
+    part = tile_race.tiles_part("row", SHAPE, MadeUpClock(), 2, Budget(100))
+    assert part.failed
+    assert [row["tile"] for row in part.rows] == ["32 × 32, 1 warps, 1 stages"]
+    (reason,) = part.not_measured
+    assert reason.startswith("16 × 32, 1 warps, 1 stages: WRONG: lse differs by ")
+
+
+def test_only_the_raced_sweep_runs_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[int]] = {}
+
+    def launched(kind: Kind, *arguments: Any, **more: Any) -> None:
+        choice = _forced.get()
+        assert choice is not None
+        seen.setdefault(kind.sweep, []).append(len(choice(kind)))
+
+    class Watching(MadeUpClock):
+        def race_replays(self, runs: Any, rounds: int) -> Any:
+            for name in ("row_sweep", "column_sweep"):
+                monkeypatch.setattr(sys.modules[f"rhythm.kernels.{name}"], "launch", launched)
+            return super().race_replays(runs, rounds)
+
+    tile_race.tiles_part("row", SHAPE, Watching(), 2, Budget(100))
+    assert seen == {"row": [1], "column_band": [0]}
+
+
+@pytest.mark.parametrize("sweep", race.SWEEPS)
+def test_every_kind_of_sweep_has_an_op_that_runs_it(sweep: str) -> None:
+    part = tile_race.tiles_part(sweep, SHAPE, MadeUpClock(), 2, Budget(100))
+    assert [row["tile"] for row in part.rows] == ["32 × 32, 1 warps, 1 stages"]
+    assert part.not_measured == ()
+
+
+def test_prototypes_race_beside_the_plain_forward(raced: dict[str, Any]) -> None:
+    part = raced["parts"]["prototypes"]
+    assert names(part) == ["sdpa_flash", "statistics", "with_output", "right"]
+    right = part["rows"][-1]
+    assert right["to_best_forward"] == pytest.approx(MADE_UP("right") / MADE_UP("sdpa_flash"))
+    assert "elsewhere: needs another card" in part["absent"]
+    assert "prototypes, raises: ValueError: ptxas fatal" in raced["not_measured"]
+    assert any(reason.startswith("prototypes, wrong: lse has error 1.0e-01") for reason in raced["not_measured"])
+
+
+def test_the_trees_own_prototypes_are_right(smallest: Settings) -> None:
+    """Those that the interpreter can run; where there are none, the race says so."""
+    trials: Sequence[Any] = [one for one in race.prototypes() if one.absent() is None]
+    part = race.prototypes_part(race.prototypes(), (), settings_of(smallest), MadeUpClock(), Budget(100))
+    assert {row["op"] for row in part.rows} == {"statistics", "with_output", *(one.name for one in trials)}
+    assert part.not_measured == ()
+    assert trials or part.absent[-1] == "prototypes: there are none (benchmarks.gpu.prototypes)"
+
+
+def test_profiles(raced: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = raced["parts"]["kernels"]["rows"]
+    assert {row["op"] for row in rows} == {"sdpa_flash", "statistics", "with_output", "bands"}
+    assert any(row["kernel"] == "rhythm::attention_statistics" and row["seconds"] > 0 for row in rows)
+    assert "counters, ncu: the command ncu (Nsight Compute) is not on the PATH" in raced["not_measured"]
+
+    ncu = tmp_path / "ncu"
+    ncu.write_text(
+        '#!/bin/sh\ncase "$*" in *cudnn*) echo "==ERROR== no kernel"; exit 3;; esac\necho "$@"\n', encoding="utf-8"
+    )
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    part = race.counters_part("rehearsal", Budget(1000))
+    assert list(part.facts["ncu"]) == ["statistics, row_sweep", "bands, bands", "with_output, row_sweep"]
+    (said,) = part.facts["ncu"]["bands, bands"]
+    assert "--clock-control none" in said
+    assert "-k regex:bands " in said
+    assert said.endswith("-m benchmarks.gpu.profile bands rehearsal")
+    assert part.not_measured == ("sdpa_cudnn, .: ncu ended with 3: ==ERROR== no kernel",)
+
+
+def test_the_tuner_keeps_what_it_chose(raced: dict[str, Any]) -> None:
+    kept = json.loads(raced["parts"]["tuner"]["file"])
+    ((key, tile),) = kept.items()
+    assert ", row, 2 bytes" in key
+    assert (tile["rows"], tile["keys"]) == (16, 16)
+    assert list(raced["parts"])[-1] == "tuner"
