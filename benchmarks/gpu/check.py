@@ -46,7 +46,7 @@ class CheckSettings:
     suite: Settings = FULL
     sizes: Sizes = HOPPER
     tests: tuple[Selection, ...] = (
-        Selection("tests marked gpu", ("-m", "gpu", "tests/kernels", "tests/benchmarks"), 120.0),
+        Selection("tests marked gpu", ("-m", "gpu", "tests/kernels", "tests/benchmarks/test_on_gpu.py"), 120.0),
         Selection(
             "the kernels' own tests, compiled",
             ("tests/kernels", "-k", "bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits or tma"),

@@ -100,7 +100,6 @@ class Report:
                 self.record["not_measured"].append(f"{planned.name}: budget")
                 self.say(f"not measured: {planned.name}, because {left:.0f} s of the budget are left")
             else:
-                self._clock.free()
                 self._add(planned)
             self.write()
 
@@ -122,6 +121,7 @@ class Report:
 
     def _add(self, planned: Planned) -> None:
         try:
+            self._clock.free()
             part = planned.run()
         except Exception as error:  # no part may lose the record of the others
             self.failed = True

@@ -38,6 +38,32 @@ def test_inputs_repeat() -> None:
     assert first.q.dtype == torch.bfloat16
 
 
+def test_inputs_on_the_cpu_are_those_of_earlier_records() -> None:
+    inputs = make_inputs(Shape(9, query_heads=2, key_heads=1, head_size=4), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn((9, heads, 4), generator=generator) for heads in (2, 1, 1))
+    assert torch.equal(inputs.q, 2 * q)
+    assert torch.equal(inputs.k, k)
+    assert torch.equal(inputs.v, v)
+    assert inputs.q[0, 0].tolist() == pytest.approx([-2.2516797, -2.3047204, -0.5011572, -0.8677576])
+
+
+def test_inputs_are_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device has no memory to copy from the host to: q, k and v are drawn there, or not at all."""
+    drawn, randn, generator = [], torch.randn, torch.Generator
+
+    def noting(*size: object, **options: object) -> torch.Tensor:
+        drawn.append(options.pop("device", "cpu"))
+        options.pop("generator")
+        return randn(*size, device=drawn[-1], **options)
+
+    monkeypatch.setattr(torch, "randn", noting)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": drawn.append(device) or generator())
+    inputs = make_inputs(Shape(9), torch.bfloat16, "meta")
+    assert drawn == 4 * ["meta"]
+    assert inputs.q.device.type == "meta"
+
+
 def test_lse_is_that_of_every_row() -> None:
     inputs = make_inputs(Shape(300, prompt=5, query_heads=2, key_heads=1, head_size=16), torch.float32)
     for head, row in ((0, 5), (1, 255), (0, 256), (1, 299)):  # both sides of a block's edge
