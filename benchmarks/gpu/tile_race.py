@@ -26,7 +26,10 @@ SAME, SAME_OUT = 1e-3, 1e-2
 
 def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
     """For each kind of sweep the op that runs it."""
+    from rhythm.kernels import Sequences, column_sweep
+
     q, k, v, lse = inputs.q, inputs.k, inputs.v, inputs.lse
+    sequences = Sequences(None, inputs.prompt_lens, inputs.shape.tokens, 1)
     given: dict[str, Any] = {"prompt_lens": inputs.prompt_lens, "window": WINDOW, "backend": inputs.backend}
     to_end = (HORIZON[0], None)
 
@@ -37,11 +40,17 @@ def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
     def swept(horizon: tuple[int, int | None], **more: Any) -> Callable[[], Outputs]:
         return lambda: _named(attention_statistics(q, k, horizon=horizon, **more, **given))
 
+    def columns(horizon: tuple[int, int | None]) -> Outputs:
+        """The launcher alone: in the op it follows the rows, which can't be left out."""
+        fai = torch.full_like(lse, torch.nan)
+        column_sweep(q, k, lse, sequences, fai, scale=inputs.scale, horizon=horizon)
+        return {"fai": fai}
+
     return {
         "row": swept(HORIZON),
         "row_values": with_output,
-        "column": swept(to_end),
-        "column_band": swept(HORIZON),
+        "column": lambda: columns(to_end),
+        "column_band": lambda: columns(HORIZON),
         "bands": swept(to_end, lse=lse, span=False),
         "bands_band": swept(HORIZON, lse=lse, span=False),
         "sampled": swept(HORIZON, lse=lse, span_rows=256),

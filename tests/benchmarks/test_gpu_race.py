@@ -141,6 +141,7 @@ def test_only_the_raced_sweep_runs_while_it_is_timed(monkeypatch: pytest.MonkeyP
         choice = _forced.get()
         assert choice is not None
         seen.setdefault(kind.sweep, []).append(len(choice(kind)))
+        launch(kind, *arguments, **more)
 
     class Watching(MadeUpClock):
         def race_replays(self, runs: Any, rounds: int) -> Any:
