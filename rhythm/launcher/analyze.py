@@ -20,6 +20,7 @@ from rhythm.analysis.run import end_ids_of
 from rhythm.backends import NAMES as BACKENDS
 from rhythm.engines.interfaces import HORIZONS, Infer
 from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
+from rhythm.remote_code import refusal_names
 
 BAD_INPUT, INTERRUPTED = 2, 130
 TO_THE_END = (1, None)  # FAI as in the paper's analysis, appendix A.1
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _analyze(arguments: argparse.Namespace, console: Console) -> Analysis:
     config = _config(arguments)
-    model, tokenizer = load(arguments.model, arguments.device, arguments.dtype)
+    with refusal_names("give --trust-remote-code", arguments.model):
+        model, tokenizer = load(arguments.model, arguments.device, arguments.dtype, arguments.trust_remote_code)
     infer = _vllm(arguments, model, tokenizer) if arguments.engine == "vllm" else None
     try:
         return analyze(
@@ -67,23 +69,28 @@ def _analyze(arguments: argparse.Namespace, console: Console) -> Analysis:
             infer.close()
 
 
-def load(directory: Path, device: str, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a transformers checkpoint. Raises ValueError for what is none, or not causal."""
+def load(directory: Path, device: str, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of a transformers checkpoint. Raises ValueError for what is none, or not causal, or needs
+    code of its own without `trust_remote_code`.
+    """
     if not (directory / "config.json").is_file():
         raise ValueError(f"--model {directory}: no such checkpoint; it must be a directory with config.json")
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    # Left out, transformers would ask on stdin whether to run the checkpoint's code.
+    loading = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(directory, **loading)
     if config.is_encoder_decoder:
         raise ValueError(f"--model {directory}: {config.model_type} is an encoder-decoder; the model must be causal")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in own_code:
         raise ValueError(f"--model {directory}: {config.model_type} has no causal language model")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype if dtype == "auto" else getattr(torch, dtype), local_files_only=True
+        directory, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **loading
     )
-    return model.to(device), AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return model.to(device), AutoTokenizer.from_pretrained(directory, **loading)
 
 
 def _vllm(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Infer:
@@ -166,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine", choices=("transformers", "vllm"), default="transformers", help="generates responses")
     add("--device", default="auto", help="auto: CUDA where there is one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: float32 on a CPU")
+    add("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings along")
     add("--keep-going", action="store_true", help="leave out rows that can't be analysed, and say which")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     sampling = defaults.sampling

@@ -83,7 +83,7 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     # A cluster builds engines again whenever it loses processes, and the run drops its own checkpoints on the way.
     keeps_start = config.cluster is not None or config.loss.kl_coef > 0
     start = found[0] if found and not keeps_start else initial_checkpoint(config, task, console)
-    vocabulary = load_vocabulary(start)
+    vocabulary = load_vocabulary(start, config.model)
     restarts = 0
     with open_judge(config, task) as judged, open_engines(config, task, vocabulary) as build:
         while True:

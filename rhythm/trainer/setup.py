@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from rhythm.backends import choose
 from rhythm.engines.attention import ObserveAttn
 from rhythm.engines.generate import GenerateInfer
 from rhythm.engines.torch_train import TorchTrain
+from rhythm.remote_code import refusal_names
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.guarded import GuardedTask
 from rhythm.trainer.cluster import check_cluster, check_prompts, open_cluster
@@ -55,6 +56,8 @@ def check_machine(config: TrainConfig) -> None:
             check_cluster(config, config.cluster)
         except ValueError as error:
             raise SetupError(str(error)) from error
+    if config.model.path is not None:
+        _check_code(config.model.path, config.model)
     if config.cluster is not None and config.cluster.gpus:
         return  # the statistics run on other machines' GPUs
     device = pick_device("cpu" if config.cluster is not None else config.model.device)
@@ -62,6 +65,18 @@ def check_machine(config: TrainConfig) -> None:
         choose(config.signals.backend, torch.empty(0, device=device))
     except (ValueError, RuntimeError) as error:
         raise SetupError(f"signals.backend: {error}") from error
+
+
+def _check_code(checkpoint: Path, config: ModelConfig) -> None:
+    """Raise SetupError where configuration or tokenizer can't be read, or need code that is not to be run."""
+    try:
+        with _refused(checkpoint):
+            AutoConfig.from_pretrained(checkpoint, **_loading(config))
+            AutoTokenizer.from_pretrained(checkpoint, **_loading(config))
+    except SetupError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SetupError(f"model.path is {checkpoint}: {str(error).strip().splitlines()[0]}") from error
 
 
 def build_task(config: TrainConfig) -> Task[Any]:
@@ -86,16 +101,17 @@ def initial_checkpoint(config: TrainConfig, task: Task[Any], console: Console) -
     return start.directory
 
 
-def load_vocabulary(checkpoint: Path) -> Vocabulary:
+def load_vocabulary(checkpoint: Path, config: ModelConfig) -> Vocabulary:
     """The tokenizer of a transformers checkpoint; a response ends with its end token or the checkpoint's own.
 
-    Raises SetupError if nothing ends a response.
+    Raises SetupError if nothing ends a response, or the checkpoint needs code of its own that is not to be run.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    if (checkpoint / "generation_config.json").is_file():
-        own = GenerationConfig.from_pretrained(checkpoint, local_files_only=True).eos_token_id
-    else:
-        own = AutoConfig.from_pretrained(checkpoint, local_files_only=True).eos_token_id
+    with _refused(checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **_loading(config))
+        if (checkpoint / "generation_config.json").is_file():
+            own = GenerationConfig.from_pretrained(checkpoint, local_files_only=True).eos_token_id
+        else:
+            own = AutoConfig.from_pretrained(checkpoint, **_loading(config)).eos_token_id
     listed = own if isinstance(own, list) else [own]
     end_ids = tuple(sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None}))
     if not end_ids:
@@ -105,13 +121,27 @@ def load_vocabulary(checkpoint: Path) -> Vocabulary:
 
 
 def load_model(checkpoint: Path, config: ModelConfig) -> Any:
-    """The model of a transformers checkpoint, in float32 on its device."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+    """The model of a transformers checkpoint, in float32 on its device.
+
+    Raises SetupError if the checkpoint needs code of its own that is not to be run.
+    """
+    with _refused(checkpoint):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **_loading(config))
     # Memory of torch's own: tensors mapped from a file may be aligned differently, and sums then ordered
     # differently.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.to(pick_device(config.device))
+
+
+def _refused(checkpoint: Path) -> AbstractContextManager[None]:
+    """SetupError where `checkpoint` needs code of its own that is not to be run."""
+    return refusal_names("set model.trust_remote_code=true", checkpoint, SetupError)
+
+
+def _loading(config: ModelConfig) -> dict[str, bool]:
+    """Arguments of everything transformers loads. Left out, trust_remote_code would be asked for on stdin."""
+    return {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
 
 
 def pick_device(name: str) -> torch.device:
