@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import ray
+from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -57,10 +58,16 @@ class Session:
                 _node_ip_address=config.bind_address,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
+                job_config=_OwnPath(),
                 runtime_env={"env_vars": environment},
             )
         else:
-            context = ray.init(address=config.ray_address, log_to_driver=False, runtime_env={"env_vars": environment})
+            context = ray.init(
+                address=config.ray_address,
+                log_to_driver=False,
+                job_config=_OwnPath(),
+                runtime_env={"env_vars": environment},
+            )
         log.info("Ray %s; logs of its processes in %s", ray.__version__, _log_folder(context))
         try:
             self._check_address()
@@ -171,10 +178,21 @@ class Session:
             "OMP_NUM_THREADS": str(self.config.threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONSAFEPATH": "1",  # what they start looks for no module in the working directory first
         }
         if self.config.on_loopback:
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         return environment
+
+
+class _OwnPath(JobConfig):  # type: ignore[misc]  # ray is untyped here
+    """Ray would put the working directory and the command's in front of its workers' sys.path, where a torch.py
+    would be taken for torch. They find all they import among what is installed.
+    """
+
+    def _serialize(self) -> Any:
+        self._py_driver_sys_path.clear()
+        return super()._serialize()
 
 
 @ray.remote  # type: ignore[untyped-decorator]  # ray is untyped here

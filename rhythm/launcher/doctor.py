@@ -169,8 +169,9 @@ def _triton() -> list[Finding]:
 
 def _interpreter_trouble() -> str | None:
     """What keeps Triton's interpreter from running a kernel; None if it runs one."""
+    triton_probe = str(Path(__file__).with_name("triton_probe.py"))
     probe = subprocess.run(
-        [sys.executable, "-m", "rhythm.launcher.triton_probe"],
+        [sys.executable, "-P", triton_probe],  # by its path: -m would look for modules in the working directory first
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

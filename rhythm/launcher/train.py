@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     a cluster were lost or failed, 5 its engines don't hold the same weights, 130 Ctrl-C, 143 SIGTERM.
     """
     arguments = _parser().parse_args(argv)
-    sys.path.insert(0, str(Path.cwd()))  # where a task of one's own is looked for
+    sys.path.append(str(Path.cwd()))  # for a task of one's own; last, so that nothing there shadows an installed module
     try:
         if arguments.help:
             print(_help(arguments.config, arguments.overrides))

@@ -1,4 +1,4 @@
-"""Runs one Triton kernel in the interpreter: `TRITON_INTERPRET=1 python -m rhythm.launcher.triton_probe`.
+"""Runs one Triton kernel in the interpreter: `TRITON_INTERPRET=1 python -P rhythm/launcher/triton_probe.py`.
 
 A process of its own, because Triton reads the variable when a kernel is defined.
 """

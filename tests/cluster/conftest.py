@@ -63,7 +63,7 @@ class Launched:
         self.log = config.parent / f"log-{time.monotonic_ns()}.txt"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rhythm.launcher.train", str(config), *arguments],
+                [Path(sys.executable).with_name("rhythm-train"), str(config), *arguments],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -56,6 +56,7 @@ def prepare_environment(bind_address: str = "127.0.0.1") -> None:
     # The engine lives in this process: its weights can be pushed and its errors seen without another hop.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     kept = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    kept["PYTHONSAFEPATH"] = "1"  # its processes look for no module in the working directory first
     if ipaddress.ip_address(bind_address).is_loopback:
         kept |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if not torch.cuda.is_available():
