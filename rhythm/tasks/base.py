@@ -49,13 +49,14 @@ class Reward:
     """The judgement of one response.
 
     score: what GRPO maximises; correct: what accuracy counts; format_ok: the answer could be read at all. fault:
-    why there is no judgement, where the judge raised or missed its deadline; the score is 0 then.
+    why there is no judgement, where the judge raised, missed its deadline, or returned something else than a Reward
+    with a finite score; the score is 0 then.
     """
 
     score: float
     correct: bool
     format_ok: bool
-    fault: Literal["late", "raised"] | None = None
+    fault: Literal["late", "raised", "invalid"] | None = None
 
 
 class Task(Protocol[Instance]):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import multiprocessing
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -17,18 +18,19 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel
 
 from rhythm.tasks.base import Reward, Task, load_task
-
-log = logging.getLogger(__name__)
+from rhythm.tasks.judging import Fault, JudgeError, ask, settled
 
 _SPAWN = multiprocessing.get_context("spawn")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class GuardedTask:
     """The task `name` with `options`, judged by a copy of it in a child process.
 
-    A reward that raises or misses its deadline is a score of 0 with its `fault` named; after a missed deadline
-    the child is killed and a new one started. The child ends with this process, even where this one is killed.
+    A reward that raises, misses its deadline or makes no judgement is a score of 0 with its `fault` named; after a
+    missed deadline the child is killed and a new one started. The child ends with this process, even where this one
+    is killed.
     """
 
     config_class: ClassVar[type[BaseModel]] = BaseModel  # of the task within: this one is made from another
@@ -78,29 +80,27 @@ class GuardedTask:
         return self._task.solution(instance)
 
     def reward(self, instance: Any, response: str) -> Reward:
-        """The judgement of `response`. Raises RuntimeError where the child can't be started."""
+        """The judgement of `response`. Raises JudgeError where the child can't be started."""
         connection = self._connection()
         try:
             connection.send((instance, response))
             answered = connection.poll(self._seconds)
-            answer: Reward | str | None = connection.recv() if answered else None
+            answer: Reward | Fault | None = connection.recv() if answered else None
         except (EOFError, BrokenPipeError, ConnectionResetError):  # the judge took its process down with it
-            answer = "its process ended"
+            answer = Fault("raised", "its process ended")
             self._kill()
-        if isinstance(answer, Reward):
-            return answer
-        if answer is not None:
-            log.warning("a reward raised; its response: %.200r\n%s", response, answer)
-            return Reward(0.0, correct=False, format_ok=False, fault="raised")
-        log.warning("a reward took longer than %g s: given up; its response: %.200r", self._seconds, response)
-        self._kill()
-        return Reward(0.0, correct=False, format_ok=False, fault="late")
+        if answer is None:
+            answer = Fault("late", f"given up after {self._seconds:g} s")
+            self._kill()
+        return settled(answer, self._task.prompt(instance), response)
 
     def _start(self) -> None:
         """Start a child; that it is ready is waited for when the first reward is asked."""
         ours, theirs = _SPAWN.Pipe()
-        process = _SPAWN.Process(target=_judge, args=(theirs, self._name, self._options), daemon=True)
-        process.start()
+        arguments = (theirs, self._name, self._options, os.environ.get(_SAFE_PATH))
+        process = _SPAWN.Process(target=_judge, args=arguments, daemon=True)
+        with _safe_path():
+            process.start()
         theirs.close()
         self._child = (process, ours)
         self._ready = False
@@ -113,7 +113,7 @@ class GuardedTask:
         if not self._ready:
             if not connection.poll(self._start_seconds) or connection.recv() is not None:
                 self._kill()
-                raise RuntimeError(f"the judge of task {self._name} did not come up in {self._start_seconds:g} s")
+                raise JudgeError(f"the judge of task {self._name} did not come up in {self._start_seconds:g} s")
             self._ready = True
         return connection
 
@@ -127,11 +127,35 @@ class GuardedTask:
         self._child = None
 
 
-def _judge(connection: Connection, name: str, options: dict[str, object]) -> None:
-    """The child: None once it is ready, then for each (instance, response) a Reward, or the traceback."""
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Until the block is left, a Python that is started looks for no module in the working directory before this
+    process's sys.path reaches it: it would take a pickle.py there for the standard library's.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        _restore_safe_path(before)
+
+
+def _restore_safe_path(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(_SAFE_PATH, None)
+    else:
+        os.environ[_SAFE_PATH] = value
+
+
+def _judge(connection: Connection, name: str, options: dict[str, object], safe_path: str | None) -> None:
+    """The child: None once it is ready, then for each (instance, response) a Reward or a Fault.
+
+    `safe_path`: PYTHONSAFEPATH for what the judge itself may start.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the parent's to handle
+    _restore_safe_path(safe_path)
     task = load_task(name, options)
     connection.send(None)
     while True:
@@ -140,7 +164,7 @@ def _judge(connection: Connection, name: str, options: dict[str, object]) -> Non
         except EOFError:
             return
         try:
-            reward: Reward | str = task.reward(instance, response)
-        except BaseException:  # also SystemExit and the like: whatever a judge does, the run goes on
-            reward = traceback.format_exc()
-        connection.send(reward)
+            answer = ask(task, instance, response)
+        except BaseException:  # KeyboardInterrupt and the like: whatever a judge does, the run goes on
+            answer = Fault("raised", traceback.format_exc())
+        connection.send(answer)  # plain values only, so this can't fail for what the judge returned

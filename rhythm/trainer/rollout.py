@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rhythm.engines.interfaces import Infer, Rollout, SamplingConfig
 from rhythm.tasks import Reward, Task
+from rhythm.tasks.judging import judge
 from rhythm.trainer.seeds import generator
 
 
@@ -64,7 +65,10 @@ def roll_out(
     sampling: SamplingConfig,
     seed: int,
 ) -> JudgedRollout:
-    """Answers to each instance, judged by the task, which sees their text without special tokens."""
+    """Answers to each instance, judged by the task, which sees their text without special tokens.
+
+    A reward that raises, or returns something else than a Reward with a finite score, is a fault of that one.
+    """
     prompts = [task.prompt(instance) for instance in instances]
     rollout = infer.generate([tokenizer.encode(p) for p in prompts], responses_per_prompt, sampling, seed)
     rows = zip(rollout.input_ids.tolist(), rollout.response_mask.tolist(), strict=True)
@@ -77,5 +81,5 @@ def roll_out(
         rollout=rollout,
         prompts=[prompts[g] for g in asked],
         responses=responses,
-        rewards=[task.reward(instances[g], text) for g, text in zip(asked, responses, strict=True)],
+        rewards=[judge(task, instances[g], prompts[g], text) for g, text in zip(asked, responses, strict=True)],
     )

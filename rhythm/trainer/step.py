@@ -218,6 +218,7 @@ def _rollout_metrics(judged: JudgedRollout, scored: Scored) -> Record:
         "format_share": judged.format_share,
         "rewards_late": float(sum(reward.fault == "late" for reward in judged.rewards)),
         "rewards_raised": float(sum(reward.fault == "raised" for reward in judged.rewards)),
+        "rewards_invalid": float(sum(reward.fault == "invalid" for reward in judged.rewards)),
         "finished_share": float(rollout.finished.double().mean()),
         "response_length": float(rollout.response_lens.double().mean()),
         "response_tokens": float(mask_BT.sum()),

@@ -1,4 +1,4 @@
-"""A run whose judge hangs on some responses and raises on others goes on, and counts them."""
+"""A run whose judge hangs on some responses, raises on others or makes no judgement goes on, and counts them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ class Faulty(Countdown):
             time.sleep(600)
         if instance == self.train[1]:
             raise RuntimeError("this judge gives up")
+        if instance == self.train[2]:
+            return None
         return super().reward(instance, response)
 """
 
 
-def test_late_and_raised_rewards_are_counted(small_cluster: Path, launch: Callable[..., Any], tmp_path: Path) -> None:
+def test_faulty_rewards_are_counted(small_cluster: Path, launch: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(TASK)
+    # What no process of the run takes for the installed module, the workers of Ray included.
+    for name in ("torch", "transformers", "pickle"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write(__file__)\n")
     engines = ("cluster.infer.engine=transformers", "cluster.train.engine=torch", "cluster.deadlines.reward=0.5")
     # A step that sees every one of the sixty training instances once.
     sizes = ("steps=1", "batch.prompts_per_batch=60", "batch.responses_per_prompt=2", "evaluation.samples=0")
@@ -35,7 +40,9 @@ def test_late_and_raised_rewards_are_counted(small_cluster: Path, launch: Callab
     )
     output = launched.finish()
     row = json.loads((tmp_path / "faulty" / "metrics.jsonl").read_text().splitlines()[1])
-    assert (row["rewards_late"], row["rewards_raised"]) == (2, 2)
-    assert "a reward took longer than 0.5 s" in output
+    assert (row["rewards_late"], row["rewards_raised"], row["rewards_invalid"]) == (2, 2, 2)
+    assert "given up after 0.5 s" in output
     assert "RuntimeError: this judge gives up" in output
+    assert "reward returned None" in output
+    assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
     assert launched.nothing_left()

@@ -22,6 +22,19 @@ from rhythm.tasks import Reward
 class NoOptions(BaseModel):
     pass
 
+class Unpicklable(Reward):
+    def __reduce__(self):
+        raise TypeError("no pickle of this")
+
+NO_JUDGEMENT = {
+    "none": None,
+    "float": 1.0,
+    "str": "1.0",
+    "nan": Reward(score=float("nan"), correct=True, format_ok=True),
+    "inf": Reward(score=float("inf"), correct=True, format_ok=True),
+    "str score": Reward(score="1", correct=True, format_ok=True),
+}
+
 class Awkward:
     config_class = NoOptions
 
@@ -45,6 +58,16 @@ class Awkward:
             raise SystemExit(3)
         if response == "die":
             os._exit(1)
+        if response == "interrupt":
+            raise KeyboardInterrupt
+        if response == "lambda":
+            return lambda: 1.0
+        if response == "unpicklable score":
+            return Reward(score=open(os.devnull), correct=True, format_ok=True)
+        if response == "unpicklable":
+            return Unpicklable(score=0.25, correct=False, format_ok=True)
+        if response in NO_JUDGEMENT:
+            return NO_JUDGEMENT[response]
         return Reward(score=1.0, correct=response == instance, format_ok=True)
 """
 
@@ -74,7 +97,14 @@ def test_everything_else_is_the_tasks_own(guarded: GuardedTask) -> None:
 
 @pytest.mark.parametrize(
     ("response", "fault"),
-    [("sleep", "late"), ("backtrack", "late"), ("raise", "raised"), ("exit", "raised"), ("die", "raised")],
+    [
+        ("sleep", "late"),
+        ("backtrack", "late"),
+        ("raise", "raised"),
+        ("exit", "raised"),
+        ("interrupt", "raised"),
+        ("die", "raised"),
+    ],
 )
 def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
     response: str, fault: str, guarded: GuardedTask, caplog: pytest.LogCaptureFixture
@@ -83,9 +113,37 @@ def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
     started = time.monotonic()
     assert guarded.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault=fault)
     assert time.monotonic() - started < 3
-    assert repr(response) in caplog.text
+    assert f"prompt 'a?', response {response!r}" in caplog.text
     assert ("KeyError: 'no such key'" in caplog.text) == (response == "raise")
     assert guarded.reward("b", "b").score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "why"),
+    [
+        ("none", "reward returned None: must be a rhythm.tasks.Reward"),
+        ("float", "reward returned 1.0: must be"),
+        ("str", "reward returned '1.0': must be"),
+        ("lambda", "reward returned <function"),
+        ("nan", "score is nan: must be a finite number"),
+        ("inf", "score is inf: must be"),
+        ("str score", "score is '1': must be"),
+        ("unpicklable score", "score is <_io.TextIOWr"),
+    ],
+)
+def test_no_judgement_is_a_fault_at_once_and_the_judge_stays(
+    response: str, why: str, guarded: GuardedTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    guarded.reward("a", "a")
+    judge = guarded.pid
+    assert guarded.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault="invalid")
+    assert f"a reward is no judgement: its score is 0; prompt 'a?', response {response!r}: {why}" in caplog.text
+    assert guarded.reward("b", "b").score == 1.0
+    assert guarded.pid == judge
+
+
+def test_a_reward_that_cannot_be_pickled_comes_as_its_values(guarded: GuardedTask) -> None:
+    assert guarded.reward("a", "unpicklable") == Reward(0.25, correct=False, format_ok=True)
 
 
 def test_the_judge_ends_with_a_parent_that_is_killed(directory: Path) -> None:

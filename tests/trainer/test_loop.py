@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rhythm.engines.torch_train import TorchTrain
+from rhythm.tasks import Reward
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, run
+from rhythm.trainer.setup import build_task
 
 Configure = Callable[..., TrainConfig]
 
@@ -90,3 +94,26 @@ def test_the_trained_policy_is_an_ordinary_checkpoint(small_config: Configure, t
     # and a run can start from it
     summary = run(small_config(f"runs_dir={tmp_path}", "name=second", "steps=1", f"model.path={folder}"))
     assert summary.step == 1
+
+
+def test_faulty_rewards_are_counted_and_the_run_goes_on(
+    small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build_task(small_config())
+    answers = {0: None, 1: Reward(math.nan, correct=True, format_ok=True)}
+    real = type(task).reward
+
+    def reward(self: Any, instance: Any, response: str) -> Any:
+        place = task.train.index(instance) if instance in task.train else -1
+        if place == 2:
+            raise RuntimeError("this judge gives up")
+        return answers[place] if place in answers else real(self, instance, response)
+
+    monkeypatch.setattr(type(task), "reward", reward)
+    # A step that sees every one of the sixty training instances twice.
+    sizes = ("batch.prompts_per_batch=60", "batch.responses_per_prompt=2", "evaluation.samples=0")
+    config = small_config(f"runs_dir={tmp_path}", "name=faulty", "steps=1", *sizes)
+    run(config)
+    row = rows(config.run_dir)[1]
+    assert (row["rewards_invalid"], row["rewards_raised"], row["rewards_late"]) == (4, 2, 0)
+    assert row["loss"] is not None
