@@ -46,6 +46,7 @@ class ClusterTrain:
         self._session = session
         self._deadlines = session.config.deadlines
         self._rates = rates
+        self.statistics_seconds = 0.0
         try:
             self.ranks = session.start("actor_train")
         except LostError as error:
@@ -65,6 +66,7 @@ class ClusterTrain:
             "log_probs", rollout, tap, groups, seconds=self._deadlines.log_probs, tokens=int(rollout.lens.sum())
         )
         self._rates.statistics += seconds
+        self.statistics_seconds = seconds
         return found, signals
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor:

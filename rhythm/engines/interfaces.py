@@ -182,7 +182,12 @@ class Infer(Protocol):
 
 
 class Train(Protocol):
-    """The policy that learns."""
+    """The policy that learns.
+
+    statistics_seconds: that attention statistics took within the last `log_probs`; NaN where that isn't known.
+    """
+
+    statistics_seconds: float
 
     def log_probs(
         self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rhythm.engines.interfaces import (
     TrainBatch,
 )
 from rhythm.engines.logprobs import check_output_head, response_logprobs
+from rhythm.engines.watch import DeviceWatch
 from rhythm.engines.weights import take_over
 from rhythm.heads import HeadGroups
 from rhythm.loss import BatchTotals, LossConfig, policy_loss
@@ -87,6 +89,7 @@ class TorchTrain:
         self._precision = precision
         self._reference = reference
         self._gradient_steps = 0
+        self.statistics_seconds = 0.0
         self._optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=optimizer.lr,
@@ -101,13 +104,16 @@ class TorchTrain:
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """See rhythm.engines.interfaces.Train."""
         self._model.eval()
+        self.statistics_seconds = 0.0
         if tap is None:
             return self._log_probs(self._model, rollout), None
+        watch = DeviceWatch(self._model.device)
         if groups is None:
-            with autocast(self._model, self._precision):
+            with watch, autocast(self._model, self._precision):
                 groups = shared_groups(self._model, rollout, tap, self._micro_batch_size)
         rows = SignalRows(rollout)
-        found = self._log_probs(self._model, rollout, tap, groups, rows)
+        found = self._log_probs(self._model, rollout, tap, groups, rows, watch)
+        self.statistics_seconds = watch.seconds
         return found, replace(rows.joined(), entropy=found.entropy)
 
     @torch.no_grad()
@@ -196,8 +202,9 @@ class TorchTrain:
         tap: TapConfig | None = None,
         groups: HeadGroups | None = None,
         signals: SignalRows | None = None,
+        watch: DeviceWatch | None = None,
     ) -> LogProbs:
-        """All rows, a micro-batch at a time; with `tap`, their signals go into `signals`."""
+        """All rows, a micro-batch at a time; with `tap`, their signals go into `signals`, timed by `watch`."""
         logprobs_BT = torch.full(rollout.input_ids.shape, torch.nan, device=rollout.input_ids.device)
         entropy_BT = torch.full_like(logprobs_BT, torch.nan)
         for index, width in micro_batches(rollout, self._micro_batch_size):
@@ -211,10 +218,12 @@ class TorchTrain:
                         attention_mask=micro.attention_mask,
                         prompt_lens=micro.prompt_lens,
                         groups=groups,
+                        watch=watch,
                         **tap_options(model, tap),
                     ) as open_tap:
                         part = self._response_logprobs(model, micro)
-                    signals.put(index, open_tap.signals())
+                    with watch or nullcontext():
+                        signals.put(index, open_tap.signals())
             logprobs_BT[index, :width] = part.logprobs
             entropy_BT[index, :width] = part.entropy
         return LogProbs(logprobs_BT, entropy_BT)

@@ -35,6 +35,12 @@ class Stopwatch:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
 
+    def move(self, seconds: float, *, of: str, to: str) -> None:
+        """Count `seconds` of phase `of` as phase `to`, never more than it has; NaN moves none."""
+        moved = min(seconds, self.seconds.get(of, 0.0)) if math.isfinite(seconds) else 0.0
+        self.seconds[of] = self.seconds.get(of, 0.0) - moved
+        self.seconds[to] = self.seconds.get(to, 0.0) + moved
+
     @property
     def total(self) -> float:
         """Seconds since this stopwatch was made."""

@@ -5,6 +5,7 @@ Shape suffixes: B responses, T positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -100,11 +101,15 @@ def score(
 ) -> Scored:
     """Old log-probs, signals and γ. Signals come from the Attn engine if there is one, else from the same
     pass.
+
+    The phase "attention" of `watch` is what the method costs: statistics, wherever they are made, and γ.
     """
     wanted = always_signals or credit.strategy in FROM_ATTENTION
     inline = tap if wanted and engines.attn is None else None
     with watch("training"):
         log_probs, signals = engines.train.log_probs(rollout, inline, groups)
+    if inline is not None:
+        watch.move(engines.train.statistics_seconds, of="training", to="attention")
     with watch("attention"):
         if wanted and engines.attn is not None:
             signals = replace(engines.attn.signals(rollout, groups), entropy=log_probs.entropy)
@@ -167,13 +172,16 @@ def train_step(
     phase("push")
     with watch("push"):
         engines.synchronise(step)
+    total = watch.total
+    unknown = math.nan if math.isnan(engines.train.statistics_seconds) else 0.0
     record = {
         "step": float(step),
         **_rollout_metrics(judged, scored),
         **_mean_metrics(taken),
         **_credit_metrics(scored, advantages_B, judged.rollout.response_mask, config.credit),
         **parity,
-        **(engines.meter.taken(watch.total) if engines.meter is not None else {}),
+        **(engines.meter.taken(total) if engines.meter is not None else {}),
+        "attention_share": watch.seconds["attention"] / total + unknown,
         **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
     }
     return record, groups

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from rhythm.engines.interfaces import Rollout, TapConfig
 from rhythm.engines.megatron.core_attention import PackedAttention
 from rhythm.engines.megatron.packing import Packed
 from rhythm.engines.megatron.parallel import Groups
+from rhythm.engines.watch import DeviceWatch
 from rhythm.heads import HeadGroups, sampled_layers, select_heads
 from rhythm.signals import RhythmSignals
 from rhythm.statistics import attention_statistics
@@ -55,7 +55,7 @@ class MegatronTap:
         self._tap, self._head_groups, self._groups = tap, head_groups, groups
         self._packed: Packed | None = None
         self._found: list[_Read] = []
-        self._watch = _Watch(groups.device)
+        self._watch = DeviceWatch(groups.device)
 
     def __enter__(self) -> MegatronTap:
         for attention in self._attentions:
@@ -140,32 +140,3 @@ def _own_sums(read: _Read, chosen: HeadGroups) -> tuple[Tensor, Tensor, Tensor]:
         # where, not a product: an undefined value of a head outside the group has no say.
         sums.append(torch.where(group_bh[row_T].T, value_hT.float(), 0.0).sum(dim=0))
     return packed.rows[row_T.cpu()], packed.position_ids.cpu(), torch.stack(sums).cpu()
-
-
-class _Watch:
-    """Seconds spent in blocks; on the GPU by events, so that nothing waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def __enter__(self) -> None:
-        if self._cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            self._events.append((start, end))
-            start.record()
-        self._started = perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self._cuda:
-            self._events[-1][1].record()
-        else:
-            self._seconds += perf_counter() - self._started
-
-    @property
-    def seconds(self) -> float:
-        """Of all blocks so far."""
-        for _, end in self._events:
-            end.synchronize()
-        return self._seconds + sum(float(start.elapsed_time(end)) for start, end in self._events) / 1000

@@ -1,0 +1,57 @@
+"""What a step says of the time spent in attention is what its statistics took, wherever they were made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rhythm import tap
+from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.loop import run
+from rhythm.trainer.metrics import Stopwatch, read_metrics
+
+SLOW = 0.2  # seconds that the op is made to take more
+
+
+@pytest.mark.parametrize("attn", ["inline", "separate"])
+@pytest.mark.parametrize("grouping", ["sequence", "batch"])
+def test_the_share_is_that_of_the_statistics(
+    attn: str, grouping: str, small_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, spent = tap.attention_statistics, []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        time.sleep(SLOW)
+        found = real(*arguments, **options)
+        spent.append(time.perf_counter() - started)
+        return found
+
+    monkeypatch.setattr(tap, "attention_statistics", slow)
+    overrides = (f"runs_dir={tmp_path}", f"attn={attn}", f"signals.grouping={grouping}", "evaluation.samples=0")
+    config = small_config(*overrides, "name=timed", "steps=1")
+    run(config)
+    row = read_metrics(config.run_dir / "metrics.jsonl")[1]
+    assert len(spent) >= 4  # four micro-batches of one sampled layer
+    statistics, attention, training = sum(spent), row["seconds_attention"], row["seconds_training"]
+    assert statistics and attention and training and row["attention_share"] and row["seconds_total"]
+    # A pass of their own counts as a whole, and so does the one in which a batch's heads are chosen.
+    assert statistics <= attention <= 1.5 * statistics
+    total = sum(row[f"seconds_{phase}"] or 0.0 for phase in ("rollout", "attention", "training", "push"))
+    assert row["attention_share"] == pytest.approx(attention / total, rel=0.05)
+    assert total <= 1.05 * row["seconds_total"]
+
+
+def test_seconds_move_between_phases() -> None:
+    watch = Stopwatch()
+    watch.seconds = {"training": 3.0, "attention": 0.5}
+    watch.move(1.0, of="training", to="attention")
+    assert watch.seconds == {"training": 2.0, "attention": 1.5}
+    watch.move(float("nan"), of="training", to="attention")
+    assert watch.seconds == {"training": 2.0, "attention": 1.5}
+    watch.move(9.0, of="training", to="attention")
+    assert watch.seconds == {"training": 0.0, "attention": 3.5}
