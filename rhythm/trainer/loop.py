@@ -23,6 +23,7 @@ from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.evaluation import evaluate
 from rhythm.trainer.interrupts import Interrupts
 from rhythm.trainer.metrics import MetricsLog, Record, Stopwatch, read_metrics
+from rhythm.trainer.notices import Notices
 from rhythm.trainer.progress import RunProgress
 from rhythm.trainer.report import write_report
 from rhythm.trainer.run_dir import CHECKPOINTS, SAMPLES, open_run_dir
@@ -146,6 +147,7 @@ class _Trainer:
         saved = state.step if measured else -1
         if not measured:
             state = self._measure_start(state)
+        notices = Notices(self.config.steps - state.step)
         while state.step < self.config.steps and not self.stop_asked():
             watch = Stopwatch()
             try:
@@ -170,6 +172,7 @@ class _Trainer:
             record["seconds_total"] = watch.total
             self.metrics.write(record)
             self.progress.step(state.step, record)
+            notices.look(record)
             if state.step == self.config.steps or state.step % self.config.checkpoint.every_steps == 0:
                 saved = self._save(state)
         if saved != state.step:

@@ -153,23 +153,23 @@ def render(run: Run) -> str:
 def headlines(records: Sequence[Record]) -> list[Headline]:
     """The numbers a reader looks for first; one that the records do not hold is "–"."""
     evaluated = [(int(row["step"]), row["accuracy"]) for row in records if _defined(row, "accuracy")]
-    warm = evaluated[0][1] if evaluated and evaluated[0][0] == 0 else math.nan
+    start = evaluated[0][1] if evaluated and evaluated[0][0] == 0 else math.nan
     last_step, final = evaluated[-1] if evaluated and evaluated[-1][0] > 0 else (0, math.nan)
     best_step, best = max(evaluated, key=lambda pair: pair[1], default=(0, math.nan))
     phases = {phase: _total(records, f"seconds_{phase}") for phase in ("rollout", "attention", "training")}
     wall = _total(records, "seconds_total")
     if math.isnan(wall):
         wall = sum(seconds for seconds in phases.values() if not math.isnan(seconds)) or math.nan
-    lift = 100 * (final - warm)
+    lift = 100 * (final - start)
     lift_text = "–" if math.isnan(lift) else f"{lift:+.1f}".replace("-", "−")
     return [
-        Headline("Warm-start accuracy", format_percent(warm), "held out, step 0"),
+        Headline("Accuracy at the start", format_percent(start), "held out, step 0"),
         Headline(
             "Final accuracy",
             format_percent(final),
             f"best {format_percent(best)} at step {best_step}" if last_step else "",
         ),
-        Headline("Lift", lift_text, "points over the warm start"),
+        Headline("Lift", lift_text, "points over the start"),
         Headline("Steps", format_number(max(record["step"] for record in records))),
         Headline("Wall time", format_duration(wall), "sum over the steps"),
         Headline("Attention", format_percent(phases["attention"] / wall), "share of the wall time"),

@@ -36,7 +36,9 @@ _WIDTH_IN, _HEIGHT_IN = 4.4, 2.2
 
 @dataclass(frozen=True)
 class CurveSpec:
-    """One metric and how to draw it. `peak` draws the running-peak average over the values."""
+    """One metric and how to draw it. `percent`: it is a share, from 0 to 1. `peak` draws the running-peak average over
+    the values.
+    """
 
     key: str
     title: str
@@ -67,6 +69,9 @@ MAIN_CURVES = (
     CurveSpec("gamma_share", "Share of γ", percent=True),
 )
 FURTHER_CURVES = (
+    CurveSpec("zero_variance_share", "Groups whose rewards tie", percent=True),
+    CurveSpec("finished_share", "Finished responses", percent=True),
+    CurveSpec("attention_share", "Attention's share of the step", percent=True),
     CurveSpec("gamma_mean", "Mean γ"),
     CurveSpec("amplified_fraction", "Amplified tokens", percent=True),
     CurveSpec("waad_mean", "Mean WAAD", "tokens"),
@@ -185,6 +190,7 @@ def _draw_curve(records: Sequence[Record], spec: CurveSpec, peak_alpha: float) -
             axes.plot(steps, running_peak_average(values, peak_alpha), color=_SERIES, linewidth=2)
         if spec.percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{_tick(100 * value)}%"))
+            _stay_within_shares(axes, values[np.isfinite(values)])
         svg = _svg(figure, f"{spec.title} by step")
     last = float(values[np.isfinite(values)][-1])
     each = "each evaluation" if spec.key == "accuracy" else "each step"
@@ -213,6 +219,14 @@ def _axes() -> tuple[Figure, Axes]:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.set_xlabel("step", color=_INK)
     return figure, axes
+
+
+def _stay_within_shares(axes: Axes, shares: Floats) -> None:
+    """Cut the axis to 0–100 %, of which matplotlib's margins know nothing; values outside are still shown."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, min(0.0, shares.min())), min(high, max(1.0, shares.max())))
+    for line in axes.lines:
+        line.set_clip_on(False)  # a line along 0 % or 100 % keeps its width
 
 
 def _tick(value: float) -> str:

@@ -216,8 +216,8 @@ def _without_attention(log_probs: LogProbs) -> RhythmSignals:
 
 
 def _rollout_metrics(judged: JudgedRollout, scored: Scored) -> Record:
-    """reward … response_length over responses; entropy, and the mean |difference| between the log-probs that
-    the Infer and the Train engine give a sampled token, over tokens."""
+    """reward … response_length over responses, zero_variance_share over the prompts' groups; entropy, and the mean
+    |difference| between the log-probs that the Infer and the Train engine give a sampled token, over tokens."""
     rollout, mask_BT = judged.rollout, judged.rollout.response_mask
     gap_BT = (rollout.logprobs - scored.log_probs.logprobs).abs()
     return {
@@ -227,12 +227,19 @@ def _rollout_metrics(judged: JudgedRollout, scored: Scored) -> Record:
         "rewards_late": float(sum(reward.fault == "late" for reward in judged.rewards)),
         "rewards_raised": float(sum(reward.fault == "raised" for reward in judged.rewards)),
         "rewards_invalid": float(sum(reward.fault == "invalid" for reward in judged.rewards)),
+        "zero_variance_share": zero_variance_share(judged.scores, rollout.group),
         "finished_share": float(rollout.finished.double().mean()),
         "response_length": float(rollout.response_lens.double().mean()),
         "response_tokens": float(mask_BT.sum()),
         "entropy": float(scored.log_probs.entropy[mask_BT].double().mean()),
         "logprob_gap": float(gap_BT[mask_BT].double().mean()),
     }
+
+
+def zero_variance_share(scores_B: Tensor, group_B: Tensor) -> float:
+    """Share of the groups in which all scores are equal: their advantages are 0. A group of one is such a group."""
+    scores = [scores_B[group_B == group] for group in set(group_B.tolist())]
+    return sum(bool((each == each[0]).all()) for each in scores) / len(scores)
 
 
 def _mean_metrics(taken: list[StepMetrics]) -> Record:

@@ -135,7 +135,7 @@ def test_running_peak_average_names_a_bad_alpha(alpha: float) -> None:
 def test_headlines_are_those_of_the_metrics() -> None:
     values = {headline.label: headline.value for headline in headlines(METRICS)}
     assert values == {
-        "Warm-start accuracy": "25.0%",
+        "Accuracy at the start": "25.0%",
         "Final accuracy": "50.0%",
         "Lift": "+25.0",
         "Steps": "2",
@@ -144,9 +144,25 @@ def test_headlines_are_those_of_the_metrics() -> None:
     }
 
 
+def test_labels_speak_of_no_warm_start(page: Page) -> None:
+    """A run that begins with a given checkpoint has none."""
+    text = " ".join(element.text for element in page.elements)
+    assert "points over the start" in text
+    assert "warm" not in text.lower()
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_the_accuracys_axis_stays_within_0_and_100_percent(accuracy: float, tmp_path: Path) -> None:
+    metrics = [{"step": step, "accuracy": accuracy} for step in range(3)]
+    html = write_report(write_run(tmp_path / "run", metrics, [])).read_text()
+    ticks = [float(text.replace("−", "-")) for text in re.findall(r">([−\d.]+)%</text>", html)]
+    assert len(ticks) >= 2
+    assert all(0 <= tick <= 100 for tick in ticks)
+
+
 def test_headlines_without_an_evaluation_are_dashes() -> None:
     values = {headline.label: headline.value for headline in headlines([{"step": 1, "reward": 0.5}])}
-    assert values["Warm-start accuracy"] == values["Final accuracy"] == values["Lift"] == "–"
+    assert values["Accuracy at the start"] == values["Final accuracy"] == values["Lift"] == "–"
     assert values["Wall time"] == values["Attention"] == "–"
 
 
