@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from rhythm.analysis.results import Heads, Numbers, ResponseResult, Table1, Table2Row
 
 
+_RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def not_run(cell: Any) -> Any:
+    """`cell` of a CSV file; text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_RUN_BY_SPREADSHEETS) else cell
+
+
 def table1_row(table: Table1) -> dict[str, Any]:
     """Its fields; an interval becomes two."""
     return _flat(table)

@@ -11,7 +11,7 @@ from typing import Any
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.heads import summarise_heads
 from rhythm.analysis.results import Analysis, ResponseResult, read_json, response_path, write_json
-from rhythm.analysis.rows import head_rows, response_row, table1_row, table2_rows, token_rows, trial_rows
+from rhythm.analysis.rows import head_rows, not_run, response_row, table1_row, table2_rows, token_rows, trial_rows
 from rhythm.analysis.table1 import table1
 from rhythm.analysis.table2 import table2
 
@@ -72,7 +72,7 @@ def summarise(
 
 
 def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One line a row, NaN left empty; the first row has the columns. Without rows an empty file."""
+    """One line a row, NaN left empty, text as `not_run`; the first row has the columns. Without rows an empty file."""
     aside = path.with_name(f".{path.name}.part")
     with aside.open("w", encoding="utf-8", newline="") as file:
         writer: csv.DictWriter[str] | None = None
@@ -85,4 +85,4 @@ def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    return "" if isinstance(value, float) and math.isnan(value) else value
+    return "" if isinstance(value, float) and math.isnan(value) else not_run(value)

@@ -26,7 +26,7 @@ class Notices:
         if self._due("ties", record["zero_variance_share"] == 1):
             log.warning(
                 "step %d: within every group all rewards tie (mean reward %.3g), %d step(s) in a row: all advantages "
-                "are 0 and nothing is learned from them. A task too hard or too easy, a format the model doesn't know, or "
+                "are 0 and nothing is learned from them. Too hard, too easy, a format the model doesn't know, or "
                 "a faulty judge? zero_variance_share in the metrics counts it; this is said once",
                 record["step"],
                 record["reward"],

@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 import rhythm.analysis.run as run_module
 from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, read_analysis
 from rhythm.analysis.forward import Observer
-from rhythm.analysis.results import read_json, response_path
+from rhythm.analysis.results import read_json, response_path, write_json
+from rhythm.analysis.rows import not_run
 from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer
 
 CONFIG = AnalysisConfig.model_validate(
@@ -102,7 +104,7 @@ def test_the_csv_files_hold_what_the_json_does(model: Any, tokenizer: Any, tmp_p
     assert len(rows) == sum(len(each.tokens.ids) for each in responses)
     first = responses[0].tokens
     for i, row in enumerate(rows[: len(first.ids)]):
-        assert (int(row["id"]), row["text"]) == (first.ids[i], first.texts[i])
+        assert (int(row["id"]), row["text"]) == (first.ids[i], as_text(first.texts[i]))
         for name in ("waad", "fai", "entropy"):
             value = getattr(first, name)[i]
             assert row[name] == "" if math.isnan(value) else float(row[name]) == value
@@ -112,7 +114,40 @@ def test_the_csv_files_hold_what_the_json_does(model: Any, tokenizer: Any, tmp_p
     assert len(trials) == 2 * len(NAMES)
     for trial in trials:
         response = found.response(trial["response"])
-        assert trial["original"] == "".join(response.tokens.texts[int(trial["position"]) + 1 :])
+        assert trial["original"] == as_text("".join(response.tokens.texts[int(trial["position"]) + 1 :]))
+
+
+def as_text(cell: str) -> str:
+    """As a CSV file holds it: with an apostrophe before what a spreadsheet would run."""
+    return f"'{cell}" if cell[:1] in set("=+-@\t\r") else cell
+
+
+def test_a_spreadsheet_runs_nothing_of_the_csv_files(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = "=cmd|' /C calc'!A0"
+    original = run_module.summarise
+
+    def with_hostile_texts(directory: Path, **options: Any) -> Any:
+        path = response_path(directory, "00003-0")
+        result = read_json(ResponseResult, path)
+        trials = tuple(replace(trial, continuation="@SUM(1)", replacement_token="\t=1") for trial in result.trials)
+        write_json(replace(result, trials=trials), path)
+        return original(directory, **options)
+
+    monkeypatch.setattr(run_module, "summarise", with_hostile_texts)
+    problem = {"prompt": "7,8,9>24:", "response": "=1+2-3"}
+    found = analyze(model, tokenizer, [*PROBLEMS[:2], problem], out=tmp_path / "out", config=CONFIG, page=False)
+    with (found.directory / "tokens.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["response"] == "00003-0"]
+    assert [row["text"] for row in rows][:6] == ["'=", "1", "'+", "2", "'-", "3"]
+    assert all(float(row["logprob"]) < 0 for row in rows)  # negative numbers stay numbers
+    with (found.directory / "counterfactuals.csv").open(newline="", encoding="utf-8") as file:
+        trials = [row for row in csv.DictReader(file) if row["response"] == "00003-0"]
+    assert {(row["continuation"], row["replacement_token"]) for row in trials} == {("'@SUM(1)", "'\t=1")}
+    assert found.tokens_frame().query("response == '00003-0'").text.tolist()[:3] == ["=", "1", "+"]
+    assert not_run(hostile) == f"'{hostile}"
+    assert [not_run(cell) for cell in (-1.5, -2, None, True, "", "a=b")] == [-1.5, -2, None, True, "", "a=b"]
 
 
 def test_what_is_given_is_observed_as_it_stands(model: Any, tokenizer: Any, tmp_path: Path) -> None:
