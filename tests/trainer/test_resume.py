@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-TIMINGS = ("seconds_", "tokens_per_second")
+TIMINGS = ("seconds_", "tokens_per_second", "attention_share")
 
 
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
