@@ -91,7 +91,6 @@ class AttentionTap:
         grouping: "sequence" or "batch", as in `select_heads`.
         groups: fixed head groups, [B, n] or [1, n]; quantile and grouping then have no say.
         backend: as in `attention_statistics`.
-        watch: entered around the work on each layer that the tap adds to the forward pass, to time it.
         stop: leave the forward pass, and the `with` block, once the last of the layers has been read.
 
     Raises:
@@ -116,7 +115,6 @@ class AttentionTap:
         grouping: Literal["sequence", "batch"] = "sequence",
         groups: HeadGroups | None = None,
         backend: str = "auto",
-        watch: AbstractContextManager[object] | None = None,
         stop: bool = False,
     ) -> None:
         # Bad options are refused here rather than in or after the forward pass.
@@ -134,7 +132,8 @@ class AttentionTap:
             self._prompt_lens: list[int] = self._prompt_lens_B.tolist()
         self._window, self._horizon, self._backend = window, horizon, backend
         self._quantile, self._grouping, self._groups = quantile, grouping, groups
-        self._watch = nullcontext() if watch is None else watch
+        # Entered around the work on each layer that the tap adds to the forward pass: whoever times it sets it.
+        self.watch: AbstractContextManager[object] = nullcontext()
         self._stop = stop
         self._exit = ExitStack()
         self._reached = False
@@ -198,7 +197,7 @@ class AttentionTap:
         form = attention_form(call, self._masks)
         result = call.run()
         # Autocast around the forward pass would take the statistics to low precision as well.
-        with self._watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+        with self.watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
             batch = self._masks.on(call.query.device)
             check_output(call, form, batch, result[0], self._verdicts)
             self._statistics[call.layer] = self._layer_statistics(call, form, batch)

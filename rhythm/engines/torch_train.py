@@ -213,16 +213,17 @@ class TorchTrain:
                 if tap is None or signals is None:
                     part = self._response_logprobs(model, micro)
                 else:
-                    with AttentionTap(
+                    open_tap = AttentionTap(
                         model,
                         attention_mask=micro.attention_mask,
                         prompt_lens=micro.prompt_lens,
                         groups=groups,
-                        watch=watch,
                         **tap_options(model, tap),
-                    ) as open_tap:
+                    )
+                    open_tap.watch = watch or nullcontext()
+                    with open_tap:
                         part = self._response_logprobs(model, micro)
-                    with watch or nullcontext():
+                    with open_tap.watch:
                         signals.put(index, open_tap.signals())
             logprobs_BT[index, :width] = part.logprobs
             entropy_BT[index, :width] = part.entropy
