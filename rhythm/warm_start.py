@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerFast
 from rhythm import tiny_model
 from rhythm.tasks.base import Task
 from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.writing import naming
 
 _RECORD = "warm_start.json"
 
@@ -48,12 +49,12 @@ class WarmStartConfig(BaseModel, extra="forbid", frozen=True):
     steps: int = Field(default=400, ge=1, description="gradient steps")
     batch_size: int = Field(default=128, ge=1, description="worked solutions a gradient step")
     examples: int | None = Field(default=None, ge=1, description="training instances used; null for all")
-    learning_rate: float = Field(default=2e-3, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")
     final_learning_rate: float = Field(
         default=0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak"
     )
     warmup_steps: int = Field(default=50, ge=0, description="steps in which the learning rate rises to its peak")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay")
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(default=0, ge=0, description="seed of the order of the examples")
     cache_dir: Path = Field(default=Path("runs/cache"), description="where finished warm starts are kept")
@@ -92,7 +93,7 @@ def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None
     texts = [(task.prompt(instance), task.solution(instance)) for instance in instances]
     directory = config.cache_dir / f"warm-start-{cache_key(texts, config)}"
     if directory.is_dir():
-        record = json.loads((directory / _RECORD).read_text())
+        record = json.loads((directory / _RECORD).read_bytes())
         return WarmStart(directory, cached=True, loss=record["loss"], seconds=record["seconds"])
 
     tokenizer = build_tokenizer()
@@ -105,9 +106,10 @@ def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None
     config.cache_dir.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".warm-start-", dir=config.cache_dir))
     try:
-        save_checkpoint(model, tokenizer, aside)
-        record = {"loss": result.loss, "seconds": result.seconds, "losses": losses}
-        (aside / _RECORD).write_text(json.dumps(record))
+        with naming(aside):
+            save_checkpoint(model, tokenizer, aside)
+            record = {"loss": result.loss, "seconds": result.seconds, "losses": losses}
+            (aside / _RECORD).write_text(json.dumps(record), encoding="utf-8")
         aside.chmod(0o755)
         _publish(aside, directory)
     finally:
@@ -121,7 +123,7 @@ def cache_key(texts: Sequence[tuple[str, str]], config: WarmStartConfig) -> str:
     parts = {
         "config": config.model_dump(exclude={"cache_dir"}),
         "texts": texts,
-        "code": [Path(file).read_text() for file in (__file__, tiny_model.__file__)],
+        "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, tiny_model.__file__)],
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

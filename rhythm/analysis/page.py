@@ -28,6 +28,7 @@ from rhythm.analysis.page_data import (
     response_data,
 )
 from rhythm.analysis.results import Analysis, Interval, ResponseResult, Table2Row, Trial
+from rhythm.writing import replace_file
 
 MAX_RESPONSES = 16
 EXAMPLES_PER_GROUP = 2
@@ -74,9 +75,7 @@ class Example:
 def write_page(analysis: Analysis, path: Path | None = None, *, max_responses: int = MAX_RESPONSES) -> Path:
     """Writes the page of an analysis, by default to report.html in its directory; returns its path."""
     path = analysis.directory / "report.html" if path is None else path
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(render(analysis, max_responses=max_responses), encoding="utf-8")
-    aside.replace(path)
+    replace_file(path, render(analysis, max_responses=max_responses))
     return path
 
 

@@ -52,7 +52,8 @@ def read_problems(source: Source, on_error: Callable[[RowError], None] | None = 
 
     Raises:
         RowError (a ValueError): a row that is no problem.
-        ValueError: no such file.
+        ValueError: no such file, or a directory.
+        OSError: it can't be read.
     """
     for row, item in _rows(source):
         try:
@@ -71,12 +72,19 @@ def _rows(source: Source) -> Iterator[tuple[int, Any]]:
         for row, item in enumerate(source, start=1):
             yield row, {"prompt": item} if isinstance(item, str) else item
         return
-    if not source.is_file():
-        raise ValueError(f"{source}: no such file")
+    check_file(source)
     with source.open("rb") as lines:
         for row, line in enumerate(lines, start=1):
             if line.strip():
                 yield row, line
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError where there is neither a file nor a pipe."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; it must be a file of JSON lines")
 
 
 def problem(row: int, fields: Any) -> Problem:
@@ -95,6 +103,8 @@ def problem(row: int, fields: Any) -> Problem:
     answer = fields.get("answer")
     if answer is not None and not isinstance(answer, str | int | float):
         raise RowError(row, f"answer is a {type(answer).__name__}; it must be text or a number")
+    if isinstance(answer, str):
+        _encodable(row, "answer", answer)
     return Problem(row, prompt, _responses(row, fields), None if answer is None else str(answer))
 
 
@@ -123,7 +133,19 @@ def _text(row: int, name: str, value: Any) -> str:
         raise RowError(row, f"{name} is a {type(value).__name__}; it must be text")
     if not value.strip():
         raise RowError(row, f"{name} is empty; it must be text")
+    _encodable(row, name, value)
     return value
+
+
+def _encodable(row: int, name: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character: no tokenizer and no UTF-8 file takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise RowError(
+            row, f"{name} has {half} as its character {error.start + 1}, half of a surrogate pair"
+        ) from error
 
 
 def _parsed(row: int, line: bytes) -> Any:
@@ -131,3 +153,5 @@ def _parsed(row: int, line: bytes) -> Any:
         return json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
         raise RowError(row, f"is not JSON: {error}") from error
+    except RecursionError as error:
+        raise RowError(row, "is nested too deeply") from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, TypeAdapter
 
 from rhythm.analysis.rows import head_rows, response_row, table1_row, table2_rows, token_rows, trial_rows
+from rhythm.writing import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -391,11 +392,9 @@ def response_path(directory: Path, name: str) -> Path:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write a dataclass of this module, replacing the file in one go."""
-    aside = path.with_name(f".{path.name}.part")
+    """Write a dataclass of this module, replacing the file in one go. Raises OSError naming the file."""
     exclude = {"directory"} if isinstance(value, Analysis) else None
-    aside.write_bytes(TypeAdapter(type(value)).dump_json(value, exclude=exclude))
-    aside.replace(path)
+    replace_file(path, TypeAdapter(type(value)).dump_json(value, exclude=exclude))
 
 
 def read_json(kind: type[T], path: Path) -> T:

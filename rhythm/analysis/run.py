@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +28,15 @@ from rhythm.analysis.figures import write_figures
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.observation import observe_response
 from rhythm.analysis.page import write_page
-from rhythm.analysis.problems import Problem, RowError, Source, read_problems
+from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
 from rhythm.analysis.results import Analysis, ResponseResult, Trial, read_json, response_path, write_json
 from rhythm.analysis.summary import summarise
+from rhythm.directory_lock import content, lock_directory
 from rhythm.engines.generate import GenerateInfer
 from rhythm.engines.interfaces import Infer
+from rhythm.writing import naming, replace_file
+
+log = logging.getLogger(__name__)
 
 VERSION = 1  # of the files; another version's are not continued
 PROBE_TOKENS = 8  # of the pass that finds out whether the model's attention can be read, before all else
@@ -70,10 +77,12 @@ def analyze(
 
     Raises:
         RowError (a ValueError): a row that can't be analysed; the message names it.
+        DirectoryLockedError (a ValueError): another process works in `out`.
         ValueError: a model of a kind that can't be analysed, `out` with another analysis in it, or no response left.
+        OSError: a file can't be read or written; the message names it. What was finished stays.
     """
     config = config or AnalysisConfig()
-    source: Source = Path(problems) if isinstance(problems, str) else problems
+    asked: Source = Path(problems) if isinstance(problems, str) else problems
     ends = end_ids_of(model, tokenizer) if end_ids is None else list(end_ids)
     observer = _observer(model, config)
     if infer is None:
@@ -84,56 +93,65 @@ def analyze(
 
     failures: list[str] = []
     on_error = (lambda error: failures.append(str(error))) if keep_going else None
-    total = sum(1 for _ in read_problems(source, on_error))  # every row is looked at before the work begins
-    failures.clear()
-    directory = Path(tempfile.mkdtemp(prefix="rhythm-analysis-")) if out is None else Path(out)
-    name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-    _claim(
-        directory,
-        {"version": VERSION, "model": name, "weights": _weights_digest(model), **config.model_dump(mode="json")},
-    )
+    with ExitStack() as stack:
+        source = _readable_twice(asked, stack)
+        total = sum(1 for _ in read_problems(source, on_error))  # every row is looked at before the work begins
+        failures.clear()
+        directory = Path(tempfile.mkdtemp(prefix="rhythm-analysis-")) if out is None else Path(out)
+        stack.enter_context(lock_directory(directory))
+        name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        _claim(
+            directory,
+            {"version": VERSION, "model": name, "weights": _weights_digest(model), **config.model_dump(mode="json")},
+        )
 
-    def is_finished(problem: Problem, sample: int) -> bool:
-        path = response_path(directory, response_name(problem, sample))
-        if not path.is_file():
-            return False
-        if read_json(ResponseResult, path).digest != problem.digest(sample):
-            raise RowError(problem.row, f"is not the row that {path} was made of; name another directory")
-        return True
+        def is_finished(problem: Problem, sample: int) -> bool:
+            path = response_path(directory, response_name(problem, sample))
+            if not path.is_file():
+                return False
+            try:
+                before = read_json(ResponseResult, path)
+            except ValueError:
+                log.warning("%s is damaged: this response is analysed again", path)
+                return False
+            if before.digest != problem.digest(sample):
+                raise RowError(problem.row, f"is not the row that {path} was made of; name another directory")
+            return True
 
-    names: list[str] = []
-    attempted = 0
-    with _progress(console) as progress:
-        bar = progress.add_task("analysing", total=total)
-        for index, batch in enumerate(_batches(read_problems(source, on_error), config.problems_at_once)):
-            wanted = [(problem, sample) for problem in batch for sample in drafter.samples(problem)]
-            finished = {(problem.row, sample): is_finished(problem, sample) for problem, sample in wanted}
-            place = {response_name(*each): attempted + i for i, each in enumerate(wanted)}
-            attempted += len(wanted)
-            for draft in drafter.drafts(batch, index, finished, on_error):
-                maps = place[draft.name] < config.maps
-                write_json(
-                    _result(model, tokenizer, observer, draft, config, ends, maps=maps),
-                    response_path(directory, draft.name),
-                )
-                finished[draft.problem.row, draft.sample] = True
-            names += [response_name(*each) for each in wanted if finished[each[0].row, each[1]]]
-            progress.advance(bar, len(batch))
-    if not names:
-        raise ValueError("\n".join(["problems: no response is left to analyse", *failures]))
-    analysis = summarise(
-        directory,
-        model=name,
-        problems=str(source) if isinstance(source, Path) else "",
-        names=names,
-        failures=failures,
-        config=config,
-        pool_layers=observer.pool,
-    )
-    if page:
-        write_page(analysis)
-        write_figures(analysis)
-    return analysis
+        names: list[str] = []
+        attempted = 0
+        with _progress(console) as progress:
+            bar = progress.add_task("analysing", total=total)
+            for index, batch in enumerate(_batches(read_problems(source, on_error), config.problems_at_once)):
+                wanted = [(problem, sample) for problem in batch for sample in drafter.samples(problem)]
+                finished = {(problem.row, sample): is_finished(problem, sample) for problem, sample in wanted}
+                place = {response_name(*each): attempted + i for i, each in enumerate(wanted)}
+                attempted += len(wanted)
+                for draft in drafter.drafts(batch, index, finished, on_error):
+                    maps = place[draft.name] < config.maps
+                    write_json(
+                        _result(model, tokenizer, observer, draft, config, ends, maps=maps),
+                        response_path(directory, draft.name),
+                    )
+                    finished[draft.problem.row, draft.sample] = True
+                names += [response_name(*each) for each in wanted if finished[each[0].row, each[1]]]
+                progress.advance(bar, len(batch))
+        if not names:
+            raise ValueError("\n".join(["problems: no response is left to analyse", *failures]))
+        analysis = summarise(
+            directory,
+            model=name,
+            problems=str(asked) if isinstance(asked, Path) else "",
+            names=names,
+            failures=failures,
+            config=config,
+            pool_layers=observer.pool,
+        )
+        if page:
+            write_page(analysis)
+            with naming(directory / "figures"):
+                write_figures(analysis)
+        return analysis
 
 
 def _observer(model: Any, config: AnalysisConfig) -> Observer:
@@ -187,25 +205,47 @@ def _result(
     )
 
 
+def _readable_twice(source: Source, stack: ExitStack) -> Source:
+    """The source, or a copy of what comes out of a pipe, kept until the stack is left."""
+    if not isinstance(source, Path):
+        return source
+    check_file(source)
+    if source.is_file():
+        return source
+    copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rhythm-problems-"))) / "problems.jsonl"
+    with naming(copy), source.open("rb") as pipe, copy.open("wb") as file:
+        shutil.copyfileobj(pipe, file)
+    return copy
+
+
 def _claim(directory: Path, settings: dict[str, Any]) -> None:
     """Make the directory this analysis' own. Raises ValueError where it is another's."""
     path = directory / "settings.json"
     settings = json.loads(json.dumps(settings))  # as they will be read back
-    if path.is_file():
+    responses = directory / "responses"
+    unused = not any(responses.glob("*.json")) and path.is_file() and not path.stat().st_size
+    if path.is_file() and not unused:
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+            before = json.loads(path.read_bytes())
+            if not isinstance(before, dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is damaged, so nobody can tell what the responses beside it were made with: put it back, or "
+                f"name another directory ({error})"
+            ) from error
         if differing := sorted(_differences(before, settings)):
             raise ValueError(
                 f"out is {directory}, which holds an analysis with another {', '.join(differing)}; name another "
                 "directory"
             )
         return
-    if directory.is_dir() and any(directory.iterdir()):
+    # A process that was killed while it claimed the directory leaves these.
+    ours = {responses, path, path.with_name(f".{path.name}.part")}
+    if set(content(directory)) - ours or any(responses.glob("*")):
         raise ValueError(f"out is {directory}, which is not empty and holds no analysis; name another directory")
-    (directory / "responses").mkdir(parents=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    responses.mkdir(exist_ok=True)
+    replace_file(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _weights_digest(model: Any) -> str:

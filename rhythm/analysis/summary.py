@@ -14,6 +14,7 @@ from rhythm.analysis.results import Analysis, ResponseResult, read_json, respons
 from rhythm.analysis.rows import head_rows, not_run, response_row, table1_row, table2_rows, token_rows, trial_rows
 from rhythm.analysis.table1 import table1
 from rhythm.analysis.table2 import table2
+from rhythm.writing import naming, replacing
 
 
 def summarise(
@@ -74,14 +75,13 @@ def summarise(
 def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One line a row, NaN left empty, text as `not_run`; the first row has the columns. Without rows an empty file."""
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8", newline="") as file:
+    with naming(path), replacing(aside, path), aside.open("w", encoding="utf-8", newline="") as file:
         writer: csv.DictWriter[str] | None = None
         for row in rows:
             if writer is None:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
                 writer.writeheader()
             writer.writerow({name: _cell(value) for name, value in row.items()})
-    aside.replace(path)
 
 
 def _cell(value: Any) -> Any:

@@ -8,17 +8,21 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
+from rhythm.writing import naming, remove
+
 log = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
 _ASIDE = ".writing-"
+_NAME = re.compile(r"step_[0-9]{6,18}")
 
 
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
@@ -54,21 +58,26 @@ def save_checkpoint(directory: Path, state: RunState, write: Callable[[Path], No
     final = directory / f"step_{state.step:06d}"
     aside = directory / f"{_ASIDE}{final.name}"
     _remove_leftovers(directory)
-    aside.mkdir()
-    write(aside)
-    (aside / STATE).write_text(state.model_dump_json(indent=1))
-    sums = {str(path.relative_to(aside)): _sha256(path) for path in _files(aside)}
-    (aside / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-    for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
-        _sync(path)
-    if final.exists():  # damaged, and passed over on resume: the whole one takes its place
-        shutil.rmtree(final)
+    with naming(directory):
+        aside.mkdir()
+        try:
+            with naming(aside):
+                write(aside)
+            (aside / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+            sums = {str(path.relative_to(aside)): _sha256(path) for path in _files(aside)}
+            (aside / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+            for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
+                _sync(path)
+        except OSError:  # what is there takes room that a full disk hasn't got
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    remove(final)  # damaged, if it is there, and passed over on resume: the whole one takes its place
     aside.rename(final)
     _sync(directory)
     # Newer ones were damaged and passed over on resume: they must not count among those kept.
     newer = [path for path in _checkpoints(directory) if _step(path) > state.step]
     for path in newer + _checkpoints(directory)[len(newer) + keep :]:
-        shutil.rmtree(path)
+        remove(path)
     return final
 
 
@@ -79,12 +88,13 @@ def latest_checkpoint(directory: Path) -> tuple[Path, RunState] | None:
 
     Raises:
         DamagedCheckpointError: there are checkpoints, all of them damaged.
+        OSError: one can't be read.
     """
     checkpoints = _checkpoints(directory)
     for path in checkpoints:
         fault = find_damage(path)
         if fault is None:
-            return path, RunState.model_validate_json((path / STATE).read_text())
+            return path, RunState.model_validate_json((path / STATE).read_bytes())
         log.warning("checkpoint %s is damaged (%s); trying the one before it", path, fault)
     if checkpoints:
         raise DamagedCheckpointError(f"every checkpoint in {directory} is damaged; start again without --resume")
@@ -93,11 +103,13 @@ def latest_checkpoint(directory: Path) -> tuple[Path, RunState] | None:
 
 def find_damage(checkpoint: Path) -> str | None:
     """Why a checkpoint can't be used, naming the file; None if it is whole."""
+    if not checkpoint.is_dir():
+        return "it is no directory"
     try:
-        sums = json.loads((checkpoint / CHECKSUMS).read_text())
+        sums = json.loads((checkpoint / CHECKSUMS).read_bytes())
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except ValueError:  # neither UTF-8 nor JSON
+    except (ValueError, RecursionError):  # neither UTF-8 nor JSON
         return f"{CHECKSUMS} cannot be read"
     if not isinstance(sums, dict) or STATE not in sums:
         return f"{CHECKSUMS} does not list {STATE}"
@@ -106,12 +118,16 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if _sha256(checkpoint / name) != expected:
             return f"{name} does not have the content its checksum was taken from"
-    return None
+    try:
+        state = RunState.model_validate_json((checkpoint / STATE).read_bytes())
+    except ValueError:
+        return f"{STATE} holds no state of this version"
+    return None if state.step == _step(checkpoint) else f"{STATE} is that of step {state.step}"
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(directory.glob("step_*"), key=_step, reverse=True)
+    """Newest first; what has another name than a checkpoint's is none."""
+    return sorted((path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
 
 
 def _step(checkpoint: Path) -> int:
@@ -121,7 +137,7 @@ def _step(checkpoint: Path) -> int:
 def _remove_leftovers(directory: Path) -> None:
     """What a killed run was writing."""
     for path in directory.glob(f"{_ASIDE}*"):
-        shutil.rmtree(path)
+        remove(path)
 
 
 def _files(directory: Path) -> list[Path]:

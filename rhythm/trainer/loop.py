@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from rhythm.cluster.errors import TrainLostError
+from rhythm.directory_lock import lock_directory
 from rhythm.engines.interfaces import NonFiniteError
 from rhythm.heads import HeadGroups
 from rhythm.tasks import Task
@@ -38,6 +39,7 @@ from rhythm.trainer.setup import (
     open_judge,
 )
 from rhythm.trainer.step import Engines, StepAbandonedError, train_step
+from rhythm.writing import naming
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,9 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     The first SIGINT or SIGTERM saves a checkpoint and returns early; a second one ends the process.
 
     Raises:
-        SetupError, RunDirectoryError: the run can't start so; nothing has been written.
+        SetupError, RunDirectoryError, DirectoryLockedError: the run can't start so, or another process works in its
+            directory; nothing has been written.
+        OSError: a file can't be written, the disk is full; what was finished stays.
         DamagedCheckpointError: on resume, no checkpoint is whole.
         NonFiniteRunError: a loss or gradient is NaN or infinite.
         LostError, RemoteError, ParityError: of a cluster: processes were lost too often, one of them failed, or
@@ -80,6 +84,12 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     console = console or Console(stderr=True)
     check_machine(config)
     task = build_task(config)
+    with lock_directory(config.run_dir):
+        return _run(config, task, resume, console)
+
+
+def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -> RunSummary:
+    """In the locked directory."""
     found = open_run_dir(config, resume=resume)
     # A cluster builds engines again whenever it loses processes, and the run drops its own checkpoints on the way.
     keeps_start = config.cluster is not None or config.loss.kl_coef > 0
@@ -213,7 +223,8 @@ class _Trainer:
                 generator=generator(config.seed, "samples", state.step),
                 step=state.step,
             )
-            write_samples(config.run_dir / SAMPLES, state.step, lines)
+            with naming(config.run_dir / SAMPLES):
+                write_samples(config.run_dir / SAMPLES, state.step, lines)
         record["seconds_evaluation"] = watch.total
         if state.best_accuracy is None or judged.accuracy > state.best_accuracy:
             state = state.model_copy(update={"best_accuracy": judged.accuracy, "best_step": state.step})
@@ -228,7 +239,8 @@ class _Trainer:
 
     def _stopped_by(self, error: NonFiniteError, step: int) -> NonFiniteRunError:
         path = self.config.run_dir / f"failed_batch_step_{step:06d}.pt"
-        torch.save({"step": step, "what": error.what, "batch": asdict(error.batch)}, path)
+        with naming(path):
+            torch.save({"step": step, "what": error.what, "batch": asdict(error.batch)}, path)
         return NonFiniteRunError(
             f"step {step}: {error}. The mini-batch that caused it is in {path} (torch.load) and changed no "
             f"weight; the checkpoints in {self.config.run_dir / CHECKPOINTS} are from before"

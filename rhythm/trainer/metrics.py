@@ -5,6 +5,7 @@ phase.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from rhythm.writing import naming, replace_file
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, float]
 
@@ -53,46 +58,89 @@ class MetricsLog:
     def __init__(self, run_dir: Path, *, tensorboard: bool, after_step: int | None) -> None:
         """Continue after `after_step`, or start anew for None.
 
+        What is missing or damaged of the steps before is logged.
+
         Raises ModuleNotFoundError, saying what to do, if TensorBoard is wanted and not installed.
         """
         self._path = run_dir / "metrics.jsonl"
+        self._events = run_dir / "tensorboard"
         _keep_steps(self._path, -1 if after_step is None else after_step)
-        self._writer = _summary_writer(run_dir / "tensorboard", after_step) if tensorboard else None
+        self._writer = None
+        if tensorboard:
+            with naming(self._events):
+                self._writer = _summary_writer(self._events, after_step)
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Append a step's numbers, on the disk before this returns. Undefined ones are null in the file."""
+        """Append a step's numbers, on the disk before this returns. Undefined ones are null in the file.
+
+        Raises OSError naming the file; the line is cut then, and left out on resume.
+        """
         step = int(record["step"])
         values = {k: v if math.isfinite(v) else None for k, v in record.items()} | {"step": step}
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
         if self._writer is not None:
-            for key, value in values.items():
-                if key != "step" and value is not None:
-                    self._writer.add_scalar(key, value, step)
-            self._writer.flush()
+            with naming(self._events):
+                for key, value in values.items():
+                    if key != "step" and value is not None:
+                        self._writer.add_scalar(key, value, step)
+                self._writer.flush()
 
     def close(self) -> None:
         """Finish the event file."""
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._events):
+                self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """The lines of a metrics.jsonl, one dictionary a step; a last line cut short by a killed run is left
     out.
+
+    Raises ValueError naming the first line that is something else.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows, damaged = _read(path)
+    if damaged:
+        raise ValueError(f"{path}, line {damaged[0]}, is not a step's numbers as JSON")
+    return rows
+
+
+def _read(path: Path) -> tuple[list[dict[str, float | None]], list[int]]:
+    """The rows, and the numbers of the finished lines that are none, from 1."""
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise ValueError("step is not a whole number")
+        except (ValueError, TypeError, KeyError, RecursionError):  # neither UTF-8 nor JSON, no object, no step
+            damaged.append(number)
+        else:
+            rows.append(row)
+    return rows, damaged
 
 
 def _keep_steps(path: Path, last: int) -> None:
     """Drop the lines of later steps and a line that was never finished; the file is replaced in one go."""
-    kept = [row for row in read_metrics(path) if row["step"] is not None and row["step"] <= last]
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    aside.replace(path)
+    rows, damaged = _read(path)
+    if damaged:
+        copy = path.with_name(f"{path.name}.damaged")
+        replace_file(copy, path.read_bytes())
+        log.warning("%s: left out what is not a step's numbers: %s; a copy is in %s", path, _lines(damaged), copy)
+    kept = [row for row in rows if row["step"] is not None and row["step"] <= last]
+    if missing := sorted(set(range(last + 1)) - {int(row["step"] or 0) for row in kept}):
+        what = "has lost" if rows or damaged else "is missing or empty: it has lost"
+        log.warning("%s %s the numbers of %d of the steps 0 to %d; the run continues without them", path, what,
+                    len(missing), last)  # fmt: skip
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _lines(numbers: list[int]) -> str:
+    """A few of them."""
+    shown = ", ".join(map(str, numbers[:5]))
+    return f"{'line' if len(numbers) == 1 else 'lines'} {shown}{' …' if len(numbers) > 5 else ''}"
 
 
 def _summary_writer(directory: Path, after_step: int | None) -> SummaryWriter:

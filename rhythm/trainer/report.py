@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 
@@ -25,6 +26,7 @@ from rhythm.trainer.report_curves import (
     format_percent,
     running_peak_average,
 )
+from rhythm.writing import replace_file
 
 __all__ = ["Run", "headlines", "load_run", "running_peak_average", "write_report"]
 
@@ -96,9 +98,8 @@ def write_report(run_dir: Path) -> Path:
         ValueError: run_dir has no metrics, or one of its files is not what the trainer writes.
     """
     page = render(load_run(run_dir))
-    path, aside = run_dir / "report.html", run_dir / "report.html.part"
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)
+    path = run_dir / "report.html"
+    replace_file(path, page.encode("utf-8", "replace"))  # a sample may hold half of a surrogate pair
     return path
 
 
@@ -118,7 +119,7 @@ def load_run(run_dir: Path) -> Run:
     config = run_dir / "config.yaml"
     return Run(
         name=run_dir.resolve().name,
-        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         records=tuple(by_step[step] for step in sorted(by_step)),
         samples=_load_samples(run_dir / "samples"),
     )
@@ -205,7 +206,7 @@ def _response(row: Mapping[str, Any]) -> Response:
         tokens.append(Token(text.replace("\n", "⏎"), style, " · ".join(numbers), breaks="\n" in text))
     reward, correct = row.get("reward"), row.get("correct")
     parts = [] if correct is None else ["correct" if correct else "wrong"]
-    parts += [] if reward is None else [f"reward {format_number(float(reward))}"]
+    parts += [f"reward {format_number(float(reward))}"] if _finite(reward) else []
     parts.append(f"{len(row['tokens']):,} tokens")
     return Response(
         prompt=str(row.get("prompt", "")),
@@ -223,7 +224,7 @@ def _signal_values(row: Mapping[str, Any], key: str) -> list[float]:
         return [math.nan] * len(row["tokens"])
     if len(values) != len(row["tokens"]):
         raise ValueError(f"a sample has {len(row['tokens'])} tokens but {len(values)} values of {key}")
-    return [math.nan if value is None or not math.isfinite(value) else float(value) for value in values]
+    return [float(value) if _finite(value) else math.nan for value in values]
 
 
 def _strengths(key: str, values: Sequence[float]) -> list[float]:
@@ -259,17 +260,17 @@ def _load_samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file. A last line cut short by a killed run is left out."""
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
                     return
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+            if not isinstance(row, dict) or not _finite(row.get("step")):
                 raise ValueError(f"{path}, line {number}, has to be an object with a step")
             yield row
 
@@ -277,10 +278,15 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The numeric entries of a metrics line; null is NaN, text is left out."""
     return {
-        key: math.nan if value is None else float(value)
+        key: math.nan if value is None or not _finite(value) else float(value)
         for key, value in row.items()
         if value is None or isinstance(value, int | float)
     }
+
+
+def _finite(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can hold; JSON knows 1e999 and integers of any length."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _defined(record: Record, key: str) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from rhythm.directory_lock import content
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint
 from rhythm.trainer.config import TrainConfig
+from rhythm.writing import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +31,17 @@ class RunDirectoryError(ValueError):
 def open_run_dir(config: TrainConfig, *, resume: bool) -> tuple[Path, RunState] | None:
     """Make the directory ready and write its config.yaml; returns the checkpoint to continue from, if any.
 
+    Whoever calls this holds the directory's lock (rhythm.directory_lock).
+
     Raises:
         RunDirectoryError: without `resume`, the directory holds something; with it, a run of another
-            configuration.
+            configuration, or one whose configuration can't be read.
         DamagedCheckpointError: with `resume`, no checkpoint is whole.
+        OSError: config.yaml can't be written.
     """
     directory = config.run_dir
     found = None
-    if directory.is_dir() and any(directory.iterdir()):
+    if content(directory):
         if not resume:
             raise RunDirectoryError(
                 f"{directory} holds a run: continue it with --resume, choose another name=…, or delete it"
@@ -47,14 +52,15 @@ def open_run_dir(config: TrainConfig, *, resume: bool) -> tuple[Path, RunState] 
     if resume and found is None:
         log.info("no checkpoint in %s: starting from the beginning", directory)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (directory / CONFIG).write_text(text, encoding="utf-8")
+    replace_file(directory / CONFIG, text)
     return found
 
 
 def _check_same(path: Path, config: TrainConfig) -> None:
     if not path.is_file():
+        log.warning("%s is missing: nobody can tell whether the run began with the same configuration", path)
         return
-    before = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
+    before = dict(_flat(_read(path)))
     now = dict(_flat(config.model_dump(mode="json")))
     changed = [
         key
@@ -64,6 +70,22 @@ def _check_same(path: Path, config: TrainConfig) -> None:
     if changed:
         listed = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
         raise RunDirectoryError(f"{path.parent} was started with another configuration: {listed}")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Raises RunDirectoryError for what no run writes."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is not YAML"
+    else:
+        if isinstance(values, Mapping):
+            return values
+        problem = "is empty" if values is None else "holds no keys"
+    raise RunDirectoryError(
+        f"{path} is damaged: it {problem}. Put back what the run began with, or delete the file to continue without "
+        "that check"
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

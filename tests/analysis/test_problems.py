@@ -79,6 +79,37 @@ def test_bad_lines_name_their_row_and_may_be_left_out(tmp_path: Path) -> None:
     assert [error.row for error in errors] == [2, 3]
 
 
+HALF = "row 2: {} has \\ud800 as its character 2, half of a surrogate pair"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x\\ud800"}', HALF.format("prompt")),
+        ('{"question": "x\\ud800"}', HALF.format("question")),
+        ('{"prompt": "a", "response": "x\\ud800"}', HALF.format("response")),
+        ('{"prompt": "a", "responses": ["x\\ud800"]}', HALF.format("responses[0]")),
+        ('{"prompt": "a", "answer": "x\\ud800"}', HALF.format("answer")),
+        ('{"prompt": ' + "[" * 50_000, "row 2: is nested too deeply"),
+        ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "row 2: is not JSON"),
+    ],
+)
+def test_odd_json_names_its_row_and_may_be_left_out(line: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"prompt": "a \\ud83d\\ude00"}\n' + line + '\n{"prompt": "b"}\n', encoding="utf-8")
+    with pytest.raises(RowError) as caught:
+        list(read_problems(file))
+    assert str(caught.value).startswith(message)
+    errors: list[RowError] = []
+    assert [problem.prompt for problem in read_problems(file, errors.append)] == ["a 😀", "b"]
+    assert [error.row for error in errors] == [2]
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a directory; it must be a file of JSON lines"):
+        list(read_problems(tmp_path))
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.jsonl: no such file"):
         list(read_problems(tmp_path / "nothing.jsonl"))
