@@ -20,31 +20,29 @@ from rhythm.analysis.run import end_ids_of
 from rhythm.backends import NAMES as BACKENDS
 from rhythm.engines.interfaces import HORIZONS, Infer
 from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
+from rhythm.launcher.failures import EXIT_CODES, ErrorConsole, ExitCode, command, show
 from rhythm.remote_code import refusal_names
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = ExitCode.BAD_INPUT
 TO_THE_END = (1, None)  # FAI as in the paper's analysis, appendix A.1
 
 
+@command("rhythm-analyze", {ValueError: BAD_INPUT, RuntimeError: BAD_INPUT})
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0 done, 2 it can't go on (the reason on stderr), 130 Ctrl-C."""
+    """The command. Returns its exit code, as `ExitCode` says."""
     arguments = _parser().parse_args(argv)
-    console = Console(stderr=True)
+    console = ErrorConsole()
     transformers_logging.set_verbosity_error()
     try:
         analysis = _analyze(arguments, console)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"rhythm-analyze: {error}", file=sys.stderr)
-        _say_kept(arguments.out)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("rhythm-analyze: interrupted", file=sys.stderr)
-        _say_kept(arguments.out)
-        return INTERRUPTED
+    except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
+        if kept := _kept(arguments.out):
+            error.add_note(kept)
+        raise
     for failure in analysis.failures:
         print(f"rhythm-analyze: left out: {failure}", file=sys.stderr)
-    print(analysis.directory / "report.html")
-    return 0
+    show(str(analysis.directory / "report.html"))
+    return ExitCode.DONE
 
 
 def _analyze(arguments: argparse.Namespace, console: Console) -> Analysis:
@@ -150,6 +148,10 @@ def _config(arguments: argparse.Namespace) -> AnalysisConfig:
         raise ValueError("; ".join(lines)) from error
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind the options, and the exit codes a line each."""
+
+
 def _parser() -> argparse.ArgumentParser:
     defaults = AnalysisConfig()
     assert defaults.counterfactuals is not None
@@ -157,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="rhythm-analyze",
         description="Generate (or take) responses, observe each in one forward pass, and write OUT/report.html, "
         "results.json, CSV files and figures. The same command again goes on where it stopped.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
+        epilog=EXIT_CODES,
     )
     need = parser.add_argument_group("needed")
     need.add_argument("--model", type=Path, required=True, metavar="DIR", help="a causal transformers checkpoint")
@@ -228,11 +231,12 @@ def _horizon(text: str) -> object:
         raise argparse.ArgumentTypeError(f"{text!r} does not hold whole numbers") from error
 
 
-def _say_kept(directory: Path) -> None:
-    """What is finished stays: say so."""
+def _kept(directory: Path) -> str:
+    """What is finished stays: a line that says so, or nothing."""
     if count := sum(1 for _ in (directory / "responses").glob("*.json")):
         kept = "1 finished response stays" if count == 1 else f"{count} finished responses stay"
-        print(f"rhythm-analyze: {kept} in {directory}", file=sys.stderr)
+        return f"rhythm-analyze: {kept} in {directory}"
+    return ""
 
 
 if __name__ == "__main__":

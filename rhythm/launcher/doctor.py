@@ -24,6 +24,7 @@ from rich.text import Text
 from torch import Tensor
 
 from rhythm import backends, reference
+from rhythm.launcher.failures import EXIT_CODES, ExitCode, command, show
 from rhythm.statistics import attention_with_statistics
 
 SELF_CHECK_TOLERANCE = 1e-5  # of the larger of 1 and the value: fp32 against fp64
@@ -96,7 +97,7 @@ def cpu_model() -> str:
     """The processor's name as the system gives it."""
     path = Path("/proc/cpuinfo")
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -240,24 +241,29 @@ def _table(findings: Sequence[Finding]) -> Table:
     return table
 
 
+@command("rhythm-doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the findings; exit code 0 if the core works, else 1."""
     parser = argparse.ArgumentParser(
         prog="rhythm-doctor",
         description="What this machine can run, and why not. Exit code 0 if the core works.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXIT_CODES,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     as_json = parser.parse_args(arguments).json
     findings = diagnose()
     healthy = is_healthy(findings)
     if as_json:
-        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        show(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         console = Console(highlight=False)
-        console.print(_table(findings))
         verdict = "[green]The core works.[/green]" if healthy else "[red]The core does not work.[/red]"
-        console.print(f"\n{verdict}")
-    return 0 if healthy else 1
+        with console.capture() as capture:
+            console.print(_table(findings))
+            console.print(f"\n{verdict}")
+        show(capture.get().removesuffix("\n"))
+    return ExitCode.DONE if healthy else ExitCode.FAULT
 
 
 if __name__ == "__main__":

@@ -13,61 +13,64 @@ from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
-from rhythm.cluster.errors import LostError, RemoteError
 from rhythm.engines.vllm.parity import ParityError
+from rhythm.launcher.failures import EXIT_CODES, ErrorConsole, ExitCode, command, show
 from rhythm.launcher.keys import config_keys, describe
 from rhythm.launcher.overrides import ConfigError, dump_config, load_config
 from rhythm.trainer.checkpoint import DamagedCheckpointError
 from rhythm.trainer.cluster import plan
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, RunSummary, run
-from rhythm.trainer.run_dir import RunDirectoryError
+from rhythm.trainer.run_dir import CHECKPOINTS, CONFIG, RunDirectoryError
 from rhythm.trainer.setup import SetupError
 
-BAD_CONFIG, NOT_FINITE, LOST, NO_PARITY, SIGNALLED = 2, 3, 4, 5, 128
+SIGNALLED = 128
+
+_FAILURES: dict[type[Exception], ExitCode] = {
+    ConfigError: ExitCode.BAD_INPUT,
+    SetupError: ExitCode.BAD_INPUT,
+    RunDirectoryError: ExitCode.BAD_INPUT,
+    DamagedCheckpointError: ExitCode.BAD_INPUT,
+    NonFiniteRunError: ExitCode.NOT_FINITE,
+    FloatingPointError: ExitCode.NOT_FINITE,  # of the warm start
+    ParityError: ExitCode.NO_PARITY,
+}
 
 
+@command("rhythm-train", _FAILURES)
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0 done, 2 it can't run so, 3 the loss is not finite, 4 processes of
-    a cluster were lost or failed, 5 its engines don't hold the same weights, 130 Ctrl-C, 143 SIGTERM.
-    """
+    """The command. Returns its exit code, as `ExitCode` says."""
     arguments = _parser().parse_args(argv)
     sys.path.append(str(Path.cwd()))  # for a task of one's own; last, so that nothing there shadows an installed module
-    try:
-        if arguments.help:
-            print(_help(arguments.config, arguments.overrides))
-            return 0
-        if arguments.config is None:
-            raise ConfigError("no configuration given: rhythm-train CONFIG, or rhythm-train --help")
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            print(_dry_run(config))
-            return 0
-        return _train(config, resume=arguments.resume)
-    except (ConfigError, SetupError, RunDirectoryError, DamagedCheckpointError) as error:
-        print(f"rhythm-train: {error}", file=sys.stderr)
-        return BAD_CONFIG
+    if arguments.help:
+        show(_help(arguments.config, arguments.overrides))
+        return ExitCode.DONE
+    if arguments.config is None:
+        raise ConfigError("no configuration given: rhythm-train CONFIG, or rhythm-train --help")
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        show(_dry_run(config))
+        return ExitCode.DONE
+    return _train(config, resume=arguments.resume)
 
 
 def _train(config: TrainConfig, *, resume: bool) -> int:
-    console = Console(stderr=True)
+    console = ErrorConsole()
     _log_to(console)
     try:
         summary = run(config, resume=resume, console=console)
-    except NonFiniteRunError as error:
-        print(f"rhythm-train: {error}", file=sys.stderr)
-        return NOT_FINITE
-    except (LostError, RemoteError) as error:
-        print(f"rhythm-train: {error}", file=sys.stderr)
-        return LOST
-    except ParityError as error:
-        print(f"rhythm-train: {error}", file=sys.stderr)
-        return NO_PARITY
-    except KeyboardInterrupt:
-        print("rhythm-train: interrupted before training began; nothing to save", file=sys.stderr)
-        return SIGNALLED + 2
-    print(_summary(summary))
-    return 0 if summary.stopped_by is None else SIGNALLED + summary.stopped_by
+    except KeyboardInterrupt as error:
+        error.add_note("before training began; nothing to save")
+        raise
+    except OSError as error:
+        if (config.run_dir / CONFIG).is_file():
+            saved = max(
+                (path.name for path in config.run_dir.glob(f"{CHECKPOINTS}/step_*")), default="no checkpoint yet"
+            )
+            error.add_note(f"what is finished stays ({saved}); once that is mended, continue with --resume")
+        raise
+    show(_summary(summary))
+    return ExitCode.DONE if summary.stopped_by is None else SIGNALLED + summary.stopped_by
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="rhythm-train CONFIG [key=value …] [--resume] [--dry-run]",
         description="Train a policy with GRPO, its token credit taken from attention statistics.",
         add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXIT_CODES,
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, for example optimizer.lr=1e-5")

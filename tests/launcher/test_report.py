@@ -17,7 +17,7 @@ def test_command_prints_where_the_report_is(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "no metrics.jsonl" in captured.err
