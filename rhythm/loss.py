@@ -39,8 +39,10 @@ class LossConfig(BaseModel, extra="forbid", frozen=True):
     max_tokens: int | None = Field(
         default=None, ge=1, description="dr_grpo's constant divisor, as a rule the longest response allowed"
     )
-    kl_coef: float = Field(default=0.0, ge=0, description="weight of the KL divergence to the reference policy")
-    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    kl_coef: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="weight of the KL divergence to the reference policy"
+    )
+    entropy_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="weight of the entropy bonus")
 
     @model_validator(mode="after")
     def _dr_grpo_has_its_divisor(self) -> Self:

@@ -22,12 +22,18 @@ from rhythm.signals import RhythmSignals
 HORIZONS: dict[str, tuple[int, int | None]] = {"paper": (10, 50), "revised": (10, 100)}
 """Horizons of FAI by name: the paper's, and its revised version's."""
 
+MAX_TOKENS = 2**31 - 1
+"""Of a window or a horizon: longer than any sequence."""
+
 
 class SamplingConfig(BaseModel, extra="forbid", frozen=True):
     """How responses are drawn."""
 
     temperature: float = Field(
-        default=1.0, ge=0, description="divides the logits before sampling; 0 takes the likeliest token"
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="divides the logits before sampling; 0 takes the likeliest token",
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="sample within this probability mass; 1 turns it off")
     top_k: int = Field(default=0, ge=0, description="sample among this many likeliest tokens; 0 turns it off")
@@ -41,7 +47,7 @@ class TapConfig(BaseModel, extra="forbid", frozen=True):
     layers: int = Field(
         default=5, ge=1, description="sampled layers of the middle third; their query heads form the pool"
     )
-    window: int = Field(default=10, ge=1, description="W of WAAD (eq. 9), in tokens")
+    window: int = Field(default=10, ge=1, le=MAX_TOKENS, description="W of WAAD (eq. 9), in tokens")
     horizon: tuple[int, int | None] = Field(
         default=(10, 50),
         description="[low, high] of FAI (eq. 10) in tokens, high null: to the end; or paper, or revised",
@@ -75,8 +81,8 @@ class TapConfig(BaseModel, extra="forbid", frozen=True):
     @classmethod
     def _upright(cls, value: tuple[int, int | None]) -> tuple[int, int | None]:
         low, high = value
-        if low < 0 or (high is not None and high < low):
-            raise ValueError(f"must be [low, high] with 0 <= low <= high, got {list(value)}")
+        if low < 0 or (high is not None and high < low) or max(low, high or 0) > MAX_TOKENS:
+            raise ValueError(f"must be [low, high] with 0 <= low <= high <= {MAX_TOKENS}, got {list(value)}")
         return value
 
 

@@ -26,13 +26,15 @@ from rhythm.tasks.base import Reward
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _STEP = re.compile(r"(0|[1-9][0-9]*)([-+*/])(0|[1-9][0-9]*)=(0|[1-9][0-9]*)")
 _DRAWS_PER_INSTANCE = 50
+MAX_SIZE = 1_000_000
+"""Of a set of instances: all of it is drawn before the run begins, a minute for so many."""
 
 
 class CountdownConfig(BaseModel, extra="forbid", frozen=True):
     """Which instances there are, and how they are written and judged."""
 
-    train_size: int = Field(default=20_000, ge=1, description="training instances")
-    test_size: int = Field(default=512, ge=1, description="held-out instances, none in the training set")
+    train_size: int = Field(default=20_000, ge=1, le=MAX_SIZE, description="training instances")
+    test_size: int = Field(default=512, ge=1, le=MAX_SIZE, description="held-out instances, none in the training set")
     seed: int = Field(default=0, ge=0, description="seed of the instances")
     numbers: int | tuple[int, int] = Field(
         default=4, description="how many numbers an instance has: a count, or [fewest, most]"

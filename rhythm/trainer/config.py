@@ -36,7 +36,7 @@ class TaskConfig(BaseModel, extra="forbid", frozen=True):
     def _exists(cls, name: str) -> str:
         try:
             task_class(name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError) as error:  # TypeError: a relative name, ..x:y
             raise ValueError(f"cannot be imported: {type(error).__name__}: {error}") from error
         return name
 
@@ -107,7 +107,9 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
     """A whole run."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$", description="the run's directory under runs_dir")
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9._-]+$", max_length=255, description="the run's directory under runs_dir"
+    )
     runs_dir: Path = Field(default=Path("runs"), description="where runs are kept")
     seed: int = Field(default=0, ge=0, description="of prompts, sampling, shuffling and the random control")
     steps: int = Field(default=500, ge=0, description="training steps")
@@ -136,6 +138,13 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     def run_dir(self) -> Path:
         """Where the run keeps everything."""
         return self.runs_dir / self.name
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_directory_of_its_own(cls, name: str) -> str:
+        if not name.strip("."):
+            raise ValueError(f"must name a directory in runs_dir, not runs_dir or the one above, got {name!r}")
+        return name
 
     @model_validator(mode="after")
     def _samples(self) -> TrainConfig:

@@ -19,7 +19,9 @@ class EvalConfig(BaseModel, extra="forbid", frozen=True):
     instances: int | None = Field(
         default=None, ge=1, description="test instances used, from the first on; null for all"
     )
-    temperature: float = Field(default=0.0, ge=0, description="of the responses; 0 takes the likeliest token")
+    temperature: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="of the responses; 0 takes the likeliest token"
+    )
     samples: int = Field(
         default=4, ge=0, description="responses written to samples/ with their WAAD, FAI, γ and entropy"
     )
