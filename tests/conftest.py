@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,13 @@ from torch import Tensor
 # Before anything imports Triton, which reads it once: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# `import corner_cases` from any test, without this folder on sys.path.
+_spec = importlib.util.spec_from_file_location("corner_cases", Path(__file__).with_name("corner_cases.py"))
+assert _spec is not None
+assert _spec.loader is not None
+sys.modules["corner_cases"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["corner_cases"])
 
 
 @pytest.fixture(scope="module", autouse=True)
