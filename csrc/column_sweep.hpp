@@ -15,23 +15,32 @@ inline bool touches(float distance, float lo, float hi) {
   return distance >= lo && distance - static_cast<float>(S::lanes - 1) <= hi;
 }
 
+// A = 2^((product − max)·scale − log2_sum) of one row.
+struct RowWeights {
+  float max, scale, log2_sum;
+  template <class S>
+  typename S::V of(typename S::V product) const {
+    return S::exp2(S::fma(S::sub(product, S::set1(max)), S::set1(scale), S::set1(-log2_sum)));
+  }
+};
+
 // Adds the weights of one row on one panel of keys to the column sums. inside: the whole tile is within the horizon.
 template <class S, bool inside>
-inline void add_columns(const float* score, float* columns, float scale, float log2_sum, float distance, float lo, float hi) {
+inline void add_columns(const float* product, float* columns, RowWeights weights, float distance, float lo, float hi) {
   using V = typename S::V;
   for (int half = 0; half < 2; ++half) {
     const int at = half * S::lanes;
     const float first = distance - static_cast<float>(at);
     if (!inside && !touches<S>(first, lo, hi)) continue;
-    V x = S::exp2(S::fma(S::load(score + at), S::set1(scale), S::set1(-log2_sum)));
+    V x = weights.of<S>(S::load(product + at));
     if (!inside) x = S::where_between(S::sub(S::set1(first), S::iota()), S::set1(lo), S::set1(hi), x);
     S::store(columns + at, S::add(S::load(columns + at), x));
   }
 }
 
-// Σ_{0 ≤ t−s < W} A[t, s]·(W − (t − s)) over one panel of keys.
-template <class S>
-inline typename S::V window_sum(const float* score, float scale, float log2_sum, float distance, float window) {
+// Σ_{0 ≤ t−s < W} A[t, s]·(W − (t − s)) over one panel of keys; Σ A[t, s]·(t − s) where W is the whole sequence.
+template <class S, bool whole>
+inline typename S::V window_sum(const float* product, RowWeights weights, float distance, float window) {
   using V = typename S::V;
   V sum = S::zero();
   for (int half = 0; half < 2; ++half) {
@@ -39,8 +48,8 @@ inline typename S::V window_sum(const float* score, float scale, float log2_sum,
     const float first = distance - static_cast<float>(at);
     if (!touches<S>(first, 0.0f, window - 1.0f)) continue;
     const V d = S::sub(S::set1(first), S::iota());
-    const V x = S::exp2(S::fma(S::load(score + at), S::set1(scale), S::set1(-log2_sum)));
-    sum = S::add(sum, S::where_between(d, S::zero(), S::set1(window - 1.0f), S::mul(x, S::sub(S::set1(window), d))));
+    const V x = weights.of<S>(S::load(product + at));
+    sum = S::add(sum, S::where_between(d, S::zero(), S::set1(window - 1.0f), S::mul(x, whole ? d : S::sub(S::set1(window), d))));
   }
   return sum;
 }
@@ -50,12 +59,21 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
   constexpr int rows = S::tile_rows, panel = panel_of<S>;
   const Sequence& s = p.sequence[task.sequence];
   const int64_t key_head = task.head / p.group(), steps = ceil_div(p.head_size, Words::per_word);
-  const float scale = std::fabs(p.scale) * 1.44269504f;
+  const float scale = log2_scale(p);
   const bool open = p.horizon_hi == to_the_end, with_window = p.given_lse != nullptr;
   const int64_t last_row = s.length - 1, hi = open ? last_row : least(p.horizon_hi, last_row);
   const int64_t key_begin = task.key_begin, key_end = task.key_end;
-  const float* const lse = (with_window ? p.given_lse : p.lse) + task.head * p.tokens + s.start;
-  float* const waad = p.waad + task.head * p.tokens + s.start;
+  const int64_t at = task.head * p.tokens + s.start;
+  float* const waad = p.waad + at;
+  // Wide windows are cut to the sequence; W − Σ A·(W − d) would lose the digits that W takes.
+  const bool whole = p.window >= s.length;
+  const int64_t window = least(p.window, s.length);
+  // A given lse that is no number, or infinite, leaves its row undefined.
+  const auto weights_of = [&](int64_t t) {
+    if (!with_window) return RowWeights{p.row_max[at + t], scale, p.row_log2_sum[at + t]};
+    const float given = p.given_lse[at + t];
+    return RowWeights{0.0f, scale, is_finite(given) ? given * 1.44269504f : NAN};
+  };
   float* const queries = workspace;
   float* const score = workspace + tile_words<S>;
   float columns[column_chunk];
@@ -74,7 +92,7 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
     const int64_t own = with_window ? least(count, key_end - t0) : 0;  // rows whose WAAD is this task's
     int64_t first = band_begin, last = band_end;
     if (own > 0) {
-      const int64_t window_begin = most(0, t0 - p.window + 1), window_end = t0 + own;
+      const int64_t window_begin = most(0, t0 - window + 1), window_end = t0 + own;
       first = band_begin < band_end ? least(band_begin, window_begin) : window_begin;
       last = most(window_end, band_begin < band_end ? band_end : window_end);
     }
@@ -88,27 +106,31 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
       if (key < band_end && key + panel > band_begin) {
         const bool inside = t0 - (key + panel - 1) >= p.horizon_lo && t1 - key <= hi;
         for (int64_t r = 0; r < count; ++r) {
-          const float log2_sum = lse[t0 + r] * 1.44269504f, distance = static_cast<float>(t0 + r - key);
+          const RowWeights weights = weights_of(t0 + r);
+          const float distance = static_cast<float>(t0 + r - key);
           const float* line = score + r * row_stride;
           float* const sums = columns + (key - key_begin);
           if (inside)
-            add_columns<S, true>(line, sums, scale, log2_sum, distance, 0, 0);
+            add_columns<S, true>(line, sums, weights, distance, 0, 0);
           else
-            add_columns<S, false>(line, sums, scale, log2_sum, distance, static_cast<float>(p.horizon_lo), static_cast<float>(hi));
+            add_columns<S, false>(line, sums, weights, distance, static_cast<float>(p.horizon_lo), static_cast<float>(hi));
         }
       }
-      if (key < t0 + own && key + panel > t0 - p.window + 1)
-        for (int64_t r = 0; r < own; ++r)
-          window_sums[r] = S::add(window_sums[r], window_sum<S>(score + r * row_stride, scale, lse[t0 + r] * 1.44269504f,
-                                                                static_cast<float>(t0 + r - key), static_cast<float>(p.window)));
+      if (key < t0 + own && key + panel > t0 - window + 1)
+        for (int64_t r = 0; r < own; ++r) {
+          const auto sum = whole ? window_sum<S, true> : window_sum<S, false>;
+          window_sums[r] = S::add(window_sums[r], sum(score + r * row_stride, weights_of(t0 + r),
+                                                      static_cast<float>(t0 + r - key), static_cast<float>(window)));
+        }
     }
     for (int64_t r = 0; r < own; ++r) {
-      waad[t0 + r] = static_cast<float>(p.window) - S::sum(window_sums[r]);
-      p.lse[task.head * p.tokens + s.start + t0 + r] = lse[t0 + r];
+      const float given = p.given_lse[at + t0 + r];
+      waad[t0 + r] = whole ? S::sum(window_sums[r]) : static_cast<float>(window) - S::sum(window_sums[r]);
+      p.lse[at + t0 + r] = is_finite(given) ? given : NAN;
     }
   }
 
-  float* const fai = p.fai + task.head * p.tokens + s.start;
+  float* const fai = p.fai + at;
   for (int64_t key = key_begin; key < key_end; ++key) {
     const int64_t from = most(s.prompt, key + p.horizon_lo), to = open ? last_row : least(last_row, key + p.horizon_hi);
     if (from <= to) fai[key] = columns[key - key_begin] / static_cast<float>(to - from + 1);

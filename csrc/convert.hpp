@@ -27,6 +27,8 @@ inline uint32_t float_to_bits(float x) {
   return bits;
 }
 
+inline bool is_finite(float x) { return (float_to_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) {

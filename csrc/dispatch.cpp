@@ -51,7 +51,16 @@ const Isa& selected() {
   throw std::runtime_error("RHYTHM_CPU_ISA is '" + std::string(forced) + "'; this machine runs " + names);
 }
 
-// Calls work(task index, thread index) for every task, on `threads` threads that take the next task when free.
+// Waits for threads whatever happens: one that is destroyed unjoined ends the process.
+struct Joined {
+  std::vector<std::thread> threads;
+  ~Joined() {
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+// Calls work(task index, thread index) for every task, on `threads` threads that take the next task when free. Fewer
+// where the system starts no more (limits on memory or processes): this thread alone would do.
 template <class F>
 void parallel_for(int64_t tasks, int threads, const F& work) {
   std::atomic<int64_t> next{0};
@@ -66,10 +75,14 @@ void parallel_for(int64_t tasks, int threads, const F& work) {
       next = tasks;
     }
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < std::min<int64_t>(threads, tasks); ++i) others.emplace_back(loop, i);
-  loop(0);
-  for (std::thread& other : others) other.join();
+  {
+    Joined others;
+    try {
+      for (int i = 1; i < std::min<int64_t>(threads, tasks); ++i) others.threads.emplace_back(loop, i);
+    } catch (const std::exception&) {
+    }
+    loop(0);
+  }
   if (error) std::rethrow_exception(error);
 }
 
@@ -138,17 +151,31 @@ void run(Problem p, std::vector<Sequence> sequences, int threads) {
   }
   p.sequence = sequences.data();
   if (p.panels == 0) return;
+  // Distances end at the number of tokens; beyond it there is only overflow.
+  p.window = std::min(p.window, p.tokens);
+  p.horizon_lo = std::min(p.horizon_lo, p.tokens);
+  if (p.horizon_hi != to_the_end) p.horizon_hi = std::min(p.horizon_hi, p.tokens);
+  if (p.scale * 1.44269504f == 0.0f) {
+    p.flat = true;
+    p.scale = 1.0f;
+  }
 
   const Words keys = allocate(p.key_heads * p.panels * kernels.panel_words(p, false));
   const Words values = allocate(p.v.data ? p.key_heads * p.panels * kernels.panel_words(p, true) : 1);
   p.packed_k = keys.get();
   p.packed_v = values.get();
+  std::vector<uint8_t> not_finite(p.v.data ? static_cast<size_t>(p.key_heads * p.panels) : 0);
+  p.not_finite = not_finite.data();
   const auto packs = pack_tasks(p, kernels.panel_keys);
   parallel_for(static_cast<int64_t>(packs.size()), threads, [&](int64_t i, int) { kernels.pack(p, packs[i]); });
 
   const int64_t scratch = kernels.workspace_words(p);
   const Words workspace = allocate(scratch * threads);
-  if (p.given_lse == nullptr) {
+  const int64_t per_row = p.given_lse ? 0 : p.query_heads * p.tokens;
+  const Words maxima = allocate(per_row), sums = allocate(per_row);
+  p.row_max = maxima.get();
+  p.row_log2_sum = sums.get();
+  if (p.row_span) {
     const auto rows = row_tasks(p, kernels);
     parallel_for(static_cast<int64_t>(rows.size()), threads,
                  [&](int64_t i, int thread) { kernels.row_sweep(p, rows[i], workspace.get() + thread * scratch); });

@@ -22,6 +22,7 @@ struct Bf16Words {
     return encode(y, sign);
   }
   static Element encode(BFloat16 x, uint32_t sign) { return static_cast<Element>(x.bits ^ (sign >> 16)); }
+  static float decode(Element x) { return to_float(BFloat16{x}); }
   template <class S>
   static void put_vector(__m512 x, float* row, int64_t j) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row) + j, (__m256i)_mm512_cvtneps_pbh(x));

@@ -32,10 +32,11 @@ struct Problem {
   Operand q, k, v;  // v.data may be null: no attention output
   float scale = 1.0f;
   int64_t window = 10, horizon_lo = 10, horizon_hi = 50;
-  const float* given_lse = nullptr;  // [Hq, T]; with it only bands are visited
+  bool flat = false;                 // the scale was 0: products count as 0 (NaN where one is not finite), scale is 1
+  const float* given_lse = nullptr;  // [Hq, T]; with it, and without row_span, only bands are visited
 
   // Outputs, [Hq, T] unless said otherwise. Null: not wanted.
-  float* row_span = nullptr;  // Σ_s A[t, s]·(t − s), response rows
+  float* row_span = nullptr;  // Σ_s A[t, s]·(t − s), response rows; needed where no lse is given
   float* waad = nullptr;
   float* fai = nullptr;
   float* lse = nullptr;
@@ -43,8 +44,14 @@ struct Problem {
 
   // Packed copies, shared among the query heads of a group: 32-bit words, see pack.hpp.
   float* packed_k = nullptr;
-  float* packed_v = nullptr;
-  int64_t panels = 0;  // of one head, all sequences
+  float* packed_v = nullptr;            // 0 in place of elements that are not finite
+  uint8_t* not_finite = nullptr;        // [Hkv, panels]: whether a panel of v has such elements
+  int64_t panels = 0;                   // of one head, all sequences
+
+  // [Hq, T], of response rows, from the row sweep for the column sweep: A = 2^((product − row_max)·scale·log2 e −
+  // row_log2_sum). In two parts, since the fp32 lse of scores beyond 10^7 has no room for the digits of the second.
+  float* row_max = nullptr;
+  float* row_log2_sum = nullptr;
 
   int64_t group() const { return query_heads / key_heads; }
 };

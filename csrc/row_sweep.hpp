@@ -2,6 +2,8 @@
 //
 // Flash attention's online softmax with two more sums beside Σ p: Σ p·(t − s), and on the tiles near the diagonal
 // Σ p·(W − (t − s)) over t − s < W, since Σ A·min(t − s, W) = W − Σ_{t−s<W} A·(W − (t − s)) for rows that sum to 1.
+// Rows t < W cut nothing: their WAAD is Σ A·(t − s), without the difference that a large W would cancel in.
+// Scores are differences of products, scaled: the largest is 0 exactly, however large the scale.
 #pragma once
 
 #include <cmath>
@@ -11,7 +13,7 @@
 namespace rhythm {
 namespace {
 
-// The running softmax of one row, in units of log2; sums are kept a lane each until the end.
+// The running softmax of one row; sums are kept a lane each until the end, the largest product unscaled.
 template <class S>
 struct Row {
   typename S::V sum, distance, window;
@@ -50,9 +52,9 @@ inline float absorb(Row<S>& row, float* score, float* words, int vectors, int64_
     largest = S::max(largest, x);
   }
   float shrink = 1.0f;
-  const float candidate = S::max_of(largest) * scale;
+  const float candidate = S::max_of(largest);
   if (candidate > row.max) {
-    shrink = row.max == -INFINITY ? 0.0f : std::exp2(row.max - candidate);
+    shrink = row.max == -INFINITY ? 0.0f : std::exp2((row.max - candidate) * scale);
     row.max = candidate;
     const V factor = S::set1(shrink);
     row.sum = S::mul(row.sum, factor);
@@ -60,11 +62,11 @@ inline float absorb(Row<S>& row, float* score, float* words, int vectors, int64_
     row.window = S::mul(row.window, factor);
   }
   // While every score so far is −inf any finite reference will do; the probabilities are 0.
-  const V reference = S::set1(row.max == -INFINITY ? 0.0f : -row.max), scales = S::set1(scale);
+  const V reference = S::set1(row.max == -INFINITY ? 0.0f : row.max), scales = S::set1(scale);
   V sum = row.sum, weighted = row.distance;
   distance = first;
   for (int j = 0; j < vectors; ++j) {
-    const V p = S::exp2(S::fma(S::load(score + j * S::lanes), scales, reference));
+    const V p = S::exp2(S::mul(S::sub(S::load(score + j * S::lanes), reference), scales));
     sum = S::add(sum, p);
     weighted = S::fma(p, distance, weighted);
     if (near) row.window = S::fma(p, S::max(S::sub(S::set1(window), distance), S::zero()), row.window);
@@ -80,19 +82,54 @@ inline float absorb(Row<S>& row, float* score, float* words, int vectors, int64_
 template <class S>
 void finish_row(const Problem& p, const Sequence& s, int64_t head, int64_t t, const Row<S>& row, const float* output) {
   const int64_t token = s.start + t, at = head * p.tokens + token;
-  const float sum = S::sum(row.sum);
+  const float sum = S::sum(row.sum), largest = row.max * std::fabs(p.scale);
+  bool defined = sum > 0 && is_finite(largest);  // else a score is NaN or +inf, or all are −inf
   if (t >= s.prompt) {
-    const bool defined = sum > 0 && row.max < INFINITY;  // else a score is NaN or +inf, or all are −inf
+    if (p.given_lse) {
+      defined = defined && is_finite(p.given_lse[at]);  // WAAD and lse are the column sweep's
+    } else {
+      p.waad[at] = !defined       ? NAN
+                   : t < p.window ? S::sum(row.distance) / sum
+                                  : static_cast<float>(p.window) - S::sum(row.window) / sum;
+      p.lse[at] = defined ? largest + std::log(sum) : NAN;
+      p.row_max[at] = row.max;
+      p.row_log2_sum[at] = defined ? std::log2(sum) : NAN;
+    }
     p.row_span[at] = defined ? S::sum(row.distance) / sum : NAN;
-    p.waad[at] = defined ? static_cast<float>(p.window) - S::sum(row.window) / sum : NAN;
-    p.lse[at] = defined ? (row.max + std::log2(sum)) * 0.693147181f : NAN;
   }
   if (p.out == nullptr) return;
   with_element_type(p.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     T* out = static_cast<T*>(p.out) + (token * p.query_heads + head) * p.head_size;
-    for (int64_t d = 0; d < p.head_size; ++d) from_float(output[d] / sum, out[d]);
+    for (int64_t d = 0; d < p.head_size; ++d) from_float(defined ? output[d] / sum : NAN, out[d]);
   });
+}
+
+// Adds to the output of `count` rows from t0 what the elements of v that are not finite give, for `keys` keys from `key`.
+// words: the rows' probabilities. Packed values hold 0 in their place, so that rows before a key are none the wiser.
+template <class S, class Words>
+void add_not_finite(const Problem& p, const RowTask& task, int64_t key_head, int64_t t0, int64_t count, int64_t key,
+                    int64_t keys, const float* words, float* output) {
+  constexpr int panel = panel_of<S>;
+  const Sequence& s = p.sequence[task.sequence];
+  const uint8_t* flags = p.not_finite + key_head * p.panels + s.first_panel + key / panel;
+  for (int64_t n = 0; n * panel < keys; ++n) {
+    if (!flags[n]) continue;
+    with_element_type(p.dtype, [&](auto* type) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+      for (int64_t j = n * panel; j < least((n + 1) * panel, keys); ++j) {
+        const T* value = row_of<T>(p.v, task.sequence, key + j, key_head);
+        for (int64_t d = 0; d < p.head_size; ++d) {
+          const float x = to_float(value[d * p.v.dim]);
+          if (is_finite(x)) continue;
+          for (int64_t r = most(0, key + j - t0); r < count; ++r) {
+            const auto* row = reinterpret_cast<const typename Words::Element*>(words + r * row_stride);
+            output[r * row_stride + d] += Words::decode(row[j]) * x;
+          }
+        }
+      }
+    });
+  }
 }
 
 template <class S, class Words, bool values>
@@ -103,7 +140,7 @@ void row_sweep(const Problem& p, const RowTask& task, float* workspace) {
   const int64_t steps = ceil_div(p.head_size, per_word), columns = ceil_div(p.head_size, panel);
   const int64_t per_head = ceil_div(task.row_end - task.row_begin, rows);
   const int64_t blocks = per_head * (task.head_end - task.head_begin);
-  const float scale = std::fabs(p.scale) * 1.44269504f, window = static_cast<float>(p.window);
+  const float scale = log2_scale(p), window = static_cast<float>(p.window);
 
   float* const score = workspace;
   float* const words = score + tile_words<S>;
@@ -143,10 +180,11 @@ void row_sweep(const Problem& p, const RowTask& task, float* workspace) {
         if (values && shrink != 1.0f)
           for (int64_t d = 0; d < columns * panel; ++d) output[r * row_stride + d] *= shrink;
       }
-      if (values)
-        for (int64_t c = 0; c < columns; ++c)
-          multiply_tile<S, Words, true>(words, value_columns<S, Words>(p, s, key_head, c) + key / per_word * panel,
-                                        ceil_div(vectors * S::lanes, per_word), output + c * panel);
+      if (!values) continue;
+      for (int64_t c = 0; c < columns; ++c)
+        multiply_tile<S, Words, true>(words, value_columns<S, Words>(p, s, key_head, c) + key / per_word * panel,
+                                      ceil_div(vectors * S::lanes, per_word), output + c * panel);
+      add_not_finite<S, Words>(p, task, key_head, t0, count, key, keys, words, output);
     }
   }
 

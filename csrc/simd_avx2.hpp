@@ -41,10 +41,11 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
   }
 
-  // 2^x for x ≤ 127; below −126 gives 0, NaN stays. The polynomial is simd_avx512.hpp's.
+  // 2^x; below −126 gives 0, NaN stays. The polynomial is simd_avx512.hpp's; 2^128 comes out as infinity's bits.
   static V exp2(V x) {
-    const V whole = _mm256_round_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const V f = sub(x, whole);
+    const V least = _mm256_min_ps(x, set1(128.0f));
+    const V whole = _mm256_round_ps(least, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const V f = sub(least, whole);
     V p = fma(set1(0.00186713005f), f, set1(0.00901703071f));
     p = fma(p, f, set1(0.0557999127f));
     p = fma(p, f, set1(0.240164444f));

@@ -36,9 +36,10 @@ struct Portable {
     return m;
   }
 
-  // 2^x for x ≤ 127; below −126 gives 0, NaN stays. The polynomial is simd_avx512.hpp's.
+  // 2^x; below −126 gives 0, NaN stays. The polynomial is simd_avx512.hpp's; 2^128 comes out as infinity's bits.
   static V exp2(V x) {
-    const V safe = select(x >= set1(-126.0f), x, set1(-126.0f));
+    const V least = select(x <= set1(128.0f), x, set1(128.0f));
+    const V safe = select(least >= set1(-126.0f), least, set1(-126.0f));
     const I truncated = __builtin_convertvector(safe, I);
     const V toward_zero = __builtin_convertvector(truncated, V);
     const I whole = truncated + (toward_zero > safe);  // a true comparison is −1: ⌊x⌋

@@ -4,7 +4,9 @@
 // (`Words::per_word`). A packed panel holds `panel` = 2·lanes columns: words[step][panel].
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "convert.hpp"
@@ -18,6 +20,11 @@ constexpr int row_stride = 256 + 16;            // words between rows of a tile 
 constexpr int64_t max_head_size = 256;
 
 inline void clear(float* words, int64_t count) { std::memset(words, 0, static_cast<size_t>(count) * sizeof(float)); }
+// The scale of products in units of log2. Finite for a finite scale: a difference of 0 must stay 0.
+inline float log2_scale(const Problem& p) {
+  const float magnitude = std::fabs(p.scale), scale = magnitude * 1.44269504f;
+  return std::isinf(scale) && !std::isinf(magnitude) ? std::numeric_limits<float>::max() : scale;
+}
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -34,6 +41,7 @@ struct Fp32Words {
   static Element encode(T x, uint32_t sign) {
     return bits_to_float(float_to_bits(to_float(x)) ^ sign);
   }
+  static float decode(Element x) { return x; }
   template <class S>
   static void put_vector(typename S::V x, float* row, int64_t j) {
     S::store(row + j * S::lanes, x);
@@ -129,8 +137,15 @@ void pack(const Problem& p, const PackTask& task) {
         const int64_t width = least(panel, p.head_size - c * panel);
         for (int64_t j = 0; j < keys; ++j) {
           const T* row = row_of<T>(p.v, task.sequence, n * panel + j, task.key_head) + c * panel * p.v.dim;
-          encode_row<Words>(row, p.v.dim, width, 0,
-                            reinterpret_cast<Element*>(words + j / per_word * panel) + j % per_word, per_word);
+          Element* const packed = reinterpret_cast<Element*>(words + j / per_word * panel) + j % per_word;
+          encode_row<Words>(row, p.v.dim, width, 0, packed, per_word);
+          bool finite = true;
+          for (int64_t d = 0; d < width; ++d) finite &= is_finite(to_float(row[d * p.v.dim]));
+          if (finite) continue;
+          // A tile would multiply it by the 0 of rows that don't see its key; row_sweep adds it for those that do.
+          p.not_finite[task.key_head * p.panels + s.first_panel + n] = 1;
+          for (int64_t d = 0; d < width; ++d)
+            if (!is_finite(to_float(row[d * p.v.dim]))) packed[d * per_word] = Element{};
         }
       }
     }
@@ -151,7 +166,10 @@ void load_queries(const Problem& p, int64_t sequence, int64_t head, int64_t row_
       if (r >= rows || p.head_size % Words::per_word) clear(words, steps);
       if (r >= rows) continue;
       const T* row = row_of<T>(p.q, sequence, row_begin + r, head);
-      encode_row<Words>(row, p.q.dim, p.head_size, sign, reinterpret_cast<Element*>(words), 1);
+      Element* const packed = reinterpret_cast<Element*>(words);
+      encode_row<Words>(row, p.q.dim, p.head_size, sign, packed, 1);
+      if (p.flat)
+        for (int64_t d = 0; d < p.head_size; ++d) packed[d] = Words::encode(to_float(row[d * p.q.dim]) * 0.0f, 0);
     }
   });
 }

@@ -6,8 +6,9 @@ The static checks read shapes, types and devices only, so they also run under to
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,6 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+MAX_INT = 2**63 - 1
+MAX_SEQUENCES = 2**24  # a batch of more than that without a token would be hours of nothing
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_SIZE = 256
 
@@ -48,8 +51,60 @@ class Layout:
         return [0] * self.count if self.prompt_tensor is None else [int(n) for n in self.prompt_tensor.tolist()]
 
 
+def integer(name: str, value: object, least: int, most: int = MAX_INT) -> int:
+    """The value as an int, if it is an integer of any kind (Python's, numpy's, torch's; no bool) in least … most."""
+    number = _index(value)
+    if number is None or number < least or number > most:
+        limit = f"of at least {least}" if most == MAX_INT and (number is None or number < least) else ""
+        limit = limit or f"in {least} … {most}"
+        raise ValueError(f"{name} is {value!r}; it must be an integer {limit}")
+    return number
+
+
+def _index(value: object) -> int | None:
+    """None: it is no integer."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]  # a number that torch.compile does not know yet
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # a TypeError is an answer
+    except (TypeError, RuntimeError):
+        return None
+
+
+def prompt_lens_tensor(prompt_lens: object, device: torch.device) -> Tensor:
+    """prompt_lens as a tensor: tensors as they are, a sequence of integers as int64 on the device."""
+    if isinstance(prompt_lens, Tensor):
+        return prompt_lens
+    numbers = list(prompt_lens) if isinstance(prompt_lens, Iterable) and not isinstance(prompt_lens, str) else None
+    if numbers is None:
+        raise ValueError(f"prompt_lens is {prompt_lens!r}; it must be int32 or int64 [B], or a sequence of integers")
+    # An entry too low or too high for its sequence is refused by `check_values`, which knows the sequence.
+    checked = [integer(f"prompt_lens[{i}]", number, -MAX_INT) for i, number in enumerate(numbers)]
+    return torch.tensor(checked, dtype=torch.int64, device=device)
+
+
+def check_dense(name: str, x: object) -> None:
+    """A plain tensor: strides, one storage."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is of type {type(x).__name__}; it must be a torch.Tensor")
+    if x.is_nested:
+        raise ValueError(f"{name} is a nested tensor; it must be a plain one: cu_seqlens says where sequences begin")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} has layout {x.layout}; it must be torch.strided")
+
+
+def check_name(argument: str, name: object, allowed: Sequence[str]) -> None:
+    if not isinstance(name, str) or name not in allowed:
+        raise ValueError(f"{argument} is {name!r}; allowed are {', '.join(allowed)}")
+
+
 def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """q [T, Hq, D] or [B, T, Hq, D]; k and v the same with Hkv heads, Hkv dividing Hq."""
+    check_dense("q", q)
     if q.ndim not in (3, 4):
         raise ValueError(f"q has shape {tuple(q.shape)}; allowed are [T, Hq, D] and [B, T, Hq, D]")
     if q.dtype not in DTYPES:
@@ -57,6 +112,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     for name, x in (("k", k), ("v", v)):
         if x is None:
             continue
+        check_dense(name, x)
         if x.ndim != q.ndim or x.shape[:-2] != q.shape[:-2] or x.shape[-1] != q.shape[-1]:
             wanted = [*q.shape[:-2], "Hkv", q.shape[-1]]
             raise ValueError(f"{name} has shape {tuple(x.shape)}; q's shape {tuple(q.shape)} allows {wanted}")
@@ -68,28 +124,51 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         raise ValueError(f"v has shape {tuple(v.shape)}; it must be k's, {tuple(k.shape)}")
     if not 1 <= q.shape[-1] <= MAX_HEAD_SIZE:
         raise ValueError(f"q has head size {q.shape[-1]}; allowed are 1 to {MAX_HEAD_SIZE}")
+    if q.ndim == 4 and q.shape[0] > MAX_SEQUENCES:
+        raise ValueError(f"q has shape {tuple(q.shape)}, {q.shape[0]} sequences; allowed are {MAX_SEQUENCES}")
     query_heads, key_heads = q.shape[-2], k.shape[-2]
     if key_heads < 1 or query_heads < 1 or query_heads % key_heads:
         raise ValueError(f"q has {query_heads} heads and k has {key_heads}; k's must divide q's, both at least 1")
 
 
-def check_options(scale: float, window: int, horizon: tuple[int, int | None]) -> None:
-    """A finite scale, window ≥ 1, and 0 ≤ H_lo ≤ H_hi (H_hi None: to the end of the sequence)."""
-    if not abs(scale) < float("inf"):
-        raise ValueError(f"scale is {scale}; it must be finite")
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window is {window!r}; it must be an integer of at least 1")
-    if len(horizon) != 2:
+def check_options(
+    scale: float, window: int, horizon: tuple[int, int | None]
+) -> tuple[float, int, tuple[int, int | None]]:
+    """A finite scale, window ≥ 1, and 0 ≤ H_lo ≤ H_hi (H_hi None: to the end of the sequence).
+
+    Returns:
+        The same as Python's numbers.
+    """
+    scale = _finite(scale)
+    window = integer("window", window, 1)
+    if not isinstance(horizon, (tuple, list)) or len(horizon) != 2:
         raise ValueError(f"horizon is {horizon!r}; it must be a pair (lo, hi)")
-    lo, hi = horizon
+    lo, hi = _index(horizon[0]), None if horizon[1] is None else _index(horizon[1])
+    if lo is None or (hi is None and horizon[1] is not None):
+        raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi), integers, or hi None")
     if lo < 0 or (hi is not None and hi < lo):
         raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi) with 0 <= lo <= hi, or hi None")
+    if max(lo, hi or 0) > MAX_INT:
+        raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi) with hi <= {MAX_INT}, or hi None")
+    return scale, window, (lo, hi)
+
+
+def _finite(scale: object) -> float:
+    try:
+        # A string such as "0.5" would be taken by float, too.
+        number = None if isinstance(scale, (str, bytes, bool)) else float(scale)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not abs(number) < float("inf"):
+        raise ValueError(f"scale is {scale!r}; it must be finite, a number")
+    return number
 
 
 def check_lse(lse: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
     """lse fp32 of the statistics' own shape, on q's device."""
     if lse is None:
         return
+    check_dense("lse", lse)
     if tuple(lse.shape) != tuple(shape):
         raise ValueError(f"lse has shape {tuple(lse.shape)}; it must be {tuple(shape)}")
     if lse.dtype not in (torch.float32, torch.float64):
@@ -101,6 +180,7 @@ def check_lse(lse: Tensor | None, shape: Sequence[int], device: torch.device) ->
 def check_sequences(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | None) -> None:
     """Types and shapes of cu_seqlens int32 [B + 1] (packed q only) and prompt_lens int32 or int64 [B]."""
     if cu_seqlens is not None:
+        check_dense("cu_seqlens", cu_seqlens)
         if q.ndim == 4:
             raise ValueError(f"cu_seqlens goes with packed q [T, Hq, D]; q has shape {tuple(q.shape)}")
         if cu_seqlens.dtype != torch.int32:
@@ -110,6 +190,7 @@ def check_sequences(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | 
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on q's device, {q.device}")
     if prompt_lens is not None:
+        check_dense("prompt_lens", prompt_lens)
         count = q.shape[0] if q.ndim == 4 else 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if prompt_lens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"prompt_lens has dtype {prompt_lens.dtype}; allowed are torch.int32 and torch.int64")

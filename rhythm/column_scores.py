@@ -13,6 +13,9 @@ from torch import Tensor
 from rhythm import arguments
 from rhythm.statistics import attention_statistics
 
+FAR = 2**62
+"""Tokens, beyond any sequence; a position can still be added to it."""
+
 Rows = tuple[int | None, int | None]
 
 
@@ -56,9 +59,12 @@ def column_scores(
         ValueError: an argument is not as described; the message names it.
         RuntimeError: the named backend is not available on this machine.
     """
-    for name, value, allowed in (("reduce", reduce, ("sum", "mean")), ("per", per, ("head", "group"))):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+    arguments.check_name("reduce", reduce, ("sum", "mean"))
+    arguments.check_name("per", per, ("head", "group"))
+    for name, x in (("q", q), ("k", k), ("cu_seqlens", cu_seqlens), ("lse", lse)):
+        if x is not None or name in ("q", "k"):
+            arguments.check_dense(name, x)
+    _, _, horizon = arguments.check_options(1.0, 1, horizon)
     q, lse, missing = _at_the_end(q, k, lse, cu_seqlens)
     arguments.check_tensors(q, k)
     heads = q.shape[-2]
@@ -72,7 +78,7 @@ def column_scores(
     flat = q.ndim == 4 and end_B is not None
     if flat:  # what is cut leaves sequences of different lengths
         cu_seqlens = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device) * q.shape[1]
-    shape = (q.shape[0], -1, q.shape[1]) if q.ndim == 4 else None
+    shape = (q.shape[0], q.shape[1]) if q.ndim == 4 else None
     position_T, sequence_T = _positions(q, length_B)
     if end_B is None:
         received = _received(q, k, lse, cu_seqlens, begin_B, horizon, scale, backend)
@@ -87,16 +93,16 @@ def column_scores(
     if received.ndim == 3:
         received = received.transpose(0, 1).flatten(1)
 
-    lo, hi = horizon
+    lo, hi = min(horizon[0], FAR), None if horizon[1] is None else min(horizon[1], FAR)
     last_B = (length_B if end_B is None else end_B) - 1
     reach_T = last_B[sequence_T] if hi is None else torch.minimum(last_B[sequence_T], position_T + hi)
     count_T = (reach_T - torch.maximum(begin_B[sequence_T], position_T + lo) + 1).clamp(min=0)
     if reduce == "sum":
         received = torch.where(count_T > 0, received * count_T, 0.0)
     if per == "group":
-        grouped = received.view(k.shape[-2], -1, received.shape[-1])
+        grouped = received.view(k.shape[-2], q.shape[-2] // k.shape[-2], received.shape[-1])
         received = grouped.sum(dim=1) if reduce == "sum" else grouped.mean(dim=1)
-    return received if shape is None else received.view(-1, shape[0], shape[2]).transpose(0, 1)
+    return received if shape is None else received.view(received.shape[0], *shape).transpose(0, 1)
 
 
 def _received(
@@ -175,9 +181,9 @@ def _range(rows: Rows | Tensor | None, missing: int, length_B: Tensor) -> tuple[
             )
         begin_B, end_B = rows.to(length_B.device, torch.int64).unbind(dim=1)
         return _within(begin_B, length_B).clamp(min=missing), _within(end_B, length_B)
-    if len(rows) != 2 or not all(x is None or (isinstance(x, int) and not isinstance(x, bool)) for x in rows):
+    if not isinstance(rows, (tuple, list)) or len(rows) != 2:
         raise ValueError(f"rows is {rows!r}; it must be (begin, end), integers or None, or a tensor [B, 2]")
-    begin, end = rows
+    begin, end = (None if x is None else arguments.integer(f"rows[{i}]", x, -FAR, FAR) for i, x in enumerate(rows))
     begin_B = _within(torch.full_like(length_B, 0 if begin is None else begin), length_B).clamp(min=missing)
     return begin_B, None if end is None else _within(torch.full_like(length_B, end), length_B)
 

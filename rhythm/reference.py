@@ -112,9 +112,19 @@ def attention_statistics(
         )
         lse[:, response] = row_lse[:, prompt_len:]
         if out is not None and v_TGD is not None:
-            v = v_TGD[rows].to(dtype).repeat_interleave(heads // k_TGD.shape[1], dim=1)
-            out[rows] = (weights @ v.transpose(0, 1)).transpose(0, 1).to(q_THD.dtype)
+            v = v_TGD[rows].to(dtype).repeat_interleave(heads // k_TGD.shape[1], dim=1).transpose(0, 1)
+            out[rows] = _attended(weights, v, sliding_window).transpose(0, 1).to(q_THD.dtype)
     return span, waad, fai, lse, out
+
+
+def _attended(weights_HNN: Tensor, v_HND: Tensor, sliding_window: int | None) -> Tensor:
+    """Σ_s A[h, t, s]·v[h, s] over the keys that row t sees: NaN and infinities in v reach no other row."""
+    finite_N = v_HND.isfinite().all(dim=-1).all(dim=0)
+    out_HND = weights_HNN @ torch.where(finite_N[:, None], v_HND, 0.0)
+    for s in (~finite_N).nonzero().flatten().tolist():
+        seeing = slice(s, None if sliding_window is None else s + sliding_window)
+        out_HND[:, seeing] += weights_HNN[:, seeing, s, None] * v_HND[:, s, None]
+    return out_HND
 
 
 def _distance(n: int, device: torch.device) -> Tensor:

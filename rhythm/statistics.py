@@ -6,7 +6,9 @@ Shape suffixes: B sequences, T tokens of all sequences on one axis, H query head
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +62,7 @@ def attention_statistics(
         scale: softmax scale; None: D^−½.
         window: W of eq. 9, tokens, at least 1.
         horizon: (H_lo, H_hi) of eq. 10, tokens, both ends in; H_hi None: to the end of the sequence.
-        lse: fp32, shaped as the result's; used instead of computing it.
+        lse: fp32, shaped as the result's; used instead of computing it. An infinite or NaN one leaves a row undefined.
         span: whether span is wanted.
         backend: "auto", "cpu", "triton" or "reference".
         span_rows: with `lse` given, estimate span from this many rows of each response, evenly spread
@@ -72,12 +74,13 @@ def attention_statistics(
     """
     if span_rows is not None and (lse is None or not span):
         raise ValueError(f"span_rows is {span_rows}; it goes with lse given and span wanted, else the sweep has span")
-    q, k = q.detach(), k.detach()
+    q, k = _detached("q", q), _detached("k", k)
     scale, prompts = _prepared(q, cu_seqlens, prompt_lens, scale)
-    arguments.check_options(scale, window, horizon)
+    scale, window, horizon = arguments.check_options(scale, window, horizon)
+    span_rows = _checked_names(backend, "fused", span_rows)
     if lse is not None:
         arguments.check_lse(lse, _lse_shape(q), q.device)
-        lse = _flatten(lse, q)
+        lse = _flatten(lse.detach(), q)
     span_BH, waad_HT, fai_HT, lse_HT = _attention_statistics(
         q, k, cu_seqlens, prompts, scale, window, horizon[0], horizon[1], lse, span, backend, span_rows
     )
@@ -120,14 +123,27 @@ def attention_with_statistics(
         raise ValueError(
             f"span_rows is {span_rows}; it goes with a forward other than 'fused', which has the exact span"
         )
-    q, k, v = q.detach(), k.detach(), v.detach()
+    q, k, v = _detached("q", q), _detached("k", k), _detached("v", v)
     scale, prompts = _prepared(q, cu_seqlens, prompt_lens, scale)
-    arguments.check_options(scale, window, horizon)
+    scale, window, horizon = arguments.check_options(scale, window, horizon)
+    span_rows = _checked_names(backend, forward, span_rows)
     out, span_BH, waad_HT, fai_HT, lse_HT = _attention_with_statistics(
         q, k, v, cu_seqlens, prompts, scale, window, horizon[0], horizon[1], backend, forward, span_rows
     )
     statistics = AttentionStatistics(span_BH, _unflatten(waad_HT, q), _unflatten(fai_HT, q), _unflatten(lse_HT, q))
     return out, statistics
+
+
+def _detached(name: str, x: Tensor) -> Tensor:
+    arguments.check_dense(name, x)
+    return x.detach()
+
+
+def _checked_names(backend: str, forward: str, span_rows: int | None) -> int | None:
+    """span_rows, as Python's number; all three go to torch, which knows types but not what is allowed."""
+    arguments.check_name("backend", backend, backends.NAMES)
+    arguments.check_name("forward", forward, forwards.NAMES)
+    return None if span_rows is None else arguments.integer("span_rows", span_rows, 1)
 
 
 def _prepared(
@@ -136,9 +152,10 @@ def _prepared(
     """The softmax scale, and prompt_lens as a tensor."""
     if q.ndim not in (3, 4):
         raise ValueError(f"q has shape {tuple(q.shape)}; allowed are [T, Hq, D] and [B, T, Hq, D]")
-    if prompt_lens is not None and not isinstance(prompt_lens, Tensor):
-        prompt_lens = torch.tensor(prompt_lens, dtype=torch.int64, device=q.device)
-    return (max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)), prompt_lens
+    if cu_seqlens is not None:
+        arguments.check_dense("cu_seqlens", cu_seqlens)
+    prompts = None if prompt_lens is None else arguments.prompt_lens_tensor(prompt_lens, q.device)
+    return (max(q.shape[-1], 1) ** -0.5 if scale is None else scale), prompts
 
 
 def _check(
@@ -156,8 +173,8 @@ def _check(
     arguments.check_tensors(q, k, v)
     arguments.check_options(scale, window, horizon)
     arguments.check_sequences(q, cu_seqlens, prompt_lens)
-    if span_rows is not None and span_rows < 1:
-        raise ValueError(f"span_rows is {span_rows}; it must be at least 1")
+    if span_rows is not None:
+        arguments.integer("span_rows", span_rows, 1)
 
 
 def _lse_shape(q: Tensor) -> tuple[int, ...]:
@@ -171,7 +188,13 @@ def _flatten(x: Tensor, q: Tensor) -> Tensor:
 
 def _unflatten(x_HT: Tensor, q: Tensor) -> Tensor:
     """[H, B·T] → [B, H, T] where q is batched."""
-    return x_HT if q.ndim == 3 else x_HT.view(-1, q.shape[0], q.shape[1]).transpose(0, 1)
+    return x_HT if q.ndim == 3 else x_HT.view(x_HT.shape[0], q.shape[0], q.shape[1]).transpose(0, 1)
+
+
+def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
+    """Without the caller's autocast, which would take fp32 products of the plain torch parts to low precision."""
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 @torch.library.custom_op("rhythm::attention_statistics", mutates_args=())
@@ -195,18 +218,19 @@ def _attention_statistics(
     layout = arguments.layout(q, cu_seqlens, prompt_lens)
     chosen = backends.choose(backend, q)
     sampled = span_rows is not None and lse is not None
-    outputs = chosen.run(
-        q,
-        k,
-        None,
-        layout,
-        scale=scale,
-        window=window,
-        horizon=horizon,
-        lse_HT=lse,
-        span=span and not sampled,
-    )
-    span_BH = chosen.sampled_span(q, k, lse, layout, scale=scale, count=span_rows) if sampled else outputs.span_BH
+    with _own_precision(q):
+        outputs = chosen.run(
+            q,
+            k,
+            None,
+            layout,
+            scale=scale,
+            window=window,
+            horizon=horizon,
+            lse_HT=lse,
+            span=span and not sampled,
+        )
+        span_BH = chosen.sampled_span(q, k, lse, layout, scale=scale, count=span_rows) if sampled else outputs.span_BH
     return span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
 
 
@@ -231,16 +255,17 @@ def _attention_with_statistics(
     chosen = backends.choose(backend, q)
     settings = {"scale": scale, "window": window, "horizon": horizon}
     library = forwards.choose(forward, q, k, layout)
-    if library is None:
-        outputs = chosen.run(q, k, v, layout, lse_HT=None, span=True, **settings)
-        assert outputs.out_THD is not None
-        return outputs.out_THD.view(q.shape), outputs.span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
-    out, lse_HT = library.run(q, k, v, layout, scale)
-    outputs = chosen.run(q, k, None, layout, lse_HT=lse_HT, span=span_rows is None, **settings)
-    if span_rows is None:
-        span_BH = outputs.span_BH
-    else:
-        span_BH = chosen.sampled_span(q, k, lse_HT, layout, scale=scale, count=span_rows)
+    with _own_precision(q):
+        if library is None or layout.tokens == 0:
+            outputs = chosen.run(q, k, v, layout, lse_HT=None, span=True, **settings)
+            assert outputs.out_THD is not None
+            return outputs.out_THD.view(q.shape), outputs.span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
+        out, lse_HT = library.run(q, k, v, layout, scale)
+        outputs = chosen.run(q, k, None, layout, lse_HT=lse_HT, span=span_rows is None, **settings)
+        if span_rows is None:
+            span_BH = outputs.span_BH
+        else:
+            span_BH = chosen.sampled_span(q, k, lse_HT, layout, scale=scale, count=span_rows)
     return out, span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
 
 

@@ -53,8 +53,8 @@ def run(
     tokens = layout.bounds[-1]
     row_span_HT, waad_HT, fai_HT, out_lse_HT = (torch.full((heads, tokens), torch.nan) for _ in range(4))
     out_THD = None if v is None else torch.empty((tokens, heads, size), dtype=q.dtype)
-    # The bands alone give all but span.
-    given_lse_HT = lse_HT.float().contiguous() if lse_HT is not None and not span else None
+    given_lse_HT = None if lse_HT is None else lse_HT.float().contiguous()
+    bands_alone = lse_HT is not None and not span  # they give all but span
     _C.attention_statistics(
         dtype=DTYPE_NAMES[q.dtype],
         heads=(heads, k.shape[-2], size),
@@ -68,7 +68,7 @@ def run(
         horizon_lo=horizon[0],
         horizon_hi=_C.to_the_end if horizon[1] is None else horizon[1],
         given_lse=_address(given_lse_HT),
-        row_span=_address(row_span_HT),
+        row_span=_address(None if bands_alone else row_span_HT),
         waad=_address(waad_HT),
         fai=_address(fai_HT),
         lse=_address(out_lse_HT),

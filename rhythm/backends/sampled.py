@@ -24,9 +24,10 @@ def sampled_rows(response: int, count: int, device: torch.device) -> Tensor:
 
 
 def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, layout: Layout, *, scale: float, count: int) -> Tensor:
-    """[B, H] fp32, tokens: the mean of Σ_s A[t, s]·(t − s) over the sampled rows, A = exp(score − lse); NaN without.
+    """[B, H] fp32, tokens: the mean of Σ_s A[t, s]·(t − s) over the sampled rows, A = exp(score − lse).
 
-    Sums are fp32 (fp64 for fp64 q); reads the lengths on the host.
+    NaN without response rows, and where the lse of a sampled row is not finite. Sums are fp32 (fp64 for fp64 q); reads
+    the lengths on the host.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_THD, k_TGD = q.flatten(0, -3), k.flatten(0, -3)
@@ -38,6 +39,7 @@ def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, layout: Layout, *, scale:
             continue
         q_HnD = q_THD[start + row_n].to(dtype).transpose(0, 1)
         lse_Hn = lse_HT[:, start + row_n].to(dtype)
+        lse_Hn = lse_Hn.masked_fill(~lse_Hn.isfinite(), torch.nan)
         total_Hn = torch.zeros_like(lse_Hn)
         chunk = max(1, SCORES_AT_ONCE // total_Hn.numel())
         for first in range(start, start + int(row_n[-1]) + 1, chunk):
