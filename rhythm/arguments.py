@@ -55,9 +55,11 @@ def integer(name: str, value: object, least: int, most: int = MAX_INT) -> int:
     """The value as an int, if it is an integer of any kind (Python's, numpy's, torch's; no bool) in least … most."""
     number = _index(value)
     if number is None or number < least or number > most:
-        limit = f"of at least {least}" if most == MAX_INT and (number is None or number < least) else ""
-        limit = limit or f"in {least} … {most}"
-        raise ValueError(f"{name} is {value!r}; it must be an integer {limit}")
+        if number is not None and number > most:
+            limit = f" of at most {most}"
+        else:
+            limit = f" of at least {least}" if least > -most else ""
+        raise ValueError(f"{name} is {value!r}; it must be an integer{limit}")
     return number
 
 

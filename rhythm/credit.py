@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rhythm import arguments
 from rhythm.extras import needs
 from rhythm.heads import HeadGroups, as_fraction, ascending_rank
 from rhythm.observe import observe
@@ -139,12 +140,14 @@ def credit_weights(
             "q": q,
             "gamma_amp": gamma_amp,
             "alpha": alpha,
-            "neighborhood": neighborhood,
+            "neighborhood": arguments.integer("neighborhood", neighborhood, 1),
             "tau_waad": tau_waad,
             "tau_delta": tau_delta,
             "select": select,
         }
     )
+    for name, x in (("waad", waad), ("fai", fai), ("entropy", waad if entropy is None else entropy)):
+        arguments.check_dense(name, x)
     shape = check_shape("waad", waad, (None,))
     check_shape("fai", fai, shape)
     if entropy is not None:
@@ -226,7 +229,7 @@ def _coupled_bonus(waad_BT: Tensor, fai_BT: Tensor, config: CreditConfig) -> Ten
         tau_delta_B1 = delta_BT.masked_fill(~in_T_loc_BT, torch.inf).amin(dim=-1, keepdim=True)
 
     # Δ of t − 1, t − 2, …, t − k: latest first, because argmax takes the first of equals.
-    k = config.neighborhood
+    k = min(config.neighborhood, max(delta_BT.shape[-1], 1))  # no token has more before it
     before_BTk = F.pad(delta_BT, (k, 0), value=torch.nan).unfold(-1, k, 1)[:, :-1].flip(-1)
     before_BTk = before_BTk.masked_fill(before_BTk.isnan(), -torch.inf)
     peak_BT, lag_BT = before_BTk.amax(dim=-1), before_BTk.argmax(dim=-1) + 1

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rhythm import arguments
+
 
 @dataclass(frozen=True)
 class HeadGroups:
@@ -35,12 +37,10 @@ def sampled_layers(num_layers: int, count: int = 5) -> list[int]:
     listed once, so a shallow model gives fewer than `count`. A count of 1 gives lo.
 
     Raises:
-        ValueError: num_layers or count below 1.
+        ValueError: num_layers or count is no integer, or below 1.
     """
-    if num_layers < 1:
-        raise ValueError(f"num_layers is {num_layers}; it must be at least 1")
-    if count < 1:
-        raise ValueError(f"count is {count}; it must be at least 1")
+    num_layers = arguments.integer("num_layers", num_layers, 1)
+    count = arguments.integer("count", count, 1)
     lo, hi = num_layers // 3, 2 * num_layers // 3
     steps = max(count - 1, 1)
     # In whole numbers, so that a half always rounds up.
@@ -68,10 +68,11 @@ def select_heads(span: Tensor, quantile: float = 0.3, per: Literal["sequence", "
         ValueError: span is not floating point [B, n] with n ≥ 1; quantile or per not among the values
             above.
     """
+    arguments.check_dense("span", span)
     if span.ndim != 2 or span.shape[1] == 0 or not span.is_floating_point():
         raise ValueError(f"span is {span.dtype} {list(span.shape)}; it must be floating point [B, n] with n ≥ 1")
-    if not 0 < quantile <= 0.5:
-        raise ValueError(f"quantile is {quantile}; it must be above 0 and at most 0.5")
+    if not isinstance(quantile, (int, float)) or not 0 < quantile <= 0.5:
+        raise ValueError(f"quantile is {quantile!r}; it must be above 0 and at most 0.5")
     if per not in ("sequence", "batch"):
         raise ValueError(f"per is {per!r}; it must be 'sequence' or 'batch'")
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rhythm import arguments
 from rhythm.heads import HeadGroups
 from rhythm.padding import PaddedBatch
 from rhythm.signals import RhythmSignals, check_shape
@@ -64,10 +65,13 @@ def observe(
         ValueError: an argument is not as described; the message names it.
         UnsupportedAttention (a ValueError): attention of a kind whose statistics we can't compute.
     """
+    arguments.check_dense("input_ids", input_ids)
     B, T = check_shape("input_ids", input_ids, (None, None))
     if B == 0 or T == 0:
         raise ValueError(f"input_ids has shape [{B}, {T}]; it must hold at least one token")
+    _check_ids(model, input_ids)
     if attention_mask is not None:
+        arguments.check_dense("attention_mask", attention_mask)
         check_shape("attention_mask", attention_mask, (B, T))
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     tap = AttentionTap(
@@ -98,6 +102,20 @@ def observe(
     if logits_BTV is None:
         raise ValueError(f"entropy is True, but {type(model).__name__} gives no logits; it needs a language-model head")
     return tap.signals(_entropies(logits_BTV, tap.batch))
+
+
+def _check_ids(model: nn.Module, input_ids_BT: Tensor) -> None:
+    """Token ids are integers that the model has an embedding of; else it would fail deep inside, on a GPU for good."""
+    if input_ids_BT.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"input_ids has dtype {input_ids_BT.dtype}; allowed are torch.int32 and torch.int64")
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    if not isinstance(embedding, nn.Embedding):
+        return
+    lowest, highest = (int(x) for x in input_ids_BT.aminmax())
+    if lowest < 0 or highest >= embedding.num_embeddings:
+        bad = lowest if lowest < 0 else highest
+        raise ValueError(f"input_ids holds {bad}; the model's vocabulary allows 0 to {embedding.num_embeddings - 1}")
 
 
 def _entropies(logits_BTV: Tensor, batch: PaddedBatch) -> Tensor:

@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from rhythm import arguments
 from rhythm.signals import check_shape
 
 
@@ -141,7 +142,7 @@ def padded_batch(attention_mask_BT: Tensor, prompt_lens: Tensor | Sequence[int])
     """
     B, T = check_shape("attention_mask", attention_mask_BT, (None, None))
     real_BT = attention_mask_BT.bool()
-    prompt_lens_B = integers(torch.as_tensor(prompt_lens, device=real_BT.device))
+    prompt_lens_B = integers(arguments.prompt_lens_tensor(prompt_lens, real_BT.device).to(real_BT.device))
     check_shape("prompt_lens", prompt_lens_B, (B,))
     # A row of one run turns from padding to tokens once, before its first token or within the row.
     runs_B = real_BT[:, :1].sum(dim=1) + (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(dim=1)

@@ -128,7 +128,7 @@ class AttentionTap:
             self._masks = MaskReader(padded_batch(attention_mask, prompt_lens), self._verdicts)
         else:
             # Read here, because the first of the layers should not have to.
-            self._prompt_lens_B = integers(torch.as_tensor(prompt_lens))
+            self._prompt_lens_B = integers(arguments.prompt_lens_tensor(prompt_lens, torch.device("cpu")))
             self._prompt_lens: list[int] = self._prompt_lens_B.tolist()
         self._window, self._horizon, self._backend = window, horizon, backend
         self._quantile, self._grouping, self._groups = quantile, grouping, groups

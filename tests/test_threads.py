@@ -1,0 +1,45 @@
+"""The CPU kernels on a machine that starts fewer threads than were asked for."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+CODE = """
+import resource, torch, rhythm
+
+generator = torch.Generator().manual_seed(0)
+q, k = torch.randn(900, 4, 64, generator=generator), torch.randn(900, 2, 64, generator=generator)
+torch.set_num_threads(1)
+expected = rhythm.attention_statistics(q, k, prompt_lens=[40], backend="cpu")
+lines = dict(line.split(":") for line in open("/proc/self/status").read().splitlines())
+size = int(lines["VmSize"].split()[0]) * 1024
+torch.set_num_threads(64)
+for room in ({rooms}):
+    resource.setrlimit(resource.RLIMIT_AS, (size + room, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    actual = rhythm.attention_statistics(q, k, prompt_lens=[40], backend="cpu")
+    for name in ("span", "waad", "fai", "lse"):
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+    print("equal")
+"""
+
+
+def run(rooms: str, stack: int, hard: int) -> subprocess.CompletedProcess[str]:
+    """A process whose threads take `stack` bytes of address space each, with little more than it has."""
+    # The C library takes a new thread's stack size from this limit as a process starts.
+    set_stack = (
+        f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_STACK, ({stack}, {hard}))"
+    )
+    start = f"{set_stack}; os.execv(sys.executable, [sys.executable, '-c', {CODE.format(rooms=rooms)!r}])"
+    return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False)
+
+
+def test_threads_that_cannot_be_started_are_done_without() -> None:
+    """With room for two threads more, then for none: the same bits, by the threads there are."""
+    gib = 1 << 30
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = gib if hard == resource.RLIM_INFINITY else hard
+    done = run(f"{2 * stack + stack // 2}, {stack // 2}", stack, hard)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "equal\nequal\n"
