@@ -28,10 +28,9 @@ for room in ({rooms}):
 def run(rooms: str, stack: int, hard: int) -> subprocess.CompletedProcess[str]:
     """A process whose threads take `stack` bytes of address space each, with little more than it has."""
     # The C library takes a new thread's stack size from this limit as a process starts.
-    set_stack = (
-        f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_STACK, ({stack}, {hard}))"
-    )
-    start = f"{set_stack}; os.execv(sys.executable, [sys.executable, '-c', {CODE.format(rooms=rooms)!r}])"
+    set_stack = f"resource.setrlimit(resource.RLIMIT_STACK, ({stack}, {hard}))"
+    code = CODE.format(rooms=rooms)
+    start = f"import os, resource, sys; {set_stack}; os.execv(sys.executable, [sys.executable, '-c', {code!r}])"
     return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False)
 
 
