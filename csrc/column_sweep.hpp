@@ -60,7 +60,7 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
   const Sequence& s = p.sequence[task.sequence];
   const int64_t key_head = task.head / p.group(), steps = ceil_div(p.head_size, Words::per_word);
   const float scale = log2_scale(p);
-  const bool open = p.horizon_hi == to_the_end, with_window = p.given_lse != nullptr;
+  const bool open = p.horizon_hi == to_the_end, with_window = p.row_span == nullptr;
   const int64_t last_row = s.length - 1, hi = open ? last_row : least(p.horizon_hi, last_row);
   const int64_t key_begin = task.key_begin, key_end = task.key_end;
   const int64_t at = task.head * p.tokens + s.start;

@@ -171,7 +171,7 @@ void run(Problem p, std::vector<Sequence> sequences, int threads) {
 
   const int64_t scratch = kernels.workspace_words(p);
   const Words workspace = allocate(scratch * threads);
-  const int64_t per_row = p.given_lse ? 0 : p.query_heads * p.tokens;
+  const int64_t per_row = p.row_span ? p.query_heads * p.tokens : 0;
   const Words maxima = allocate(per_row), sums = allocate(per_row);
   p.row_max = maxima.get();
   p.row_log2_sum = sums.get();

@@ -85,17 +85,15 @@ void finish_row(const Problem& p, const Sequence& s, int64_t head, int64_t t, co
   const float sum = S::sum(row.sum), largest = row.max * std::fabs(p.scale);
   bool defined = sum > 0 && is_finite(largest);  // else a score is NaN or +inf, or all are −inf
   if (t >= s.prompt) {
-    if (p.given_lse) {
-      defined = defined && is_finite(p.given_lse[at]);  // WAAD and lse are the column sweep's
-    } else {
-      p.waad[at] = !defined       ? NAN
-                   : t < p.window ? S::sum(row.distance) / sum
-                                  : static_cast<float>(p.window) - S::sum(row.window) / sum;
-      p.lse[at] = defined ? largest + std::log(sum) : NAN;
-      p.row_max[at] = row.max;
-      p.row_log2_sum[at] = defined ? std::log2(sum) : NAN;
-    }
+    // A given lse is known better here; but where it is no number the row is undefined.
+    if (p.given_lse) defined = defined && is_finite(p.given_lse[at]);
     p.row_span[at] = defined ? S::sum(row.distance) / sum : NAN;
+    p.waad[at] = !defined       ? NAN
+                 : t < p.window ? S::sum(row.distance) / sum
+                                : static_cast<float>(p.window) - S::sum(row.window) / sum;
+    p.lse[at] = defined ? largest + std::log(sum) : NAN;
+    p.row_max[at] = row.max;
+    p.row_log2_sum[at] = defined ? std::log2(sum) : NAN;
   }
   if (p.out == nullptr) return;
   with_element_type(p.dtype, [&](auto* type) {

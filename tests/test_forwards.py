@@ -229,7 +229,7 @@ def test_span_rows_where_it_makes_no_sense() -> None:
         attention_statistics(q, k, span_rows=8, **arguments)
     with pytest.raises(ValueError, match="span_rows is 8; it goes with a forward other than 'fused'"):
         attention_with_statistics(q, k, v, span_rows=8, **arguments)
-    with pytest.raises(ValueError, match="span_rows is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="span_rows is 0; it must be an integer of at least 1"):
         attention_with_statistics(q, k, v, forward="sdpa_flash", span_rows=0, **arguments)
 
 
