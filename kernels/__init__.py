@@ -8,8 +8,9 @@ the bands (WAAD and FAI for a lse that came from outside). Each file reads top-d
 from rhythm.kernels.bands import bands
 from rhythm.kernels.column_sweep import column_sweep
 from rhythm.kernels.mean_span import mean_span
+from rhythm.kernels.results import undefined_results
 from rhythm.kernels.row_sweep import row_sweep
 from rhythm.kernels.sampled_span import sampled_span
 from rhythm.kernels.sequences import Sequences
 
-__all__ = ["Sequences", "bands", "column_sweep", "mean_span", "row_sweep", "sampled_span"]
+__all__ = ["Sequences", "bands", "column_sweep", "mean_span", "row_sweep", "sampled_span", "undefined_results"]

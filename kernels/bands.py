@@ -15,6 +15,7 @@ from rhythm.kernels.configurations import Tile
 from rhythm.kernels.launch import launch, start
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.tiles import describable, head_base, load_rows, product
+from rhythm.kernels.tuning import Sample
 from torch import Tensor
 
 
@@ -27,11 +28,16 @@ def window_program(
     PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """WAAD of one block of rows of one head: W − Σ A·(W − distance) over the keys within the window."""
+    """WAAD of one block of rows of one head: W − Σ A·(W − distance) over the keys within the window.
+
+    Where these are all keys of the block, Σ A·min(distance, W): of a W beyond the sequence nothing would be left. With
+    `top` W or 0, both are top − Σ A·max(top − distance, top − W).
+    """
     sequence, start, length, _, first = locate(
         programs - 1 - program, programs, cu_seqlens, prompt_lens, sequences, tokens, PACKED, PROMPTS, True, ROWS
     )
     if first < length:
+        top = tl.where(window > first, 0, window)
         q_base = head_base(q, sequence, start, head, q_batch, q_token, q_head, BATCHED)
         k_base = head_base(k, sequence, start, head // GROUP, k_batch, k_token, k_head, BATCHED)
         row_M = first + tl.arange(0, ROWS)
@@ -50,13 +56,13 @@ def window_program(
             distance_MN = tl.arange(0, ROWS).to(tl.float32)[:, None] - place_N[None, :]
             exponent_MN = product(q_MD, k_ND, PRECISION) * scale - (lse_M * 1.4426950408889634)[:, None]
             p_MN = tl.exp2(tl.where(distance_MN >= 0, exponent_MN, float("-inf")))
-            inside_M += tl.sum(p_MN * tl.maximum(window - distance_MN, 0.0), 1)
-        tl.store(waad + at_M, window - inside_M, mask=row_M < length)
+            inside_M += tl.sum(p_MN * tl.maximum(top - distance_MN, (top - window).to(tl.float32)), 1)
+        tl.store(waad + at_M, top - inside_M, mask=row_M < length)
         # A row whose lse is not finite has no weights: both are undefined, here as in the full sweep.
         tl.store(lse_out + at_M, tl.where(inside_M == inside_M, lse_M, float("nan")), mask=row_M < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tokens", "window", "horizon_lo", "horizon_hi"])
 def bands_kernel(
     q, k, q_tiles, cu_seqlens, prompt_lens, lse, fai, waad, lse_out,
     q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
@@ -96,12 +102,21 @@ def bands(
     window: int,
     horizon: tuple[int, int | None],
 ) -> None:
-    """Fills WAAD and FAI and copies lse, each fp32 [Hq, T], at the response rows and at the keys that these reach."""
+    """Fills WAAD and FAI and copies lse, each fp32 [Hq, T], at the response rows and at the keys that these reach.
+
+    lse_HT is finite or NaN (results.py); where it is NaN, so is what the row touches.
+    """
     arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon)
-    arguments |= {"waad": waad_HT, "lse_out": lse_out_HT, "window": window}
+    arguments |= {"waad": waad_HT, "lse_out": lse_out_HT, "window": min(window, sequences.tokens)}
 
     def run(tile: Tile) -> None:
         programs = 2 * q.shape[-2] * sequences.blocks(tile.keys)
         start(bands_kernel, programs, **arguments, **tile_arguments(q, tile))
 
-    launch(column_kind("bands", q, horizon), q, describable(q), run)
+    def again(sample: Sample) -> None:
+        bands(
+            sample.q, sample.k, sample.lse, sample.sequences, *sample.results,
+            scale=scale, window=window, horizon=horizon,
+        )  # fmt: skip
+
+    launch(column_kind("bands", q, horizon), q, k, describable(q), run, again)

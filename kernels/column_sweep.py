@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from rhythm.kernels.configurations import Kind, Tile
-from rhythm.kernels.launch import launch, start
+from rhythm.kernels.launch import launch, options, start
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.tiles import (
     common_arguments,
@@ -25,6 +25,7 @@ from rhythm.kernels.tiles import (
     padded_size,
     product,
 )
+from rhythm.kernels.tuning import Sample
 from torch import Tensor
 
 
@@ -113,7 +114,7 @@ def column_program(
         tl.store(fai + of_head + key_N, total_N / count_N.to(tl.float32), mask=(key_N < length) & (count_N > 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tokens", "horizon_lo", "horizon_hi"])
 def column_sweep_kernel(
     q, k, q_tiles, cu_seqlens, prompt_lens, lse, fai,
     q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
@@ -148,7 +149,10 @@ def column_sweep(
         programs = q.shape[-2] * sequences.blocks(tile.keys)
         start(column_sweep_kernel, programs, **arguments, **tile_arguments(q, tile))
 
-    launch(column_kind("column", q, horizon), q, describable(q), run)
+    def again(sample: Sample) -> None:
+        column_sweep(sample.q, sample.k, sample.lse, sample.sequences, sample.results[0], scale=scale, horizon=horizon)
+
+    launch(column_kind("column", q, horizon), q, k, describable(q), run, again)
 
 
 def column_arguments(
@@ -164,7 +168,7 @@ def column_arguments(
     return common_arguments(q, k, sequences, scale) | {
         "lse": lse_HT,
         "fai": fai_HT,
-        "horizon_lo": horizon[0],
+        "horizon_lo": min(horizon[0], sequences.tokens),
         "horizon_hi": sequences.tokens if horizon[1] is None else min(horizon[1], sequences.tokens),
     }
 
@@ -176,8 +180,7 @@ def tile_arguments(q: Tensor, tile: Tile) -> dict[str, Any]:
         "KEYS": tile.keys,
         "STAGES": tile.stages,
         "TMA": tile.tma,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        **options(tile),
     }
 
 

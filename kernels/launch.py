@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from rhythm.kernels.configurations import Kind, Tile, architecture, candidates, shared_memory
-from rhythm.kernels.tuning import autotuning, tuned
+from rhythm.kernels.tuning import Sample, autotuning, tuned
 from torch import Tensor
 
 Choice = Callable[[Kind], list[Tile]]
@@ -18,17 +18,31 @@ _forced: ContextVar[Choice | None] = ContextVar("forced", default=None)
 _compiled: ContextVar[Compiled | None] = ContextVar("compiled", default=None)
 
 
-def launch(kind: Kind, q: Tensor, tma: bool, run: Callable[[Tile], None]) -> None:
+def launch(
+    kind: Kind, q: Tensor, k: Tensor, tma: bool, run: Callable[[Tile], None], again: Callable[[Sample], object]
+) -> None:
     """Runs the kernel with the tile chosen for its kind: `run(tile)` starts it, and may be called several times.
 
     tma: whether the tensor memory accelerator could read the operands.
+    again: the same launcher with the tensors of a sample, on which tiles race.
     """
     if (choice := _forced.get()) is not None:
         for tile in choice(kind):
             run(tile)
         return
     tiles = candidates(architecture(q.device), kind, shared_memory(q.device), tma)
-    run(tuned(kind, q.device, tiles, run) if len(tiles) > 1 and autotuning(q.device) else tiles[0])
+
+    def on_sample(sample: Sample, tile: Tile) -> None:
+        with forced(lambda kind: [tile]):
+            again(sample)
+
+    run(tuned(kind, q, k, tiles, on_sample) if len(tiles) > 1 and autotuning() else tiles[0])
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """Triton's launch options for a tile; AMD's compiler knows no maxnreg, not even None."""
+    limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+    return {"num_warps": tile.warps, "num_stages": tile.stages, **limit}
 
 
 def start(kernel: Any, programs: int, **arguments: Any) -> None:

@@ -1,8 +1,9 @@
-"""Row spans → spans: the mean over each sequence's response rows, in fp64 and in a fixed order."""
+"""Sums of row spans → spans: the mean over each sequence's response rows, in fp64 and in a fixed order."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from rhythm.kernels.launch import start
@@ -10,47 +11,65 @@ from rhythm.kernels.sequences import Sequences, bound
 from torch import Tensor
 
 
-@triton.jit
+@dataclass(frozen=True)
+class BlockSums:
+    """What the row sweep's programs leave: fp64 [blocks, Hq], the row spans of a block's response rows added up.
+
+    A sequence's blocks are those of `locate` (sequences.py) for blocks of `rows` rows, the last block first;
+    from_prompt: they begin where its prompt ends. Entries of blocks that begin beyond the sequence are not defined.
+    """
+
+    sums: Tensor
+    rows: int
+    from_prompt: bool
+
+
+@triton.jit(do_not_specialize=["sequences", "tokens", "blocks"])
 def mean_span_kernel(
-    row_span, cu_seqlens, prompt_lens, span, sequences, tokens, heads,
-    PACKED: tl.constexpr, PROMPTS: tl.constexpr, ROWS: tl.constexpr,
+    sums, cu_seqlens, prompt_lens, span, sequences, tokens, blocks, heads,
+    PACKED: tl.constexpr, PROMPTS: tl.constexpr, FROM_PROMPT: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     if PACKED:
-        start, end = bound(cu_seqlens, sequence, tokens), bound(cu_seqlens, sequence + 1, tokens)
+        start = bound(cu_seqlens, sequence, tokens)
+        length = tl.maximum(bound(cu_seqlens, sequence + 1, tokens) - start, 0)
+        first = start // ROWS + sequence
     else:
-        start, end = sequence * (tokens // sequences), (sequence + 1) * (tokens // sequences)
-    first = start
+        length = tokens // sequences
+        first = sequence * tl.cdiv(length, ROWS)
+    response = length
     if PROMPTS:
-        first += tl.minimum(tl.maximum(tl.load(prompt_lens + sequence).to(tl.int32), 0), tl.maximum(end - start, 0))
-    row_M = tl.arange(0, ROWS)
-    sum_M = tl.zeros([ROWS], tl.float64)
-    for row in range(first, end, ROWS):
-        at_M = row_span + head.to(tl.int64) * tokens + row + row_M
-        sum_M += tl.load(at_M, mask=row + row_M < end, other=0.0).to(tl.float64)
-    mean = tl.sum(sum_M, 0) / (end - first).to(tl.float64)
-    tl.store(span + tl.program_id(0), tl.where(end > first, mean, float("nan")).to(tl.float32))
+        response -= tl.minimum(tl.maximum(tl.load(prompt_lens + sequence).to(tl.int32), 0), length)
+    count = tl.cdiv(response if FROM_PROMPT else length, ROWS)
+    place_N = tl.arange(0, SUMS)
+    sum_N = tl.zeros([SUMS], tl.float64)
+    for block in range(0, count, SUMS):
+        at_N = sums + (blocks - 1 - (first + block + place_N)).to(tl.int64) * heads + head
+        sum_N += tl.load(at_N, mask=block + place_N < count, other=0.0)
+    mean = tl.sum(sum_N, 0) / response.to(tl.float64)
+    tl.store(span + tl.program_id(0), tl.where(response > 0, mean, float("nan")).to(tl.float32))
 
 
-def mean_span(row_span_HT: Tensor, sequences: Sequences) -> Tensor:
-    """[B, Hq] fp32; NaN where there are no response rows."""
-    heads, tokens = row_span_HT.shape
-    span_BH = torch.empty((sequences.count, heads), device=row_span_HT.device)
+def mean_span(sums: BlockSums, sequences: Sequences, span_BH: Tensor) -> None:
+    """Fills the spans, fp32 [B, Hq]; NaN where there are no response rows."""
+    blocks, heads = sums.sums.shape
     packed, prompts = sequences.cu_seqlens is not None, sequences.prompt_lens is not None
     if span_BH.numel():
         start(
             mean_span_kernel,
             sequences.count * heads,
-            row_span=row_span_HT,
-            cu_seqlens=sequences.cu_seqlens if packed else row_span_HT,
-            prompt_lens=sequences.prompt_lens if prompts else row_span_HT,
+            sums=sums.sums,
+            cu_seqlens=sequences.cu_seqlens if packed else sums.sums,
+            prompt_lens=sequences.prompt_lens if prompts else sums.sums,
             span=span_BH,
             sequences=sequences.count,
-            tokens=tokens,
+            tokens=sequences.tokens,
+            blocks=blocks,
             heads=heads,
             PACKED=packed,
             PROMPTS=prompts,
-            ROWS=1024,
+            FROM_PROMPT=sums.from_prompt,
+            ROWS=sums.rows,
+            SUMS=1024,  # all of 131072 tokens at 128 rows a block: one step
             num_warps=4,
         )
-    return span_BH

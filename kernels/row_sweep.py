@@ -1,4 +1,4 @@
-"""One sweep over the keys for a block of rows: lse, row spans and WAAD, and the output where V is given.
+"""One sweep over the keys for a block of rows: lse, sums of row spans and WAAD, and the output where V is given.
 
 Flash attention's online softmax with two more sums beside Σ p: Σ p·j, j the key's place in its tile, from which
 Σ p·(t − s) follows by terms of rows alone; and near the diagonal Σ p·(W − (t − s)) over t − s < W, since
@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from rhythm.kernels.configurations import Kind, Tile
-from rhythm.kernels.launch import launch, start
+from rhythm.kernels.launch import launch, options, start
+from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.tiles import (
     common_arguments,
@@ -28,6 +29,7 @@ from rhythm.kernels.tiles import (
     strides,
     wide,
 )
+from rhythm.kernels.tuning import Sample
 from torch import Tensor
 
 
@@ -83,12 +85,13 @@ def absorb(
     return larger_M, sum_M, reach_M, inside_M, out_MD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tokens", "window"])
 def row_sweep_kernel(
-    q, k, v, k_tiles, v_tiles, cu_seqlens, prompt_lens, row_span, waad, lse, out,
+    q, k, v, k_tiles, v_tiles, cu_seqlens, prompt_lens, given_lse, sums, waad, lse, out,
     q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim, v_batch, v_token, v_head, v_dim,
     sequences, tokens, heads, scale, window,
     GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr, VALUES: tl.constexpr,
+    GIVEN: tl.constexpr,
     NEGATED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -139,11 +142,15 @@ def row_sweep_kernel(
     place_M = tl.arange(0, ROWS)
     defined_M = (sum_M > 0) & (largest_M < float("inf"))  # else a score is NaN or +inf, or all are −inf
     span_M = tl.where(defined_M, reach_M / sum_M + place_M.to(tl.float32), float("nan"))
-    waad_M = tl.where(defined_M, window - inside_M / sum_M, float("nan"))
+    # Where the window holds the whole row, WAAD is its span: of W − Σ with W beyond the sequence nothing would be left.
+    waad_M = tl.where(first + place_M < window, span_M, tl.where(defined_M, window - inside_M / sum_M, float("nan")))
     lse_M = tl.where(defined_M, (largest_M + tl.log2(sum_M)) * 0.6931471805599453, float("nan"))
     at_M = head.to(tl.int64) * tokens + start + first + place_M
     response_M = (first + place_M >= prompt) & (first + place_M < length)
-    tl.store(row_span + at_M, span_M, mask=response_M)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.where(response_M, span_M, 0.0).to(tl.float64), 0))
+    if GIVEN:  # the weights are those of a lse from outside: all of a row's by the same factor
+        given_M = tl.load(given_lse + at_M, mask=response_M, other=0.0)
+        span_M *= tl.exp2((lse_M - given_M) * 1.4426950408889634)
     tl.store(waad + at_M, waad_M, mask=response_M)
     tl.store(lse + at_M, lse_M, mask=response_M)
     if VALUES:
@@ -158,16 +165,20 @@ def row_sweep(
     k: Tensor,
     v: Tensor | None,
     sequences: Sequences,
-    row_span_HT: Tensor,
     waad_HT: Tensor,
     lse_HT: Tensor,
     *,
     scale: float,
     window: int,
-) -> Tensor | None:
-    """Fills row spans, WAAD and lse, each fp32 [Hq, T], at the response rows; gives out [T, Hq, D] where v is given.
+    given_lse_HT: Tensor | None = None,
+) -> tuple[BlockSums, Tensor | None]:
+    """Fills WAAD and lse, each fp32 [Hq, T], at the response rows.
 
-    q is [T, Hq, D] or [B, T, Hq, D]; sequences lie on the flattened token axis.
+    q is [T, Hq, D] or [B, T, Hq, D]; sequences lie on the flattened token axis. given_lse_HT, finite or NaN, is used
+    for the spans alone.
+
+    Returns:
+        (the sums of row spans, from which mean_span makes spans, and out [T, Hq, D] where v is given).
     """
     heads, size = q.shape[-2:]
     out = None if v is None else torch.empty((sequences.tokens, heads, size), dtype=q.dtype, device=q.device)
@@ -175,15 +186,20 @@ def row_sweep(
     arguments = common_arguments(q, k, sequences, abs(scale))
     arguments["WIDE"] = arguments["WIDE"] or wide(values)
     v_batch, v_token, v_head, v_dim = strides(values)
+    found: list[BlockSums] = []
 
     def run(tile: Tile) -> None:
+        blocks = sequences.blocks(tile.rows)
+        sums_NH = torch.empty((blocks, heads), dtype=torch.float64, device=q.device)
+        found[:] = [BlockSums(sums_NH, tile.rows, from_prompt=v is None)]
         start(
             row_sweep_kernel,
-            heads * sequences.blocks(tile.rows),
+            heads * blocks,
             v=values,
             k_tiles=descriptor(k, tile.keys) if tile.tma else k,
             v_tiles=descriptor(values, tile.keys) if tile.tma else values,
-            row_span=row_span_HT,
+            given_lse=lse_HT if given_lse_HT is None else given_lse_HT,
+            sums=sums_NH,
             waad=waad_HT,
             lse=lse_HT,
             out=q if out is None else out,
@@ -191,18 +207,26 @@ def row_sweep(
             v_token=v_token,
             v_head=v_head,
             v_dim=v_dim,
-            window=window,
+            window=min(window, sequences.tokens),
             VALUES=v is not None,
+            GIVEN=given_lse_HT is not None,
             NEGATED=scale < 0,
             ROWS=tile.rows,
             KEYS=tile.keys,
             STAGES=tile.stages,
             TMA=tile.tma,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
             **arguments,
+            **options(tile),
         )
 
     kind = Kind("row" if v is None else "row_values", q.element_size(), padded_size(size))
-    launch(kind, q, describable(k) and describable(values), run)
-    return out
+
+    def again(sample: Sample) -> None:
+        one, two, _ = sample.results
+        row_sweep(
+            sample.q, sample.k, None if v is None else sample.v, sample.sequences, one, two, scale=scale, window=window
+        )
+
+    launch(kind, q, k, describable(k) and describable(values), run, again)
+    (sums,) = found
+    return sums, out

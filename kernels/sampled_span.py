@@ -11,13 +11,14 @@ import torch
 import triton
 import triton.language as tl
 from rhythm.kernels.configurations import Kind, Tile
-from rhythm.kernels.launch import launch, start
+from rhythm.kernels.launch import launch, options, start
 from rhythm.kernels.sequences import Sequences, bound
-from rhythm.kernels.tiles import common_arguments, head_base, load_rows, padded_size, product
+from rhythm.kernels.tiles import common_arguments, finite_or_nan, head_base, load_rows, padded_size, product
+from rhythm.kernels.tuning import Sample
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tokens", "count"])
 def sampled_span_kernel(
     q, k, cu_seqlens, prompt_lens, lse, sums,
     q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
@@ -48,7 +49,8 @@ def sampled_span_kernel(
     at_MD = q_base + row_M[:, None].to(tl.int64) * q_token + dim_D[None, :].to(tl.int64) * q_dim
     q_MD = tl.load(at_MD, mask=used_M[:, None] & (dim_D < SIZE)[None, :], other=0.0)
     q_MD = q_MD.to(tl.float32) if UPCAST else q_MD
-    lse_M = tl.load(lse + head.to(tl.int64) * tokens + begin + row_M, mask=used_M, other=float("inf"))
+    lse_M = tl.load(lse + head.to(tl.int64) * tokens + begin + row_M, mask=used_M, other=0.0)
+    lse_M = finite_or_nan(lse_M)
     sum_M = tl.zeros([ROWS], tl.float32)
     for key in tl.range(0, tl.max(tl.where(used_M, row_M, -1), 0) + 1, KEYS, num_stages=STAGES):
         k_ND = load_rows(k_base, key, length, k_token, k_dim, KEYS, True, SIZE, PADDED, WIDE, UPCAST)
@@ -80,12 +82,14 @@ def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, sequences: Sequences, *, 
             ROWS=tile.rows,
             KEYS=tile.keys,
             STAGES=tile.stages,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
             **arguments,
+            **options(tile),
         )
 
-    launch(Kind("sampled", q.element_size(), padded_size(q.shape[-1])), q, False, run)
+    def again(sample: Sample) -> None:
+        sampled_span(sample.q, sample.k, sample.lse, sample.sequences, scale=scale, count=count)
+
+    launch(Kind("sampled", q.element_size(), padded_size(q.shape[-1])), q, k, False, run, again)
     (sums,) = found
     return (sums.sum(dim=-1) / sampled_rows(sequences, q.device)[:, None].clamp(max=count)).float()
 

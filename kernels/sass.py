@@ -36,12 +36,33 @@ AMD_KINDS = {
     "shuffle": r"ds_bpermute|ds_swizzle|.*_dpp|v_permlane",
 }
 
+ARITHMETIC = r"MUFU|FFMA|FADD|FMUL|FMNMX"
+
 
 @dataclass(frozen=True)
 class Loop:
     """A loop by its opcodes, in order."""
 
     opcodes: tuple[str, ...]
+
+    @property
+    def immediate_waits(self) -> int:
+        """wgmma products whose result is waited for with no arithmetic of the same warps under way beside it."""
+        waits, alone = 0, False
+        for opcode in self.opcodes:
+            if re.match(r"[HQ]GMMA", opcode):
+                alone = True
+            elif opcode.startswith("WARPGROUP.DEPBAR"):
+                waits += alone and opcode.endswith(", 0x0")
+                alone = False
+            elif re.match(ARITHMETIC, opcode):
+                alone = False
+        return waits
+
+    @property
+    def barriers(self) -> int:
+        """Points at which all warps of a program wait for each other."""
+        return sum(opcode.startswith(("BAR.", "s_barrier")) for opcode in self.opcodes)
 
     def mix(self, kinds: dict[str, str]) -> dict[str, int]:
         """Number of instructions of each kind."""
@@ -109,7 +130,9 @@ def nvidia_line(line: str) -> Line:
         return label[1], None, None
     if instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Za-z0-9_.]*)(.*)", line):
         target = re.search(r"`\((\.L_x?_?\d+)\)", instruction[2]) if instruction[1].startswith("BRA") else None
-        return None, instruction[1], target[1] if target else None
+        # How many products may be under way is what a wait says in its operands.
+        name = instruction[1] + (instruction[2].partition(";")[0].rstrip() if "DEPBAR" in instruction[1] else "")
+        return None, name, target[1] if target else None
     return None, None, None
 
 

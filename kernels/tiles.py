@@ -5,6 +5,7 @@ Shape suffixes: M rows of a tile, D head size (padded to a power of two).
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -17,6 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 INT32_MAX = 2**31 - 1
+SMALLEST = 2.0**-126
+"""The smallest normal fp32: what is below counts as 0 on a GPU."""
 
 
 @triton.jit
@@ -65,6 +68,12 @@ def load_descriptor(
 
 
 @triton.jit
+def finite_or_nan(x):
+    """±inf becomes NaN: a row whose lse is not finite has no weights."""
+    return x + x * 0.0
+
+
+@triton.jit
 def product(a_MD, b_ND, PRECISION: tl.constexpr):
     """a bᵀ in fp32. Full fp32 has no tensor cores and keeps both operands in registers: 32 dimensions at a time."""
     DIMS: tl.constexpr = a_MD.shape[1]
@@ -85,6 +94,15 @@ def strides(x: Tensor) -> tuple[int, int, int, int]:
     return x.stride() if x.ndim == 4 else (0, *x.stride())
 
 
+def base2(scale: float) -> float:
+    """The scale of base-2 exponents; in place of 0, and of what fp32 takes for it, one that makes all weights equal.
+
+    Masked scores are −inf, and −inf · 0 would be NaN.
+    """
+    scale *= LOG2_E
+    return scale if abs(scale) >= SMALLEST else math.copysign(SMALLEST, scale)
+
+
 def common_arguments(q: Tensor, k: Tensor, sequences: Sequences, scale: float) -> dict[str, Any]:
     """The arguments that every sweep over q and k takes, by name; `scale` becomes one of base-2 exponents."""
     packed, prompts = sequences.cu_seqlens is not None, sequences.prompt_lens is not None
@@ -99,7 +117,7 @@ def common_arguments(q: Tensor, k: Tensor, sequences: Sequences, scale: float) -
         "sequences": sequences.count,
         "tokens": sequences.tokens,
         "heads": q.shape[-2],
-        "scale": scale * LOG2_E,
+        "scale": base2(scale),
         "GROUP": q.shape[-2] // k.shape[-2],
         "PACKED": packed,
         "PROMPTS": prompts,

@@ -70,32 +70,32 @@ def run(
     lse_HT: Tensor | None,
     span: bool,
 ) -> Outputs:
-    from rhythm.kernels import Sequences, bands, column_sweep, mean_span, row_sweep
+    from rhythm.kernels import Sequences, bands, column_sweep, mean_span, row_sweep, undefined_results
 
-    heads, tokens = q.shape[-2], layout.tokens
-    waad_HT, fai_HT, lse_out_HT = (torch.full((heads, tokens), torch.nan, device=q.device) for _ in range(3))
-    undefined_BH, out_THD = waad_HT.new_full((layout.count, heads), torch.nan), None
-    if tokens == 0:
-        return Outputs(undefined_BH, waad_HT, fai_HT, lse_out_HT, None if v is None else torch.empty_like(q))
-    sequences = Sequences(layout.cu_seqlens, layout.prompt_tensor, tokens, layout.count)
+    heads, tokens, out_THD = q.shape[-2], layout.tokens, None
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        if lse_HT is not None and not span:
-            lse_HT = lse_HT.float().contiguous()
-            bands(q, k, lse_HT, sequences, waad_HT, fai_HT, lse_out_HT, scale=scale, window=window, horizon=horizon)
-            span_BH = undefined_BH
-        else:
-            row_span_HT = torch.empty_like(waad_HT)
-            out_THD = row_sweep(q, k, v, sequences, row_span_HT, waad_HT, lse_out_HT, scale=scale, window=window)
-            span_BH = mean_span(row_span_HT, sequences)
-            column_sweep(q, k, lse_out_HT, sequences, fai_HT, scale=scale, horizon=horizon)
-    return Outputs(span_BH, waad_HT, fai_HT, lse_out_HT, out_THD)
+        got = undefined_results(layout.count, heads, tokens, q.device, lse_HT)
+        if tokens == 0 or layout.count == 0:
+            return Outputs(got.span, got.waad, got.fai, got.lse, None if v is None else torch.zeros_like(q))
+        sequences = Sequences(layout.cu_seqlens, layout.prompt_tensor, tokens, layout.count)
+        given = got.given_lse
+        if span or given is None:
+            sums, out_THD = row_sweep(
+                q, k, v, sequences, got.waad, got.lse, scale=scale, window=window, given_lse_HT=given
+            )
+            mean_span(sums, sequences, got.span)
+        if given is None:
+            column_sweep(q, k, got.lse, sequences, got.fai, scale=scale, horizon=horizon)
+        else:  # these go by the lse from outside, and take the place of what the row sweep wrote
+            bands(q, k, given, sequences, got.waad, got.fai, got.lse, scale=scale, window=window, horizon=horizon)
+    return Outputs(got.span, got.waad, got.fai, got.lse, out_THD)
 
 
 def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, layout: Layout, *, scale: float, count: int) -> Tensor:
     """As rhythm.backends.sampled.sampled_span, without reading the lengths on the host."""
     from rhythm.kernels import Sequences, sampled_span
 
-    if layout.tokens == 0:
+    if layout.tokens == 0 or layout.count == 0:
         return torch.full((layout.count, q.shape[-2]), torch.nan, device=q.device)
     sequences = Sequences(layout.cu_seqlens, layout.prompt_tensor, layout.tokens, layout.count)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():

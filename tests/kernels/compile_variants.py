@@ -1,19 +1,22 @@
 """Compiles every kernel for sm_90 in the ways a launch may specialise it; run by test_compile_ahead.py.
 
 Triton makes constants of integers that are 1 and of strides, which its interpreter does not: what compiles for one
-batch need not for another.
+batch need not for another. With --batches: how many variants of each kernel batches of all lengths take, where nothing
+but numbers of tokens and sequences, windows and horizons differs.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rhythm.kernels import Sequences, bands, column_sweep, mean_span, row_sweep, sampled_span
+from rhythm.kernels import Sequences, bands, column_sweep, mean_span, row_sweep, sampled_span, undefined_results
 from rhythm.kernels.compile_ahead import ARCHITECTURES, _active, _kernels
 from rhythm.kernels.configurations import Tile
 from rhythm.kernels.launch import compiling, forced
+from rhythm.kernels.mean_span import BlockSums
 from torch import Tensor
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -29,6 +32,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "TF32": {"dtype": torch.float32, "precision": "high"},
     "full fp32": {"dtype": torch.float32, "size": 16},
 }
+
+
+# Each number 1, a multiple of 16, and neither.
+BATCHES: list[dict[str, Any]] = [
+    {"tokens": (1008,), "cu_seqlens": 2, "prompt_lens": 1, "window": 1, "horizon": (1, 1), "rows": 1},
+    {"tokens": (1001,), "cu_seqlens": 17, "prompt_lens": 16, "window": 16, "horizon": (16, 48), "rows": 16},
+    {"tokens": (1,), "cu_seqlens": 4, "prompt_lens": 3, "window": 10, "horizon": (0, 50), "rows": 99},
+    {"tokens": (131072,), "cu_seqlens": 129, "prompt_lens": 128, "window": 2**40, "horizon": (2**40, 2**62)},
+]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,17 +78,34 @@ def launches(
         cu_seqlens - 1 if cu_seqlens else (tokens[0] if len(tokens) == 2 else 1),
     )
     a, b, c, d = (empty(heads[0], total) for _ in range(4))
+    sums = BlockSums(empty(sequences.blocks(64), heads[0], dtype=torch.float64), 64, from_prompt=True)
     return [
-        lambda: row_sweep(q, k, None, sequences, a, b, c, scale=scale, window=window),
-        lambda: row_sweep(q, k, v, sequences, a, b, c, scale=scale, window=window),
+        lambda: row_sweep(q, k, None, sequences, a, b, scale=scale, window=window),
+        lambda: row_sweep(q, k, v, sequences, a, b, scale=scale, window=window),
         lambda: column_sweep(q, k, a, sequences, b, scale=scale, horizon=horizon),
         lambda: bands(q, k, a, sequences, b, c, d, scale=scale, window=window, horizon=horizon),
-        lambda: mean_span(a, sequences),
+        lambda: mean_span(sums, sequences, empty(sequences.count, heads[0])),
         lambda: sampled_span(q, k, a, sequences, scale=scale, count=rows),
+        lambda: undefined_results(sequences.count, heads[0], total, q.device, a),
     ]
 
 
+def count_variants() -> None:
+    for kernel in _kernels():
+        kernel.device_caches.clear()
+    with _active(ARCHITECTURES["sm_90"]), compiling(lambda kernel: None), forced(lambda kind: [Tile(64, 64, 4, 2)]):
+        for options in BATCHES:
+            for launch in launches(**options):
+                launch()
+    for kernel in _kernels():
+        (caches,) = kernel.device_caches.values()
+        print(f"{kernel.__name__}: {len(caches[0])}")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--batches"]:
+        count_variants()
+        return
     for name, options in VARIANTS.items():
         compiled: list[Any] = []
         tile = Tile(32, 32, 4, 1) if options.get("dtype") == torch.float32 else Tile(64, 64, 4, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rhythm.kernels.sass import AMD_KINDS, NVIDIA_KINDS, Binary, amd_line, nvidia_line, parse
+from rhythm.kernels.sass import AMD_KINDS, NVIDIA_KINDS, Binary, Loop, amd_line, nvidia_line, parse
 
 NVIDIA = """
 .text.kernel:
@@ -69,3 +69,31 @@ def test_amd_loop() -> None:
 def test_without_exponentials_there_is_no_steady_loop() -> None:
     _, loops = parse(NVIDIA, nvidia_line)
     assert Binary(0, 0, {}, loops[2:], NVIDIA_KINDS).steady is None
+
+
+def loop_of(lines: str) -> Loop:
+    _, (loop,) = parse(f".L_x_1:\n{lines}\n /*0f0*/ BRA `(.L_x_1) ;\n", nvidia_line)
+    return loop
+
+
+HGMMA = " /*010*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], !UPT, gsb0 ;\n"
+WAIT = " /*020*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+KEEP = " /*030*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;\n"
+MATH = " /*040*/ FFMA R4, R4, UR8, -R2 ;\n"
+MOVE = " /*050*/ UIADD3 UR4, UR4, 0x2, URZ ;\n"
+BARRIER = " /*060*/ BAR.SYNC.DEFER_BLOCKING 0x0 ;\n"
+
+
+def test_products_waited_for_at_once() -> None:
+    """Arithmetic between a product and the wait for it runs beside it; address arithmetic does not count."""
+    assert loop_of(HGMMA + HGMMA + MOVE + WAIT + MATH).immediate_waits == 1
+    assert loop_of(HGMMA + MATH + WAIT).immediate_waits == 0
+    assert loop_of(HGMMA + KEEP + MATH + WAIT).immediate_waits == 0
+    assert loop_of(HGMMA + WAIT + MATH + HGMMA + WAIT + MATH).immediate_waits == 2
+    assert loop_of(MATH + WAIT).immediate_waits == 0
+
+
+def test_barriers() -> None:
+    assert loop_of(BARRIER + MATH + BARRIER + WAIT).barriers == 2
+    _, (amd,) = parse(AMD.replace("v_exp_f32_e32 v4, v4", "s_barrier"), amd_line)
+    assert amd.barriers == 1

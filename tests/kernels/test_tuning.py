@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import triton
 from rhythm.kernels import tuning
 from rhythm.kernels.configurations import SWEEPS, TABLES, Kind, Tile, architecture, candidates, needed_memory
-from rhythm.kernels.launch import launch
+from rhythm.kernels.launch import launch, options
+from rhythm.kernels.tuning import Sample
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from rhythm import attention_statistics, attention_with_statistics
 
 ROW = Kind("row", 2, 128)
 KB = 1024
+MEASURED = tuning.measured
 FAST, SLOW = Tile(32, 32, 1, 1), Tile(64, 64, 1, 1)
 
 
@@ -37,6 +44,14 @@ def test_candidates_fit_and_load_as_they_can() -> None:
     # A GPU with less shared memory: the first that fits, and with none a smaller pipeline of the smallest.
     assert candidates("sm_80", ROW, 60 * KB, tma=False)[0] == Tile(128, 32, 4, 3)
     assert candidates("sm_80", ROW, 20 * KB, tma=False) == [Tile(128, 32, 4, 1)]
+
+
+def test_columns_to_the_end_are_held_to_two_programs_a_multiprocessor() -> None:
+    for arch in ("sm_90", "sm_100"):
+        for sweep in ("column", "bands"):
+            first = candidates(arch, Kind(sweep, 2, 128), 227 * KB, tma=True)[0]
+            assert (first.max_registers, options(first)["maxnreg"]) == (128, 128)
+    assert options(FAST) == {"num_warps": 1, "num_stages": 1}  # AMD's compiler refuses even a None
 
 
 @pytest.mark.parametrize("arch", TABLES)
@@ -63,21 +78,27 @@ def races(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tile]:
     """Autotuning on, over two tiles, with times by the clock of this list of what was timed."""
     timed: list[Tile] = []
 
-    def measured(run: object, tile: Tile) -> float:
+    def measured(run: Callable[[Tile], None], tile: Tile) -> float:
         timed.append(tile)
         return 1.0 if tile == FAST else 2.0
 
     monkeypatch.setenv("RHYTHM_AUTOTUNE", "1")
     monkeypatch.setenv("RHYTHM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "measured", measured)
-    monkeypatch.setitem(TABLES, "interpreter", {"row": {"half128": [SLOW, FAST]}})
+    monkeypatch.setitem(TABLES, "interpreter", {"row": {"half128": [SLOW, FAST], "float128": [SLOW, FAST]}})
     tuning._remembered.cache_clear()
+    tuning._lost.clear()
     return timed
 
 
-def launched(q: Tensor | None = None) -> list[Tile]:
+def heads(tokens: int = 3, query: int = 2, key: int = 1, size: int = 128, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return torch.ones(tokens, query, size, dtype=dtype), torch.ones(tokens, key, size, dtype=dtype)
+
+
+def launched(*qk: Tensor, kind: Kind = ROW) -> list[Tile]:
     ran: list[Tile] = []
-    launch(ROW, torch.empty(1, dtype=torch.bfloat16) if q is None else q, False, ran.append)
+    q, k = qk or heads()
+    launch(kind, q, k, False, ran.append, lambda sample: None)
     return ran
 
 
@@ -97,30 +118,156 @@ def test_the_fastest_runs_and_is_remembered(races: list[Tile], caplog: pytest.Lo
     assert launched() == [FAST]
     assert races == [SLOW, FAST]
     (kept,) = json.loads(tuning.cache_file().read_text(encoding="utf-8")).items()
-    assert kept[0].startswith("interpreter, triton ")
-    assert kept[0].endswith("row, 2 bytes, D 128")
+    assert kept[0] == f"interpreter, triton {triton.__version__}, row, 2 bytes, D 128, group 2, threads"
     assert Tile(**kept[1]) == FAST
+
+
+def test_tiles_race_on_a_sample_of_one_length(races: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was called: 3 tokens here, with a head size, heads and a type that the sample has as well."""
+    seen: list[tuple[Tile, Sample]] = []
+
+    def measured(run: Callable[[Tile], None], tile: Tile) -> float:
+        run(tile)
+        return 0.0
+
+    def again(sample: Sample) -> None:
+        launch(ROW, sample.q, sample.k, False, lambda tile: seen.append((tile, sample)), again)
+
+    monkeypatch.setattr(tuning, "measured", measured)
+    before = torch.get_rng_state()
+    q, k = heads(size=80)
+    launch(ROW, q, k, False, lambda tile: None, again)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [tile for tile, _ in seen] == [SLOW, FAST]
+    for _, sample in seen:
+        assert sample.q.shape == (8192, 2, 80)
+        assert sample.k.shape == sample.v.shape == (8192, 1, 80)
+        assert sample.q.dtype == torch.bfloat16
+        assert sample.q.float().std() == pytest.approx(1, abs=0.01)
+        assert (sample.sequences.tokens, sample.sequences.count) == (8192, 1)
+        assert {x.shape for x in (sample.lse, *sample.results)} == {(2, 8192)}
+
+
+@pytest.mark.parametrize("sweep", ["row", "row_values", "column", "column_band", "bands", "bands_band", "sampled"])
+def test_every_launcher_races_itself(sweep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a sample of 96 tokens: kernels run, and every tile gets its turn."""
+    monkeypatch.setenv("RHYTHM_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "RACED_TOKENS", 96)
+    monkeypatch.setattr("rhythm.kernels.launch.candidates", lambda *a, **options: [FAST, Tile(16, 32, 1, 1)])
+    raced: list[Kind] = []
+
+    def tuned(kind: Kind, q: Tensor, k: Tensor, tiles: list[Tile], run: Callable[[Sample, Tile], None]) -> Tile:
+        sample = Sample.like(q, k)
+        for tile in tiles:
+            run(sample, tile)
+        raced.append(kind)
+        assert sample.results[0].isfinite().all()
+        if sweep not in ("row", "sampled"):
+            assert (sample.results[0] != 9.5).any()
+        return tiles[0]
+
+    monkeypatch.setattr("rhythm.kernels.launch.tuned", tuned)
+    q = torch.ones(40, 2, 16)
+    horizon = (2, 9 if sweep.endswith("_band") else None)
+    lse = torch.arange(1.0, 41).log().expand(2, 40)
+    if sweep == "row_values":
+        attention_with_statistics(q, q, q, backend="triton")
+    elif sweep == "sampled":
+        attention_statistics(q, q, lse=lse, span_rows=4, backend="triton")
+    else:
+        given = {"lse": lse, "span": False} if sweep.startswith("bands") else {}
+        attention_statistics(q, q, horizon=horizon, backend="triton", **given)
+    assert sweep in [kind.sweep for kind in raced]
+
+
+def test_a_winner_is_of_its_heads_and_type(races: list[Tile]) -> None:
+    ways = [
+        heads(),
+        heads(query=4),
+        heads(size=96),
+        heads(dtype=torch.float16),  # as wide as bf16, so as fast
+        heads(tokens=5, query=4, key=2),  # the group of the first
+        heads(dtype=torch.float32),
+    ]
+    for q, k in ways:
+        assert launched(q, k, kind=Kind("row", q.element_size(), 128)) == [FAST]
+    assert len(races) == 2 * 4
+    assert launched(*heads(dtype=torch.float32), kind=Kind("row", 4, 128)) == [FAST]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launched(*heads(dtype=torch.float32), kind=Kind("row", 4, 128)) == [FAST]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(races) == 2 * 5
 
 
 def test_a_remembered_tile_that_is_no_longer_offered_races_again(races: list[Tile]) -> None:
     launched()
     path = tuning.cache_file()
-    path.write_text(path.read_text(encoding="utf-8").replace('"rows": 32', '"rows": 16'), encoding="utf-8")
-    tuning._remembered.cache_clear()
-    assert launched() == [FAST]
-    assert races == [SLOW, FAST, SLOW, FAST]
+    text = path.read_text(encoding="utf-8")
+    for other in (text.replace('"rows": 32', '"rows": 16'), text.replace('"rows"', '"lines"')):
+        path.write_text(other, encoding="utf-8")
+        tuning._remembered.cache_clear()
+        races.clear()
+        assert launched() == [FAST]
+        assert races == [SLOW, FAST]
 
 
-def test_a_tile_without_room_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300, 200, "shared memory"),
+        PTXASError("ptxas fatal"),
+        RuntimeError("PassManager::run failed"),
+        AssertionError("not divisible"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_tile_that_does_not_compile_loses(
+    error: Exception, races: list[Tile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def run(tile: Tile) -> None:
-        raise OutOfResources(300, 200, "shared memory")
+        if tile == FAST:
+            raise error
 
-    monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: call())
-    assert tuning.measured(run, FAST) == float("inf")
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", lambda call, **options: call() or 2.0)
+    monkeypatch.setattr(tuning, "measured", MEASURED)
+    q, k = heads()
+    assert tuning.tuned(ROW, q, k, [FAST, SLOW], lambda sample, tile: run(tile)) == SLOW
+    assert f"out of the race: {FAST}: {type(error).__name__}: {error}" in caplog.text
 
 
-def test_nothing_races_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RHYTHM_AUTOTUNE", "1")
-    for capturing in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert tuning.autotuning(torch.device("cuda")) is not capturing
+def test_the_default_runs_when_all_lose(
+    races: list[Tile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measured(run: Callable[[Tile], None], tile: Tile) -> float:
+        races.append(tile)
+        return float("inf")
+
+    monkeypatch.setattr(tuning, "measured", measured)
+    assert launched() == [SLOW]
+    assert "no tile for interpreter" in caplog.text
+    assert launched() == [SLOW]
+    assert races == [SLOW, FAST]  # once a process
+    assert not tuning.cache_file().exists()
+
+
+def test_a_graph_that_is_captured_runs_the_remembered_tile(races: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
+    assert launched() == [SLOW]  # nothing is known yet, and nothing may race
+    assert races == []
+    monkeypatch.setattr(tuning, "capturing", lambda device: False)
+    assert launched() == [FAST]
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
+    assert launched() == [FAST]
+    tuning._remembered.cache_clear()  # from the file
+    assert launched() == [FAST]
+    assert races == [SLOW, FAST]
+
+
+def test_capture_is_asked_of_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for captured in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captured=captured: captured)
+        assert tuning.capturing(torch.device("cuda")) is captured
+        assert not tuning.capturing(torch.device("cpu"))

@@ -1,0 +1,73 @@
+"""What an op's kernels write into: NaN throughout, in one launch, which also makes a given lse fit for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from rhythm.kernels.launch import start
+from rhythm.kernels.tiles import finite_or_nan
+from torch import Tensor
+
+ENTRIES = 1024
+
+
+@dataclass(frozen=True)
+class Results:
+    """fp32, each with a storage of its own, as an op's results must have.
+
+    Attributes:
+        span: [B, Hq]. waad, fai, lse: [Hq, T].
+        given_lse: [Hq, T], the lse from outside, NaN where it is ±inf: such a row has no weights. None: none was given.
+    """
+
+    span: Tensor
+    waad: Tensor
+    fai: Tensor
+    lse: Tensor
+    given_lse: Tensor | None
+
+
+@triton.jit(do_not_specialize=["spans", "rows"])
+def results_kernel(
+    span, waad, fai, lse, given_lse, finite_lse, spans, rows,
+    GIVEN: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    nan = tl.full([ENTRIES], float("nan"), tl.float32)
+    tl.store(span + at, nan, mask=at < spans)
+    tl.store(waad + at, nan, mask=at < rows)
+    tl.store(fai + at, nan, mask=at < rows)
+    tl.store(lse + at, nan, mask=at < rows)
+    if GIVEN:
+        tl.store(finite_lse + at, finite_or_nan(tl.load(given_lse + at, mask=at < rows)), mask=at < rows)
+
+
+def undefined_results(
+    sequences: int, heads: int, tokens: int, device: torch.device, given_lse_HT: Tensor | None
+) -> Results:
+    """All NaN but for given_lse."""
+    span_BH = torch.empty((sequences, heads), device=device)
+    waad_HT, fai_HT, lse_HT = (torch.empty((heads, tokens), device=device) for _ in range(3))
+    given_HT = finite_HT = None
+    if given_lse_HT is not None:
+        given_HT, finite_HT = given_lse_HT.float().contiguous(), torch.empty_like(lse_HT)
+    if entries := max(span_BH.numel(), waad_HT.numel()):
+        start(
+            results_kernel,
+            triton.cdiv(entries, ENTRIES),
+            span=span_BH,
+            waad=waad_HT,
+            fai=fai_HT,
+            lse=lse_HT,
+            given_lse=lse_HT if given_HT is None else given_HT,
+            finite_lse=lse_HT if finite_HT is None else finite_HT,
+            spans=span_BH.numel(),
+            rows=waad_HT.numel(),
+            GIVEN=given_HT is not None,
+            ENTRIES=ENTRIES,
+            num_warps=4,
+        )
+    return Results(span_BH, waad_HT, fai_HT, lse_HT, finite_HT)

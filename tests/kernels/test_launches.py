@@ -1,0 +1,88 @@
+"""What an op launches, and what its small kernels do."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from rhythm.kernels import Sequences, mean_span, undefined_results
+from rhythm.kernels.launch import start
+from rhythm.kernels.mean_span import BlockSums
+
+from rhythm import attention_statistics
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on rows beyond the end
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are started; tensors may not be filled by torch."""
+    names: list[str] = []
+
+    def recorded(kernel: Any, programs: int, **arguments: Any) -> None:
+        names.append(kernel.fn.__name__)
+        start(kernel, programs, **arguments)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a launch of torch's own")
+
+    for module in ("results", "row_sweep", "mean_span", "column_sweep", "bands"):
+        monkeypatch.setattr(sys.modules[f"rhythm.kernels.{module}"], "start", recorded)
+    monkeypatch.setattr(torch, "full", refuse)
+    monkeypatch.setattr(torch.Tensor, "new_full", refuse)
+    return names
+
+
+def test_what_an_op_launches(launches: list[str]) -> None:
+    q = torch.ones(20, 2, 16, device=DEVICE)
+    lse = torch.arange(1.0, 21, device=DEVICE).log().expand(2, 20).contiguous()
+    attention_statistics(q, q, backend="triton")
+    assert launches == ["results_kernel", "row_sweep_kernel", "mean_span_kernel", "column_sweep_kernel"]
+    launches.clear()
+    attention_statistics(q, q, lse=lse, span=False, backend="triton")
+    assert launches == ["results_kernel", "bands_kernel"]
+
+
+def test_results_are_undefined_until_written() -> None:
+    """More sequences than tokens, more than one program, and a lse whose infinities become NaN."""
+    lse = torch.linspace(-5, 5, 2 * 3000, device=DEVICE).view(2, 3000)
+    lse[0, 7], lse[1, 2999], lse[1, 0] = torch.inf, -torch.inf, torch.nan
+    results = undefined_results(5000, 2, 3000, torch.device(DEVICE), lse)
+    assert results.span.shape == (5000, 2)
+    assert results.waad.shape == results.fai.shape == results.lse.shape == (2, 3000)
+    for x in (results.span, results.waad, results.fai, results.lse):
+        assert x.isnan().all()
+    assert len({x.untyped_storage().data_ptr() for x in (results.span, results.waad, results.fai, results.lse)}) == 4
+    expected = lse.masked_fill(lse.isinf(), torch.nan)
+    torch.testing.assert_close(results.given_lse, expected, rtol=0, atol=0, equal_nan=True)
+    assert undefined_results(2, 2, 0, torch.device(DEVICE), None).span.isnan().all()
+
+
+@pytest.mark.parametrize("from_prompt", [True, False])
+def test_spans_from_sums_of_blocks(from_prompt: bool) -> None:
+    """Sequences of several blocks, of one, of none; more blocks than are added at once; unused sums are NaN."""
+    rows, heads = 8, 2
+    lengths, prompts = [16, 0, 9005, 3, 40], [5, 0, 17, 3, 0]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    sequences = Sequences(
+        bounds.to(DEVICE, torch.int32), torch.tensor(prompts, device=DEVICE), int(bounds[-1]), len(lengths)
+    )
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.full((sequences.blocks(rows), heads), torch.nan, dtype=torch.float64)
+    expected = torch.full((len(lengths), heads), torch.nan, dtype=torch.float64)
+    for i, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+        blocks = -(-(length - prompt if from_prompt else length) // rows)
+        of_sequence = torch.randn(blocks, heads, generator=generator, dtype=torch.float64)
+        first = int(bounds[i]) // rows + i
+        for block in range(blocks):  # the last lies first
+            sums[sums.shape[0] - 1 - first - block] = of_sequence[block]
+        if length > prompt:
+            expected[i] = of_sequence.sum(0) / (length - prompt)
+    spans = [torch.empty(len(lengths), heads, device=DEVICE) for _ in range(2)]
+    for span in spans:
+        mean_span(BlockSums(sums.to(DEVICE), rows, from_prompt), sequences, span)
+    torch.testing.assert_close(spans[0].cpu().double(), expected, rtol=1e-6, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(spans[0], spans[1], rtol=0, atol=0, equal_nan=True)
