@@ -21,6 +21,8 @@ DOC = ROOT / "docs" / "roofline.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.roofline --write -->\n", "<!-- end -->\n"
 LENGTHS = tuple(1024 << i for i in range(8))
 AIM_LENGTH = 8192
+L2_RATE = 5e12
+"""Bytes a second from L2 to all SMs: an assumption until it is measured. docs/roofline.md says where it is from."""
 TIE = 0.01  # units within 1% of the slowest are named beside it
 
 
@@ -122,6 +124,14 @@ class Kernel:
                 begin, end = max(first - hi, 0), last - lo + 1
             tiles += -(-max(end - begin, 0) // self.moving)
         return tiles * self.stationary * self.moving
+
+    def l2_bytes(self, shape: Shape) -> int:
+        """Read by all programs of one sequence without a prompt: each its own block once, and all tiles it walks along.
+
+        Heads that share keys read them each for itself.
+        """
+        walked = self.tile_scores(shape.tokens) // self.stationary * (1 if self.owns_keys else self.key_arrays)
+        return (shape.tokens + walked) * shape.query_heads * shape.head_size * torch.bfloat16.itemsize
 
     def _reach(self, tokens: int) -> tuple[int, int]:
         lo, hi = self.distances
@@ -246,7 +256,7 @@ def _counts() -> str:
 def _floors(kernel: Kernel) -> str:
     header = ["T", "MB", "GFLOP", "10⁹ exp2", "10⁹ slots"]
     header += [cell for gpu in GPUS for cell in (f"{gpu.name} µs", "limit")]
-    header += ["H200 serial µs", "H200 in tiles µs"]
+    header += ["H200 serial µs", "H200 in tiles µs", "L2 → SM GB", f"at {L2_RATE / 1e12:g} TB/s µs"]
     rows = []
     for tokens in LENGTHS:
         work = kernel.work(shape_of(tokens))
@@ -254,7 +264,8 @@ def _floors(kernel: Kernel) -> str:
         tiles = seconds(kernel.work(shape_of(tokens), in_tiles=True), H200)
         counts = (work.memory / 1e6, work.tensor / 1e9, work.exp / 1e9, work.issue / 1e9)
         cells = [cell for floor in floors for cell in (_micro(floor.overlapped), floor.limits)]
-        cells += [_micro(floors[1].serial), _micro(tiles.overlapped)]
+        moved = kernel.l2_bytes(shape_of(tokens))
+        cells += [_micro(floors[1].serial), _micro(tiles.overlapped), _three(moved / 1e9), _micro(moved / L2_RATE)]
         rows.append((_thousands(tokens), *map(_three, counts), *cells))
     return _table(f"Floors: {kernel.name}", header, rows)
 

@@ -79,6 +79,18 @@ def test_work_worked_by_hand() -> None:
     assert COLUMNS_TO_END.work(replace(shape, tokens=12)).exp == 4 * (1 + 2)
 
 
+def test_reads_from_l2_worked_by_hand() -> None:
+    """T = 256, 2 query heads over 1, head size 16: 32 bytes a row of q or k, 64 of k and v."""
+    shape = Shape(256, query_heads=2, key_heads=1, head_size=16)
+    # Each head: all of q once; the first 128 rows read one tile of 128 keys, the others two.
+    assert ROWS.l2_bytes(shape) == 2 * (256 + 3 * 128) * 32
+    assert FORWARD.l2_bytes(shape) == ROWS_WITH_OUTPUT.l2_bytes(shape) == 2 * (256 + 2 * 3 * 128) * 32
+    # All of k once; 64 keys are reached by 104 rows, 2 tiles of 64, but the last by 54.
+    assert COLUMN_BAND.l2_bytes(shape) == 2 * (256 + 7 * 64) * 32
+    # All of q once; 64 rows look at 73 keys, 3 tiles of 32, but the first at 64.
+    assert WINDOW_BAND.l2_bytes(shape) == 2 * (256 + 11 * 32) * 32
+
+
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_a_score_of_the_row_sweep_costs_the_same_in_three_units(gpu: roofline.Gpu) -> None:
     work = ROWS.work(roofline.shape_of(8192))
@@ -123,6 +135,11 @@ def test_conclusions_of_the_document() -> None:
     assert 0.032 < one_launch < 0.033
     thirteen = roofline.seconds(replace(ROWS, slots=13.0).work(shape), H200).overlapped
     assert thirteen / forward == pytest.approx(13 / 16)
+    bands = WINDOW_BAND.l2_bytes(shape) + COLUMN_BAND.l2_bytes(shape)
+    assert bands == pytest.approx(369e6, rel=0.005)
+    assert bands / roofline.L2_RATE / forward == pytest.approx(0.13, abs=0.005)
+    assert ROWS.l2_bytes(shape) / roofline.L2_RATE == pytest.approx(450e-6, rel=0.005)
+    assert FORWARD.l2_bytes(shape) / roofline.L2_RATE == pytest.approx(886e-6, rel=0.005)
     statistics_at_75 = roofline.op_floor(OPS[0], shape, H200) / (0.5 * forward / 0.75)
     assert statistics_at_75 == pytest.approx(0.80, abs=0.005)
 
