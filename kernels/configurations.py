@@ -102,7 +102,7 @@ HOPPER = {
 }
 BLACKWELL = HOPPER | {
     "column": {
-        "half128": [Tile(64, 128, 8, 3, TMA, 128), Tile(64, 128, 8, 3), Tile(64, 64, 4, 3, TMA)],
+        "half128": [Tile(64, 128, 8, 3, TMA), Tile(64, 128, 8, 3), Tile(64, 64, 4, 3, TMA)],  # 128 registers spill here
         "half256": HOPPER["column"]["half256"],
     }
 }

@@ -147,10 +147,10 @@ def row_sweep_kernel(
     lse_M = tl.where(defined_M, (largest_M + tl.log2(sum_M)) * 0.6931471805599453, float("nan"))
     at_M = head.to(tl.int64) * tokens + start + first + place_M
     response_M = (first + place_M >= prompt) & (first + place_M < length)
-    tl.store(sums + tl.program_id(0), tl.sum(tl.where(response_M, span_M, 0.0).to(tl.float64), 0))
     if GIVEN:  # the weights are those of a lse from outside: all of a row's by the same factor
         given_M = tl.load(given_lse + at_M, mask=response_M, other=0.0)
         span_M *= tl.exp2((lse_M - given_M) * 1.4426950408889634)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.where(response_M, span_M, 0.0).to(tl.float64), 0))
     tl.store(waad + at_M, waad_M, mask=response_M)
     tl.store(lse + at_M, lse_M, mask=response_M)
     if VALUES:

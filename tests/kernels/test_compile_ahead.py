@@ -67,8 +67,9 @@ def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any
         assert kernel["programs"] >= recorded["programs"], key(kernel)
         if kernel["sweep"] in LOOPS:
             assert kernel["per_score"]["all"] <= 1.01 * recorded["per_score"]["all"], key(kernel)
-            assert kernel["immediate_waits"] <= recorded["immediate_waits"], key(kernel)
-            assert kernel["barriers"] <= recorded["barriers"], key(kernel)
+            if recorded["barriers"] is not None:
+                assert kernel["immediate_waits"] <= recorded["immediate_waits"], key(kernel)
+                assert kernel["barriers"] <= recorded["barriers"], key(kernel)
             assert any("GMMA" in opcode for opcode in kernel["matrix"]) == (kernel["dtype"] == "bf16"), key(kernel)
     (row,) = [k for k in hopper if (k["sweep"], k["dtype"], k["head_size"]) == ("row", "bf16", 128)]
     assert row["per_score"]["all"] <= 8
@@ -90,7 +91,8 @@ def test_every_record_covers_every_shipped_tile(path: Path) -> None:
                 for tile in tiles:
                     kernel = record[arch, sweep, dtype, size, tuple(asdict(tile).values())]
                     assert kernel["default"] == (tile == tiles[0]), kernel
-                    assert kernel["spills"] == 0 or arch == "gfx942", kernel
+                    spilling = arch == "gfx942" or (path.stem == "triton-3.6.0" and arch != "sm_90")
+                    assert kernel["spills"] == 0 or spilling, kernel
                     of_program = kernel["registers"], kernel["shared"], tile.warps
                     assert kernel["programs"] == MULTIPROCESSORS[arch].resident(*of_program), kernel
 
