@@ -12,5 +12,10 @@ from rhythm.kernels.results import undefined_results
 from rhythm.kernels.row_sweep import row_sweep
 from rhythm.kernels.sampled_span import sampled_span
 from rhythm.kernels.sequences import Sequences
+from rhythm.kernels.softmax import Softmax
+from rhythm.kernels.values import mend_output
 
-__all__ = ["Sequences", "bands", "column_sweep", "mean_span", "row_sweep", "sampled_span", "undefined_results"]
+__all__ = [
+    "Sequences", "Softmax", "bands", "column_sweep", "mean_span", "mend_output", "row_sweep", "sampled_span",
+    "undefined_results",
+]  # fmt: skip

@@ -14,7 +14,7 @@ from rhythm.kernels.column_sweep import column_arguments, column_kind, column_pr
 from rhythm.kernels.configurations import Tile
 from rhythm.kernels.launch import launch, start
 from rhythm.kernels.sequences import Sequences, locate
-from rhythm.kernels.tiles import describable, head_base, load_rows, product
+from rhythm.kernels.tiles import describable, head_base, load_q, load_rows, product
 from rhythm.kernels.tuning import Sample
 from torch import Tensor
 
@@ -24,9 +24,9 @@ def window_program(
     program, programs, head, q, k, cu_seqlens, prompt_lens, lse, waad, lse_out,
     q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
     sequences, tokens, scale, window,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr, SIZE: tl.constexpr,
-    PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """WAAD of one block of rows of one head: W − Σ A·(W − distance) over the keys within the window.
 
@@ -42,7 +42,7 @@ def window_program(
         k_base = head_base(k, sequence, start, head // GROUP, k_batch, k_token, k_head, BATCHED)
         row_M = first + tl.arange(0, ROWS)
         at_M = head.to(tl.int64) * tokens + start + row_M
-        q_MD = load_rows(q_base, first, length, q_token, q_dim, ROWS, True, SIZE, PADDED, WIDE, UPCAST)
+        q_MD = load_q(q_base, first, length, q_token, q_dim, SIGN, ROWS, SIZE, PADDED, WIDE, UPCAST)
         lse_M = tl.load(lse + at_M, mask=row_M < length, other=float("inf"))
         inside_M = tl.zeros([ROWS], tl.float32)
         RELOAD: tl.constexpr = PRECISION == "ieee" and q_MD.dtype == tl.float32  # as in row_sweep.py
@@ -50,7 +50,7 @@ def window_program(
             tl.maximum(first - window + 1, 0), tl.minimum(first + ROWS, length), KEYS, num_stages=1, disable_licm=RELOAD
         ):
             if RELOAD:
-                q_MD = load_rows(q_base, first, length, q_token, q_dim, ROWS, True, SIZE, PADDED, WIDE, UPCAST)
+                q_MD = load_q(q_base, first, length, q_token, q_dim, SIGN, ROWS, SIZE, PADDED, WIDE, UPCAST)
             k_ND = load_rows(k_base, key, length, k_token, k_dim, KEYS, True, SIZE, PADDED, WIDE, UPCAST)
             place_N = (tl.arange(0, KEYS) + (key - first)).to(tl.float32)
             distance_MN = tl.arange(0, ROWS).to(tl.float32)[:, None] - place_N[None, :]
@@ -67,25 +67,27 @@ def bands_kernel(
     q, k, q_tiles, cu_seqlens, prompt_lens, lse, fai, waad, lse_out,
     q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
     sequences, tokens, heads, scale, window, horizon_lo, horizon_hi,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr, SIZE: tl.constexpr,
-    PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program, head = tl.program_id(0) // (2 * heads), tl.program_id(0) // 2 % heads
     programs = tl.num_programs(0) // (2 * heads)
     if tl.program_id(0) % 2 == 0:
         column_program(
-            program, programs, head, q, k, q_tiles, cu_seqlens, prompt_lens, lse, fai,
+            program, programs, head, q, k, q_tiles, cu_seqlens, prompt_lens, lse, lse, lse, fai,
             q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
             sequences, tokens, scale, horizon_lo, horizon_hi,
-            GROUP, PACKED, PROMPTS, BATCHED, SIZE, PADDED, WIDE, UPCAST, ROWS, KEYS, STAGES, TMA, PRECISION,
+            SIGN, GROUP, PACKED, PROMPTS, BATCHED, SIZE, PADDED, WIDE, UPCAST, ROWS, KEYS, STAGES, TMA, PRECISION,
+            False,
         )  # fmt: skip
     else:
         window_program(
             program, programs, head, q, k, cu_seqlens, prompt_lens, lse, waad, lse_out,
             q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
             sequences, tokens, scale, window,
-            GROUP, PACKED, PROMPTS, BATCHED, SIZE, PADDED, WIDE, UPCAST, KEYS, KEYS if KEYS < 32 else 32, PRECISION,
+            SIGN, GROUP, PACKED, PROMPTS, BATCHED, SIZE, PADDED, WIDE, UPCAST, KEYS, KEYS if KEYS < 32 else 32,
+            PRECISION,
         )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.sass import Binary, amd_binary, nvidia_binary
 from rhythm.kernels.sequences import Sequences
+from rhythm.kernels.softmax import Softmax
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -169,9 +170,11 @@ def _kernels() -> list[Any]:
     from rhythm.kernels.results import results_kernel
     from rhythm.kernels.row_sweep import row_sweep_kernel
     from rhythm.kernels.sampled_span import sampled_span_kernel
+    from rhythm.kernels.values import mend_output_kernel
 
     return [
         row_sweep_kernel, column_sweep_kernel, bands_kernel, mean_span_kernel, sampled_span_kernel, results_kernel,
+        mend_output_kernel,
     ]  # fmt: skip
 
 
@@ -184,21 +187,22 @@ def _launch(sweep: str, dtype: torch.dtype, head_size: int) -> None:
     q, k = (empty(TOKENS, heads, head_size, dtype=dtype) for heads in (QUERY_HEADS, KEY_HEADS))
     sequences = Sequences(empty(3, dtype=torch.int32), empty(2, dtype=torch.int32), TOKENS, 2)
     one, two, three = (empty(QUERY_HEADS, TOKENS) for _ in range(3))
+    softmax = Softmax.empty(QUERY_HEADS, TOKENS, q.device)
     scale = head_size**-0.5
     if sweep in ("row", "row_values"):
         v = None if sweep == "row" else empty(*k.shape, dtype=dtype)
-        row_sweep(q, k, v, sequences, one, two, scale=scale, window=10)
+        row_sweep(q, k, v, sequences, one, two, scale=scale, window=10, softmax=softmax)
     elif sweep == "sampled":
         sampled_span(q, k, one, sequences, scale=scale, count=256)
     elif sweep == "mean_span":
         sums = BlockSums(empty(sequences.blocks(128), QUERY_HEADS, dtype=torch.float64), 128, from_prompt=True)
         mean_span(sums, sequences, empty(sequences.count, QUERY_HEADS))
     elif sweep == "results":
-        undefined_results(sequences.count, QUERY_HEADS, TOKENS, q.device, one)
+        undefined_results(sequences.count, QUERY_HEADS, TOKENS, q.device, None)
     else:
         horizon = (10, 50) if sweep.endswith("_band") else (10, None)
         if sweep.startswith("column"):
-            column_sweep(q, k, one, sequences, two, scale=scale, horizon=horizon)
+            column_sweep(q, k, one, sequences, two, scale=scale, horizon=horizon, softmax=softmax)
         else:
             bands(q, k, one, sequences, two, three, empty(*one.shape), scale=scale, window=10, horizon=horizon)
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from rhythm.kernels.launch import start
+from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tiles import finite_or_nan
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class Results:
     Attributes:
         span: [B, Hq]. waad, fai, lse: [Hq, T].
         given_lse: [Hq, T], the lse from outside, NaN where it is ±inf: such a row has no weights. None: none was given.
+        softmax: to be filled by the row sweep; None where a lse was given.
     """
 
     span: Tensor
@@ -28,11 +30,12 @@ class Results:
     fai: Tensor
     lse: Tensor
     given_lse: Tensor | None
+    softmax: Softmax | None
 
 
 @triton.jit(do_not_specialize=["spans", "rows"])
 def results_kernel(
-    span, waad, fai, lse, given_lse, finite_lse, spans, rows,
+    span, waad, fai, lse, given_lse, finite_lse, steep, spans, rows,
     GIVEN: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
@@ -43,16 +46,20 @@ def results_kernel(
     tl.store(lse + at, nan, mask=at < rows)
     if GIVEN:
         tl.store(finite_lse + at, finite_or_nan(tl.load(given_lse + at, mask=at < rows)), mask=at < rows)
+    else:
+        tl.store(steep, 0, mask=tl.program_id(0) == 0)
 
 
 def undefined_results(
     sequences: int, heads: int, tokens: int, device: torch.device, given_lse_HT: Tensor | None
 ) -> Results:
-    """All NaN but for given_lse."""
+    """All NaN but for given_lse and softmax."""
     span_BH = torch.empty((sequences, heads), device=device)
     waad_HT, fai_HT, lse_HT = (torch.empty((heads, tokens), device=device) for _ in range(3))
-    given_HT = finite_HT = None
-    if given_lse_HT is not None:
+    given_HT = finite_HT = softmax = None
+    if given_lse_HT is None:
+        softmax = Softmax.empty(heads, tokens, device)
+    else:
         given_HT, finite_HT = given_lse_HT.float().contiguous(), torch.empty_like(lse_HT)
     if entries := max(span_BH.numel(), waad_HT.numel()):
         start(
@@ -64,10 +71,11 @@ def undefined_results(
             lse=lse_HT,
             given_lse=lse_HT if given_HT is None else given_HT,
             finite_lse=lse_HT if finite_HT is None else finite_HT,
+            steep=lse_HT if softmax is None else softmax.steep,
             spans=span_BH.numel(),
             rows=waad_HT.numel(),
             GIVEN=given_HT is not None,
             ENTRIES=ENTRIES,
             num_warps=4,
         )
-    return Results(span_BH, waad_HT, fai_HT, lse_HT, finite_HT)
+    return Results(span_BH, waad_HT, fai_HT, lse_HT, finite_HT, softmax)

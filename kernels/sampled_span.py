@@ -13,7 +13,7 @@ import triton.language as tl
 from rhythm.kernels.configurations import Kind, Tile
 from rhythm.kernels.launch import launch, options, start
 from rhythm.kernels.sequences import Sequences, bound
-from rhythm.kernels.tiles import common_arguments, finite_or_nan, head_base, load_rows, padded_size, product
+from rhythm.kernels.tiles import common_arguments, finite_or_nan, head_base, load_rows, padded_size, product, signed
 from rhythm.kernels.tuning import Sample
 from torch import Tensor
 
@@ -23,9 +23,9 @@ def sampled_span_kernel(
     q, k, cu_seqlens, prompt_lens, lse, sums,
     q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
     sequences, tokens, heads, count, scale,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr, SIZE: tl.constexpr,
-    PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums [B, Hq, blocks]: Σ over the rows of a block of Σ_s A[t, s]·(t − s)."""
     block, head = tl.program_id(0) // heads % tl.cdiv(count, ROWS), tl.program_id(0) % heads
@@ -48,7 +48,7 @@ def sampled_span_kernel(
     dim_D = tl.arange(0, PADDED)
     at_MD = q_base + row_M[:, None].to(tl.int64) * q_token + dim_D[None, :].to(tl.int64) * q_dim
     q_MD = tl.load(at_MD, mask=used_M[:, None] & (dim_D < SIZE)[None, :], other=0.0)
-    q_MD = q_MD.to(tl.float32) if UPCAST else q_MD
+    q_MD = signed(q_MD.to(tl.float32) if UPCAST else q_MD, SIGN)
     lse_M = tl.load(lse + head.to(tl.int64) * tokens + begin + row_M, mask=used_M, other=0.0)
     lse_M = finite_or_nan(lse_M)
     sum_M = tl.zeros([ROWS], tl.float32)

@@ -20,6 +20,12 @@ LOG2_E = 1.4426950408889634
 INT32_MAX = 2**31 - 1
 SMALLEST = 2.0**-126
 """The smallest normal fp32: what is below counts as 0 on a GPU."""
+LARGEST = torch.finfo(torch.float32).max
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""There numpy's fp32 products depend on their place in the tile, in the last digit, and a GPU's do not."""
+STEEP = tl.constexpr(1024.0)
+"""Base-2 exponents from here on, rounded to fp32, show in weights: then products are subtracted before they are scaled,
+which costs an instruction a score."""
 
 
 @triton.jit
@@ -55,6 +61,18 @@ def load_rows(
 
 
 @triton.jit
+def load_q(
+    base, first, length, stride_token, stride_dim,
+    SIGN: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows of q with the sign of the scale, so that the largest product is the largest score."""
+    return signed(
+        load_rows(base, first, length, stride_token, stride_dim, ROWS, True, SIZE, PADDED, WIDE, UPCAST), SIGN
+    )
+
+
+@triton.jit
 def load_descriptor(
     descriptor, sequence, start, row, head,
     ROWS: tl.constexpr, PADDED: tl.constexpr, BATCHED: tl.constexpr, UPCAST: tl.constexpr,
@@ -65,6 +83,17 @@ def load_descriptor(
     else:
         x_MD = tl.reshape(descriptor.load([0, start + row, head, 0]), [ROWS, PADDED])
     return x_MD.to(tl.float32) if UPCAST else x_MD
+
+
+@triton.jit
+def signed(x, SIGN: tl.constexpr):
+    """x with the sign of the scale, exact in any type. A scale of 0: all becomes 0, and what is not finite NaN."""
+    if SIGN == 0:
+        return x * 0.0
+    elif SIGN < 0:
+        return -x
+    else:
+        return x
 
 
 @triton.jit
@@ -82,7 +111,10 @@ def product(a_MD, b_ND, PRECISION: tl.constexpr):
         one_ND, other_ND = tl.split(tl.reshape(b_ND, [b_ND.shape[0], DIMS // 2, 2]))
         return product(one_MD, one_ND, PRECISION) + product(other_MD, other_ND, PRECISION)
     else:
-        return tl.dot(a_MD, tl.trans(b_ND), input_precision=PRECISION)
+        if INTERPRETED:
+            return tl.dot(a_MD.to(tl.float64), tl.trans(b_ND).to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        else:
+            return tl.dot(a_MD, tl.trans(b_ND), input_precision=PRECISION)
 
 
 def padded_size(size: int) -> int:
@@ -94,17 +126,24 @@ def strides(x: Tensor) -> tuple[int, int, int, int]:
     return x.stride() if x.ndim == 4 else (0, *x.stride())
 
 
-def base2(scale: float) -> float:
-    """The scale of base-2 exponents; in place of 0, and of what fp32 takes for it, one that makes all weights equal.
+def scales(scale: float) -> dict[str, float]:
+    """The scale in parts: of base-2 exponents and of natural ones, both above 0, and SIGN for `signed`.
 
-    Masked scores are −inf, and −inf · 0 would be NaN.
+    With SIGN 0 all products are 0: masked scores are −inf, and −inf · 0 would be NaN. A finite scale stays finite: the
+    largest product's difference of 0 must stay 0.
     """
-    scale *= LOG2_E
-    return scale if abs(scale) >= SMALLEST else math.copysign(SMALLEST, scale)
+    natural = abs(scale)
+    if natural <= 2.0**-150:  # 0 in fp32
+        return {"scale": LOG2_E, "natural_scale": 1.0, "SIGN": 0}
+    if natural > LARGEST:
+        natural = math.inf
+    base2 = min(max(natural * LOG2_E, SMALLEST), LARGEST) if natural < math.inf else math.inf
+    return {"scale": base2, "natural_scale": natural, "SIGN": -1 if scale < 0 else 1}
 
 
 def common_arguments(q: Tensor, k: Tensor, sequences: Sequences, scale: float) -> dict[str, Any]:
-    """The arguments that every sweep over q and k takes, by name; `scale` becomes one of base-2 exponents."""
+    """The arguments that every sweep over q and k takes, by name; `scale` becomes one of base-2 exponents, above 0."""
+    of_scale = scales(scale)
     packed, prompts = sequences.cu_seqlens is not None, sequences.prompt_lens is not None
     names = ("batch", "token", "head", "dim")
     return {
@@ -117,7 +156,8 @@ def common_arguments(q: Tensor, k: Tensor, sequences: Sequences, scale: float) -
         "sequences": sequences.count,
         "tokens": sequences.tokens,
         "heads": q.shape[-2],
-        "scale": base2(scale),
+        "scale": of_scale["scale"],
+        "SIGN": of_scale["SIGN"],
         "GROUP": q.shape[-2] // k.shape[-2],
         "PACKED": packed,
         "PROMPTS": prompts,

@@ -20,6 +20,7 @@ import torch
 import triton
 from rhythm.kernels.configurations import Kind, Tile
 from rhythm.kernels.sequences import Sequences
+from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tiles import dot_precision
 from torch import Tensor
 
@@ -33,7 +34,7 @@ RACED_TOKENS = 8192
 class Sample:
     """One sequence of RACED_TOKENS tokens without a prompt: q [T, Hq, D], k and v [T, Hkv, D], lse and results [Hq, T].
 
-    The results, fp32, are to be written; several kernels may write the same.
+    The results, fp32, are to be written; several kernels may write the same. So is softmax.
     """
 
     q: Tensor
@@ -42,6 +43,7 @@ class Sample:
     lse: Tensor
     results: tuple[Tensor, Tensor, Tensor]
     sequences: Sequences
+    softmax: Softmax
 
     @staticmethod
     def like(q: Tensor, k: Tensor) -> Sample:
@@ -56,7 +58,10 @@ class Sample:
         lse, *results = (torch.full((q.shape[-2], RACED_TOKENS), 9.5, device=q.device) for _ in range(4))
         one, two, three = results
         sequences = Sequences(None, None, RACED_TOKENS, 1)
-        return Sample(normal(q), normal(k), normal(k), lse, (one, two, three), sequences)
+        softmax = Softmax.empty(q.shape[-2], RACED_TOKENS, q.device)
+        softmax.parts.fill_(9.5)
+        softmax.steep.zero_()
+        return Sample(normal(q), normal(k), normal(k), lse, (one, two, three), sequences, softmax)
 
 
 _lost: set[str] = set()

@@ -70,7 +70,7 @@ def run(
     lse_HT: Tensor | None,
     span: bool,
 ) -> Outputs:
-    from rhythm.kernels import Sequences, bands, column_sweep, mean_span, row_sweep, undefined_results
+    from rhythm.kernels import Sequences, bands, column_sweep, mean_span, mend_output, row_sweep, undefined_results
 
     heads, tokens, out_THD = q.shape[-2], layout.tokens, None
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
@@ -81,11 +81,14 @@ def run(
         given = got.given_lse
         if span or given is None:
             sums, out_THD = row_sweep(
-                q, k, v, sequences, got.waad, got.lse, scale=scale, window=window, given_lse_HT=given
-            )
+                q, k, v, sequences, got.waad, got.lse, scale=scale, window=window, given_lse_HT=given,
+                softmax=got.softmax,
+            )  # fmt: skip
             mean_span(sums, sequences, got.span)
+            if v is not None and out_THD is not None:
+                mend_output(q, k, v, sequences, out_THD, scale=scale)
         if given is None:
-            column_sweep(q, k, got.lse, sequences, got.fai, scale=scale, horizon=horizon)
+            column_sweep(q, k, got.lse, sequences, got.fai, scale=scale, horizon=horizon, softmax=got.softmax)
         else:  # these go by the lse from outside, and take the place of what the row sweep wrote
             bands(q, k, given, sequences, got.waad, got.fai, got.lse, scale=scale, window=window, horizon=horizon)
     return Outputs(got.span, got.waad, got.fai, got.lse, out_THD)

@@ -12,7 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rhythm.kernels import Sequences, bands, column_sweep, mean_span, row_sweep, sampled_span, undefined_results
+from rhythm.kernels import (
+    Sequences,
+    Softmax,
+    bands,
+    column_sweep,
+    mean_span,
+    mend_output,
+    row_sweep,
+    sampled_span,
+    undefined_results,
+)
 from rhythm.kernels.compile_ahead import ARCHITECTURES, _active, _kernels
 from rhythm.kernels.configurations import Tile
 from rhythm.kernels.launch import compiling, forced
@@ -78,12 +88,14 @@ def launches(
         cu_seqlens - 1 if cu_seqlens else (tokens[0] if len(tokens) == 2 else 1),
     )
     a, b, c, d = (empty(heads[0], total) for _ in range(4))
+    softmax = Softmax.empty(heads[0], total, q.device)
     sums = BlockSums(empty(sequences.blocks(64), heads[0], dtype=torch.float64), 64, from_prompt=True)
     return [
-        lambda: row_sweep(q, k, None, sequences, a, b, scale=scale, window=window),
-        lambda: row_sweep(q, k, v, sequences, a, b, scale=scale, window=window),
-        lambda: column_sweep(q, k, a, sequences, b, scale=scale, horizon=horizon),
+        lambda: row_sweep(q, k, None, sequences, a, b, scale=scale, window=window, softmax=softmax),
+        lambda: row_sweep(q, k, v, sequences, a, b, scale=scale, window=window, softmax=softmax),
+        lambda: column_sweep(q, k, a, sequences, b, scale=scale, horizon=horizon, softmax=softmax),
         lambda: bands(q, k, a, sequences, b, c, d, scale=scale, window=window, horizon=horizon),
+        lambda: mend_output(q, k, v, sequences, empty(total, heads[0], size, dtype=dtype), scale=scale),
         lambda: mean_span(sums, sequences, empty(sequences.count, heads[0])),
         lambda: sampled_span(q, k, a, sequences, scale=scale, count=rows),
         lambda: undefined_results(sequences.count, heads[0], total, q.device, a),

@@ -11,7 +11,7 @@ from rhythm.kernels import Sequences, mean_span, undefined_results
 from rhythm.kernels.launch import start
 from rhythm.kernels.mean_span import BlockSums
 
-from rhythm import attention_statistics
+from rhythm import attention_statistics, attention_with_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on rows beyond the end
@@ -29,7 +29,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a launch of torch's own")
 
-    for module in ("results", "row_sweep", "mean_span", "column_sweep", "bands"):
+    for module in ("results", "row_sweep", "mean_span", "column_sweep", "bands", "values"):
         monkeypatch.setattr(sys.modules[f"rhythm.kernels.{module}"], "start", recorded)
     monkeypatch.setattr(torch, "full", refuse)
     monkeypatch.setattr(torch.Tensor, "new_full", refuse)
@@ -44,6 +44,11 @@ def test_what_an_op_launches(launches: list[str]) -> None:
     launches.clear()
     attention_statistics(q, q, lse=lse, span=False, backend="triton")
     assert launches == ["results_kernel", "bands_kernel"]
+    launches.clear()
+    attention_with_statistics(q, q, q, backend="triton")
+    assert launches == [
+        "results_kernel", "row_sweep_kernel", "mean_span_kernel", "mend_output_kernel", "column_sweep_kernel",
+    ]  # fmt: skip
 
 
 def test_results_are_undefined_until_written() -> None:
@@ -58,7 +63,12 @@ def test_results_are_undefined_until_written() -> None:
     assert len({x.untyped_storage().data_ptr() for x in (results.span, results.waad, results.fai, results.lse)}) == 4
     expected = lse.masked_fill(lse.isinf(), torch.nan)
     torch.testing.assert_close(results.given_lse, expected, rtol=0, atol=0, equal_nan=True)
+    assert results.softmax is None
     assert undefined_results(2, 2, 0, torch.device(DEVICE), None).span.isnan().all()
+    without = undefined_results(2, 2, 3000, torch.device(DEVICE), None)
+    assert without.given_lse is None
+    assert without.softmax is not None
+    assert without.softmax.steep.tolist() == [0]
 
 
 @pytest.mark.parametrize("from_prompt", [True, False])
