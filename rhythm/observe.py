@@ -69,7 +69,8 @@ def observe(
     B, T = check_shape("input_ids", input_ids, (None, None))
     if B == 0 or T == 0:
         raise ValueError(f"input_ids has shape [{B}, {T}]; it must hold at least one token")
-    _check_ids(model, input_ids)
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"input_ids has dtype {input_ids.dtype}; allowed are torch.int32 and torch.int64")
     if attention_mask is not None:
         arguments.check_dense("attention_mask", attention_mask)
         check_shape("attention_mask", attention_mask, (B, T))
@@ -94,8 +95,13 @@ def observe(
     if tap.batch.host.starts_late:
         inputs["position_ids"] = tap.batch.positions
     output = None
-    with torch.no_grad(), tap:
-        output = model(input_ids, **inputs)
+    try:
+        with torch.no_grad(), tap:
+            output = model(input_ids, **inputs)
+    except IndexError as error:
+        # Looked at only now: reading ids beforehand would wait for the device.
+        _check_ids(model, input_ids, error)
+        raise
     if not entropy:
         return tap.signals()
     logits_BTV = getattr(output, "logits", None)
@@ -104,10 +110,8 @@ def observe(
     return tap.signals(_entropies(logits_BTV, tap.batch))
 
 
-def _check_ids(model: nn.Module, input_ids_BT: Tensor) -> None:
-    """Token ids are integers that the model has an embedding of; else it would fail deep inside, on a GPU for good."""
-    if input_ids_BT.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"input_ids has dtype {input_ids_BT.dtype}; allowed are torch.int32 and torch.int64")
+def _check_ids(model: nn.Module, input_ids_BT: Tensor, error: IndexError) -> None:
+    """ValueError from `error` if the model has no embedding of some token id."""
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if callable(getter) else None
     if not isinstance(embedding, nn.Embedding):
@@ -115,7 +119,8 @@ def _check_ids(model: nn.Module, input_ids_BT: Tensor) -> None:
     lowest, highest = (int(x) for x in input_ids_BT.aminmax())
     if lowest < 0 or highest >= embedding.num_embeddings:
         bad = lowest if lowest < 0 else highest
-        raise ValueError(f"input_ids holds {bad}; the model's vocabulary allows 0 to {embedding.num_embeddings - 1}")
+        allowed = f"the model's vocabulary allows 0 to {embedding.num_embeddings - 1}"
+        raise ValueError(f"input_ids holds {bad}; {allowed}") from error
 
 
 def _entropies(logits_BTV: Tensor, batch: PaddedBatch) -> Tensor:

@@ -371,8 +371,14 @@ HOLE = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
         ({"prompt_lens": [1.0, 2.0]}, "prompt_lens[0] is 1.0; it must be an integer"),
         ({"prompt_lens": torch.tensor([1.0, 2.0])}, "prompt_lens has dtype torch.float32"),
         ({"prompt_lens": [1, None]}, "prompt_lens[1] is None; it must be an integer"),
-        ({"input_ids": torch.tensor([[3, 61]])}, "input_ids holds 61; the model's vocabulary allows 0 to 60"),
-        ({"input_ids": torch.tensor([[3, -1]])}, "input_ids holds -1; the model's vocabulary allows 0 to 60"),
+        (
+            {"input_ids": torch.tensor([[3, 61, 0, 0, 0, 0]] * 2)},
+            "input_ids holds 61; the model's vocabulary allows 0 to 60",
+        ),
+        (
+            {"input_ids": torch.tensor([[3, -1, 0, 0, 0, 0]] * 2)},
+            "input_ids holds -1; the model's vocabulary allows 0 to 60",
+        ),
         ({"input_ids": torch.ones(2, 6)}, "input_ids has dtype torch.float32; allowed are"),
         ({"horizon": 5}, "horizon is 5; it must be a pair"),
         (
