@@ -25,9 +25,6 @@ $(STAMP): pyproject.toml CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PIP) torch
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
 	$(PIP) --no-build-isolation --editable ".[train,analyze,dev]"
-	# The editable finder needs no path entries; those that come with it would make kernels/ importable as `kernels`,
-	# which is another project's name.
-	sed -i.orig '/^\//d' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/_editable_skbc_rhythm.pth
 	touch $@
 
 cluster: $(CLUSTER_STAMP)
@@ -64,8 +61,8 @@ wheel-test: install
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$(build/wheel-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	mkdir -p build/scratch && cd build/scratch && ../wheel-venv/bin/python -m pytest -c ../../pyproject.toml \
-	  --rootdir ../.. -p no:cacheprovider ../../tests/wheel ../../tests/test_statistics.py ../../tests/test_credit.py \
-	  ../../tests/test_cpp_dispatch.py
+	  --rootdir ../.. -p no:cacheprovider ../../tests/wheel ../../tests/ops/test_statistics.py ../../tests/credit/test_gamma.py \
+	  ../../tests/ops/test_cpp_dispatch.py
 
 bench: install
 	$(BIN)/python -m benchmarks.run --device cpu
@@ -86,7 +83,6 @@ gpu:
 gpu-tree:
 	mkdir -p $(GPU_TREE)/rhythm
 	ln -sfn $(CURDIR)/rhythm/* $(GPU_TREE)/rhythm/
-	ln -sfn $(CURDIR)/kernels $(GPU_TREE)/rhythm/kernels
 	ln -sfn $(CURDIR)/benchmarks $(GPU_TREE)/benchmarks
 
 gpu-check: gpu-tree
@@ -100,7 +96,7 @@ gpu-record: gpu-tree
 
 # What the kernels compile to, without a GPU; the record that the tests compare with.
 compile-ahead: install
-	$(BIN)/python -m rhythm.kernels.compile_ahead --arch sm_80,sm_90,sm_100,gfx942 --json \
+	$(BIN)/python -m rhythm.kernels.inspect.compile_ahead --arch sm_80,sm_90,sm_100,gfx942 --json \
 	  benchmarks/records/compile_ahead/triton-$$($(BIN)/python -c 'import triton; print(triton.__version__)').json
 
 clean:

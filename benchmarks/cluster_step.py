@@ -24,7 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import ROOT
 from benchmarks.record import commit, machine, record_path, software, write_record
-from rhythm.tiny_model import build_tokenizer
+from rhythm.tiny.model import build_tokenizer
 
 WAYS: dict[str, list[str]] = {
     "none": ["credit.strategy=none"],
@@ -113,7 +113,7 @@ def _run(way: str, checkpoint: Path, scratch: Path, tokens: int, steps: int) -> 
         "cluster.train.tensor": 1,
         "cluster.infer.kv_cache_gib": 0.5,
     }
-    command = [sys.executable, "-m", "rhythm.launcher.train", str(ROOT / "configs" / "countdown_cluster_cpu.yaml")]
+    command = [sys.executable, "-m", "rhythm.cli.train", str(ROOT / "configs" / "countdown_cluster_cpu.yaml")]
     command += [f"{key}={value}" for key, value in overrides.items()] + WAYS[way]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

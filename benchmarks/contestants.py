@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import HORIZON, WINDOW, Inputs
-from rhythm import reference
-from rhythm.statistics import attention_statistics, attention_with_statistics
+from rhythm.ops import reference
+from rhythm.ops.statistics import attention_statistics, attention_with_statistics
 
 Outputs = dict[str, Tensor]
 Maker = Callable[[Inputs], Callable[[], Outputs]]

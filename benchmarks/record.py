@@ -21,7 +21,7 @@ RECORDS = ROOT / "benchmarks" / "records"
 def machine() -> dict[str, object]:
     """Processor, cores, instruction set in use, system."""
     from rhythm import _C  # here: a machine with a GPU may have the source tree alone
-    from rhythm.launcher.doctor import cpu_model
+    from rhythm.cli.doctor import cpu_model
 
     return {
         "cpu": cpu_model(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.contestants import Outputs
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import HORIZON, WINDOW, Inputs
-from rhythm import reference
+from rhythm.ops import reference
 
 ALLOWED = 2.0  # times the plain computation's error
 FLOOR = 4e-6  # for results on which the plain computation happens to be exact: 32 roundings of fp32

@@ -58,7 +58,7 @@ void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The CPU kernels of rhythm; rhythm.statistics is their public face.";
+  m.doc() = "The CPU kernels of rhythm; rhythm.ops.statistics is their public face.";
   m.attr("to_the_end") = rhythm::to_the_end;
   m.def("available_isas", &rhythm::available_isas, "Instruction sets this processor runs, the fastest first.");
   m.def("selected_isa", &rhythm::selected_isa, "The one in use; RHYTHM_CPU_ISA forces one.");

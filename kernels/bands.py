@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rhythm.kernels.column_sweep import column_arguments, column_kind, column_program, tile_arguments
 from rhythm.kernels.configurations import Tile
 from rhythm.kernels.launch import launch, start
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.tiles import describable, head_base, load_q, load_rows, product
 from rhythm.kernels.tuning import Sample
-from torch import Tensor
 
 
 @triton.jit

@@ -12,6 +12,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rhythm.kernels.configurations import Kind, Tile
 from rhythm.kernels.launch import launch, options, start
 from rhythm.kernels.sequences import Sequences, locate
@@ -28,7 +30,6 @@ from rhythm.kernels.tiles import (
     signed,
 )
 from rhythm.kernels.tuning import Sample
-from torch import Tensor
 
 
 @triton.jit

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from torch import Tensor
+
 from rhythm.kernels.configurations import Kind, Tile, architecture, candidates, shared_memory
 from rhythm.kernels.tuning import Sample, autotuning, tuned
-from torch import Tensor
 
 Choice = Callable[[Kind], list[Tile]]
 Compiled = Callable[[Any], None]

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rhythm.kernels.launch import start
 from rhythm.kernels.sequences import Sequences, bound
-from torch import Tensor
 
 
 @dataclass(frozen=True)

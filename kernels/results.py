@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rhythm.kernels.launch import start
 from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tiles import finite_or_nan
-from torch import Tensor
 
 ENTRIES = 1024
 

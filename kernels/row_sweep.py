@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rhythm.kernels.configurations import Kind, Tile
 from rhythm.kernels.launch import launch, options, start
 from rhythm.kernels.mean_span import BlockSums
@@ -36,7 +38,6 @@ from rhythm.kernels.tiles import (
     wide,
 )
 from rhythm.kernels.tuning import Sample
-from torch import Tensor
 
 
 @triton.jit

@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rhythm.kernels.configurations import Kind, Tile
 from rhythm.kernels.launch import launch, options, start
 from rhythm.kernels.sequences import Sequences, bound
 from rhythm.kernels.tiles import common_arguments, finite_or_nan, head_base, load_rows, padded_size, product, signed
 from rhythm.kernels.tuning import Sample
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["sequences", "tokens", "count"])

@@ -28,9 +28,9 @@ class Sequences:
     count: int
 
     def blocks(self, size: int) -> int:
-        """Programs for blocks of `size` rows: enough for any lengths, so that nobody has to look at them."""
+        """Upper bound on the number of blocks of `size` rows, so that the host never reads cu_seqlens."""
         if self.cu_seqlens is None:
-            return self.count * triton.cdiv(self.tokens // self.count, size)
+            return self.count * int(triton.cdiv(self.tokens // self.count, size))
         return self.tokens // size + self.count
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from rhythm.kernels.sequences import Sequences
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rhythm.kernels.sequences import Sequences
 
 LOG2_E = 1.4426950408889634
 INT32_MAX = 2**31 - 1
@@ -118,12 +119,13 @@ def product(a_MD, b_ND, PRECISION: tl.constexpr):
 
 
 def padded_size(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 def strides(x: Tensor) -> tuple[int, int, int, int]:
     """(batch, token, head, dim) of x [T, H, D] or [B, T, H, D]; the batch stride of packed x is 0."""
-    return x.stride() if x.ndim == 4 else (0, *x.stride())
+    batch, token, head, dim = x.stride() if x.ndim == 4 else (0, *x.stride())
+    return batch, token, head, dim
 
 
 def scales(scale: float) -> dict[str, float]:

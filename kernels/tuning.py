@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
+
 from rhythm.kernels.configurations import Kind, Tile
 from rhythm.kernels.sequences import Sequences
 from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tiles import dot_precision
-from torch import Tensor
 
 logger = logging.getLogger("rhythm")
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rhythm.kernels.launch import start
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.tiles import common_arguments, head_base, load_q, load_rows, product, scales, strides, wide
-from torch import Tensor
 
 ROWS, KEYS = 32, 16
 

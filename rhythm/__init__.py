@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-from rhythm.column_scores import column_scores
-from rhythm.heads import HeadGroups, sampled_layers, select_heads
-from rhythm.signals import RhythmSignals
-from rhythm.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
+from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
+from rhythm.credit.signals import RhythmSignals
+from rhythm.ops.column_scores import column_scores
+from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
+from rhythm.system.lazy import lazy
 
 if TYPE_CHECKING:
-    from rhythm.attention_form import UnsupportedAttention
-    from rhythm.credit import RhythmCredit, credit_weights
-    from rhythm.observe import observe
-    from rhythm.tap import AttentionTap
+    from rhythm.credit.gamma import credit_weights
+    from rhythm.tap.attention_form import UnsupportedAttention
+    from rhythm.tap.attention_tap import AttentionTap
+    from rhythm.tap.observe import observe
+    from rhythm.tap.rhythm_credit import RhythmCredit
 
 __all__ = [
     "AttentionStatistics",
@@ -34,33 +33,14 @@ __all__ = [
     "select_heads",
 ]
 
-# Loaded when first asked for, because what they need is more than torch: the ops run without it.
-_LAZY = {
-    "AttentionTap": "rhythm.tap",
-    "RhythmCredit": "rhythm.credit",
-    "UnsupportedAttention": "rhythm.attention_form",
-    "credit_weights": "rhythm.credit",
-    "observe": "rhythm.observe",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `rhythm.observe` the function: an import of the module of that name would set the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _LAZY and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__ = lazy(
+    __name__,
+    globals(),
+    {
+        "AttentionTap": "rhythm.tap.attention_tap",
+        "RhythmCredit": "rhythm.tap.rhythm_credit",
+        "UnsupportedAttention": "rhythm.tap.attention_form",
+        "credit_weights": "rhythm.credit.gamma",
+        "observe": "rhythm.tap.observe",
+    },
+)

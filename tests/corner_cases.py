@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rhythm import attention_statistics, attention_with_statistics, column_scores
-from rhythm.statistics import AttentionStatistics
+from rhythm.ops.statistics import AttentionStatistics
 
 QKV = tuple[Tensor, Tensor, Tensor]
 FIELDS = ("span", "waad", "fai", "lse")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rhythm.launcher.overrides import load_config
+from rhythm.cli.config_file import load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

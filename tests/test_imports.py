@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import rhythm
-from rhythm.extras import EXTRAS
+from rhythm.system.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -90,7 +90,7 @@ def output(code: str, cwd: Path, **environment: str) -> str:
 
 OPS = """
 import sys, torch, rhythm
-from rhythm import backends
+from rhythm.ops import backends
 
 def normal(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -106,7 +106,7 @@ for backend in ("reference", "cpu"):
     tensors = [out, fused.span, alone.span, alone.waad, alone.fai, alone.lse, groups.local, groups.global_, columns]
     found |= {f"{backend} {i}": tensor for i, tensor in enumerate(tensors)}
 torch.save(found, "found.pt")
-assert backends.triton.__name__ == "rhythm.backends.triton"
+assert backends.triton.__name__ == "rhythm.ops.backends.triton"
 """
 
 
@@ -134,7 +134,7 @@ backends = ("triton", "reference")
 actual, expected = (rhythm.attention_statistics(q, k, prompt_lens=[5], backend=name) for name in backends)
 for name in ("span", "waad", "fai", "lse"):
     torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-4, atol=1e-5, equal_nan=True)
-print(rhythm.backends.availability()["triton"])
+print(rhythm.ops.backends.availability()["triton"])
 """
     environment = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     assert output(without_extras("triton") + code, tmp_path, **environment).strip() == "None"
@@ -143,9 +143,10 @@ print(rhythm.backends.availability()["triton"])
 MISSING = {
     "rhythm.credit_weights": "rhythm.credit needs pydantic",
     "from rhythm import RhythmCredit": "rhythm.credit needs pydantic",
-    "import rhythm.credit": "rhythm.credit needs pydantic",
-    "import rhythm.advantages": "rhythm.credit needs pydantic",
-    "import rhythm.loss": "rhythm.loss needs pydantic",
+    "rhythm.credit.CreditConfig": "rhythm.credit needs pydantic",
+    "import rhythm.credit.gamma": "rhythm.credit needs pydantic",
+    "import rhythm.credit.advantages": "rhythm.credit needs pydantic",
+    "import rhythm.credit.loss": "rhythm.credit.loss needs pydantic",
     "import rhythm.trainer.config": "rhythm.trainer needs pydantic",
     "import rhythm.analysis": "rhythm.analysis needs pydantic",
     "import rhythm.integrations.transformers": "rhythm.integrations.transformers needs transformers",
@@ -175,10 +176,10 @@ COMMANDS = {"train": "train", "analyze": "analyze", "report": "train", "doctor":
 
 
 def test_commands_say_in_a_line_what_to_install(tmp_path: Path) -> None:
-    scripts = {f"rhythm-{name}": f"rhythm.launcher.commands:{name}" for name in COMMANDS}
+    scripts = {f"rhythm-{name}": f"rhythm.cli.commands:{name}" for name in COMMANDS}
     assert scripts.items() <= PROJECT["scripts"].items()
     code = f"""
-from rhythm.launcher import commands
+from rhythm.cli import commands
 print(*[getattr(commands, name)() for name in {list(COMMANDS)!r}])
 """
     done = run(without_extras() + code, tmp_path)
@@ -214,14 +215,13 @@ def test_base_dependencies_are_torch_and_numpy_and_extras_bring_the_rest() -> No
 
 ORDERS = [
     "import rhythm",
-    "import rhythm.tap",
-    "import rhythm.observe",
-    "import rhythm.column_scores",
-    "from rhythm.observe import observe",
+    "import rhythm.tap.attention_tap",
+    "import rhythm.tap.observe",
+    "import rhythm.ops.column_scores",
+    "from rhythm.tap.observe import observe",
     "from rhythm import observe",
-    "import rhythm.credit, rhythm.observe, rhythm.tap",
-    "import rhythm; rhythm.observe; import rhythm.observe, rhythm.tap",
-    "import importlib; importlib.import_module('rhythm.observe')",
+    "import rhythm.credit.gamma, rhythm.tap.rhythm_credit",
+    "import rhythm; rhythm.observe; import rhythm.tap.observe",
 ]
 
 
@@ -234,11 +234,10 @@ def check(first):
     exec(first, {{}})
     import rhythm
     names = [getattr(rhythm, name) for name in ("observe", "column_scores", "observe")]
-    from rhythm.observe import observe
-    from rhythm.column_scores import column_scores
-    import rhythm.observe, rhythm.tap
+    from rhythm.tap.observe import observe
+    from rhythm.ops.column_scores import column_scores
     from rhythm import observe as again
-    assert rhythm.observe is again is observe is names[0] is names[2] is sys.modules["rhythm.observe"].observe, first
+    assert rhythm.observe is again is observe is names[0] is names[2], first
     assert rhythm.column_scores is column_scores is names[1], first
     assert (type(observe).__name__, rhythm.tap.__name__) == ("function", "rhythm.tap"), first
 
@@ -260,7 +259,7 @@ def test_import_loads_the_ops_alone(tmp_path: Path) -> None:
 import sys, rhythm
 shown = dir(rhythm)
 assert set(rhythm.__all__) <= set(shown), shown
-heavy = {"pydantic", "transformers", "triton", "rhythm.tap", "rhythm.credit", "rhythm.observe", "rhythm.integrations"}
+heavy = {"pydantic", "transformers", "triton", "rhythm.tap", "rhythm.credit.gamma", "rhythm.integrations"}
 print(sorted(heavy & set(sys.modules)))
 try:
     rhythm.nothing

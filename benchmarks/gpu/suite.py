@@ -147,7 +147,7 @@ class Field:
         self.failed |= {name: f"not captured in a graph, {reason}" for name, reason in reasons.items()}
 
     def best(self, plain: list[str]) -> str | None:
-        """The fastest of the plain forwards, by replays where there are any."""
+        """The fastest of the plain attention, by replays where there are any."""
         timings = self.replayed if any(name in self.replayed for name in plain) else self.eager
         there = [name for name in plain if name in timings]
         return min(there, key=lambda name: timings[name].median) if there else None
@@ -354,21 +354,21 @@ def packed_ops(inputs: Inputs, cu_seqlens: Tensor, prompt_lens: Tensor) -> dict[
 
 
 def _varlen_absent(name: str, inputs: Inputs, cu_seqlens: Tensor) -> str | None:
-    from rhythm import forwards
+    from rhythm.ops import attention
 
-    forward = forwards.FORWARDS[name]
+    forward = attention.FORWARDS[name]
     return forward.unavailable() or forward.refuses(inputs.q, inputs.k, _layout(inputs, cu_seqlens))
 
 
 def _varlen(name: str, inputs: Inputs, cu_seqlens: Tensor) -> Run:
-    from rhythm import forwards
+    from rhythm.ops import attention
 
-    layout, forward = _layout(inputs, cu_seqlens), forwards.FORWARDS[name]
+    layout, forward = _layout(inputs, cu_seqlens), attention.FORWARDS[name]
     return lambda: forward.run(inputs.q, inputs.k, inputs.v, layout, inputs.scale)
 
 
 def _layout(inputs: Inputs, cu_seqlens: Tensor) -> Any:
-    from rhythm.arguments import Layout
+    from rhythm.ops.arguments import Layout
 
     return Layout(inputs.q.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens, None)
 

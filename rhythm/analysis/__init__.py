@@ -6,7 +6,7 @@ analysis = analyze(model, tokenizer, "gsm8k.jsonl", out="runs/analysis")
 analysis.table2_frame()
 """
 
-from rhythm.extras import needs
+from rhythm.system.extras import needs
 
 with needs("rhythm.analysis"):
     from rhythm.analysis.config import AnalysisConfig

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, field_validator
 
 from rhythm.analysis.counterfactual import CounterfactualConfig
-from rhythm.credit import CreditConfig
+from rhythm.credit.gamma import CreditConfig
 from rhythm.engines.interfaces import SamplingConfig, TapConfig
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from rhythm.analysis.content_words import STOP_WORDS, WORD_PATTERN, content_words, jaccard
 from rhythm.analysis.continuations import Branch, continue_greedily, prefill
 from rhythm.analysis.results import Trial
-from rhythm.signals import check_shape
+from rhythm.shapes import check_shape
 
 Group = Literal["top", "bottom"]
 

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm import reference
 from rhythm.analysis.attention import ObservedAttention
 from rhythm.analysis.receivers import excess_kurtosis, received_between_sentences
-from rhythm.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
-from rhythm.attention_form import check_output as check_attention
-from rhythm.attention_interface import ATTENTION_LAYERS, Output, described, diverted, layer_kinds, text_config
-from rhythm.column_scores import column_scores
+from rhythm.credit.heads import sampled_layers
 from rhythm.engines.interfaces import TapConfig
-from rhythm.engines.logprobs import check_output_head
-from rhythm.heads import sampled_layers
-from rhythm.padding import padded_batch
-from rhythm.statistics import attention_statistics
+from rhythm.engines.local.logprobs import check_output_head
+from rhythm.ops import reference
+from rhythm.ops.column_scores import column_scores
+from rhythm.ops.statistics import attention_statistics
+from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
+from rhythm.tap.attention_form import check_output as check_attention
+from rhythm.tap.interception import ATTENTION_LAYERS, Output, described, diverted, layer_kinds, text_config
+from rhythm.tap.padding import padded_batch
 
 LOGIT_ELEMENTS = 2**24  # fp32 logits held at a time: 64 MB
 LEAST_LAYERS = 3

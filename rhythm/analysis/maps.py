@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rhythm.reference import attention_weights
+from rhythm.ops.reference import attention_weights
 
 MAX_CELLS = 192
 BAND_WIDTH = 24
@@ -32,7 +32,7 @@ class LayerAttention:
     Attributes:
         query: [N, H, D]; like key, after projection, norm and position embedding.
         key: [N, G, D], G dividing H.
-        scale, sliding_window, softcap: as in `rhythm.reference.attention_weights`.
+        scale, sliding_window, softcap: as in `rhythm.ops.reference.attention_weights`.
     """
 
     query: Tensor

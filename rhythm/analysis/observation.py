@@ -21,9 +21,9 @@ from rhythm.analysis.peaks import find_peaks
 from rhythm.analysis.receivers import choose_receivers, receiver_count
 from rhythm.analysis.results import Anchor, Attender, AttentionMap, Head, HeadMap, Maps, Peaks, ResponseHeads, Tokens
 from rhythm.analysis.text import sentence_numbers, token_texts
-from rhythm.credit import batch_credit_weights
-from rhythm.heads import HeadGroups, select_heads
-from rhythm.signals import RhythmSignals, aggregate
+from rhythm.credit.gamma import batch_credit_weights
+from rhythm.credit.heads import HeadGroups, select_heads
+from rhythm.credit.signals import RhythmSignals, aggregate
 
 SIGNIFICANT_DIGITS = 7  # of fp32, in the files
 MAP_DIGITS = 4

@@ -19,16 +19,9 @@ import jinja2
 
 from rhythm.analysis.content_words import content_words
 from rhythm.analysis.counterfactual import CounterfactualConfig
-from rhythm.analysis.page_data import (
-    SETS,
-    SIGNALS,
-    format_number,
-    format_percent,
-    heads_data,
-    response_data,
-)
+from rhythm.analysis.page_data import SETS, SIGNALS, format_number, format_percent, heads_data, response_data
 from rhythm.analysis.results import Analysis, Interval, ResponseResult, Table2Row, Trial
-from rhythm.writing import replace_file
+from rhythm.system.writing import replace_file
 
 MAX_RESPONSES = 16
 EXAMPLES_PER_GROUP = 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rhythm.analysis.attention import ObservedAttention
-from rhythm.heads import as_fraction, ascending_rank
+from rhythm.credit.heads import as_fraction, ascending_rank
 
 LEAST_VALUES = 4  # of fewer the kurtosis says nothing: of two it is always −2
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, TypeAdapter
 
 from rhythm.analysis.rows import head_rows, response_row, table1_row, table2_rows, token_rows, trial_rows
-from rhythm.writing import replace_file
+from rhythm.system.writing import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -31,10 +31,10 @@ from rhythm.analysis.page import write_page
 from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
 from rhythm.analysis.results import Analysis, ResponseResult, Trial, read_json, response_path, write_json
 from rhythm.analysis.summary import summarise
-from rhythm.directory_lock import content, lock_directory
-from rhythm.engines.generate import GenerateInfer
 from rhythm.engines.interfaces import Infer
-from rhythm.writing import naming, replace_file
+from rhythm.engines.local.infer import GenerateInfer
+from rhythm.system.directory_lock import content, lock_directory
+from rhythm.system.writing import naming, replace_file
 
 log = logging.getLogger(__name__)
 

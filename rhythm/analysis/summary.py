@@ -14,7 +14,7 @@ from rhythm.analysis.results import Analysis, ResponseResult, read_json, respons
 from rhythm.analysis.rows import head_rows, not_run, response_row, table1_row, table2_rows, token_rows, trial_rows
 from rhythm.analysis.table1 import table1
 from rhythm.analysis.table2 import table2
-from rhythm.writing import naming, replacing
+from rhythm.system.writing import naming, replacing
 
 
 def summarise(

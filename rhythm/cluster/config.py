@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rhythm.engines.megatron.layout import ParallelConfig
+from rhythm.engines.parity import ParityConfig
 from rhythm.engines.vllm.infer import VllmConfig
-from rhythm.engines.vllm.parity import ParityConfig
 
 LOOPBACK = "127.0.0.1"
 PushKind = Literal["shared_memory", "nccl", "ipc", "object_store"]

@@ -13,11 +13,11 @@ from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rhythm.cluster.actors import AttnHost, Host, InferHost, TrainHost
-from rhythm.cluster.calls import Worker, identify
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.errors import LostError
-from rhythm.cluster.placement import Slot, assign
+from rhythm.cluster.hosts import AttnHost, Host, InferHost, TrainHost
+from rhythm.cluster.plan.placement import Slot, assign
+from rhythm.cluster.rpc import Worker, identify
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
-from rhythm.backends import NAMES as BACKENDS
-from rhythm.heads import HeadGroups
-from rhythm.signals import RhythmSignals
+from rhythm.credit.heads import HeadGroups
+from rhythm.credit.signals import RhythmSignals
+from rhythm.ops.backends import NAMES as BACKENDS
 
 HORIZONS: dict[str, tuple[int, int | None]] = {"paper": (10, 50), "revised": (10, 100)}
 """Horizons of FAI by name: the paper's, and its revised version's."""

@@ -23,18 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rhythm import arguments, reference
-from rhythm.attention_form import (
-    AttentionCall,
-    AttentionForm,
-    MaskReader,
-    UnsupportedAttention,
-    attention_form,
-)
-from rhythm.attention_interface import Output
-from rhythm.extras import needs
-from rhythm.padding import PaddedBatch, padded_batch, whole_batch
-from rhythm.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
+from rhythm.ops import arguments, reference
+from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
+from rhythm.system.extras import needs
+from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
+from rhythm.tap.interception import Output
+from rhythm.tap.padding import PaddedBatch, padded_batch, whole_batch
 
 with needs("rhythm.integrations.transformers"):
     from transformers import AttentionInterface, AttentionMaskInterface

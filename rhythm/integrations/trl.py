@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rhythm.advantages import token_advantages
-from rhythm.credit import CreditConfig, RhythmCredit, batch_credit_weights
-from rhythm.extras import needs
-from rhythm.heads import HeadGroups
-from rhythm.signals import RhythmSignals
+from rhythm.credit.advantages import token_advantages
+from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.heads import HeadGroups
+from rhythm.credit.signals import RhythmSignals
+from rhythm.system.extras import needs
+from rhythm.tap.rhythm_credit import RhythmCredit
 
 with needs("rhythm.integrations.trl"):
     from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]  # exported lazily

@@ -1,5 +1,5 @@
 """The trainer: everything between a configuration and a finished run."""
 
-from rhythm.extras import require
+from rhythm.system.extras import require
 
 require("rhythm.trainer", "pydantic", "rich", "transformers", "yaml")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from rhythm.writing import naming, remove
+from rhythm.system.writing import naming, remove
 
 log = logging.getLogger(__name__)
 

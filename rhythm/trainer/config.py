@@ -7,16 +7,16 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-from rhythm.advantages import AdvantageConfig
 from rhythm.cluster.config import ClusterConfig
-from rhythm.credit import CreditConfig
+from rhythm.credit.advantages import AdvantageConfig
+from rhythm.credit.gamma import CreditConfig
+from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import SamplingConfig, TapConfig
-from rhythm.engines.torch_train import OptimizerConfig
-from rhythm.loss import LossConfig
+from rhythm.engines.local.train import OptimizerConfig
 from rhythm.tasks import task_class
+from rhythm.tiny.warm_start import WarmStartConfig
 from rhythm.trainer.checkpoint import CheckpointConfig
 from rhythm.trainer.evaluation import EvalConfig
-from rhythm.warm_start import WarmStartConfig
 
 
 class _NoOptions(BaseModel):

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from rhythm.engines.interfaces import Infer, SamplingConfig
+from rhythm.seeds import derive_seed
 from rhythm.tasks import Task
 from rhythm.trainer.rollout import JudgedRollout, roll_out
-from rhythm.trainer.seeds import derive_seed
 
 
 class EvalConfig(BaseModel, extra="forbid", frozen=True):

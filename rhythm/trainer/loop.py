@@ -15,9 +15,12 @@ import torch
 from rich.console import Console
 
 from rhythm.cluster.errors import TrainLostError
-from rhythm.directory_lock import lock_directory
+from rhythm.credit.heads import HeadGroups
 from rhythm.engines.interfaces import NonFiniteError
-from rhythm.heads import HeadGroups
+from rhythm.reports.run import write_report
+from rhythm.seeds import generator
+from rhythm.system.directory_lock import lock_directory
+from rhythm.system.writing import naming
 from rhythm.tasks import Task
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from rhythm.trainer.config import TrainConfig
@@ -26,10 +29,8 @@ from rhythm.trainer.interrupts import Interrupts
 from rhythm.trainer.metrics import MetricsLog, Record, Stopwatch, read_metrics
 from rhythm.trainer.notices import Notices
 from rhythm.trainer.progress import RunProgress
-from rhythm.trainer.report import write_report
 from rhythm.trainer.run_dir import CHECKPOINTS, SAMPLES, open_run_dir
 from rhythm.trainer.samples import first_rows, sample_lines, write_samples
-from rhythm.trainer.seeds import generator
 from rhythm.trainer.setup import (
     build_task,
     check_machine,
@@ -39,7 +40,6 @@ from rhythm.trainer.setup import (
     open_judge,
 )
 from rhythm.trainer.step import Engines, StepAbandonedError, train_step
-from rhythm.writing import naming
 
 log = logging.getLogger(__name__)
 

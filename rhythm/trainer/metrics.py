@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from rhythm.writing import naming, replace_file
+from rhythm.system.writing import naming, replace_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

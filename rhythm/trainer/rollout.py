@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rhythm.engines.interfaces import Infer, Rollout, SamplingConfig
+from rhythm.seeds import generator
 from rhythm.tasks import Reward, Task
 from rhythm.tasks.judging import judge
-from rhythm.trainer.seeds import generator
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from rhythm.directory_lock import content
+from rhythm.system.directory_lock import content
+from rhythm.system.writing import replace_file
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint
 from rhythm.trainer.config import TrainConfig
-from rhythm.writing import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class RunDirectoryError(ValueError):
 def open_run_dir(config: TrainConfig, *, resume: bool) -> tuple[Path, RunState] | None:
     """Make the directory ready and write its config.yaml; returns the checkpoint to continue from, if any.
 
-    Whoever calls this holds the directory's lock (rhythm.directory_lock).
+    Whoever calls this holds the directory's lock (rhythm.system.directory_lock).
 
     Raises:
         RunDirectoryError: without `resume`, the directory holds something; with it, a run of another

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm.credit import CreditConfig
+from rhythm.credit.gamma import CreditConfig
+from rhythm.credit.heads import HeadGroups
 from rhythm.engines.batches import take_rows, trim
 from rhythm.engines.interfaces import TapConfig
-from rhythm.heads import HeadGroups
 from rhythm.trainer.metrics import Stopwatch
 from rhythm.trainer.rollout import JudgedRollout
 from rhythm.trainer.step import Engines, score

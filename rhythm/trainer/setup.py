@@ -15,17 +15,17 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rhythm.backends import choose
-from rhythm.engines.attention import ObserveAttn
-from rhythm.engines.generate import GenerateInfer
-from rhythm.engines.torch_train import TorchTrain
-from rhythm.remote_code import refusal_names
+from rhythm.checkpoints import refusal_names
+from rhythm.engines.local.attn import ObserveAttn
+from rhythm.engines.local.infer import GenerateInfer
+from rhythm.engines.local.train import TorchTrain
+from rhythm.ops.backends import choose
 from rhythm.tasks import Task, load_task
-from rhythm.tasks.guarded import GuardedTask
-from rhythm.trainer.cluster import check_cluster, check_prompts, open_cluster
+from rhythm.tasks.isolation import GuardedTask
+from rhythm.tiny.warm_start import warm_start
+from rhythm.trainer.cluster_engines import check_cluster, check_prompts, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
 from rhythm.trainer.step import Engines
-from rhythm.warm_start import warm_start
 
 log = logging.getLogger(__name__)
 

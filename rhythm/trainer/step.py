@@ -13,26 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rhythm.advantages import gamma_share, group_advantages, token_advantages
-from rhythm.credit import CreditConfig, batch_credit_weights
+from rhythm.credit.advantages import gamma_share, group_advantages, token_advantages
+from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.heads import HeadGroups
+from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import take_rows
-from rhythm.engines.interfaces import (
-    Attn,
-    Infer,
-    LogProbs,
-    Rollout,
-    StepMetrics,
-    TapConfig,
-    Train,
-    TrainBatch,
-)
-from rhythm.heads import HeadGroups
-from rhythm.signals import RhythmSignals
+from rhythm.engines.interfaces import Attn, Infer, LogProbs, Rollout, StepMetrics, TapConfig, Train, TrainBatch
+from rhythm.seeds import derive_seed, generator
 from rhythm.tasks import Task
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.metrics import Record, Stopwatch
 from rhythm.trainer.rollout import JudgedRollout, batch_instances, roll_out
-from rhythm.trainer.seeds import derive_seed, generator
 
 FROM_ATTENTION = ("local_chunk", "global_anchor", "coupled")
 """Strategies that read WAAD or FAI; the others need no attention statistics, and cost none."""

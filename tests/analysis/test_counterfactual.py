@@ -21,7 +21,7 @@ from rhythm.analysis.counterfactual import (
     eligible_positions,
     extremes,
 )
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 PROMPT = "Say:"
 STORY = "go A: then red 20 green blue days, the red end"

@@ -13,8 +13,8 @@ import pytest
 
 from rhythm.analysis import Analysis, AnalysisConfig, analyze
 from rhythm.analysis.results import response_path
-from rhythm.directory_lock import DirectoryLockedError, lock_directory
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer
+from rhythm.system.directory_lock import DirectoryLockedError, lock_directory
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 CONFIG = AnalysisConfig.model_validate(
     {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rhythm.launcher import analyze as command
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer
+from rhythm.cli import analyze as command
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 TEXT = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -9,15 +9,15 @@ import pytest
 import torch
 import transformers
 
-from rhythm import reference
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.observation import observe_response
 from rhythm.analysis.receivers import excess_kurtosis
-from rhythm.attention_form import AttentionCall, UnsupportedAttention
-from rhythm.attention_interface import diverted, text_config
-from rhythm.observe import observe
-from rhythm.tiny_model import build_tokenizer
+from rhythm.ops import reference
+from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
+from rhythm.tap.interception import diverted, text_config
+from rhythm.tap.observe import observe
+from rhythm.tiny.model import build_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rhythm.analysis.maps import LayerAttention, MeanMap, mean_map
-from rhythm.reference import attention_weights
+from rhythm.ops.reference import attention_weights
 
 HEADS = ((3, 1), (3, 3), (5, 1))
 

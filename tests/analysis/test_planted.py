@@ -19,8 +19,8 @@ from rhythm.analysis import AnalysisConfig, analyze
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.observation import Observation, observe_response
 from rhythm.analysis.results import Analysis
-from rhythm.credit import credit_weights
-from rhythm.tiny_model import build_tokenizer
+from rhythm.credit.gamma import credit_weights
+from rhythm.tiny.model import build_tokenizer
 
 LAYERS, HEADS, D = 6, 4, 64
 BOUNDARY, STEADY, ANCHORED, TIED = range(HEADS)

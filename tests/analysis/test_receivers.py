@@ -6,10 +6,10 @@ import pytest
 import torch
 from scipy.stats import kurtosis
 
-from rhythm import reference
 from rhythm.analysis import attention as attention_module
 from rhythm.analysis.attention import ObservedAttention
 from rhythm.analysis.receivers import choose_receivers, excess_kurtosis, received_between_sentences, receiver_count
+from rhythm.ops import reference
 
 nan = float("nan")
 

@@ -18,7 +18,7 @@ from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, r
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.results import read_json, response_path, write_json
 from rhythm.analysis.rows import not_run
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 CONFIG = AnalysisConfig.model_validate(
     {

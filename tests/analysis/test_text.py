@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rhythm.analysis.text import sentence_numbers, token_texts
-from rhythm.tiny_model import build_tokenizer
+from rhythm.tiny.model import build_tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -19,7 +19,7 @@ from benchmarks.gpu.run import run
 from benchmarks.measure import Timing
 from benchmarks.run import main
 from benchmarks.shapes import Shape, make_inputs
-from rhythm import reference
+from rhythm.ops import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's and flex attention's, uncompiled
 

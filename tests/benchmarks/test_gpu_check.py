@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rhythm.kernels.configurations import TABLES, Kind, Tile
-from rhythm.kernels.launch import _forced
 
 from benchmarks import contestants as ops
 from benchmarks.gpu import check
@@ -18,6 +16,8 @@ from benchmarks.gpu.check import Selection
 from benchmarks.gpu.clock import Budget
 from benchmarks.gpu.suite import Settings
 from benchmarks.shapes import Inputs, Shape
+from rhythm.kernels.configurations import TABLES, Kind, Tile
+from rhythm.kernels.launch import _forced
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # numpy's and flex attention's, uncompiled

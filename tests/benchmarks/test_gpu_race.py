@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from rhythm.kernels.configurations import TABLES, Kind, Tile
-from rhythm.kernels.launch import _forced, launch
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import contestants as ops
@@ -21,6 +19,8 @@ from benchmarks.gpu import race, tile_race
 from benchmarks.gpu.clock import Budget, MadeUpClock
 from benchmarks.gpu.suite import Settings
 from benchmarks.shapes import Inputs, Shape
+from rhythm.kernels.configurations import TABLES, Kind, Tile
+from rhythm.kernels.launch import _forced, launch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # numpy's and flex attention's, uncompiled

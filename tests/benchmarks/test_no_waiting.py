@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from benchmarks import contestants
 from benchmarks.gpu import suite
 from benchmarks.shapes import Shape, make_inputs
-from rhythm import arguments, statistics
+from rhythm.ops import arguments, statistics
 
 OPS = {
     "rhythm::attention_statistics": statistics._attention_statistics,

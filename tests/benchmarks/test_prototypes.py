@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.gpu.prototypes import Prototype, prototypes
 from benchmarks.shapes import Inputs, Shape, make_inputs
-from rhythm import reference
+from rhythm.ops import reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from rhythm.cluster.config import ClusterConfig, TrainRole
+from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import TapConfig
-from rhythm.engines.torch_train import OptimizerConfig
-from rhythm.loss import LossConfig
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
-from rhythm.trainer.cluster import open_cluster
+from rhythm.engines.local.train import OptimizerConfig
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.trainer.cluster_engines import open_cluster
 from rhythm.trainer.config import TrainConfig
 
 pytestmark = pytest.mark.cluster
@@ -67,7 +67,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train_spec(checkpoint: Path, trusted: bool) -> Any:
-    from rhythm.cluster.actors import TrainSpec
+    from rhythm.cluster.hosts import TrainSpec
 
     return TrainSpec(
         role=TrainRole(engine="torch"),
@@ -85,13 +85,13 @@ def train_spec(checkpoint: Path, trusted: bool) -> Any:
 
 
 def load_model(checkpoint: Path, trusted: bool) -> None:
-    from rhythm.cluster.actors import AttnSpec, _load_model
+    from rhythm.cluster.hosts import AttnSpec, _load_model
 
     _load_model(AttnSpec(checkpoint, TapConfig(), 2, "float32", trusted), torch.float32)
 
 
 def load_torch_trainer(checkpoint: Path, trusted: bool) -> None:
-    from rhythm.cluster.actors import _torch_train
+    from rhythm.cluster.hosts import _torch_train
 
     model = build_model(TinyModelConfig(layers=2, hidden_size=32, mlp_size=32), build_tokenizer())
     _torch_train(train_spec(checkpoint, trusted), model)
@@ -149,8 +149,8 @@ def test_the_key_reaches_every_role(trusted: bool, tmp_path: Path, monkeypatch: 
             return 1
 
     for name in ("ClusterTrain", "ClusterInfer", "ClusterAttn"):
-        monkeypatch.setattr(f"rhythm.cluster.roles.{name}", Role)
-    monkeypatch.setattr("rhythm.cluster.pushing.Pusher.__init__", lambda *_, **__: None)
+        monkeypatch.setattr(f"rhythm.cluster.engines.{name}", Role)
+    monkeypatch.setattr("rhythm.cluster.weight_sync.Pusher.__init__", lambda *_, **__: None)
     monkeypatch.setattr("rhythm.cluster.session.Session", FakeSession)
     cluster = ClusterConfig.model_validate({"gpus": 0, "infer": {"kv_cache_gib": 0.1}})
     config = TrainConfig.model_validate({"name": "x", "attn": "separate", "model": {"trust_remote_code": trusted}})

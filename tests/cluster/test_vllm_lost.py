@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from rhythm.cluster.config import ClusterConfig
+from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import SamplingConfig, TrainBatch
-from rhythm.engines.torch_train import OptimizerConfig
-from rhythm.loss import LossConfig
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.engines.local.train import OptimizerConfig
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -22,11 +22,11 @@ PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
 
 
 def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone(tmp_path: Path) -> None:
-    from rhythm.cluster.actors import InferSpec, TrainSpec
-    from rhythm.cluster.pushing import Pusher, Reader
-    from rhythm.cluster.rates import Rates
-    from rhythm.cluster.roles import ClusterInfer, ClusterTrain
+    from rhythm.cluster.engines import ClusterInfer, ClusterTrain
+    from rhythm.cluster.hosts import InferSpec, TrainSpec
     from rhythm.cluster.session import Session
+    from rhythm.cluster.utilization import Rates
+    from rhythm.cluster.weight_sync import Pusher, Reader
 
     tokenizer = build_tokenizer()
     tiny = TinyModelConfig(layers=4, hidden_size=32, mlp_size=48, query_heads=2, key_heads=1, head_size=32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rhythm.engines.interfaces import Rollout
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 PROMPT_LENS, RESPONSE_LENS = (4, 7, 1, 5), (12, 3, 20, 1)
 

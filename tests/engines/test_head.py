@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from rhythm.engines import head
-from rhythm.engines.generate import GenerateInfer
 from rhythm.engines.head import exact_head, exact_logits, logprobs_and_entropies, output_head
 from rhythm.engines.interfaces import Rollout, SamplingConfig
-from rhythm.engines.logprobs import response_logprobs
+from rhythm.engines.local.infer import GenerateInfer
+from rhythm.engines.local.logprobs import response_logprobs
 
 DEVICES = [
     "cpu",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 TEXT = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
 MODEL = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)

@@ -15,10 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, sdpa_mask
 
 import rhythm
-from rhythm import reference
-from rhythm.attention_form import UnsupportedAttention
 from rhythm.integrations import transformers as integration
 from rhythm.integrations.transformers import LayerStatistics, collect_statistics, register
+from rhythm.ops import reference
+from rhythm.tap.attention_form import UnsupportedAttention
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

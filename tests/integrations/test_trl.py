@@ -15,9 +15,10 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 import rhythm
-from rhythm.credit import CreditConfig, RhythmCredit
+from rhythm.credit.gamma import CreditConfig
 from rhythm.integrations.trl import RhythmGRPOTrainer
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer
+from rhythm.tap.rhythm_credit import RhythmCredit
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 MODEL = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
@@ -195,7 +196,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"rows": len(input_ids), "training": training, "autocast": autocast})
         return rhythm.observe(model, input_ids, **options)
 
-    monkeypatch.setattr("rhythm.credit.observe", spy)
+    monkeypatch.setattr("rhythm.tap.rhythm_credit.observe", spy)
     return calls
 
 

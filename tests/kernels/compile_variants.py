@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from rhythm.kernels import (
     Sequences,
     Softmax,
@@ -23,11 +25,10 @@ from rhythm.kernels import (
     sampled_span,
     undefined_results,
 )
-from rhythm.kernels.compile_ahead import ARCHITECTURES, _active, _kernels
 from rhythm.kernels.configurations import Tile
+from rhythm.kernels.inspect.compile_ahead import ARCHITECTURES, _active, _kernels
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.mean_span import BlockSums
-from torch import Tensor
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "one packed sequence": {"cu_seqlens": 2, "prompt_lens": 1},

@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 from corner_cases import CASES, Case, assert_agrees, by_name
-from rhythm.kernels import Sequences, column_sweep, row_sweep, undefined_results
 
 from rhythm import attention_statistics
+from rhythm.kernels import Sequences, column_sweep, row_sweep, undefined_results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on inf and NaN

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rhythm import reference
-from rhythm.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
+from rhythm.ops import reference
+from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on rows beyond the end

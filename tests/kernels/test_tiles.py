@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rhythm.kernels.configurations import Kind, Tile
-from rhythm.kernels.launch import forced
 from torch import Tensor
 
-from rhythm import reference
-from rhythm.arguments import Layout
-from rhythm.backends import triton as backend
-from rhythm.statistics import attention_statistics, attention_with_statistics
+from rhythm.kernels.configurations import Kind, Tile
+from rhythm.kernels.launch import forced
+from rhythm.ops import reference
+from rhythm.ops.arguments import Layout
+from rhythm.ops.backends import triton as backend
+from rhythm.ops.statistics import attention_statistics, attention_with_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on rows beyond the end

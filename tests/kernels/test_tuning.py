@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import triton
-from rhythm.kernels import tuning
-from rhythm.kernels.configurations import SWEEPS, TABLES, Kind, Tile, architecture, candidates, needed_memory
-from rhythm.kernels.launch import launch, options
-from rhythm.kernels.tuning import Sample
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from rhythm import attention_statistics, attention_with_statistics
+from rhythm.kernels import tuning
+from rhythm.kernels.configurations import SWEEPS, TABLES, Kind, Tile, architecture, candidates, needed_memory
+from rhythm.kernels.launch import launch, options
+from rhythm.kernels.tuning import Sample
 
 ROW = Kind("row", 2, 128)
 KB = 1024

@@ -10,14 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from rhythm.tasks import Reward
-from rhythm.tasks.countdown import (
-    Countdown,
-    CountdownConfig,
-    CountdownInstance,
-    Step,
-    as_expression,
-    make_instances,
-)
+from rhythm.tasks.countdown import Countdown, CountdownConfig, CountdownInstance, Step, as_expression, make_instances
 from rhythm.tasks.expression import evaluate
 
 RIGHT, WRONG, UNREADABLE = Reward(1.0, True, True), Reward(0.0, False, True), Reward(0.0, False, False)

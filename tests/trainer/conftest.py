@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rhythm.launcher.overrides import load_config
+from rhythm.cli.config_file import load_config
 from rhythm.trainer.config import TrainConfig
 
 SMALL_RUN = """

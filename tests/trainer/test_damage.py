@@ -12,15 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rhythm.launcher import train as command
-from rhythm.launcher.report import main as report
-from rhythm.trainer.checkpoint import (
-    DamagedCheckpointError,
-    RunState,
-    find_damage,
-    latest_checkpoint,
-    save_checkpoint,
-)
+from rhythm.cli import train as command
+from rhythm.cli.report import main as report
+from rhythm.trainer.checkpoint import DamagedCheckpointError, RunState, find_damage, latest_checkpoint, save_checkpoint
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.metrics import MetricsLog, read_metrics
 from rhythm.trainer.run_dir import RunDirectoryError, open_run_dir
@@ -203,7 +197,7 @@ def test_the_configuration_is_replaced_in_one_go(
 def test_a_run_stopped_by_a_full_disk_can_be_resumed(
     small_config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rhythm.engines.torch_train import TorchTrain
+    from rhythm.engines.local.train import TorchTrain
 
     save, steps = TorchTrain.save, []
 
@@ -229,7 +223,7 @@ def test_a_run_stopped_by_a_full_disk_can_be_resumed(
 
 
 def test_no_room_for_a_warm_start(small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rhythm import warm_start as module
+    from rhythm.tiny import warm_start as module
     from rhythm.trainer.setup import build_task
 
     def crowded(model: object, tokenizer: object, directory: Path) -> None:

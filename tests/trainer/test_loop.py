@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rhythm.engines.torch_train import TorchTrain
+from rhythm.engines.local.train import TorchTrain
 from rhythm.tasks import Reward
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, run

@@ -21,7 +21,7 @@ TIMINGS = ("seconds_", "tokens_per_second", "attention_share")
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     """rhythm-train on one thread: two runs of a test compare bit for bit."""
     return subprocess.Popen(
-        [sys.executable, "-m", "rhythm.launcher.train", str(config), *arguments],
+        [sys.executable, "-m", "rhythm.cli.train", str(config), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

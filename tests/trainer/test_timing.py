@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rhythm import tap
+from rhythm.tap import attention_tap as tap
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import run
 from rhythm.trainer.metrics import Stopwatch, read_metrics

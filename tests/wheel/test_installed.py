@@ -62,7 +62,7 @@ def test_public_names(tmp_path: Path) -> None:
 
 def test_types_templates_and_kernels_are_packaged(tmp_path: Path) -> None:
     page = [f"analysis/templates/analysis.{kind}" for kind in ("html.j2", "css", "js")]
-    files = ["py.typed", "_C.pyi", "trainer/templates/report.html.j2", *page]
+    files = ["py.typed", "_C.pyi", "reports/templates/report.html.j2", *page]
     code = f"""
 from importlib.resources import files
 import rhythm.kernels
@@ -92,7 +92,7 @@ def test_ops_are_registered(op: str, tmp_path: Path) -> None:
 
 
 def test_kernels_compile_ahead_starts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rhythm.kernels.compile_ahead", "--help"]
+    command = [sys.executable, "-m", "rhythm.kernels.inspect.compile_ahead", "--help"]
     shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert "--arch" in shown
     assert "--json" in shown

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import triton
-from rhythm.kernels.compile_ahead import ARCHITECTURES, _active
-from rhythm.kernels.launch import compiling
-from rhythm.kernels.sass import nvidia_binary
 
 from benchmarks.gpu.prototypes import Prototype, prototypes
 from benchmarks.shapes import Inputs, Shape
+from rhythm.kernels.inspect.compile_ahead import ARCHITECTURES, _active
+from rhythm.kernels.inspect.sass import nvidia_binary
+from rhythm.kernels.launch import compiling
 
 SHAPE = Shape(8192, query_heads=32, key_heads=8, head_size=128)
 

@@ -11,7 +11,6 @@ Shape suffixes: M the 64 rows of a warpgroup, N keys of a tile, C the eight keys
 
 from __future__ import annotations
 
-from rhythm.kernels.launch import start
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -21,6 +20,7 @@ from benchmarks.gpu.prototypes.gluon_shim import load_tile, tiles
 from benchmarks.gpu.prototypes.online import redo
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results
 from benchmarks.shapes import Inputs
+from rhythm.kernels.launch import start
 
 ROWS = 64  # of a warpgroup: of one instruction
 WARPGROUPS = 4

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from rhythm.kernels.tiles import LOG2_E, describable
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.contestants import Outputs
 from benchmarks.shapes import Inputs
+from rhythm.kernels.tiles import LOG2_E, describable
 
 HEAD_SIZES = (64, 128)
 

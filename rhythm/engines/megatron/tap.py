@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
+from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.interfaces import Rollout, TapConfig
 from rhythm.engines.megatron.core_attention import PackedAttention
 from rhythm.engines.megatron.packing import Packed
 from rhythm.engines.megatron.parallel import Groups
 from rhythm.engines.watch import DeviceWatch
-from rhythm.heads import HeadGroups, sampled_layers, select_heads
-from rhythm.signals import RhythmSignals
-from rhythm.statistics import attention_statistics
+from rhythm.ops.statistics import attention_statistics
 
 
 @dataclass(frozen=True)

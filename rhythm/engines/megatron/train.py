@@ -19,9 +19,13 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from rhythm.credit.heads import HeadGroups
+from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
+from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import take_rows
 from rhythm.engines.head import logprobs_and_entropies
 from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TapConfig, TrainBatch
+from rhythm.engines.local.train import OptimizerConfig
 from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
@@ -30,10 +34,6 @@ from rhythm.engines.megatron.packing import Packed, pack, shares
 from rhythm.engines.megatron.parallel import Rendezvous, join, leave
 from rhythm.engines.megatron.tap import MegatronTap
 from rhythm.engines.megatron.weights import gather_weights, load_weights
-from rhythm.engines.torch_train import OptimizerConfig
-from rhythm.heads import HeadGroups
-from rhythm.loss import BatchTotals, LossConfig, policy_loss
-from rhythm.signals import RhythmSignals
 
 
 class MegatronTrain:

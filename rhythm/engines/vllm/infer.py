@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout, SamplingConfig
-from rhythm.engines.vllm.transfer import Ledger, TransferKind, buckets, make_sender
+from rhythm.engines.transfer import Ledger, TransferKind, buckets, make_sender
 
 WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
 LOCAL_BUCKET_BYTES = 64 << 20

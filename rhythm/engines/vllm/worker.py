@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from rhythm.engines.vllm.transfer import SEGMENT_PREFIX
+from rhythm.engines.transfer import SEGMENT_PREFIX
 
 SEGMENTS = Path("/dev/shm")
 SEGMENT_NAME = re.compile(re.escape(SEGMENT_PREFIX) + "[0-9a-f]{32}")

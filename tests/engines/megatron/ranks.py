@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from rhythm.credit.heads import HeadGroups
 from rhythm.engines import head
 from rhythm.engines.interfaces import NonFiniteError, Rollout, TapConfig, TrainBatch
 from rhythm.engines.megatron import train
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.parallel import Rendezvous
 from rhythm.engines.megatron.train import MegatronTrain
-from rhythm.heads import HeadGroups
 
 
 def main(spec_path: str, out_path: str) -> None:

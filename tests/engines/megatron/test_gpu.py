@@ -9,14 +9,14 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from transformers import AutoModelForCausalLM
 
+from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import Rollout
+from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 from rhythm.engines.megatron.core_attention import packed_attention
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.parallel import Rendezvous
 from rhythm.engines.megatron.train import MegatronTrain
-from rhythm.engines.torch_train import OptimizerConfig, TorchTrain
-from rhythm.loss import LossConfig
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 pytestmark = [
     pytest.mark.cluster,

@@ -20,7 +20,7 @@ from rhythm.engines.megatron.model import read_config
 from rhythm.engines.megatron.packing import pack, shares
 from rhythm.engines.megatron.parallel import Rendezvous, join
 from rhythm.engines.megatron.weights import recipe, to_megatron, to_transformers
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 pytestmark = pytest.mark.cluster
 

@@ -18,14 +18,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rhythm.credit import CreditConfig, batch_credit_weights
+from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.heads import HeadGroups
+from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Rollout, TapConfig, TrainBatch
+from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 from rhythm.engines.megatron.layout import ParallelConfig
-from rhythm.engines.torch_train import OptimizerConfig, TorchTrain
-from rhythm.heads import HeadGroups
-from rhythm.loss import LossConfig
-from rhythm.tiny_model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

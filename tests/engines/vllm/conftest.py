@@ -12,7 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
-from rhythm.tiny_model import TinyModelConfig, build_model, save_checkpoint
+from rhythm.tiny.model import TinyModelConfig, build_model, save_checkpoint
 
 MAX_LENGTH = 320
 """Long enough for prompts of more than one block of vLLM's KV cache, 128 tokens on a CPU."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout, SamplingConfig
+from rhythm.engines.parity import ParityError, compare, must_agree
 from rhythm.engines.vllm.infer import VllmInfer, assemble, response_seed
-from rhythm.engines.vllm.parity import ParityError, compare, must_agree
 
 TOLERANCE = 2e-5
 """Nats: both compute in fp32."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout
+from rhythm.engines.parity import compare, must_agree
 from rhythm.engines.vllm.infer import VllmInfer
-from rhythm.engines.vllm.parity import compare, must_agree
 
 SEGMENTS = Path("/dev/shm")
 TRAINER = Path(__file__).with_name("trainer_process.py")

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from rhythm.engines.transfer import SEGMENT_PREFIX, Ledger, SharedMemorySender, buckets, ipc_plain, make_sender, merged
 from rhythm.engines.vllm.infer import prepare_environment
-from rhythm.engines.vllm.transfer import (
-    SEGMENT_PREFIX,
-    Ledger,
-    SharedMemorySender,
-    buckets,
-    ipc_plain,
-    make_sender,
-    merged,
-)
 
 SEGMENTS = Path("/dev/shm")
 

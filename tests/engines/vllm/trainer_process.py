@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rhythm.engines.vllm.transfer import buckets, make_sender
+from rhythm.engines.transfer import buckets, make_sender
 
 BUCKET_BYTES = 100_000
 """Less than an MLP matrix of the tests' model, so that layers come in pieces."""

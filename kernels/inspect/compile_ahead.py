@@ -1,0 +1,311 @@
+"""Compiles the kernels for GPUs that are not there.
+
+    python -m rhythm.kernels.inspect.compile_ahead --arch sm_90 --json FILE
+
+The launchers themselves run, on tensors without data and with a driver that only names the target, so what is compiled
+is what a launch would compile: every sweep with every tile of the architecture's table, in bf16 and fp32, for a packed
+batch of Qwen3-4B's heads (32 query heads, 8 key heads) at head sizes 128 and 256. For each: registers, shared memory,
+how many programs share a multiprocessor, spills, matrix instructions, and of the steady loop the instructions per score
+element, the products waited for at once and the barriers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from rhythm.kernels import bands, column_sweep, configurations, mean_span, row_sweep, sampled_span, undefined_results
+from rhythm.kernels.configurations import TABLES, Kind, Tile
+from rhythm.kernels.inspect.sass import Binary, amd_binary, nvidia_binary
+from rhythm.kernels.launch import compiling, forced
+from rhythm.kernels.mean_span import BlockSums
+from rhythm.kernels.sequences import Sequences
+from rhythm.kernels.softmax import Softmax
+
+ARCHITECTURES = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SWEEPS = (*configurations.SWEEPS, "mean_span", "results")
+WITHOUT_TILES = ("mean_span", "results")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel with one tile, compiled.
+
+    Attributes:
+        tile: None for WITHOUT_TILES, which have no choice.
+        default: whether it is the tile that runs when autotuning is off.
+        shared: bytes of shared memory.
+        programs: that share a multiprocessor, by their registers, shared memory and warps.
+        matrix: matrix instructions by opcode.
+        loop: instructions of one pass through the steady loop, by kind; None without such a loop.
+        per_score: the same over the score elements that a thread computes in it, and their sum as "all".
+        immediate_waits: of that loop: wgmma products waited for before any arithmetic of the same warps.
+        barriers: of that loop: points at which all warps of the program wait for each other.
+    """
+
+    arch: str
+    sweep: str
+    dtype: str
+    head_size: int
+    tile: Tile | None
+    default: bool
+    registers: int
+    shared: int
+    programs: int
+    spills: int
+    matrix: dict[str, int]
+    loop: dict[str, int] | None
+    per_score: dict[str, float] | None
+    immediate_waits: int | None
+    barriers: int | None
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the programs of one multiprocessor share, from the vendors' tables of compute capabilities.
+
+    Attributes:
+        registers: of 32 bits and for all lanes, in each of `quarters` files; a warp gets its share in units of
+            `register_unit`.
+        warps: that fit into a quarter.
+        shared: bytes of shared memory, of which each program takes `reserved` for the system, and the rest in units
+            of `shared_unit`.
+        programs: the most there can be.
+    """
+
+    registers: int
+    register_unit: int
+    warps: int
+    shared: int
+    reserved: int
+    shared_unit: int
+    programs: int
+    lanes: int = 32
+    quarters: int = 4
+
+    def resident(self, registers: int, shared: int, warps: int) -> int:
+        """How many programs of so many registers a thread, bytes of shared memory and warps it holds at once."""
+        of_warp = -(-registers * self.lanes // self.register_unit) * self.register_unit
+        by_warps = min(self.warps, self.registers // max(of_warp, 1)) * self.quarters // warps
+        needed = -(-shared // self.shared_unit) * self.shared_unit + self.reserved
+        return min(self.programs, by_warps, self.shared // needed if needed else self.programs)
+
+
+KB = 1024
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(16 * KB, 256, 16, 164 * KB, KB, 128, 32),
+    "sm_90": Multiprocessor(16 * KB, 256, 16, 228 * KB, KB, 128, 32),
+    "sm_100": Multiprocessor(16 * KB, 256, 16, 228 * KB, KB, 128, 32),
+    "gfx942": Multiprocessor(32 * KB, 512, 8, 64 * KB, 0, 512, 16, lanes=64),
+}
+
+
+class _Target:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def _active(target: GPUTarget) -> Iterator[None]:
+    driver.set_active(_Target(target))
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():  # else there is no driver to go back to
+            driver.reset_active()
+
+
+def compile_sweep(
+    arch: str, sweep: str, dtype: str, head_size: int, tiles: Sequence[Tile] | None = None
+) -> Iterator[Report]:
+    """Compiles a sweep with the given tiles, or with all of the architecture's table, in the table's order."""
+    table = [] if sweep in WITHOUT_TILES else TABLES[arch][sweep][_kind(sweep, dtype, head_size).group]
+    # A kernel without tiles is compiled once.
+    chosen: list[Tile | None] = [*(table if tiles is None else tiles)] or [None]
+    for tile in chosen:
+        # Its caches are by device, not by target.
+        for kernel in _kernels():
+            kernel.device_caches.clear()
+        kernels: list[Any] = []
+        only = [] if tile is None else [tile]
+        with _active(ARCHITECTURES[arch]), compiling(kernels.append), forced(partial(_always, only)):
+            _launch(sweep, DTYPES[dtype], head_size)
+        (kernel,) = kernels
+        yield _report(kernel, arch, sweep, dtype, head_size, tile, not table or tile == table[0])
+
+
+def _always(tiles: list[Tile], kind: Kind) -> list[Tile]:
+    return tiles
+
+
+def _kind(sweep: str, dtype: str, head_size: int) -> Kind:
+    return Kind(sweep, DTYPES[dtype].itemsize, head_size)
+
+
+def _kernels() -> list[Any]:
+    from rhythm.kernels.bands import bands_kernel
+    from rhythm.kernels.column_sweep import column_sweep_kernel
+    from rhythm.kernels.mean_span import mean_span_kernel
+    from rhythm.kernels.results import results_kernel
+    from rhythm.kernels.row_sweep import row_sweep_kernel
+    from rhythm.kernels.sampled_span import sampled_span_kernel
+    from rhythm.kernels.values import mend_output_kernel
+
+    return [
+        row_sweep_kernel, column_sweep_kernel, bands_kernel, mean_span_kernel, sampled_span_kernel, results_kernel,
+        mend_output_kernel,
+    ]  # fmt: skip
+
+
+def _launch(sweep: str, dtype: torch.dtype, head_size: int) -> None:
+    """The launcher of one kernel, on tensors of the meta device."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = (empty(TOKENS, heads, head_size, dtype=dtype) for heads in (QUERY_HEADS, KEY_HEADS))
+    sequences = Sequences(empty(3, dtype=torch.int32), empty(2, dtype=torch.int32), TOKENS, 2)
+    one, two, three = (empty(QUERY_HEADS, TOKENS) for _ in range(3))
+    softmax = Softmax.empty(QUERY_HEADS, TOKENS, q.device)
+    scale = head_size**-0.5
+    if sweep in ("row", "row_values"):
+        v = None if sweep == "row" else empty(*k.shape, dtype=dtype)
+        row_sweep(q, k, v, sequences, one, two, scale=scale, window=10, softmax=softmax)
+    elif sweep == "sampled":
+        sampled_span(q, k, one, sequences, scale=scale, count=256)
+    elif sweep == "mean_span":
+        sums = BlockSums(empty(sequences.blocks(128), QUERY_HEADS, dtype=torch.float64), 128, from_prompt=True)
+        mean_span(sums, sequences, empty(sequences.count, QUERY_HEADS))
+    elif sweep == "results":
+        undefined_results(sequences.count, QUERY_HEADS, TOKENS, q.device, None)
+    else:
+        horizon = (10, 50) if sweep.endswith("_band") else (10, None)
+        if sweep.startswith("column"):
+            column_sweep(q, k, one, sequences, two, scale=scale, horizon=horizon, softmax=softmax)
+        else:
+            bands(q, k, one, sequences, two, three, empty(*one.shape), scale=scale, window=10, horizon=horizon)
+
+
+def _report(kernel: Any, arch: str, sweep: str, dtype: str, head_size: int, tile: Tile | None, default: bool) -> Report:
+    target = ARCHITECTURES[arch]
+    amd = target.backend == "hip"
+    binary: Binary = amd_binary(kernel.asm["amdgcn"]) if amd else nvidia_binary(kernel.asm["cubin"])
+    loop = per_score = waits = barriers = None
+    if tile is not None and (steady := binary.steady) is not None:
+        loop, waits, barriers = steady.mix(binary.kinds), steady.immediate_waits, steady.barriers
+        scores = tile.rows * tile.keys / (tile.warps * target.warp_size)
+        # A loop that the compiler unrolled computes several tiles.
+        scores *= max(1, round(loop["exp2"] / scores))
+        per_score = {kind: round(count / scores, 3) for kind, count in loop.items()}
+        per_score["all"] = round(sum(loop.values()) / scores, 3)
+    registers, shared = binary.registers, kernel.metadata.shared
+    programs = MULTIPROCESSORS[arch].resident(registers, shared, kernel.metadata.num_warps)
+    return Report(
+        arch, sweep, dtype, head_size, tile, default, registers, shared, programs, binary.spills, binary.matrix,
+        loop, per_score, waits, barriers,
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rhythm.kernels.inspect.compile_ahead", description=__doc__)
+    parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help=f"some of {','.join(ARCHITECTURES)}")
+    parser.add_argument("--sweeps", default=",".join(SWEEPS), help=f"some of {','.join(SWEEPS)}")
+    parser.add_argument("--dtypes", default="bf16,fp32", help=f"some of {','.join(DTYPES)}")
+    parser.add_argument("--head-sizes", default="128,256", help="powers of two from 16 to 256")
+    parser.add_argument("--defaults", action="store_true", help="only the tiles that run when autotuning is off")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports to this file")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled; unset it")
+    names = {
+        "--arch": (options.arch.split(","), ARCHITECTURES),
+        "--sweeps": (options.sweeps.split(","), SWEEPS),
+        "--dtypes": (options.dtypes.split(","), DTYPES),
+        "--head-sizes": (options.head_sizes.split(","), ("16", "32", "64", "128", "256")),
+    }
+    for option, (given, allowed) in names.items():
+        if unknown := [name for name in given if name not in allowed]:
+            parser.error(f"{option} names {unknown[0]!r}; allowed are {', '.join(allowed)}")
+    (archs, _), (sweeps, _), (dtypes, _), (sizes, _) = names.values()
+
+    reports: list[Report] = []
+    for arch in archs:
+        print(f"{arch}, Triton {triton.__version__}")
+        print(HEADER)
+        for sweep in sweeps:
+            for dtype in dtypes if sweep not in WITHOUT_TILES else ["fp32"]:
+                for size in map(int, sizes if sweep not in WITHOUT_TILES else sizes[:1]):
+                    table = TABLES[arch].get(sweep, {}).get(_kind(sweep, dtype, size).group, [])
+                    for report in compile_sweep(arch, sweep, dtype, size, table[:1] if options.defaults else None):
+                        print(_row(report), flush=True)
+                        reports.append(report)
+    if options.json:
+        head = {"triton": triton.__version__, "tokens": TOKENS, "heads": [QUERY_HEADS, KEY_HEADS]}
+        kernels = ",\n".join(json.dumps(asdict(report)) for report in reports)  # a kernel a line: readable as a diff
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(f'{json.dumps(head)[:-1]}, "kernels": [\n{kernels}\n]}}\n', encoding="utf-8")
+    return 0
+
+
+HEADER = (
+    f"{'sweep':<12}{'type':<6}{'D':>4}  {'rows×keys, warps, stages':<26}{'regs':>5}{'shared':>8}{'an SM':>6}"
+    f"{'spills':>7}{'waits':>6}{'barriers':>9}{'per score: all':>15}{'exp2':>6}{'fma':>6}{'other':>6}"
+    "  matrix instructions"
+)
+
+
+def _row(report: Report) -> str:
+    tile = report.tile
+    name = f"{tile.rows}×{tile.keys}, {tile.warps}, {tile.stages}{', TMA' if tile.tma else ''}" if tile else ""
+    loop = report.per_score or {}
+    rest = loop and loop["all"] - loop["exp2"] - loop["fma"]
+    figures = (
+        "".join(f"{x:>{w}.2f}" for x, w in ((loop["all"], 15), (loop["exp2"], 6), (loop["fma"], 6), (rest, 6)))
+        if loop
+        else " " * 33
+    )
+    matrix = ", ".join(f"{count} {opcode}" for opcode, count in report.matrix.items())
+    return (
+        f"{report.sweep:<12}{report.dtype:<6}{report.head_size:>4}  {name + (' *' if report.default else ''):<26}"
+        f"{report.registers:>5}{report.shared:>8}{report.programs:>6}{report.spills:>7}"
+        f"{_blank(report.immediate_waits):>6}{_blank(report.barriers):>9}{figures}  {matrix}"
+    )
+
+
+def _blank(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The console scripts. Where a package that a command needs is not installed, it says in one line what to install."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from rhythm.system.extras import missing, package_of
+
+CANT_RUN = 2
+
+
+def train() -> int:
+    return _run("train", extra="train")
+
+
+def analyze() -> int:
+    return _run("analyze", extra="analyze")
+
+
+def report() -> int:
+    return _run("report", extra="train")
+
+
+def doctor() -> int:
+    return _run("doctor", extra="train")
+
+
+def _run(name: str, *, extra: str) -> int:
+    """The exit code of rhythm.cli.<name>.main(), or 2 where its module can't be imported without the extra."""
+    try:
+        module = import_module(f"rhythm.cli.{name}")
+    except ModuleNotFoundError as error:
+        package = package_of(error)
+        if package is None:
+            raise
+        print(missing(f"rhythm-{name}", package, extra), file=sys.stderr)
+        return CANT_RUN
+    code: int = module.main()
+    return code

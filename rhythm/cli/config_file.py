@@ -1,0 +1,207 @@
+"""A configuration file and `key=value` overrides → a checked TrainConfig, or an error that names the key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rhythm.cli.config_keys import Key, config_keys, sections
+from rhythm.trainer.config import TaskConfig, TrainConfig
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration; the message names the file or the keys."""
+
+
+MAX_BYTES = 1 << 18  # of a configuration file; one with every key has a fiftieth of it
+MAX_DEPTH = 32  # of lists and sections in one another; the keys have 4
+MAX_LINES, MAX_SUGGESTIONS, MAX_LINE = 20, 5, 500  # of a message: lines, keys whose nearest is looked for, characters
+MAX_INTEGER = 2**63 - 1
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 80, 40, 80
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses what YAML takes in silence: of a key written twice the last, of 1:30 the number 90; and
+    what takes no end: deep nesting, and merges, which double with every line.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"is nested more than {MAX_DEPTH} deep", mark)
+        self.depth += 1
+        try:
+            node: yaml.Node | None = super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise self._error("merges (<<) are not supported: write the keys themselves", key_node)
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise self._error(f"a {type(key).__name__} can't be a key", key_node)
+            if key in seen:
+                raise self._error(f"the key {_short.repr(key)} stands there twice", key_node)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    @staticmethod
+    def _error(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+        return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+_SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(rf"(?!{_SEXAGESIMAL.pattern}$)(?:{pattern.pattern})", pattern.flags))
+        if tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        else (tag, pattern)
+        for tag, pattern in resolvers
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The file's configuration with `key=value` overrides (dotted keys, values in YAML), checked as a whole.
+
+    Raises ConfigError: no such file, not YAML, an override without `=`, an unknown key (the nearest known one
+    is named), a value that is not allowed.
+    """
+    values = _parse(_read(path), str(path))
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: must hold keys and values, got {type(values).__name__}")
+    values = values or {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not (separator and key):
+            raise ConfigError(f"{override!r}: an override is written key=value, for example optimizer.lr=1e-5")
+        _put(values, key, _parse(value, _cut(override)))
+    keys = _known_keys(values)
+    if wrong := list(_wrong_numbers(values, keys)):
+        raise ConfigError("\n".join(wrong))
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, keys))) from error
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:  # perhaps a pipe, of which nobody knows how long it is
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_BYTES >> 10} KiB, too much for a configuration")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8: byte {error.start + 1} is {error.object[error.start]:#04x}; save it as UTF-8"
+        ) from error
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: thousands of digits, the 45th of a month
+        problem = "a number of thousands of digits" if "int_max_str_digits" in str(error) else error
+        raise ConfigError(f"{source}: not valid YAML: {problem}") from error
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for depth, name in enumerate(parents):
+        if values.get(name) is None:  # a section that is left out, or written as null
+            values[name] = {}
+        inner = values[name]
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        values = inner
+    values[last] = value
+
+
+def _known_keys(values: Mapping[str, Any]) -> list[Key]:
+    """All keys; the options are those of the task that `values` names, if there is such a task."""
+    task = values.get("task")
+    name = task.get("name", "countdown") if isinstance(task, Mapping) else "countdown"
+    try:
+        return list(config_keys(TrainConfig(task=TaskConfig(name=name))))
+    except ValidationError:
+        return list(config_keys())
+
+
+def _wrong_numbers(values: Mapping[str, Any], keys: list[Key]) -> Iterator[str]:
+    """A line for each number that pydantic would take as another: true is no 1; or that no tensor can hold."""
+    for key in keys:
+        value: Any = values
+        for part in key.path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        numbers = value if isinstance(value, list) else [value]
+        kinds = set(re.findall(r"\w+", key.kind))
+        if kinds & {"int", "float"} and "bool" not in kinds and any(isinstance(each, bool) for each in numbers):
+            yield f"{key.path} is {_short.repr(value)}: must be {key.kind}"
+        elif "int" in kinds and any(isinstance(each, int) and abs(each) > MAX_INTEGER for each in numbers):
+            yield f"{key.path} is {_short.repr(value)}: must be at most 2^63 - 1 ({key.kind})"
+
+
+def _explain(error: ValidationError, keys: list[Key]) -> list[str]:
+    """A line for each key at fault, for so many of them; the nearest known key of the first unknown ones."""
+    kinds = {key.path: key.kind for key in keys}
+    lines: dict[str, str] = {}
+    suggestions = 0
+    for fault in error.errors(include_url=False, include_context=False):
+        # A fault inside a value ({quantile: 2}, [1, x]) is a fault of its key.
+        parts = [str(part) for part in fault["loc"]]
+        path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in kinds), None)
+        dotted = path or ".".join(parts)
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden" and path is None:
+            suggestions += 1
+            line = f"{_cut(dotted)}: unknown key{_nearest(dotted, keys) if suggestions <= MAX_SUGGESTIONS else ''}"
+        elif path is not None and len(parts) > path.count(".") + 1:
+            line = f"{path}: must be {kinds[path]}"
+        elif path is not None and fault["type"] != "value_error":
+            line = f"{path} is {_short.repr(fault['input'])}: {message[0].lower()}{message[1:]} ({kinds[path]})"
+        else:
+            line = f"{dotted}: {message}" if dotted else message
+        lines.setdefault(dotted, _cut(line))
+    shown = list(lines.values())
+    return shown if len(shown) <= MAX_LINES else [*shown[:MAX_LINES], f"… and {len(shown) - MAX_LINES:,} keys more"]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]} …"
+
+
+def _nearest(dotted: str, keys: list[Key]) -> str:
+    """`; did you mean …?`: by the whole name, or by its last part in some other section."""
+    known = [key.path for key in keys] + sections(keys)
+    if len(dotted) > 2 * max(map(len, known)):
+        return ""  # difflib would take its time
+    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.7)
+    if not near:
+        by_last = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}
+        last = difflib.get_close_matches(dotted.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.7)
+        near = [by_last[name] for name in last]
+    return f"; did you mean {near[0]}?" if near else ""

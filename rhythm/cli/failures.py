@@ -1,0 +1,182 @@
+"""How every command ends: one line on stderr and an exit code for what a user can mend, a traceback for a fault of
+rhythm's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from typing import Protocol, TextIO
+
+from rich.console import Console
+
+from rhythm.cluster.errors import LostError, RemoteError
+from rhythm.system.directory_lock import DirectoryLockedError
+
+
+class Main(Protocol):
+    """The main function of a command: arguments, by default the process's, to an exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None, /) -> int: ...
+
+
+class ExitCode(IntEnum):
+    """What a command's exit code says; `meaning` is shown in --help."""
+
+    meaning: str
+
+    def __new__(cls, number: int, meaning: str) -> ExitCode:
+        code = int.__new__(cls, number)
+        code._value_ = number
+        code.meaning = meaning
+        return code
+
+    DONE = 0, "done"
+    FAULT = 1, "a fault in rhythm, with a traceback (rhythm-doctor: the core does not work)"
+    BAD_INPUT = 2, "an argument, the configuration or a file given can't be used, or the directory is in use"
+    NOT_FINITE = 3, "the loss or a gradient is not finite"
+    LOST = 4, "processes of a cluster were lost or failed"
+    NO_PARITY = 5, "the engines of a cluster don't hold the same weights"
+    FILES = 6, "a file can't be read or written: disk full, no permission"
+    INTERRUPTED = 130, "Ctrl-C"
+    NOBODY_READS = 141, "whoever read the output left"
+    TERMINATED = 143, "SIGTERM"
+
+
+EXIT_CODES = "exit codes:\n" + "\n".join(f"  {code.value:<4}{code.meaning}" for code in ExitCode)
+"""For --help."""
+
+_MEANINGS: Mapping[type[Exception], ExitCode | None] = {
+    DirectoryLockedError: ExitCode.BAD_INPUT,
+    LostError: ExitCode.LOST,
+    RemoteError: ExitCode.LOST,
+    OSError: ExitCode.FILES,
+    # Of processes and connections, not of files: where nobody handles them something is wrong in rhythm.
+    **dict.fromkeys((ConnectionError, ChildProcessError, ProcessLookupError, TimeoutError)),
+}
+_REASONS = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full: the quota is used up"}
+
+
+def command(name: str, meanings: Mapping[type[Exception], ExitCode] | None = None) -> Callable[[Main], Main]:
+    """For the main function of a command: its exceptions in `meanings`, and those of all commands, become
+    `name: message`, the exception's notes and an exit code. Any other exception propagates.
+
+    What stdout's encoding does not have is written as `?`, and an error of stdout is an exit code too.
+    """
+    known: dict[type[Exception], ExitCode | None] = {**_MEANINGS, **(meanings or {})}
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def guarded(argv: Sequence[str] | None = None) -> int:
+            _write_what_the_encoding_has(sys.stdout)
+            try:
+                try:
+                    code = main(argv)
+                except SystemExit:  # argparse: --help, or a mistake
+                    flush()
+                    raise
+                flush()
+                return code
+            except _StdoutError as error:
+                _discard(sys.stdout)
+                if isinstance(error.reason, BrokenPipeError):
+                    return ExitCode.NOBODY_READS
+                _say(f"{name}: stdout: {_reason(error.reason)}")
+                return ExitCode.FILES
+            except Exception as error:
+                code_of = _code(error, known)
+                if code_of is None:
+                    raise
+                _say("\n".join([f"{name}: {message(error)}", *getattr(error, "__notes__", [])]))
+                return code_of
+            except KeyboardInterrupt as error:
+                _say("\n".join([f"{name}: interrupted", *getattr(error, "__notes__", [])]))
+                return ExitCode.INTERRUPTED
+
+        return guarded
+
+    return decorate
+
+
+def message(error: BaseException) -> str:
+    """What to tell the user: for an OSError the path and the reason, a full disk by that name."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    return f"{' → '.join(paths)}: {_reason(error)}" if paths else _reason(error)
+
+
+def show(text: str) -> None:
+    """Print a command's result on stdout, at once."""
+    try:
+        print(text)
+    except OSError as error:
+        raise _StdoutError(error) from error
+    flush()
+
+
+def flush() -> None:
+    """Have stdout written, so that an error of it is seen here."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise _StdoutError(error) from error
+
+
+class ErrorConsole(Console):
+    """On stderr; when nobody reads it any more, the work goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        """Instead of ending the process."""
+        _discard(sys.stderr)
+
+
+class _StdoutError(Exception):
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _code(error: Exception, known: Mapping[type[Exception], ExitCode | None]) -> ExitCode | None:
+    """That of the exception's nearest class; None for a fault of rhythm's own."""
+    if isinstance(error, OSError) and error.errno is None:  # transformers' way to say that a checkpoint is none
+        return ExitCode.BAD_INPUT
+    return next((known[kind] for kind in type(error).__mro__ if kind in known), None)
+
+
+def _reason(error: OSError) -> str:
+    return _REASONS.get(error.errno or 0) or error.strerror or str(error)
+
+
+def _say(text: str) -> None:
+    """On stderr, if anybody listens."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _write_what_the_encoding_has(stream: TextIO | None) -> None:
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+def _discard(stream: TextIO | None) -> None:
+    """Send what is still to be written to nowhere, or the interpreter complains of it when it ends."""
+    try:
+        number = stream.fileno() if stream is not None else None
+    except (OSError, ValueError):  # no file, as in tests
+        return
+    if number is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)

@@ -1,0 +1,164 @@
+"""rhythm-train: a configuration file and overrides in, a trained run out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers.utils import logging as transformers_logging
+
+from rhythm.cli.config_file import ConfigError, dump_config, load_config
+from rhythm.cli.config_keys import config_keys, describe
+from rhythm.cli.failures import EXIT_CODES, ErrorConsole, ExitCode, command, show
+from rhythm.engines.parity import ParityError
+from rhythm.trainer.checkpoint import DamagedCheckpointError
+from rhythm.trainer.cluster_engines import plan
+from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.loop import NonFiniteRunError, RunSummary, run
+from rhythm.trainer.run_dir import CHECKPOINTS, CONFIG, RunDirectoryError
+from rhythm.trainer.setup import SetupError
+
+SIGNALLED = 128
+
+_FAILURES: dict[type[Exception], ExitCode] = {
+    ConfigError: ExitCode.BAD_INPUT,
+    SetupError: ExitCode.BAD_INPUT,
+    RunDirectoryError: ExitCode.BAD_INPUT,
+    DamagedCheckpointError: ExitCode.BAD_INPUT,
+    NonFiniteRunError: ExitCode.NOT_FINITE,
+    FloatingPointError: ExitCode.NOT_FINITE,  # of the warm start
+    ParityError: ExitCode.NO_PARITY,
+}
+
+
+@command("rhythm-train", _FAILURES)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code, as `ExitCode` says."""
+    arguments = _parser().parse_args(argv)
+    sys.path.append(str(Path.cwd()))  # for a task of one's own; last, so that nothing there shadows an installed module
+    if arguments.help:
+        show(_help(arguments.config, arguments.overrides))
+        return ExitCode.DONE
+    if arguments.config is None:
+        raise ConfigError("no configuration given: rhythm-train CONFIG, or rhythm-train --help")
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        show(_dry_run(config))
+        return ExitCode.DONE
+    return _train(config, resume=arguments.resume)
+
+
+def _train(config: TrainConfig, *, resume: bool) -> int:
+    console = ErrorConsole()
+    _log_to(console)
+    try:
+        summary = run(config, resume=resume, console=console)
+    except KeyboardInterrupt as error:
+        error.add_note("before training began; nothing to save")
+        raise
+    except OSError as error:
+        if (config.run_dir / CONFIG).is_file():
+            saved = max(
+                (path.name for path in config.run_dir.glob(f"{CHECKPOINTS}/step_*")), default="no checkpoint yet"
+            )
+            error.add_note(f"what is finished stays ({saved}); once that is mended, continue with --resume")
+        raise
+    show(_summary(summary))
+    return ExitCode.DONE if summary.stopped_by is None else SIGNALLED + summary.stopped_by
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rhythm-train",
+        usage="rhythm-train CONFIG [key=value …] [--resume] [--dry-run]",
+        description="Train a policy with GRPO, its token credit taken from attention statistics.",
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, for example optimizer.lr=1e-5")
+    parser.add_argument("--resume", action="store_true", help="continue the run in its directory, or start it there")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, batch sizes and a cluster's plan"
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="print this, with every key and its default")
+    return parser
+
+
+def _help(path: Path | None, overrides: Sequence[str]) -> str:
+    """With a configuration: its values as defaults, and the options of its task."""
+    config = None if path is None else load_config(path, overrides)
+    source = "defaults" if path is None else f"values of {path}"
+    keys = describe(list(config_keys(config)))
+    return f"{_parser().format_help()}\nkeys of the configuration, their types and {source}:\n{keys}"
+
+
+def _dry_run(config: TrainConfig) -> str:
+    """YAML, what follows from it in comments."""
+    batch = config.batch
+    return (
+        f"{dump_config(config)}"
+        "# derived\n"
+        f"# batch size: {batch.prompts_per_batch} prompts × {batch.responses_per_prompt} responses"
+        f" = {batch.batch_size} responses\n"
+        f"# gradient steps a batch: {batch.batch_size} / {batch.mini_batch_size} = {batch.gradient_steps}\n"
+        f"# passes a gradient step: {batch.mini_batch_size} / {batch.micro_batch_size}"
+        f" = {batch.micro_batches}\n"
+        f"# gradient steps of the run: {config.steps} × {batch.gradient_steps}"
+        f" = {config.steps * batch.gradient_steps}\n"
+        f"# run directory: {config.run_dir}"
+        f"{_plan(config)}"
+    )
+
+
+def _plan(config: TrainConfig) -> str:
+    """What a cluster would do, in comments; nothing without one."""
+    if config.cluster is None:
+        return ""
+    try:
+        lines = plan(config, config.cluster).splitlines()
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    return "".join(f"\n# {line}" for line in lines)
+
+
+def _summary(summary: RunSummary) -> str:
+    lines = []
+    if summary.stopped_by is not None:
+        lines.append(
+            f"stopped by {summary.stopped_by.name} after step {summary.step}; saved in "
+            f"{summary.run_dir / 'checkpoints'}; continue with --resume"
+        )
+    lines.append(f"accuracy at the start   {_percent(summary.start_accuracy)}")
+    if not math.isnan(summary.final_accuracy):
+        lift = 100 * (summary.final_accuracy - summary.start_accuracy)
+        lines.append(f"accuracy after step {summary.step:<4}{_percent(summary.final_accuracy)}")
+        lines.append(f"lift                    {lift:+.1f} points")
+    lines.append(f"best accuracy           {_percent(summary.best_accuracy)} after step {summary.best_step}")
+    lines.append(f"report                  {summary.report}")
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _log_to(console: Console) -> None:
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""The three interfaces over groups of processes: what is lost is started again, with the weights it should have."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from rhythm.cluster.errors import LostError, TrainLostError
+from rhythm.cluster.hosts import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
+from rhythm.cluster.rpc import Worker, call, collect
+from rhythm.cluster.session import Session
+from rhythm.cluster.utilization import Rates
+from rhythm.credit.heads import HeadGroups, select_heads
+from rhythm.credit.signals import RhythmSignals
+from rhythm.engines.batches import concatenate, take_rows
+from rhythm.engines.interfaces import (
+    LogProbs,
+    NonFiniteError,
+    Rollout,
+    SamplingConfig,
+    StepMetrics,
+    TapConfig,
+    TrainBatch,
+)
+
+log = logging.getLogger(__name__)
+
+Spec = TypeVar("Spec")
+
+
+class ClusterTrain:
+    """actor_train: every rank is called with the same arguments, and rank 0 answers.
+
+    Raises TrainLostError, whatever is asked, when a rank is lost; nothing of the group is left then.
+    """
+
+    def __init__(self, session: Session, spec: TrainSpec, rates: Rates) -> None:
+        self._session = session
+        self._deadlines = session.config.deadlines
+        self._rates = rates
+        self.statistics_seconds = 0.0
+        try:
+            self.ranks = session.start("actor_train")
+        except LostError as error:
+            raise TrainLostError("starting actor_train", error.lost) from error
+        (address, port), *_ = self.ask("meeting_point", seconds=self._deadlines.start, ranks=self.ranks[:1])
+        self._each(
+            [("build", spec, rank, address, port) for rank in range(len(self.ranks))],
+            seconds=self._deadlines.start,
+            task="building actor_train",
+        )
+
+    def log_probs(
+        self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None
+    ) -> tuple[LogProbs, RhythmSignals | None]:
+        """See rhythm.engines.interfaces.Train."""
+        (found, signals, seconds), *_ = self.ask(
+            "log_probs", rollout, tap, groups, seconds=self._deadlines.log_probs, tokens=int(rollout.lens.sum())
+        )
+        self._rates.statistics += seconds
+        self.statistics_seconds = seconds
+        return found, signals
+
+    def reference_log_probs(self, rollout: Rollout) -> Tensor:
+        """See rhythm.engines.interfaces.Train."""
+        tokens = int(rollout.lens.sum())
+        found: Tensor = self.ask("reference_log_probs", rollout, seconds=self._deadlines.log_probs, tokens=tokens)[0]
+        return found
+
+    def step(self, batch: TrainBatch) -> StepMetrics:
+        """See rhythm.engines.interfaces.Train."""
+        tokens = int(batch.rollout.lens.sum())
+        taken: StepMetrics | NotFinite = self.ask("step", batch, seconds=self._deadlines.step, tokens=tokens)[0]
+        if isinstance(taken, NotFinite):
+            raise NonFiniteError(taken.what, taken.value, batch)
+        return taken
+
+    def weights(self) -> dict[str, Tensor]:
+        """See rhythm.engines.interfaces.Train. All of them come to the driver: pushes don't go this way."""
+        found: dict[str, Tensor] = self.ask("weights", seconds=self._deadlines.push)[0]
+        return found
+
+    def save(self, directory: Path) -> None:
+        """See rhythm.engines.interfaces.Train."""
+        self.ask("save", directory.resolve(), seconds=self._deadlines.checkpoint)
+
+    def load(self, directory: Path) -> None:
+        """See rhythm.engines.interfaces.Train."""
+        self.ask("load", directory.resolve(), seconds=self._deadlines.checkpoint)
+
+    def ask(
+        self, method: str, *arguments: Any, seconds: float, tokens: int = 0, ranks: Sequence[Worker] | None = None
+    ) -> list[Any]:
+        """Call a method on all ranks, or on `ranks`; their results."""
+        workers = self.ranks if ranks is None else ranks
+        return self._each(
+            [(method, *self._session.shared(arguments))] * len(workers),
+            seconds=seconds,
+            task=f"actor_train.{method}",
+            tokens=tokens,
+            workers=workers,
+        )
+
+    def _each(
+        self,
+        calls: Sequence[tuple[Any, ...]],
+        *,
+        seconds: float,
+        task: str,
+        tokens: int = 0,
+        workers: Sequence[Worker] | None = None,
+    ) -> list[Any]:
+        workers = self.ranks if workers is None else workers
+        started = time.perf_counter()
+        pending = {worker: worker.submit(*each) for worker, each in zip(workers, calls, strict=True)}
+        outcome = collect(pending, seconds, task, together=True)
+        if outcome.lost:
+            self.give_up(task, outcome.lost)
+        for reply in outcome.replies.values():
+            self._rates.worked("train", reply.seconds)
+        if tokens:
+            self._rates.processed("train", tokens, time.perf_counter() - started)
+        return [outcome.replies[worker].value for worker in workers]
+
+    def give_up(self, task: str, lost: Mapping[Worker, str]) -> None:
+        """Kill what is left of the group, and raise TrainLostError."""
+        self._session.stop(self.ranks)
+        raise TrainLostError(task, {worker.name: why for worker, why in lost.items()})
+
+
+class Replicas(Generic[Spec]):
+    """Processes of a role that can each be lost and started again without the others.
+
+    refill: pushes the trainer's weights, as of the version the role has, into a replica.
+    """
+
+    def __init__(self, session: Session, role: str, spec: Spec, rates: Rates) -> None:
+        self._session = session
+        self._role = role
+        self._spec = spec
+        self._rates = rates
+        self.workers: list[Worker] = session.start(role)
+        self.version = 0
+        self.refill: Callable[[], None] = _nothing_to_refill_from
+        self._build(range(len(self.workers)))
+
+    def each(self, calls: Mapping[int, tuple[Any, ...]], *, seconds: float) -> dict[int, Any]:
+        """Call the replicas of these indices; a lost one is started again and its call repeated.
+
+        Raises LostError once the run has restarted more of the role's replicas than it may.
+        """
+        results: dict[int, Any] = {}
+        while left := {index: calls[index] for index in calls if index not in results}:
+            task = f"{self._role}.{next(iter(left.values()))[0]}"
+            pending = {self.workers[index]: self.workers[index].submit(*each) for index, each in left.items()}
+            outcome = collect(pending, seconds, task)
+            for index in left:
+                reply: Reply | None = outcome.replies.get(self.workers[index])
+                if reply is not None:
+                    results[index] = reply.value
+                    self._rates.worked(self.workers[index].role, reply.seconds)
+            if outcome.lost:
+                self.replace(task, outcome.lost)
+                self.refill()
+        return results
+
+    def replace(self, task: str, lost: Mapping[Worker, str], *, everyone: bool = False) -> None:
+        """Start the lost ones again, or with `everyone` the others too, on the weights the run started from.
+
+        Raises LostError once more were lost than cluster.max_restarts.
+        """
+        allowed = self._session.config.max_restarts
+        for worker in (worker for worker in self.workers if worker in lost):
+            log.warning("%s: %s %s; starting it again", task, worker.name, lost[worker])
+            if self._rates.restarted(worker.role) > allowed:
+                raise LostError(f"{task}, after cluster.max_restarts = {allowed} restarts", {worker.name: lost[worker]})
+        indices = [index for index, worker in enumerate(self.workers) if everyone or worker in lost]
+        self._session.stop([self.workers[index] for index in indices])
+        for index, worker in zip(indices, self._session.start(self._role, indices), strict=True):
+            self.workers[index] = worker
+        self._build(indices)
+
+    def _build(self, indices: Sequence[int]) -> None:
+        workers = [self.workers[index] for index in indices]
+        task = f"building {self._role}"
+        outcome = call(
+            workers, "build", self._spec, seconds=self._session.config.deadlines.start, task=task, together=False
+        )
+        if outcome.lost:
+            raise LostError(task, {worker.name: why for worker, why in outcome.lost.items()})
+
+
+class ClusterInfer(Replicas[InferSpec]):
+    """actor_infer: replicas that share a batch's prompts, in order."""
+
+    def __init__(self, session: Session, spec: InferSpec, rates: Rates, *, takes_turns: bool) -> None:
+        """`takes_turns`: sleep whenever not generating, as the trainer needs the same GPUs."""
+        super().__init__(session, "actor_infer", spec, rates)
+        self._takes_turns = takes_turns
+        self._asleep = False
+        self.sleep()
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
+        """See rhythm.engines.interfaces.Infer. The same call gives the same rollout with as many replicas."""
+        self.wake()
+        started = time.perf_counter()
+        parts = [list(part) for part in torch.arange(len(prompts)).tensor_split(len(self.workers)) if len(part)]
+        calls = {
+            index: ("generate", [list(prompts[int(i)]) for i in part], n, sampling, part_seed(seed, index))
+            for index, part in enumerate(parts)
+        }
+        found = self.each(calls, seconds=self._session.config.deadlines.generate)
+        rollouts = [replace(found[index], group=found[index].group + int(part[0])) for index, part in enumerate(parts)]
+        rollout = concatenate(rollouts, self._spec.pad_id)
+        self._rates.processed("infer", int(rollout.response_mask.sum()), time.perf_counter() - started)
+        self.sleep()
+        return rollout
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Not this way: a cluster's weights go from process to process."""
+        raise NotImplementedError("weights of a cluster are pushed, by rhythm.cluster.weight_sync.Pusher")
+
+    def sleep(self) -> None:
+        """Leave the GPUs to the trainer, where they are shared."""
+        self._turn("sleep", True)
+
+    def wake(self) -> None:
+        """Take them back."""
+        self._turn("wake", False)
+
+    def _turn(self, method: str, asleep: bool) -> None:
+        if not self._takes_turns or self._asleep == asleep:
+            return
+        self._asleep = asleep
+        indices = range(len(self.workers))
+        self.each({index: (method,) for index in indices}, seconds=self._session.config.deadlines.push)
+
+
+class ClusterAttn(Replicas[AttnSpec]):
+    """actor_attn: replicas that share a batch's responses."""
+
+    def __init__(self, session: Session, spec: AttnSpec, rates: Rates) -> None:
+        super().__init__(session, "actor_attn", spec, rates)
+
+    def signals(self, rollout: Rollout, groups: HeadGroups | None = None) -> RhythmSignals:
+        """See rhythm.engines.interfaces.Attn. Groups that responses share are chosen over all of them."""
+        started = time.perf_counter()
+        found = self._signals(rollout, groups)
+        tap = self._spec.tap
+        if groups is None and tap.grouping != "sequence":
+            chosen = select_heads(found.span, tap.quantile, per="batch")
+            found = self._signals(rollout, HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1]))
+        seconds = time.perf_counter() - started
+        self._rates.processed("attn", int(rollout.lens.sum()), seconds)
+        self._rates.statistics += seconds
+        return found
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Not this way: a cluster's weights go from process to process."""
+        raise NotImplementedError("weights of a cluster are pushed, by rhythm.cluster.weight_sync.Pusher")
+
+    def _signals(self, rollout: Rollout, groups: HeadGroups | None) -> RhythmSignals:
+        rows = torch.arange(len(rollout.prompt_lens)).tensor_split(len(self.workers))
+        calls = {index: ("signals", take_rows(rollout, part), groups) for index, part in enumerate(rows) if len(part)}
+        found = self.each(calls, seconds=self._session.config.deadlines.log_probs)
+        return _joined([found[index] for index in calls])
+
+
+def part_seed(seed: int, part: int) -> int:
+    """The seed of a replica's part of a rollout; the first has the rollout's own, so that one replica draws what a
+    single engine would.
+    """
+    if part == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/replica/{part}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _joined(parts: Sequence[RhythmSignals]) -> RhythmSignals:
+    """The rows of all parts, which are of the same width."""
+    return RhythmSignals(
+        waad=torch.cat([part.waad for part in parts]),
+        fai=torch.cat([part.fai for part in parts]),
+        entropy=None,
+        span=torch.cat([part.span for part in parts]),
+        groups=HeadGroups(
+            local=torch.cat([part.groups.local for part in parts]),
+            global_=torch.cat([part.groups.global_ for part in parts]),
+        ),
+    )
+
+
+def _nothing_to_refill_from() -> None:
+    """Before there is a trainer, a replica's weights are those it was built with."""

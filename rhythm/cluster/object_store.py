@@ -1,0 +1,73 @@
+"""Weights through Ray's object store, into a transformers model: for engines that have no way of their own.
+
+What crosses is one flat array of bytes a bucket, with names, types, shapes and offsets beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor, nn
+
+from rhythm.engines.transfer import Bucket, WeightSender
+
+
+class ObjectStoreSender(WeightSender):
+    """The trainer's end."""
+
+    def stage(self, bucket: Bucket) -> dict[str, Any]:
+        """Put a bucket into the store, where it stays until the next one was staged and all readers are done."""
+        ready = self._ready(bucket)
+        flat = torch.cat([tensor.cpu().reshape(-1).view(torch.uint8) for _, tensor in ready])
+        # In a list: Ray would otherwise fetch the content for whoever hands the reference on.
+        self._reference = [ray.put(flat.numpy())]
+        return {
+            "names": [name for name, _ in ready],
+            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in ready],
+            "shapes": [list(tensor.shape) for _, tensor in ready],
+            "flat": self._reference,
+        }
+
+
+class ModelReader:
+    """The end of a transformers model: copies weights in by name, and knows when all of them came."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own: dict[str, Tensor] = model.state_dict()
+        self._missing: set[int] = set()
+        self._version = 0
+
+    def start_push(self) -> None:
+        """Weights follow."""
+        self._missing = {tensor.data_ptr() for tensor in self._own.values()}
+
+    @torch.no_grad()
+    def receive(self, info: Mapping[str, Any]) -> None:
+        """Copy one bucket in, converting type and device.
+
+        Raises ValueError for a name that the model hasn't got and for another shape.
+        """
+        flat = torch.from_numpy(np.array(ray.get(info["flat"][0])))  # a copy: the store's memory is read-only
+        at = 0
+        for name, dtype_name, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
+            dtype = getattr(torch, dtype_name)
+            size = torch.Size(shape).numel() * dtype.itemsize
+            own = self._own.get(name)
+            if own is None or list(own.shape) != shape:
+                raise ValueError(f"weights: {name} has shape {shape}, the model's {None if own is None else own.shape}")
+            own.copy_(flat[at : at + size].clone().view(dtype).view(shape))
+            self._missing.discard(own.data_ptr())
+            at += size
+
+    def finish_push(self, version: int) -> None:
+        """Raises ValueError if `version` falls, or a weight did not come; a tied one comes under either name."""
+        if version < self._version:
+            raise ValueError(f"version is {version}: must not fall below the {self._version} the model already has")
+        if self._missing:
+            names = [name for name, tensor in self._own.items() if tensor.data_ptr() in self._missing]
+            raise ValueError(f"weights: {len(names)} are missing from the push, among them {names[:5]}")
+        self._version = version

@@ -1,0 +1,150 @@
+"""What a run's roles allocate on each GPU, and whether it fits.
+
+Numbers of bytes are those of what is allocated by name: weights, gradients, optimizer, activations, KV cache.
+What CUDA, NCCL and fragmentation take comes on top, about 2 GiB a process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.plan.dimensions import Dimensions, Workload
+from rhythm.engines.head import SLICE
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class TrainMemory:
+    """Bytes on the fullest rank of actor_train.
+
+    weights: in the forward pass's type; gradients: fp32; optimizer: fp32 master weights and AdamW's two
+    moments; reference: a frozen copy for the KL term; activations: of one micro-batch of the longest
+    responses.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+
+    @property
+    def resident(self) -> int:
+        """What stays while actor_infer generates."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def total(self) -> int:
+        """While it trains."""
+        return self.resident + self.activations
+
+
+@dataclass(frozen=True)
+class InferMemory:
+    """Bytes on each GPU of a replica of actor_infer. token: of the KV cache, for one token."""
+
+    weights: int
+    kv_cache: int
+    token: int
+
+    @property
+    def total(self) -> int:
+        """While it generates."""
+        return self.weights + self.kv_cache
+
+    @property
+    def tokens(self) -> int:
+        """That the KV cache holds."""
+        return self.kv_cache // self.token
+
+
+def train_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> TrainMemory:
+    """Of a rank on the first pipeline stage, which has the input embedding and the most micro-batches alive."""
+    train = cluster.train
+    embeddings = model.embedding_parameters * (1 if model.tied or train.pipeline > 1 else 2)
+    layers = model.layers // train.pipeline
+    parameters = (layers * model.layer_parameters + embeddings) // train.tensor
+    shared_by = train.data if train.distributed_optimizer else 1
+    master = 0 if work.value_bytes == 4 else 4
+    return TrainMemory(
+        weights=parameters * work.value_bytes,
+        gradients=parameters * 4,
+        optimizer=parameters * (8 + master) // shared_by,
+        reference=parameters * work.value_bytes * work.reference,
+        activations=_activations(cluster, work, model, layers),
+    )
+
+
+def infer_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> InferMemory:
+    """vLLM takes its share of the GPU and gives the KV cache what the weights leave."""
+    infer = cluster.infer
+    weights = model.parameters * work.value_bytes // infer.tensor_parallel_size
+    if infer.engine == "transformers":
+        kv_cache = 0  # as large as the responses it generates at a time, and gone after them
+    elif infer.kv_cache_gib is not None:
+        kv_cache = int(infer.kv_cache_gib * GIB)
+    else:
+        kv_cache = max(0, int(infer.gpu_memory_utilization * cluster.gpu_memory_gib * GIB) - weights)
+    return InferMemory(weights, kv_cache, model.kv_values(infer.tensor_parallel_size) * work.value_bytes)
+
+
+def attn_memory(model: Dimensions) -> int:
+    """Bytes of an actor_attn: its float32 weights; activations of a layer at a time come on top."""
+    return model.parameters * 4
+
+
+def memory_faults(cluster: ClusterConfig, work: Workload, model: Dimensions) -> list[str]:
+    """What doesn't fit on a GPU, naming the keys to turn; nothing where everything is on CPUs."""
+    if cluster.gpus == 0:
+        return []
+    whole = int(cluster.gpu_memory_gib * GIB)
+    train, infer = train_memory(cluster, work, model), infer_memory(cluster, work, model)
+    faults = []
+    if train.total > whole:
+        faults.append(
+            f"cluster.gpu_memory_gib is {cluster.gpu_memory_gib:g}: actor_train needs {gib(train.total)} on a GPU; "
+            "raise cluster.train.tensor, pipeline or data, turn on cluster.train.recompute, or lower "
+            "batch.micro_batch_size"
+        )
+    if cluster.infer.engine == "vllm" and infer.tokens < cluster.max_length:
+        faults.append(
+            f"cluster.infer.gpu_memory_utilization is {_share(cluster)}: {gib(infer.kv_cache)} are left for the "
+            f"KV cache, {infer.tokens} tokens; one response of cluster.max_length = {cluster.max_length} must fit"
+        )
+    if cluster.placement == "colocated" and train.resident + infer.total > whole:
+        faults.append(
+            f"cluster.infer.gpu_memory_utilization is {_share(cluster)}: beside actor_train's "
+            f"{gib(train.resident)}, which stay on the GPU, actor_infer's {gib(infer.total)} don't fit into "
+            f"{cluster.gpu_memory_gib:g} GiB"
+        )
+    return faults
+
+
+def gib(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _activations(cluster: ClusterConfig, work: Workload, model: Dimensions, layers: int) -> int:
+    """About what the backward pass needs of one micro-batch: with recomputation each layer's input and one
+    layer whole. The pipeline keeps as many micro-batches alive as it has stages. On top, two fp32 copies of the logits
+    that exist at once and one in the forward pass's type, and the gradient of the output embedding."""
+    train = cluster.train
+    tokens = work.micro_batch_size * cluster.max_length
+    width = model.hidden_size
+    # Of a layer, in values a token: two norms' inputs and outputs and two residuals at full width; Q, K, V, the
+    # attention's output and the MLP's three intermediate results, each of them shared by the tensor ranks.
+    heads = (2 * model.query_heads + 2 * model.key_heads) * model.head_size
+    one_layer = 6 * width + (heads + 3 * model.mlp_size) // train.tensor
+    kept = layers * width + one_layer if train.recompute else layers * one_layer
+    entries = model.vocabulary // train.tensor
+    logits = (2 * 4 + work.value_bytes) * min(work.token_chunk, tokens) * min(entries, SLICE)
+    head = entries * width * work.value_bytes
+    return kept * tokens * work.value_bytes * train.pipeline + logits + head
+
+
+def _share(cluster: ClusterConfig) -> str:
+    """gpu_memory_utilization as it was written."""
+    return f"{cluster.infer.gpu_memory_utilization:g}"

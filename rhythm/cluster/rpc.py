@@ -1,0 +1,122 @@
+"""Calls to processes of the cluster: each with a deadline, and with the traceback of what goes wrong there."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, TaskUnschedulableError
+
+from rhythm.cluster.errors import RemoteError
+from rhythm.cluster.hosts import Reply
+
+GRACE_SECONDS = 10.0
+"""After an exception in one of several processes that work together: how long the death of another, which may be
+its cause, has to show."""
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process. name: in messages; role: train, infer or attn; node and pid: once it is known where it runs."""
+
+    name: str
+    role: str
+    actor: Any
+    pid: int | None = None
+    node: str = ""
+
+    def submit(self, method: str, *arguments: Any) -> Any:
+        """Start a method; the reference to wait for with `collect`."""
+        return self.actor.call.remote(method, *arguments)
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing."""
+        ray.kill(self.actor, no_restart=True)
+        if self.pid is not None and self.node == socket.gethostname():  # also where it is stopped, and deaf to Ray
+            try:
+                os.kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+
+@dataclass
+class Outcome:
+    """Of one call to each of some workers. lost: those that died or missed the deadline, and why."""
+
+    replies: dict[Worker, Reply] = field(default_factory=dict)
+    lost: dict[Worker, str] = field(default_factory=dict)
+
+
+def collect(pending: Mapping[Worker, Any], seconds: float, task: str, *, together: bool = False) -> Outcome:
+    """Wait for all calls. A worker that misses the deadline is killed.
+
+    `together`: the workers wait for each other, so the loss of one ends the wait for the rest.
+
+    Raises RemoteError for an exception in a worker; with `together` only if no other was lost, for its peers'
+    exceptions are then but a consequence.
+    """
+    outcome, errors = Outcome(), list[tuple[Worker, str]]()
+    waiting = {reference: worker for worker, reference in pending.items()}
+    end = time.monotonic() + seconds
+    while waiting and not (together and outcome.lost):
+        left = end - time.monotonic()
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=max(0.0, left))
+        if not ready:
+            break
+        worker = waiting.pop(ready[0])
+        try:
+            outcome.replies[worker] = ray.get(ready[0])
+        except (RayActorError, TaskUnschedulableError) as error:
+            outcome.lost[worker] = f"died: {_short(error)}"
+        except RayTaskError as error:
+            errors.append((worker, _trace(error)))
+            if together:
+                end = min(end, time.monotonic() + GRACE_SECONDS)
+    if not together or not (errors or outcome.lost):
+        for worker in waiting.values():
+            worker.kill()
+            outcome.lost[worker] = f"did not answer within {seconds:g} s, and was killed"
+    if errors and not (together and outcome.lost):
+        raise RemoteError("\n".join(f"{task}: {worker.name} failed:\n{trace}" for worker, trace in errors))
+    return outcome
+
+
+def call(workers: Sequence[Worker], method: str, *arguments: Any, seconds: float, task: str, together: bool) -> Outcome:
+    """The same call to all of them."""
+    return collect({w: w.submit(method, *arguments) for w in workers}, seconds, task, together=together)
+
+
+def identify(workers: Sequence[Worker], seconds: float) -> Outcome:
+    """Wait until the processes are up, and note where they run."""
+    end = time.monotonic() + seconds
+    pending = {worker: worker.actor.identify.remote() for worker in workers}
+    outcome = Outcome()
+    for worker, reference in pending.items():
+        try:
+            worker.node, worker.pid = ray.get(reference, timeout=max(0.0, end - time.monotonic()))
+        except RayActorError as error:
+            outcome.lost[worker] = f"died: {_short(error)}"
+        except GetTimeoutError:
+            worker.kill()
+            outcome.lost[worker] = f"did not come up within {seconds:g} s, and was killed"
+    return outcome
+
+
+def _short(error: Exception) -> str:
+    """Ray's reason without its advice."""
+    return " ".join(str(error).split()).partition(" Some common causes")[0]
+
+
+def _trace(error: RayTaskError) -> str:
+    """The traceback from there, without Ray's colours and marks under it."""
+    plain = _COLOURS.sub("", str(error)).splitlines()
+    return "\n".join(line for line in plain if line.strip(" ^~"))

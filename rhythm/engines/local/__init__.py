@@ -1,0 +1,1 @@
+"""Engines of one machine: transformers generates, torch trains, `observe` reads attention."""

@@ -1,0 +1,166 @@
+"""Infer by transformers: model.generate on left-padded prompts, its log-probs picked up while it samples.
+
+Shape suffixes: B responses, P positions of the padded prompts, G generated positions, T positions of the
+rollout, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from rhythm.engines.batches import concatenate
+from rhythm.engines.head import exact_head
+from rhythm.engines.interfaces import Rollout, SamplingConfig
+from rhythm.engines.local.weights import take_over
+
+
+class GenerateInfer:
+    """Responses by transformers' generate, in the type the model has; logits are an fp32 product even so, as the
+    trainer's are.
+
+    The model may be the trainer's own: then `update_weights` finds nothing to copy and one set of weights
+    serves both. Each call seeds torch's global generators inside a fork, so a rollout is a function of
+    weights, prompts and seed, and what else draws random numbers is not disturbed.
+    """
+
+    def __init__(self, model: Any, *, end_ids: Sequence[int], pad_id: int) -> None:
+        """`model`: a causal transformers model; `end_ids`: a response ends with the first of these."""
+        if not end_ids:
+            raise ValueError("end_ids is empty: a response must be able to end")
+        self._model = model
+        self._end_ids = list(end_ids)
+        self._pad_id = pad_id
+        self._version = 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
+        """`n` responses to each prompt, on the model's device.
+
+        Raises ValueError without prompts, for an empty prompt, and for n < 1.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}: must be at least 1")
+        if not prompts or not all(prompts):
+            raise ValueError("prompts: must hold at least one prompt, and no empty one")
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        chunks = [rows[i : i + sampling.rows_at_once] for i in range(0, len(rows), sampling.rows_at_once)]
+        device = self._model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            parts = [self._sample(chunk, sampling) for chunk in chunks]
+        group_B = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        return replace(concatenate(parts, self._pad_id), group=group_B)
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copy in what is not this model's own already. Raises ValueError if `version` falls."""
+        self._version = take_over(self._model, weights, version, self._version)
+
+    @torch.no_grad()
+    def _sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Rollout:
+        model = self._model
+        width = max(map(len, prompts))
+        ids_BP = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+        prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
+        mask_BP = torch.arange(width, device=model.device) >= width - prompt_lens_B[:, None]
+        recorder = _LogProbRecorder(sampling.temperature or 1.0)
+        was_training = model.training
+        model.eval()
+        with _own_generation_config(model), exact_head(model):
+            sequences = model.generate(
+                input_ids=ids_BP,
+                attention_mask=mask_BP.long(),
+                generation_config=self._generation_config(sampling),
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+        model.train(was_training)
+        return _right_padded(
+            sequences,
+            recorder.logprobs(sequences[:, width:]),
+            prompt_lens_B,
+            width,
+            self._end_ids,
+            self._pad_id,
+        )
+
+    def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
+        greedy = sampling.temperature == 0
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        return GenerationConfig(
+            do_sample=not greedy,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self._end_ids,
+            pad_token_id=self._pad_id,
+            **({} if greedy else drawn),
+        )
+
+
+class _LogProbRecorder(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+    """Log-probs of the sampled tokens, holding one step's logits at a time instead of all of them.
+
+    It sees the logits before the token is drawn, so it learns each token from the call after it, and the last
+    one from the finished sequences.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._log_softmax_BV: Tensor | None = None
+        self._picked: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._pick(input_ids[:, -1])
+        self._log_softmax_BV = torch.log_softmax(scores.float() / self._temperature, dim=-1)
+        return scores
+
+    def logprobs(self, response_BG: Tensor) -> Tensor:
+        """fp32 [B, G]."""
+        if len(self._picked) < response_BG.shape[1]:  # generate may run a step ahead of the end and undo it
+            self._pick(response_BG[:, -1])
+        return torch.stack(self._picked[: response_BG.shape[1]], dim=1)
+
+    def _pick(self, token_B: Tensor) -> None:
+        if self._log_softmax_BV is not None:
+            self._picked.append(self._log_softmax_BV.gather(1, token_B[:, None])[:, 0])
+
+
+@contextmanager
+def _own_generation_config(model: Any) -> Iterator[None]:
+    """Keep the checkpoint's sampling defaults (top-k 20, a repetition penalty …) out: only ours count."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def _right_padded(
+    sequences: Tensor, logprobs_BG: Tensor, prompt_lens_B: Tensor, width: int, end_ids: list[int], pad_id: int
+) -> Rollout:
+    """Left-padded prompts followed by responses → prompt, response, padding."""
+    response_BG = sequences[:, width:]
+    ends_BG = torch.isin(response_BG, torch.tensor(end_ids, device=sequences.device))
+    finished_B = ends_BG.any(dim=1)
+    generated = response_BG.shape[1]
+    response_lens_B = torch.where(finished_B, ends_BG.int().argmax(dim=1) + 1, generated)
+
+    lens_B = prompt_lens_B + response_lens_B
+    t = torch.arange(int(lens_B.max()), device=sequences.device)
+    attention_mask = t < lens_B[:, None]
+    response_mask = attention_mask & (t >= prompt_lens_B[:, None])
+    source_BT = (t + width - prompt_lens_B[:, None]).clamp(max=sequences.shape[1] - 1)
+    input_ids = torch.where(attention_mask, sequences.gather(1, source_BT), pad_id)
+    picked_BT = logprobs_BG.gather(1, (source_BT - width).clamp(min=0))
+    return Rollout(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        response_mask=response_mask,
+        prompt_lens=prompt_lens_B,
+        group=torch.zeros_like(prompt_lens_B),
+        logprobs=torch.where(response_mask, picked_BT, 0.0),
+        finished=finished_B,
+    )

@@ -1,0 +1,226 @@
+"""Train by plain torch: AdamW over float32 weights, the policy loss of rhythm.credit.loss, accumulated gradients."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from rhythm.credit.heads import HeadGroups
+from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
+from rhythm.credit.signals import RhythmSignals
+from rhythm.engines.batches import micro_batches, take_rows, trim
+from rhythm.engines.head import output_head
+from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TapConfig, TrainBatch
+from rhythm.engines.local.attn import SignalRows, autocast, shared_groups, tap_options
+from rhythm.engines.local.logprobs import check_output_head, response_logprobs
+from rhythm.engines.local.weights import take_over
+from rhythm.engines.watch import DeviceWatch
+from rhythm.tap.attention_tap import AttentionTap
+
+_OPTIMIZER_FILE = "optimizer.pt"
+
+
+class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
+    """AdamW and its learning rate."""
+
+    lr: float = Field(default=1e-6, gt=0, allow_inf_nan=False, description="learning rate after the warm-up")
+    warmup_steps: int = Field(default=0, ge=0, description="gradient steps over which it rises linearly; then constant")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of AdamW's two moments")
+    eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="added to AdamW's denominator")
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="decoupled weight decay")
+    max_grad_norm: float = Field(
+        default=1.0,
+        gt=0,
+        description="gradients are scaled down to this norm; .inf to leave them as they are",
+    )
+    token_chunk: int = Field(default=4096, ge=1, description="tokens whose logits exist at once; a limit on memory")
+
+    def learning_rate(self, gradient_step: int) -> float:
+        """Of gradient step 0, 1, …: linear to `lr`, reached at step warmup_steps, then constant."""
+        return self.lr * min(1.0, (gradient_step + 1) / (self.warmup_steps + 1))
+
+
+class TorchTrain:
+    """A causal transformers model in float32 and its optimizer, on one device.
+
+    Rows are sorted by length before they are cut into micro-batches, and each micro-batch is as wide as its
+    longest row.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        optimizer: OptimizerConfig,
+        loss: LossConfig,
+        temperature: float,
+        micro_batch_size: int,
+        precision: torch.dtype = torch.float32,
+        reference: Any | None = None,
+    ) -> None:
+        """`reference`: a frozen model for the KL term. `precision`: type of autocast; float32 is none.
+
+        Raises ValueError for a model whose logits are more than its output embedding of the last layer, or whose output
+        embedding is no plain linear layer.
+        """
+        check_output_head(model)
+        output_head(model)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._config = optimizer
+        self._loss = loss
+        self._temperature = temperature
+        self._micro_batch_size = micro_batch_size
+        self._precision = precision
+        self._reference = reference
+        self._gradient_steps = 0
+        self.statistics_seconds = 0.0
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    @torch.no_grad()
+    def log_probs(
+        self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None
+    ) -> tuple[LogProbs, RhythmSignals | None]:
+        """See rhythm.engines.interfaces.Train."""
+        self._model.eval()
+        self.statistics_seconds = 0.0
+        if tap is None:
+            return self._log_probs(self._model, rollout), None
+        watch = DeviceWatch(self._model.device)
+        if groups is None:
+            with watch, autocast(self._model, self._precision):
+                groups = shared_groups(self._model, rollout, tap, self._micro_batch_size)
+        rows = SignalRows(rollout)
+        found = self._log_probs(self._model, rollout, tap, groups, rows, watch)
+        self.statistics_seconds = watch.seconds
+        return found, replace(rows.joined(), entropy=found.entropy)
+
+    @torch.no_grad()
+    def reference_log_probs(self, rollout: Rollout) -> Tensor:
+        """See rhythm.engines.interfaces.Train. Raises RuntimeError where there is no reference model."""
+        if self._reference is None:
+            raise RuntimeError("this engine was made without a reference model")
+        return self._log_probs(self._reference, rollout).logprobs
+
+    def step(self, batch: TrainBatch) -> StepMetrics:
+        """See rhythm.engines.interfaces.Train."""
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        totals = BatchTotals.of(batch.rollout.response_mask)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for index, width in micro_batches(batch.rollout, self._micro_batch_size):
+            sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
+        if not math.isfinite(grad_norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError("gradient norm", grad_norm, batch)
+        lr = self._config.learning_rate(self._gradient_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._gradient_steps += 1
+        loss, clip_share, approx_kl, kl = sums.tolist()
+        return StepMetrics(
+            loss=loss,
+            clip_share=clip_share,
+            approx_kl=approx_kl,
+            kl=kl if batch.reference_logprobs is not None else math.nan,
+            grad_norm=grad_norm,
+            lr=lr,
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """See rhythm.engines.interfaces.Train."""
+        state: dict[str, Tensor] = self._model.state_dict()
+        return state
+
+    def save(self, directory: Path) -> None:
+        """Write a transformers checkpoint (safetensors, configuration, tokenizer) and optimizer.pt."""
+        self._model.save_pretrained(directory)
+        self._tokenizer.save_pretrained(directory)
+        state = {"optimizer": self._optimizer.state_dict(), "gradient_steps": self._gradient_steps}
+        torch.save(state, directory / _OPTIMIZER_FILE)
+
+    def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote, bit for bit."""
+        # Copied into memory of torch's own: a mapped file may be aligned differently, and sums then ordered
+        # differently. The model's own class, so that no code of the checkpoint's is looked for.
+        saved = type(self._model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        take_over(self._model, saved.state_dict(), 0, 0)
+        state = torch.load(directory / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._gradient_steps = state["gradient_steps"]
+
+    def _accumulate(self, micro: TrainBatch, totals: BatchTotals, batch: TrainBatch) -> Tensor:
+        """Add a micro-batch's part to the gradients; returns its part of loss, clip share and the two KLs."""
+        with autocast(self._model, self._precision):
+            now = self._response_logprobs(self._model, micro.rollout)
+        out = policy_loss(
+            now.logprobs,
+            micro.old_logprobs,
+            micro.advantages,
+            micro.rollout.response_mask,
+            self._loss,
+            totals=totals,
+            ref_logprobs_BT=micro.reference_logprobs,
+            entropy_BT=now.entropy if self._loss.entropy_coef else None,
+        )
+        loss = float(out.loss.detach())
+        if not math.isfinite(loss):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError("loss", loss, batch)
+        torch.autograd.backward(out.loss)
+        kl = torch.zeros(()) if out.reference_kl is None else out.reference_kl
+        parts = torch.stack([out.clip_share.detach(), out.approx_kl.detach(), kl.to(out.loss.device)])
+        return torch.cat([torch.tensor([loss], dtype=torch.float64), parts.double().cpu()])
+
+    def _log_probs(
+        self,
+        model: Any,
+        rollout: Rollout,
+        tap: TapConfig | None = None,
+        groups: HeadGroups | None = None,
+        signals: SignalRows | None = None,
+        watch: DeviceWatch | None = None,
+    ) -> LogProbs:
+        """All rows, a micro-batch at a time; with `tap`, their signals go into `signals`, timed by `watch`."""
+        logprobs_BT = torch.full(rollout.input_ids.shape, torch.nan, device=rollout.input_ids.device)
+        entropy_BT = torch.full_like(logprobs_BT, torch.nan)
+        for index, width in micro_batches(rollout, self._micro_batch_size):
+            micro = trim(take_rows(rollout, index), width)
+            with autocast(model, self._precision):
+                if tap is None or signals is None:
+                    part = self._response_logprobs(model, micro)
+                else:
+                    open_tap = AttentionTap(
+                        model,
+                        attention_mask=micro.attention_mask,
+                        prompt_lens=micro.prompt_lens,
+                        groups=groups,
+                        **tap_options(model, tap),
+                    )
+                    open_tap.watch = watch or nullcontext()
+                    with open_tap:
+                        part = self._response_logprobs(model, micro)
+                    with open_tap.watch:
+                        signals.put(index, open_tap.signals())
+            logprobs_BT[index, :width] = part.logprobs
+            entropy_BT[index, :width] = part.entropy
+        return LogProbs(logprobs_BT, entropy_BT)
+
+    def _response_logprobs(self, model: Any, rollout: Rollout) -> LogProbs:
+        return response_logprobs(model, rollout, temperature=self._temperature, chunk=self._config.token_chunk)

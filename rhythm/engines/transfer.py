@@ -1,0 +1,242 @@
+"""Weights from a trainer to vLLM: the trainer's side, and the accounts that the engine keeps of a push.
+
+What crosses between processes is plain data: names, types, shapes, offsets, and the name of a piece of shared
+memory or a GPU's handle of one. vLLM's side of `shared_memory` is in `worker`; `nccl` and `ipc` are vLLM's own.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+TransferKind = Literal["shared_memory", "nccl", "ipc"]
+Bucket = Sequence[tuple[str, Tensor]]
+
+TIED_HEAD = "lm_head.weight"
+SEGMENT_PREFIX = "rhythm-weights-"
+ALIGNMENT = 64
+"""Bytes: every tensor of a bucket starts at a multiple."""
+
+
+def buckets(stream: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive weights, together at most `max_bytes`; a weight larger than that comes alone."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in stream:
+        if bucket and size + tensor.nbytes > max_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+class WeightSender(ABC):
+    """The trainer's end of a transfer.
+
+    In a push: `stage` a bucket, `receive` what it returned on every engine with `transmit` at the same time,
+    and so on. A staged bucket is overwritten by the next, so every engine must have returned from `receive`.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: what weights are sent in, their own if None; an engine converts what it gets to its own."""
+        self._dtype = dtype
+
+    def init_info(self, replica: int = 0) -> dict[str, Any]:
+        """For VllmInfer.init_transfer on that replica."""
+        return {}
+
+    def connect(self) -> None:  # noqa: B027  # most kinds have nothing to do here
+        """Meet the engines. Runs at the same time as their init_transfer; nothing where there is no one to meet."""
+
+    @abstractmethod
+    def stage(self, bucket: Bucket) -> dict[str, Any]:
+        """Lay a bucket ready; returns what `receive` needs on every engine."""
+
+    def transmit(self) -> None:  # noqa: B027  # most kinds have nothing to do here
+        """Send the staged bucket. Runs at the same time as `receive`; nothing where engines fetch it themselves."""
+
+    def close(self) -> None:  # noqa: B027  # most kinds have nothing to do here
+        """Give memory and connections back."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ready(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
+        return [(name, tensor.detach().to(self._dtype or tensor.dtype).contiguous()) for name, tensor in bucket]
+
+
+class SharedMemorySender(WeightSender):
+    """Through the machine's shared memory, from and to CPUs or GPUs: one segment, as large as its largest bucket.
+
+    Should this process die, Python's resource tracker removes the segment.
+    """
+
+    _segment: SharedMemory | None = None
+
+    def stage(self, bucket: Bucket) -> dict[str, Any]:
+        ready = self._ready(bucket)
+        offsets, size = [], 0
+        for _, tensor in ready:
+            offsets.append(size)
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        segment = self._at_least(size)
+        flat = torch.frombuffer(segment.buf, dtype=torch.uint8)
+        for offset, (_, tensor) in zip(offsets, ready, strict=True):
+            flat[offset : offset + tensor.nbytes].copy_(_bytes(tensor))
+        return {**describe(ready), "segment": segment.name, "offsets": offsets}
+
+    def close(self) -> None:
+        if self._segment is not None:
+            self._segment.close()
+            self._segment.unlink()
+            self._segment = None
+
+    def _at_least(self, size: int) -> SharedMemory:
+        if self._segment is None or self._segment.size < size:
+            self.close()
+            self._segment = SharedMemory(SEGMENT_PREFIX + secrets.token_hex(16), create=True, size=max(size, 1))
+        return self._segment
+
+
+class IpcSender(WeightSender):
+    """The engine's workers read this process's GPU memory, on the same GPU.
+
+    A worker can open only what lies on its own GPU: with several GPUs every rank of the trainer stages the same
+    bucket, and the engines receive the `merged` infos.
+    """
+
+    _staged: Tensor | None = None
+
+    def init_info(self, replica: int = 0) -> dict[str, Any]:
+        return {"packed": True}
+
+    def stage(self, bucket: Bucket) -> dict[str, Any]:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        # vLLM lays tensors end to end: the widest types first keeps each of them aligned.
+        ready = sorted(self._ready(bucket), key=lambda item: -item[1].itemsize)
+        # A buffer of its own for every bucket: one export pairs with one opening, or torch never frees it.
+        self._staged = torch.cat([_bytes(tensor).to("cuda") for _, tensor in ready])
+        torch.cuda.current_stream().synchronize()
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+        _, arguments = reduce_tensor(self._staged)  # type: ignore[no-untyped-call]
+        uuid = str(torch.cuda.get_device_properties(self._staged.device).uuid)
+        return {
+            **describe(ready),
+            "tensor_sizes": [tensor.nbytes for _, tensor in ready],
+            "ipc_handles": {uuid: ipc_plain(arguments)},
+        }
+
+    def close(self) -> None:
+        self._staged = None
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+
+
+def make_sender(
+    kind: TransferKind,
+    *,
+    address: str = "127.0.0.1",
+    replicas: int = 1,
+    tensor_parallel_size: int = 1,
+    dtype: torch.dtype | None = None,
+) -> WeightSender:
+    """The trainer's end for `replicas` engines of `tensor_parallel_size` workers each."""
+    if kind == "shared_memory":
+        return SharedMemorySender(dtype)
+    if kind == "ipc":
+        return IpcSender(dtype)
+    if kind == "nccl":
+        from rhythm.engines.vllm.nccl import NcclSender
+
+        return NcclSender(address=address, replicas=replicas, tensor_parallel_size=tensor_parallel_size, dtype=dtype)
+    raise ValueError(f"kind is {kind!r}: must be shared_memory, nccl or ipc")
+
+
+def ipc_plain(arguments: Iterable[Any]) -> list[int | bytes]:
+    """The numbers and handles among what torch opens another process's tensor with; classes are left out."""
+    return [argument for argument in arguments if isinstance(argument, int | bytes)]
+
+
+def merged(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One update info of what several ranks staged of the same bucket: each GPU's handle under its own id."""
+    handles = {uuid: handle for info in infos for uuid, handle in info.get("ipc_handles", {}).items()}
+    return {**infos[0], **({"ipc_handles": handles} if handles else {})}
+
+
+@dataclass
+class Ledger:
+    """Which weights an engine must get, by name and shape, and which it has got in this push."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    received: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of_checkpoint(cls, directory: Path) -> Ledger:
+        """From the headers of a checkpoint's safetensors. Raises ValueError where there are none.
+
+        A head tied to the embedding needs no sending.
+        """
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"checkpoint is {directory}: there are no safetensors in it")
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        if json.loads((directory / "config.json").read_text()).get("tie_word_embeddings", False):
+            shapes.pop(TIED_HEAD, None)
+        return cls(shapes)
+
+    def fresh(self) -> Ledger:
+        """For the next push."""
+        return Ledger(self.shapes)
+
+    def enter(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+        """Note a bucket. Raises ValueError for an unknown name, one that came before, and another shape."""
+        for name, shape in zip(names, shapes, strict=True):
+            if name not in self.shapes:
+                if name == TIED_HEAD:
+                    continue
+                raise ValueError(f"weights: the engine's model has no {name}")
+            if name in self.received:
+                raise ValueError(f"weights: {name} came twice in one push")
+            if tuple(shape) != self.shapes[name]:
+                raise ValueError(f"weights: {name} has shape {tuple(shape)}, the engine's {self.shapes[name]}")
+            self.received.add(name)
+
+    def must_be_complete(self) -> None:
+        """Raises ValueError where weights are missing: the engine would go on with its old ones."""
+        missing = sorted(self.shapes.keys() - self.received)
+        if missing:
+            raise ValueError(f"weights: {len(missing)} are missing from the push, among them {missing[:5]}")
+
+
+def describe(ready: Bucket) -> dict[str, Any]:
+    return {
+        "names": [name for name, _ in ready],
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in ready],
+        "shapes": [list(tensor.shape) for _, tensor in ready],
+    }
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """uint8 [nbytes], the same memory."""
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,70 @@
+"""Weights to vLLM by NCCL: vLLM's own broadcast, from the trainer's GPU to those of all replicas."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhythm.engines.transfer import Bucket, WeightSender, describe
+
+
+class NcclSender(WeightSender):
+    """Broadcast from this process's GPU to those of all replicas, on one machine or many."""
+
+    def __init__(
+        self, *, address: str, replicas: int, tensor_parallel_size: int, dtype: torch.dtype | None = None
+    ) -> None:
+        """`address`: of this machine, where the engines' workers meet this process."""
+        super().__init__(dtype)
+        self._address = address
+        self._port = free_port(address)
+        self._workers_each = tensor_parallel_size
+        self._world_size = 1 + replicas * tensor_parallel_size
+        self._group: Any = None
+        self._staged: list[tuple[str, Tensor]] = []
+
+    def init_info(self, replica: int = 0) -> dict[str, Any]:
+        return {
+            "master_address": self._address,
+            "master_port": self._port,
+            "rank_offset": 1 + replica * self._workers_each,
+            "world_size": self._world_size,
+            "packed": True,
+        }
+
+    def connect(self) -> None:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        self._group = trainer_init(
+            {"master_address": self._address, "master_port": self._port, "world_size": self._world_size}
+        )
+
+    def stage(self, bucket: Bucket) -> dict[str, Any]:
+        self._staged = [(name, tensor.to("cuda", non_blocking=True)) for name, tensor in self._ready(bucket)]
+        return describe(self._staged)
+
+    def transmit(self) -> None:
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        if self._group is None:
+            raise RuntimeError("transmit: connect comes first")
+        torch.cuda.current_stream().synchronize()  # the producer copies on streams of its own
+        packed_nccl_broadcast_producer(
+            iterator=iter(self._staged), group=self._group, src=0, post_iter_func=lambda item: item[1]
+        )
+        torch.cuda.synchronize()
+
+    def close(self) -> None:
+        self._staged = []
+        if self._group is not None:
+            self._group.destroy()
+            self._group = None
+
+
+def free_port(address: str) -> int:
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        return int(listener.getsockname()[1])

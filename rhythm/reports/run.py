@@ -1,0 +1,306 @@
+"""runs/<name>/ → report.html: one file that opens from disk, with no network and no other file.
+
+Headline numbers, curves, and sampled responses with WAAD, FAI, γ and entropy as colour on the tokens. Draws
+what the run recorded: a metric that is absent has no curve, a signal that is undefined has no colour.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import jinja2
+
+from rhythm.reports.curves import (
+    FURTHER_CURVES,
+    MAIN_CURVES,
+    Record,
+    draw_curves,
+    draw_seconds,
+    format_number,
+    format_percent,
+    running_peak_average,
+)
+from rhythm.system.writing import replace_file
+
+__all__ = ["Run", "headlines", "load_run", "running_peak_average", "write_report"]
+
+PEAK_ALPHA = 0.3  # weight of a new peak in the running-peak average
+MAX_SAMPLE_STEPS = 6  # evenly over the run, the first and the last among them
+MAX_SAMPLES_PER_STEP = 6
+MAX_TOKENS_PER_SAMPLE = 2000
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal of the tokens: its key in the samples, and the CSS variable that carries its strength."""
+
+    key: str
+    name: str
+    variable: str
+    meaning: str
+
+
+SIGNALS = (
+    Signal("waad", "WAAD", "--w", "how far back the local heads look, in tokens, clipped at the window"),
+    Signal("fai", "FAI", "--f", "mean attention the token receives from later ones, global heads"),
+    Signal("gamma", "γ", "--g", "the factor on the token's advantage; 1 is no amplification"),
+    Signal("entropy", "entropy", "--e", "of the distribution the token was drawn from, in nats"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left on disk. `records` one a step, by step; `samples` the rows of every sampled step."""
+
+    name: str
+    config: str | None
+    records: tuple[Record, ...]
+    samples: Mapping[int, Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Headline:
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a response: its text, the CSS variables of its defined signals, the numbers to read."""
+
+    text: str
+    style: str
+    numbers: str
+    breaks: bool
+
+
+@dataclass(frozen=True)
+class Response:
+    prompt: str
+    outcome: str
+    correct: bool | None
+    tokens: tuple[Token, ...]
+    hidden_tokens: int
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes run_dir/report.html from config.yaml, metrics.jsonl and samples/step_*.jsonl; returns its path.
+
+    Raises:
+        ValueError: run_dir has no metrics, or one of its files is not what the trainer writes.
+    """
+    page = render(load_run(run_dir))
+    path = run_dir / "report.html"
+    replace_file(path, page.encode("utf-8", "replace"))  # a sample may hold half of a surrogate pair
+    return path
+
+
+def load_run(run_dir: Path) -> Run:
+    """Reads a run's directory; config.yaml and samples/ may be missing.
+
+    Raises:
+        ValueError: no metrics.jsonl, no step in it, or a line that is not an object with a step.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ValueError(f"run_dir is {run_dir}, which has no metrics.jsonl; name a directory that a run wrote")
+    # A resumed run may write a step again: the later line counts.
+    by_step = {int(row["step"]): _numbers(row) for row in _json_lines(metrics)}
+    if not by_step:
+        raise ValueError(f"run_dir is {run_dir}, whose metrics.jsonl is empty: no step has finished")
+    config = run_dir / "config.yaml"
+    return Run(
+        name=run_dir.resolve().name,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        records=tuple(by_step[step] for step in sorted(by_step)),
+        samples=_load_samples(run_dir / "samples"),
+    )
+
+
+def render(run: Run) -> str:
+    """The page of a run as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    curves = draw_curves(run.records, MAIN_CURVES, PEAK_ALPHA)
+    seconds = draw_seconds(run.records)
+    sampled = {
+        step: [_response(row) for row in run.samples[step][:MAX_SAMPLES_PER_STEP]]
+        for step in _evenly(sorted(run.samples), MAX_SAMPLE_STEPS)
+    }
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        headlines=headlines(run.records),
+        curves=[*curves, seconds] if seconds else curves,
+        further_curves=draw_curves(run.records, FURTHER_CURVES, PEAK_ALPHA),
+        peak_alpha=PEAK_ALPHA,
+        signals=SIGNALS,
+        sampled=sampled,
+    )
+
+
+def headlines(records: Sequence[Record]) -> list[Headline]:
+    """The numbers a reader looks for first; one that the records do not hold is "–"."""
+    evaluated = [(int(row["step"]), row["accuracy"]) for row in records if _defined(row, "accuracy")]
+    start = evaluated[0][1] if evaluated and evaluated[0][0] == 0 else math.nan
+    last_step, final = evaluated[-1] if evaluated and evaluated[-1][0] > 0 else (0, math.nan)
+    best_step, best = max(evaluated, key=lambda pair: pair[1], default=(0, math.nan))
+    phases = {phase: _total(records, f"seconds_{phase}") for phase in ("rollout", "attention", "training")}
+    wall = _total(records, "seconds_total")
+    if math.isnan(wall):
+        wall = sum(seconds for seconds in phases.values() if not math.isnan(seconds)) or math.nan
+    lift = 100 * (final - start)
+    lift_text = "–" if math.isnan(lift) else f"{lift:+.1f}".replace("-", "−")
+    return [
+        Headline("Accuracy at the start", format_percent(start), "held out, step 0"),
+        Headline(
+            "Final accuracy",
+            format_percent(final),
+            f"best {format_percent(best)} at step {best_step}" if last_step else "",
+        ),
+        Headline("Lift", lift_text, "points over the start"),
+        Headline("Steps", format_number(max(record["step"] for record in records))),
+        Headline("Wall time", format_duration(wall), "sum over the steps"),
+        Headline("Attention", format_percent(phases["attention"] / wall), "share of the wall time"),
+    ]
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as "8.2 s", "11 min 32 s" or "3 h 05 min"; "–" when undefined."""
+    if math.isnan(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _response(row: Mapping[str, Any]) -> Response:
+    texts = [str(token) for token in row["tokens"][:MAX_TOKENS_PER_SAMPLE]]
+    signals = {signal: _signal_values(row, signal.key) for signal in SIGNALS}
+    strengths = {signal: _strengths(signal.key, values) for signal, values in signals.items()}
+    tokens = []
+    for i, text in enumerate(texts):
+        style = ";".join(
+            f"{signal.variable}:{strengths[signal][i]:.2f}"
+            for signal in SIGNALS
+            if not math.isnan(strengths[signal][i])
+        )
+        numbers = [f"token {i}"]
+        numbers += [f"{signal.name} {_format_signal(signals[signal][i])}" for signal in SIGNALS]
+        # A line break is shown as a sign, and then made.
+        tokens.append(Token(text.replace("\n", "⏎"), style, " · ".join(numbers), breaks="\n" in text))
+    reward, correct = row.get("reward"), row.get("correct")
+    parts = [] if correct is None else ["correct" if correct else "wrong"]
+    parts += [f"reward {format_number(float(reward))}"] if _finite(reward) else []
+    parts.append(f"{len(row['tokens']):,} tokens")
+    return Response(
+        prompt=str(row.get("prompt", "")),
+        outcome=" · ".join(parts),
+        correct=None if correct is None else bool(correct),
+        tokens=tuple(tokens),
+        hidden_tokens=len(row["tokens"]) - len(texts),
+    )
+
+
+def _signal_values(row: Mapping[str, Any], key: str) -> list[float]:
+    """One value a token, NaN where undefined; all NaN if the run did not record the signal."""
+    values = row.get(key)
+    if values is None:
+        return [math.nan] * len(row["tokens"])
+    if len(values) != len(row["tokens"]):
+        raise ValueError(f"a sample has {len(row['tokens'])} tokens but {len(values)} values of {key}")
+    return [float(value) if _finite(value) else math.nan for value in values]
+
+
+def _strengths(key: str, values: Sequence[float]) -> list[float]:
+    """Values → strength of the colour in [0, 1]; NaN stays NaN.
+
+    γ runs from 1 (none) to the response's largest. The others run from the response's smallest value to its
+    95th percentile, because a few tokens, the first of a response above all, have many times the others' FAI.
+    """
+    defined = sorted(value for value in values if not math.isnan(value))
+    if not defined:
+        return list(values)
+    low, high = (1.0 if key == "gamma" else defined[0]), defined[-1]
+    percentile_95 = defined[math.ceil(0.95 * len(defined)) - 1]
+    if key != "gamma" and percentile_95 > low:
+        high = percentile_95
+    width = high - low if high > low else 1.0
+    return [value if math.isnan(value) else min(max((value - low) / width, 0.0), 1.0) for value in values]
+
+
+def _format_signal(value: float) -> str:
+    return "undefined" if math.isnan(value) else format_number(value)
+
+
+def _load_samples(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    samples: dict[int, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("step_*.jsonl")):
+        for row in _json_lines(path):
+            if not isinstance(row.get("tokens"), list):
+                raise ValueError(f"{path} has a row without a list of tokens")
+            samples.setdefault(int(row["step"]), []).append(row)
+    return samples
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file. A last line cut short by a killed run is left out."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+            if not isinstance(row, dict) or not _finite(row.get("step")):
+                raise ValueError(f"{path}, line {number}, has to be an object with a step")
+            yield row
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numeric entries of a metrics line; null is NaN, text is left out."""
+    return {
+        key: math.nan if value is None or not _finite(value) else float(value)
+        for key, value in row.items()
+        if value is None or isinstance(value, int | float)
+    }
+
+
+def _finite(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can hold; JSON knows 1e999 and integers of any length."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _defined(record: Record, key: str) -> bool:
+    return math.isfinite(record.get(key, math.nan))
+
+
+def _total(records: Sequence[Record], key: str) -> float:
+    """Sum of the defined values, NaN if there is none."""
+    values = [record[key] for record in records if _defined(record, key)]
+    return math.fsum(values) if values else math.nan
+
+
+def _evenly(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the items at even distances, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

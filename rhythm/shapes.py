@@ -1,0 +1,59 @@
+"""Checks of arguments that every stage makes.
+
+Suffixes of tensor names: B sequences, T tokens, H query heads, G key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_INT = 2**63 - 1
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> tuple[int, ...]:
+    """The tensor's shape, if it is `shape` (None: any size); else ValueError naming the argument."""
+    actual = tuple(tensor.shape)
+    if len(actual) != len(shape) or any(want not in (None, have) for want, have in zip(shape, actual, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(actual)}; it must be [{wanted}]")
+    return actual
+
+
+def check_dense(name: str, x: object) -> None:
+    """A plain tensor: strides, one storage."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is of type {type(x).__name__}; it must be a torch.Tensor")
+    if x.is_nested:
+        raise ValueError(f"{name} is a nested tensor; it must be a plain one: cu_seqlens says where sequences begin")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} has layout {x.layout}; it must be torch.strided")
+
+
+def integer(name: str, value: object, least: int, most: int = MAX_INT) -> int:
+    """The value as an int, if it is an integer of any kind (Python's, numpy's, torch's; no bool) in least … most."""
+    number = index(value)
+    if number is None or number < least or number > most:
+        if number is not None and number > most:
+            limit = f" of at most {most}"
+        else:
+            limit = f" of at least {least}" if least > -most else ""
+        raise ValueError(f"{name} is {value!r}; it must be an integer{limit}")
+    return number
+
+
+def index(value: object) -> int | None:
+    """None: it is no integer."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]  # a number that torch.compile does not know yet
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # a TypeError is an answer
+    except (TypeError, RuntimeError):
+        return None

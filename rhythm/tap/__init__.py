@@ -1,0 +1,1 @@
+"""A transformers model → signals: attention is read while a forward pass runs."""

@@ -1,0 +1,382 @@
+"""Which attention a layer computes, read off the call that computes it; anything else is refused by name.
+
+The statistics are those of softmax(scale · q·kᵀ) over the keys up to the query, perhaps within a sliding
+window, perhaps with capped scores. `attention_form` finds these in the call's mask and arguments. What
+arguments don't tell (a sink or a bias inside the module, a kernel that ignores an argument) is caught by
+`check_output`, which computes some rows of the attention itself and compares them with what the model got.
+
+Shape suffixes: B sequences, T positions, H query heads, G key heads, V value heads, R query heads of one of
+these, D head size, E value head size, P probed rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rhythm.tap.padding import PaddedBatch
+
+UNDERSTOOD = {"dropout", "scaling", "sliding_window", "softcap", "is_causal"}
+HARMLESS = {  # arguments that don't touch the scores
+    "cache_position",
+    "deterministic",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+REFUSED = {
+    "attention_bias": "an attention bias",
+    "block_indices": "sparse attention",
+    "cache": "a paged KV cache",
+    "cu_seq_lens_k": "sequences packed into one row",
+    "cu_seq_lens_q": "sequences packed into one row",
+    "head_mask": "a head mask",
+    "indices": "sparse attention",
+    "position_bias": "a position bias",
+    "s_aux": "attention sinks",
+    "seq_idx": "sequences packed into one row",
+}
+REFUSED_ATTRIBUTES = {  # of the attention module: they change the map without showing in the arguments
+    "is_cross_attention": "cross-attention",
+    "reorder_and_upcast_attn": "reordered, upcast attention",
+    "sinks": "attention sinks",
+}
+MASK_ROWS = 1024  # rows of a [T, T] mask compared at a time
+CHECKED_ELEMENTS = 2**22  # of keys or of values that check_output holds in fp32 at a time: 16 MB
+# Largest error of a probed row relative to Σ_s A[t, s]·|v_s|, for arithmetic in full fp32 and for any other.
+PRECISE, COARSE = 1e-3, 0.1
+
+
+class UnsupportedAttention(ValueError):  # noqa: N818 (named like FileNotFound…: by what is wrong)
+    """Attention of a kind whose statistics can't be computed; the message names model, layer and feature."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of an attention function through transformers' attention interface.
+
+    Attributes:
+        where: model type and layer, for messages.
+        layer: index of the layer, None if it has none.
+        implementation: name of the attention implementation the model uses ("sdpa", "eager", …).
+        function: that implementation.
+        module: the attention layer.
+        query: [B, H, T, D]; like key, after projection, norm and position embedding.
+        key: [B, G, T, D].
+        value: [B, V, T, E].
+        mask: None, a 4D mask (bool, or float to be added to the scores), or flash attention's 2D padding
+            mask.
+        options: keyword arguments of the call.
+    """
+
+    where: str
+    layer: int | None
+    implementation: str
+    function: Callable[..., tuple[Tensor, Tensor | None]]
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: object
+    options: Mapping[str, Any]
+
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """What the model would have got: output [B, T, H, E], and the map if the implementation gives one."""
+        return self.function(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+    def heeded(self, name: str) -> Any:
+        """The argument; None where the implementation has no such argument (sdpa has no softcap)."""
+        return self.options.get(name) if name in inspect.signature(self.function).parameters else None
+
+    def refusal(self, feature: str) -> UnsupportedAttention:
+        return UnsupportedAttention(f"{self.where}: {feature}; statistics of such attention can't be computed")
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """Softmax over s ≤ t of score = scale·q_t·k_s, or of softcap·tanh(score / softcap) if there is a softcap.
+
+    With a window, keys at a distance t − s ≥ window are hidden.
+    """
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Verdicts:
+    """Which checks of tensors' values failed, kept on the device until `settle` reads all of them at once."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Tensor, UnsupportedAttention]] = []
+
+    def refuse_if(self, wrong: Tensor, refusal: UnsupportedAttention) -> None:
+        """wrong: bool, one element."""
+        self._pending.append((wrong, refusal))
+
+    def settle(self) -> None:
+        """Waits for the device, once. Raises the first refusal whose check failed, and again when called again."""
+        if not self._pending:
+            return
+        device = self._pending[0][0].device
+        failed = torch.stack([wrong.to(device) for wrong, _ in self._pending]).tolist()
+        for is_wrong, (_, refusal) in zip(failed, self._pending, strict=True):
+            if is_wrong:
+                raise refusal
+        self._pending = []
+
+
+class AtOnce(Verdicts):
+    """Reads the outcome of each check where it is made, waiting for the device each time."""
+
+    def refuse_if(self, wrong: Tensor, refusal: UnsupportedAttention) -> None:
+        super().refuse_if(wrong, refusal)
+        self.settle()
+
+
+class MaskReader:
+    """Finds which keys the queries of a padded batch see. A mask shared by several layers is read once.
+
+    Args:
+        verdicts: what collects the checks of masks' values. None: each is read at once, and so are the windows of 4D
+            masks. Else nothing here waits for the device: the window of a 4D mask is the one that the layer's
+            arguments or configuration name, and that the mask has no other is one of the checks.
+    """
+
+    def __init__(self, batch: PaddedBatch, verdicts: Verdicts | None = None) -> None:
+        self.batch = batch
+        self._verdicts = verdicts
+        self._elsewhere: dict[torch.device, PaddedBatch] = {}
+        # The mask is kept with its window: an id is only good as long as its object lives.
+        self._windows: dict[tuple[int, int | None], tuple[Tensor, int | None]] = {}
+
+    def on(self, device: torch.device) -> PaddedBatch:
+        """The batch on a device, copied there once."""
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.batch.to(device)
+        return self._elsewhere[device]
+
+    def window(self, call: AttentionCall) -> int | None:
+        """The sliding window of causal attention among the batch's own tokens; None without one.
+
+        Raises:
+            UnsupportedAttention: tokens see anything else; from the verdicts, where there are some.
+        """
+        mask = call.mask
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            named = None if self._verdicts is None else _named_window(call)
+            if (id(mask), named) not in self._windows:
+                self._windows[id(mask), named] = (mask, self._window_of_mask(call, mask, named))
+            return self._windows[id(mask), named][1]
+        if isinstance(mask, Tensor) and mask.ndim == 2 and "flash" in call.implementation:
+            batch, refusal = self.on(mask.device), call.refusal("a padding mask other than the attention_mask given")
+            if mask.shape != batch.real.shape:
+                raise refusal
+            if (id(mask), None) not in self._windows:
+                self._windows[id(mask), None] = (mask, None)
+                (self._verdicts or AtOnce()).refuse_if((mask.bool() != batch.real).any(), refusal)
+        elif mask is not None:
+            kind = f"{mask.ndim}D tensor" if isinstance(mask, Tensor) else type(mask).__name__
+            raise call.refusal(f"a mask of unknown kind ({kind}) for {call.implementation!r} attention")
+        elif self.batch.host.starts_late:
+            raise call.refusal("no mask on the padding that the attention_mask given has before tokens")
+        if self.batch.real.shape[1] > 1 and not _causal_without_mask(call):
+            raise call.refusal("bidirectional attention")
+        window = call.heeded("sliding_window")
+        return None if window is None else int(window)
+
+    def _window_of_mask(self, call: AttentionCall, mask: Tensor, named: int | None) -> int | None:
+        """The window of a 4D mask, which must be the causal mask of the batch, perhaps with a sliding window."""
+        batch = self.on(mask.device)
+        T = batch.real.shape[1]
+        if mask.shape[-2:] != (T, T):
+            raise call.refusal(f"a mask of shape {list(mask.shape)} for {T} positions")
+        if not mask.is_floating_point() and mask.dtype != torch.bool:
+            raise call.refusal(f"a 4D mask of dtype {mask.dtype}")
+        visible = mask == 0 if mask.is_floating_point() else mask
+        if self._verdicts is None:
+            window = _window_seen(visible, batch)
+        else:
+            window = named if named is not None and named < batch.host.longest else None
+        _check_mask(call, mask, visible, batch, window, self._verdicts or AtOnce())
+        return window
+
+
+def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
+    """The form of the attention that the call computes among the tokens of the batch.
+
+    Raises:
+        UnsupportedAttention: it has no such form, or an argument may change the scores in a way unknown here.
+    """
+    for name, feature in REFUSED_ATTRIBUTES.items():
+        value = getattr(call.module, name, None)
+        if isinstance(value, Tensor) or value:
+            raise call.refusal(f"{feature} ({name})")
+    for name, value in call.options.items():
+        if value is not None and name not in UNDERSTOOD | HARMLESS:
+            feature = REFUSED.get(name, "an argument that may change the scores")
+            raise call.refusal(f"{feature} ({name})")
+    if call.options.get("dropout"):
+        raise call.refusal("attention dropout, active in train mode")
+
+    B, T = masks.batch.real.shape
+    if call.query.ndim != 4 or call.query.shape[0] != B or call.query.shape[2] != T:
+        raise call.refusal(f"queries of shape {list(call.query.shape)} for {B} sequences of {T} positions")
+    if call.key.shape[0] != B or call.key.shape[2] != T:
+        raise call.refusal(f"{call.key.shape[2]} keys for {T} queries: cross-attention, or a KV cache in use")
+
+    scale = call.options.get("scaling")
+    if scale is None:
+        scale = call.query.shape[-1] ** -0.5
+    if not isinstance(scale, int | float):
+        raise call.refusal(f"a softmax scale that is not one number but a {type(scale).__name__}")
+    return AttentionForm(float(scale), masks.window(call), call.heeded("softcap"))
+
+
+def _causal_without_mask(call: AttentionCall) -> bool:
+    if call.implementation == "eager":
+        return False
+    causal = call.options.get("is_causal")
+    return bool(getattr(call.module, "is_causal", True) if causal is None else causal)
+
+
+def _named_window(call: AttentionCall) -> int | None:
+    """The sliding window that the layer's arguments name, or its configuration where they have no such argument."""
+    if "sliding_window" in call.options:
+        window = call.options["sliding_window"]
+    else:
+        config = getattr(call.module, "config", None)
+        kinds = getattr(config, "layer_types", None)
+        slides = kinds is None or call.layer is None or "sliding" in kinds[call.layer]
+        window = getattr(config, "sliding_window", None) if slides else None
+    return int(window) if window else None  # some configurations say 0 for none
+
+
+def _window_seen(visible: Tensor, batch: PaddedBatch) -> int | None:
+    """The window by which the mask cuts the longest sequences short. Waits for the device."""
+    B, T = batch.real.shape
+    # The last token sees the whole sequence, or as much of it as the window lets it.
+    last_B = batch.first + batch.lens - 1
+    seen_BH = visible.expand(B, -1, T, T)[torch.arange(B, device=visible.device), :, last_B].sum(dim=-1)
+    cut_short = seen_BH[seen_BH < batch.lens[:, None]]
+    return max(1, int(cut_short.max())) if len(cut_short) else None
+
+
+def _check_mask(
+    call: AttentionCall, mask: Tensor, visible: Tensor, batch: PaddedBatch, window: int | None, verdicts: Verdicts
+) -> None:
+    """Refuses a mask other than the causal one of the batch, with the window if there is one."""
+    if mask.is_floating_point():
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        verdicts.refuse_if(~(visible | hidden).all(), call.refusal("a position bias (in the mask)"))
+    T = batch.real.shape[1]
+    position_T = torch.arange(T, device=mask.device)
+    ahead, other = torch.zeros((2,), dtype=torch.bool, device=mask.device)
+    for start in range(0, T, MASK_ROWS):
+        rows = slice(start, start + MASK_ROWS)
+        distance_RT = position_T[rows, None] - position_T
+        visible_RT = distance_RT >= 0
+        if window is not None:
+            visible_RT &= distance_RT < window
+        key_B11T, query_B1R1 = batch.real[:, None, None, :], batch.real[:, None, rows, None]
+        seen_BHRT = visible[:, :, rows] & query_B1R1
+        ahead = ahead | (seen_BHRT & key_B11T & (distance_RT < 0)).any()
+        other = other | (seen_BHRT != (visible_RT & key_B11T & query_B1R1)).any()
+    verdicts.refuse_if(ahead, call.refusal("bidirectional attention"))
+    verdicts.refuse_if(
+        other, call.refusal("a mask other than the causal or sliding-window mask of the attention_mask given")
+    )
+
+
+def check_output(
+    call: AttentionCall,
+    form: AttentionForm,
+    batch: PaddedBatch,
+    output: Tensor,
+    verdicts: Verdicts | None = None,
+) -> None:
+    """Computes the first, middle and last row of each sequence in this form and compares with the model's.
+
+    Args:
+        batch: on the call's device.
+        output: [B, T, H, E], of `call.run()`.
+        verdicts: what collects the outcome. None: it is read at once, which waits for the device.
+
+    Raises:
+        UnsupportedAttention: they differ by more than rounding; from the verdicts, where there are some.
+    """
+    B, H, T, _ = call.query.shape
+    batch = batch.to(call.query.device)
+    if output.shape[:3] != (B, T, H):
+        raise call.refusal(f"an attention output of shape {list(output.shape)}, not [{B}, {T}, {H}, …]")
+    row_B1 = torch.arange(B, device=output.device)[:, None]
+    step_BP = torch.stack([torch.zeros_like(batch.lens), batch.lens // 2, batch.lens - 1], dim=1)
+    probed_BP = batch.first[:, None] + step_BP.clamp(min=0)
+
+    # Eager attention rounds its scores to the model's type, so the probe does too.
+    dtype = call.query.dtype if call.implementation == "eager" else torch.float32
+    query_BPHD = call.query.transpose(1, 2)[row_B1, probed_BP].to(dtype)
+    query_BPGRD = _grouped(query_BPHD, call.key.shape[1])
+    score_BPHT = torch.cat(
+        [
+            (torch.einsum("bpgrd,bgtd->bpgrt", query_BPGRD, key_BGCD.to(dtype)) * form.scale).flatten(2, 3).float()
+            for key_BGCD in _some_at_a_time(call.key)
+        ],
+        dim=-1,
+    )
+    if form.softcap is not None:
+        score_BPHT = form.softcap * torch.tanh(score_BPHT / form.softcap)
+    distance_BPT = probed_BP[:, :, None] - torch.arange(T, device=output.device)
+    visible_BPT = (distance_BPT >= 0) & batch.real[:, None, :]
+    if form.window is not None:
+        visible_BPT &= distance_BPT < form.window
+    weight_BPHT = score_BPHT.masked_fill(~visible_BPT[:, :, None], -torch.inf).softmax(dim=-1)
+
+    ours_BPHE = size_BPHE = torch.zeros((), device=output.device)
+    start = 0
+    for value_BVCE in _some_at_a_time(call.value):
+        value_BVCE = value_BVCE.float()
+        end = start + value_BVCE.shape[2]
+        weight_BPVRC = _grouped(weight_BPHT[..., start:end], call.value.shape[1])
+        ours_BPHE = ours_BPHE + torch.einsum("bpvrc,bvce->bpvre", weight_BPVRC, value_BVCE).flatten(2, 3)
+        size_BPHE = size_BPHE + torch.einsum("bpvrc,bvce->bpvre", weight_BPVRC, value_BVCE.abs()).flatten(2, 3)
+        start = end
+    error_BH = (output[row_B1, probed_BP].float() - ours_BPHE).norm(dim=(1, 3))
+    size_BH = size_BPHE.norm(dim=(1, 3))
+    # A NaN of ours comes from NaN in the inputs or an empty sequence; a NaN of the model's alone disagrees.
+    agrees_BH = (error_BH <= _tolerance(call, output) * size_BH) | size_BH.isnan()
+    (verdicts or AtOnce()).refuse_if(
+        ~agrees_BH.all(),
+        call.refusal(
+            f"an output of {call.implementation!r} attention that is not that of causal attention with {form}"
+        ),
+    )
+
+
+def _some_at_a_time(x_BGTX: Tensor) -> tuple[Tensor, ...]:
+    """[B, G, C, X] views of up to CHECKED_ELEMENTS elements: a copy of all keys or values would be as large as they."""
+    B, G, _, X = x_BGTX.shape
+    return torch.split(x_BGTX, max(1, CHECKED_ELEMENTS // max(1, B * G * X)), dim=2)
+
+
+def _grouped(x_BPHX: Tensor, groups: int) -> Tensor:
+    """[B, P, H, X] → [B, P, groups, H / groups, X]."""
+    B, P, H, X = x_BPHX.shape
+    return x_BPHX.reshape(B, P, groups, H // groups, X)
+
+
+def _tolerance(call: AttentionCall, output: Tensor) -> float:
+    full = torch.float32, torch.float64
+    precise = call.query.dtype in full and output.dtype in full and "flash" not in call.implementation
+    if call.query.device.type == "cuda":
+        precise = precise and torch.get_float32_matmul_precision() == "highest"
+    return PRECISE if precise else COARSE

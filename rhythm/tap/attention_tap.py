@@ -1,0 +1,256 @@
+"""Statistics of the sampled layers' attention, computed while a forward pass of the model runs.
+
+Shape suffixes: B sequences, T positions of input_ids, H query heads of a layer, G key heads, D head size, n
+heads of the pool; THD and TGD are packed, with the padding left out, and BTHD and BTGD are as the model has them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rhythm.credit.heads import HeadGroups, select_heads
+from rhythm.credit.signals import RhythmSignals, aggregate
+from rhythm.ops import arguments, reference
+from rhythm.ops.statistics import attention_statistics
+from rhythm.tap.attention_form import (
+    AttentionCall,
+    AttentionForm,
+    MaskReader,
+    UnsupportedAttention,
+    Verdicts,
+    attention_form,
+    check_output,
+)
+from rhythm.tap.interception import Output, checked_layers, described, diverted, text_config
+from rhythm.tap.padding import PaddedBatch, integers, padded_batch, whole_batch
+
+logger = logging.getLogger("rhythm")
+
+
+@dataclass(frozen=True)
+class _LayerStatistics:
+    """Per head of one layer, fp32: span [B, H], waad and fai [B, H, T]; NaN where undefined."""
+
+    span: Tensor
+    waad: Tensor
+    fai: Tensor
+
+
+class _SeenEnoughError(Exception):
+    """Leaves the forward pass of a tap that stops early."""
+
+
+class AttentionTap:
+    """Reads WAAD, FAI and spans off a forward pass that happens anyway.
+
+        with AttentionTap(model, attention_mask=mask, prompt_lens=prompt_lens) as tap:
+            logits = model(input_ids, attention_mask=mask, use_cache=False).logits
+        signals = tap.signals()
+
+    The forward pass gives the same with and without the tap, bit for bit. It may run with or without
+    gradients; the statistics are detached. A tap serves one forward pass: open one for each micro-batch,
+    and close it before the backward pass if that recomputes activations. Entering changes the name of the
+    attention implementation in model.config, leaving puts it back. A compiled model is compiled once more for
+    the tap, with a graph break at each attention.
+
+    Memory is O(heads · T) where attention is plain and causal. Layers with capped scores, and those whose
+    sliding window is shorter than the longest sequence, go through the reference, O(H · T²); a warning says
+    so once.
+
+    Threads: taps on different models are independent. A model has at most one open tap, whichever thread
+    opened it, and should run nothing but that tap's forward pass meanwhile.
+
+    No tapped layer waits for the device. What can be seen only in the values of tensors there (masks, and the output
+    of the attention) is therefore judged in `signals`, which waits for it once; an attention_mask on the device is
+    read once, on construction.
+
+    Refused by name: attention sinks, biases, chunked or bidirectional attention, cross-attention, attention
+    dropout in train mode, layers without attention, packed rows, masks other than the causal or
+    sliding-window mask of attention_mask (the window being the one that the layer's arguments or configuration
+    name), arguments of the attention function that are not known, and any attention whose output is not that of
+    the map we assume (some rows are computed and compared).
+
+    Args:
+        model: any causal transformers model whose attention goes through transformers' attention interface;
+            may be wrapped, as long as `.config` and `.modules()` give the model's.
+        prompt_lens: [B] integers, tokens of each sequence (padding not counted) that are its prompt.
+        attention_mask: [B, T], 1 on tokens, 0 on padding, left or right; the forward pass's own. None: no
+            padding.
+        layers: rising indices of the layers to read; None: `sampled_layers` of the model's depth.
+        window, horizon: of WAAD and FAI, tokens; as in `attention_statistics`.
+        quantile: share of the pool's heads in the local and in the global group.
+        grouping: "sequence" or "batch", as in `select_heads`.
+        groups: fixed head groups, [B, n] or [1, n]; quantile and grouping then have no say.
+        backend: as in `attention_statistics`.
+        stop: leave the forward pass, and the `with` block, once the last of the layers has been read.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+        UnsupportedAttention (a ValueError): on construction, in the forward pass or in `signals`: attention
+            of a refused kind, or that does not go through transformers' attention interface. Masks and outputs other
+            than those assumed show in `signals` only, after the forward pass.
+        RuntimeError: on entering: the model has an open tap, or this one has served its forward pass. In
+            the forward pass: a layer ran twice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        prompt_lens: Tensor | Sequence[int],
+        attention_mask: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        window: int = 10,
+        horizon: tuple[int, int | None] = (10, 50),
+        quantile: float = 0.3,
+        grouping: Literal["sequence", "batch"] = "sequence",
+        groups: HeadGroups | None = None,
+        backend: str = "auto",
+        stop: bool = False,
+    ) -> None:
+        # Bad options are refused here rather than in or after the forward pass.
+        arguments.check_options(1.0, window, horizon)
+        select_heads(torch.zeros(1, 1), quantile, grouping)
+        self._config = text_config(model)
+        self.layers = checked_layers(layers, self._config)
+        self._verdicts = Verdicts()
+        self._masks: MaskReader | None = None
+        if attention_mask is not None:
+            self._masks = MaskReader(padded_batch(attention_mask, prompt_lens), self._verdicts)
+        else:
+            # Read here, because the first of the layers should not have to.
+            self._prompt_lens_B = integers(arguments.prompt_lens_tensor(prompt_lens, torch.device("cpu")))
+            self._prompt_lens: list[int] = self._prompt_lens_B.tolist()
+        self._window, self._horizon, self._backend = window, horizon, backend
+        self._quantile, self._grouping, self._groups = quantile, grouping, groups
+        # Entered around the work on each layer that the tap adds to the forward pass: whoever times it sets it.
+        self.watch: AbstractContextManager[object] = nullcontext()
+        self._stop = stop
+        self._exit = ExitStack()
+        self._reached = False
+        self._statistics: dict[int, _LayerStatistics] = {}
+
+    def __enter__(self) -> AttentionTap:
+        if self._reached:
+            raise RuntimeError("this tap has served its forward pass; open a new one for each")
+        self._exit.enter_context(diverted(self._config, self._receive))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._exit.close()
+        return isinstance(error, _SeenEnoughError)
+
+    def signals(self, entropy: Tensor | None = None) -> RhythmSignals:
+        """The signals of the forward pass, at the positions of its input_ids. Waits for the device, once.
+
+        Args:
+            entropy: [B, T] nats, of the distribution each token was drawn from, to go with them.
+
+        Raises:
+            UnsupportedAttention: not all of the layers reached the tap; a mask, or the output of a layer's attention,
+                is not what the statistics assume. The message names the layer.
+        """
+        if missing := [layer for layer in self.layers if layer not in self._statistics]:
+            hint = "layers= may name others" if self._reached else "no layer did: has a forward pass run?"
+            raise UnsupportedAttention(
+                f"{self._config.model_type}: {described(missing, self._config)} never reached transformers' "
+                f"attention interface ({hint})"
+            )
+        self._verdicts.settle()
+        batch = self.batch
+        of_layers = [self._statistics[layer] for layer in self.layers]
+        span_Bn, waad_BnT, fai_BnT = (
+            torch.cat([x.to(batch.real.device) for x in parts], dim=1)
+            for parts in zip(*((s.span, s.waad, s.fai) for s in of_layers), strict=True)
+        )
+        groups = self._groups or select_heads(span_Bn, self._quantile, self._grouping)
+        return aggregate(waad_BnT, fai_BnT, span_Bn, groups, batch.response, entropy)
+
+    @property
+    def batch(self) -> PaddedBatch:
+        """What attention_mask and prompt_lens describe; without an attention_mask only after the forward pass."""
+        assert self._masks is not None
+        return self._masks.batch
+
+    def _receive(self, call: AttentionCall) -> Output:
+        """Runs a call as the model would have, and reads it if its layer is one of ours."""
+        self._reached = True
+        if call.layer not in self.layers:
+            return call.run()
+        if call.layer in self._statistics:
+            raise RuntimeError(f"{call.where}: ran twice in one tap; open one for each forward pass")
+        if self._masks is None:
+            B, _, T, _ = call.query.shape
+            batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)
+            self._masks = MaskReader(batch, self._verdicts)
+        form = attention_form(call, self._masks)
+        result = call.run()
+        # Autocast around the forward pass would take the statistics to low precision as well.
+        with self.watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+            batch = self._masks.on(call.query.device)
+            check_output(call, form, batch, result[0], self._verdicts)
+            self._statistics[call.layer] = self._layer_statistics(call, form, batch)
+        if self._stop and len(self._statistics) == len(self.layers):
+            raise _SeenEnoughError
+        return result
+
+    def _layer_statistics(self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch) -> _LayerStatistics:
+        q_BTHD, k_BTGD = call.query.transpose(1, 2), call.key.transpose(1, 2)
+        window_bites = form.window is not None and batch.host.longest > form.window
+        if form.softcap is None and not window_bites:
+            # Without padding the kernels read the layer's own tensors.
+            whole = batch.is_whole
+            fused = attention_statistics(
+                q_BTHD if whole else batch.packed(q_BTHD),
+                k_BTGD if whole else batch.packed(k_BTGD),
+                cu_seqlens=None if whole else batch.cu_seqlens,
+                prompt_lens=batch.prompt_lens,
+                scale=form.scale,
+                window=self._window,
+                horizon=self._horizon,
+                backend=self._backend,
+            )
+            assert fused.span is not None
+            if whole:
+                return _LayerStatistics(fused.span.float(), fused.waad.float(), fused.fai.float())
+            span_BH, waad_HT, fai_HT = fused.span, fused.waad, fused.fai
+        else:
+            if self._backend not in ("auto", "reference"):
+                raise ValueError(
+                    f"backend is {self._backend!r}; it must be 'auto' or 'reference' for {call.where}, "
+                    "because of its sliding window or capped scores"
+                )
+            _say_reference(self._config.model_type)
+            span_BH, waad_HT, fai_HT, _, _ = reference.attention_statistics(
+                batch.packed(q_BTHD),
+                batch.packed(k_BTGD),
+                bounds=batch.host.bounds,
+                prompt_lens=batch.host.prompt_lens,
+                scale=form.scale,
+                window=self._window,
+                horizon=self._horizon,
+                sliding_window=form.window,
+                softcap=form.softcap,
+            )
+        waad_BHT, fai_BHT = (batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (waad_HT, fai_HT))
+        return _LayerStatistics(span_BH.float(), waad_BHT, fai_BHT)
+
+
+@cache
+def _say_reference(model_type: str) -> None:
+    """Cached, so that it is said once for each type of model."""
+    logger.warning(
+        "%s: statistics of layers with a sliding window or capped scores take O(heads · T²) memory",
+        model_type,
+    )

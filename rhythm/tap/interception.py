@@ -1,0 +1,181 @@
+"""Diverts a model's attention calls through a function of ours, by way of transformers' attention interface.
+
+transformers looks an attention function up by the name in the model's configuration, for every call of every
+layer, and builds the masks for that name. Here each implementation gets a second name with the same masks,
+under which `diverted` receives the calls. No code of the model is changed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rhythm.credit.heads import sampled_layers
+from rhythm.system.extras import needs
+from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Output = tuple[Tensor, Tensor | None]
+Receiver = Callable[[AttentionCall], Output]
+
+PREFIX = "rhythm_tap|"
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding"}
+
+
+@dataclass(frozen=True)
+class _Diversion:
+    config: PreTrainedConfig
+    implementation: str
+    receive: Receiver
+
+
+# By the id of the configuration whose name was changed. Not thread-local: autograd recomputes activations in
+# threads of its own.
+_diversions: dict[int, _Diversion] = {}
+
+
+@contextmanager
+def diverted(config: PreTrainedConfig, receive: Receiver) -> Iterator[None]:
+    """While open, `receive(call)` is what the layers with this configuration object get for their attention.
+
+    Raises:
+        RuntimeError: the configuration's calls are diverted already.
+    """
+    diversion = _Diversion(config, config._attn_implementation, receive)
+    if _diversions.setdefault(id(config), diversion) is not diversion:
+        raise RuntimeError(f"a tap is already open on this {config.model_type} model; taps don't nest")
+    try:
+        with _named(config, _registered(diversion.implementation)):
+            yield
+    finally:
+        del _diversions[id(config)]
+
+
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    """The configuration object that the attention layers of a causal model look at.
+
+    Raises:
+        ValueError: model is not a transformers model.
+        ModuleNotFoundError: transformers is not installed.
+        UnsupportedAttention: it is not causal, or does not use the attention interface.
+    """
+    with needs("rhythm.observe (and AttentionTap)"):
+        from transformers import PreTrainedConfig, PreTrainedModel
+
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"model is a {type(model).__name__}; it must be a transformers model (with model.config)")
+    if config.is_encoder_decoder:
+        raise UnsupportedAttention(f"{config.model_type}: an encoder-decoder; the model must be causal")
+    of_text = config.get_text_config(decoder=True)
+    owners: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if not all(part._can_set_attn_implementation() for part in owners if part.config is of_text):
+        raise UnsupportedAttention(
+            f"{config.model_type}: its attention does not go through transformers' attention interface"
+        )
+    return of_text
+
+
+def checked_layers(layers: Sequence[int] | None, config: PreTrainedConfig) -> list[int]:
+    """The layers to read; None: the sampled ones.
+
+    Raises:
+        ValueError: layers are not rising indices of the model's layers.
+        UnsupportedAttention: a layer is of a kind without attention that we could read.
+    """
+    count = config.num_hidden_layers
+    chosen = sampled_layers(count) if layers is None else list(layers)
+    if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
+        raise ValueError(f"layers is {chosen}; it must hold rising indices from 0 to {count - 1}, at least one")
+    kinds = layer_kinds(config)
+    if others := [layer for layer in chosen if kinds[layer] not in ATTENTION_LAYERS]:
+        usable = [layer for layer in range(count) if kinds[layer] in ATTENTION_LAYERS]
+        raise UnsupportedAttention(
+            f"{config.model_type}: can't read the attention of {described(others, config)}; layers= may name "
+            f"some of {usable}"
+        )
+    return chosen
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+
+
+def described(layers: Sequence[int], config: PreTrainedConfig) -> str:
+    """For messages: "layers 1 (linear_attention), 2 (full_attention)"."""
+    return "layers " + ", ".join(f"{layer} ({layer_kinds(config)[layer]})" for layer in layers)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own lack of types; which tap is open is not for a compiled graph to know
+def _tapped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: Any
+) -> Output:
+    """The attention function that transformers finds under our names."""
+    diversion = _diversions.get(id(getattr(module, "config", None)))
+    if diversion is None:
+        raise RuntimeError(f"{type(module).__name__} holds a copy of the configuration of a model with an open tap")
+    config, implementation = diversion.config, diversion.implementation
+    layer = getattr(module, "layer_idx", None)
+    where = f"{config.model_type}, layer {layer}"
+    function = _models_own(module, implementation)
+    if function is None:
+        raise UnsupportedAttention(f"{where}: found no {implementation!r} attention in the model's own file")
+    # With the name as it was: flash attention takes its kernel from there.
+    with _named(config, implementation):
+        return diversion.receive(
+            AttentionCall(
+                where=where,
+                layer=layer,
+                implementation=implementation,
+                function=function,
+                module=module,
+                query=query,
+                key=key,
+                value=value,
+                mask=attention_mask,
+                options=options,
+            )
+        )
+
+
+def _models_own(module: nn.Module, implementation: str) -> Callable[..., Output] | None:
+    """What the model's own look-up gives: eager attention is defined in the file of the model."""
+    for cls in type(module).__mro__:
+        file = sys.modules.get(cls.__module__)
+        if (functions := getattr(file, "ALL_ATTENTION_FUNCTIONS", None)) is not None:
+            eager = getattr(file, "eager_attention_forward", None)
+            own: Callable[..., Output] | None = functions.get_interface(implementation, eager)
+            return own
+    return None
+
+
+def _registered(implementation: str) -> str:
+    """Our name for an implementation; transformers knows it from then on, with the implementation's masks."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = PREFIX + implementation
+    if name not in AttentionInterface():
+        # The masks first: from another thread the name should never be seen without them.
+        if (mask_function := AttentionMaskInterface().get(implementation)) is not None:
+            AttentionMaskInterface.register(name, mask_function)
+        AttentionInterface.register(name, _tapped_attention)
+    return name
+
+
+@contextmanager
+def _named(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
+    before = config._attn_implementation
+    # As a dict: a plain name would go to the configurations of sub-models too, such as a vision tower's.
+    config._attn_implementation = {"": implementation}
+    try:
+        yield
+    finally:
+        config._attn_implementation = {"": before}

@@ -1,0 +1,138 @@
+"""A model and a batch → signals, by a forward pass that goes no further than the last sampled layer.
+
+Shape suffixes: B sequences, T positions of input_ids, V vocabulary, C positions handled at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rhythm.credit.heads import HeadGroups
+from rhythm.credit.signals import RhythmSignals
+from rhythm.shapes import check_dense, check_shape
+from rhythm.tap.attention_tap import AttentionTap
+from rhythm.tap.padding import PaddedBatch
+
+ENTROPY_ELEMENTS = 2**24  # fp32 probabilities held at a time: 64 MB
+
+
+def observe(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    prompt_lens: Tensor | Sequence[int],
+    layers: Sequence[int] | None = None,
+    window: int = 10,
+    horizon: tuple[int, int | None] = (10, 50),
+    quantile: float = 0.3,
+    grouping: Literal["sequence", "batch"] = "sequence",
+    groups: HeadGroups | None = None,
+    entropy: bool = False,
+    backend: str = "auto",
+) -> RhythmSignals:
+    """WAAD and FAI of every response token (paper eqs. 9 and 10, over the heads of eqs. 7 and 8).
+
+    Runs the model without gradients or a KV cache up to the last sampled layer, in the mode (train or eval)
+    it is in. Padding has no influence: each row's signals are those of the row alone, up to the model's own
+    rounding. Attention that is plain and causal costs O(heads · T) memory here. See `AttentionTap` for
+    other kinds, for those that are refused, and for reading the same signals off a forward pass that
+    happens anyway. Waits for the device once before the forward pass, to read attention_mask, and once after it; in the
+    forward pass nothing of it waits.
+
+    Args:
+        model: any causal transformers model whose attention goes through transformers' attention interface.
+        input_ids: [B, T] integers; the tokens of a row are its prompt, then its response.
+        attention_mask: [B, T], 1 on tokens and 0 on padding, which may be on the left or right. None: no
+            padding.
+        prompt_lens: [B] integers, tokens of each sequence (padding not counted) that are its prompt.
+        layers: rising indices of the layers to read; None: `sampled_layers` of the model's depth.
+        window, horizon: of WAAD and FAI, tokens; as in `attention_statistics`.
+        quantile: share of the pool's heads in the local and in the global group.
+        grouping: "sequence" or "batch", as in `select_heads`.
+        groups: fixed head groups, [B, n] or [1, n]; then quantile and grouping have no say.
+        entropy: also the entropy of the distribution each token was drawn from; runs the whole model.
+        backend: as in `attention_statistics`.
+
+    Returns:
+        RhythmSignals at the positions of input_ids, on their device; NaN outside the responses.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+        UnsupportedAttention (a ValueError): attention of a kind whose statistics we can't compute.
+    """
+    check_dense("input_ids", input_ids)
+    B, T = check_shape("input_ids", input_ids, (None, None))
+    if B == 0 or T == 0:
+        raise ValueError(f"input_ids has shape [{B}, {T}]; it must hold at least one token")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"input_ids has dtype {input_ids.dtype}; allowed are torch.int32 and torch.int64")
+    if attention_mask is not None:
+        check_dense("attention_mask", attention_mask)
+        check_shape("attention_mask", attention_mask, (B, T))
+    mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+    tap = AttentionTap(
+        model,
+        prompt_lens=prompt_lens,
+        attention_mask=mask_BT,
+        layers=layers,
+        window=window,
+        horizon=horizon,
+        quantile=quantile,
+        grouping=grouping,
+        groups=groups,
+        backend=backend,
+        stop=not entropy,
+    )
+    inputs: dict[str, Any] = {
+        "attention_mask": None if attention_mask is None else mask_BT.long(),
+        "use_cache": False,
+    }
+    if tap.batch.host.starts_late:
+        inputs["position_ids"] = tap.batch.positions
+    output = None
+    try:
+        with torch.no_grad(), tap:
+            output = model(input_ids, **inputs)
+    except IndexError as error:
+        # Looked at only now: reading ids beforehand would wait for the device.
+        _check_ids(model, input_ids, error)
+        raise
+    if not entropy:
+        return tap.signals()
+    logits_BTV = getattr(output, "logits", None)
+    if logits_BTV is None:
+        raise ValueError(f"entropy is True, but {type(model).__name__} gives no logits; it needs a language-model head")
+    return tap.signals(_entropies(logits_BTV, tap.batch))
+
+
+def _check_ids(model: nn.Module, input_ids_BT: Tensor, error: IndexError) -> None:
+    """ValueError from `error` if the model has no embedding of some token id."""
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    if not isinstance(embedding, nn.Embedding):
+        return
+    lowest, highest = (int(x) for x in input_ids_BT.aminmax())
+    if lowest < 0 or highest >= embedding.num_embeddings:
+        bad = lowest if lowest < 0 else highest
+        allowed = f"the model's vocabulary allows 0 to {embedding.num_embeddings - 1}"
+        raise ValueError(f"input_ids holds {bad}; {allowed}") from error
+
+
+def _entropies(logits_BTV: Tensor, batch: PaddedBatch) -> Tensor:
+    """[B, T] fp32, nats, of the distribution each response token was drawn from: the logits before it.
+
+    NaN outside the responses, and for a response token without a token before it.
+    """
+    batch = batch.to(logits_BTV.device)
+    entropy_BT = torch.full(batch.real.shape, torch.nan, device=logits_BTV.device)
+    row, position = batch.drawn_places
+    size = max(1, ENTROPY_ELEMENTS // logits_BTV.shape[-1])
+    for row_C, position_C in zip(torch.split(row, size), torch.split(position, size), strict=True):
+        probs_CV = logits_BTV[row_C, position_C - 1].float().softmax(dim=-1)
+        entropy_BT[row_C, position_C] = torch.special.entr(probs_CV).sum(dim=-1)
+    return entropy_BT

@@ -1,0 +1,195 @@
+"""A padded batch: where in [B, T] the tokens of each sequence lie, and which of them are its response.
+
+Lengths are kept on the host as well as on the device, so that nothing that is made of a batch waits for the device.
+
+Shape suffixes: B sequences, T positions of input_ids, N tokens of all sequences with the padding left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from rhythm.ops import arguments
+from rhythm.shapes import check_shape
+
+
+@dataclass(frozen=True)
+class HostLengths:
+    """first, lens and prompt_lens of a PaddedBatch as numbers."""
+
+    first: list[int]
+    lens: list[int]
+    prompt_lens: list[int]
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where each sequence begins once the padding is left out, and where the last one ends: B + 1 numbers."""
+        return [0, *accumulate(self.lens)]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lens, default=0)
+
+    @property
+    def starts_late(self) -> bool:
+        """Whether any sequence has padding before its tokens."""
+        return any(self.first)
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Sequences padded on the left, on the right or on both sides.
+
+    Attributes:
+        real: bool [B, T], true on tokens, false on padding; one contiguous run a row.
+        first: int64 [B], position of each sequence's first token; 0 for an empty one.
+        lens: int64 [B], tokens of each sequence.
+        prompt_lens: int64 [B], how many of them are its prompt.
+        host: the last three on the host.
+    """
+
+    real: Tensor
+    first: Tensor
+    lens: Tensor
+    prompt_lens: Tensor
+    host: HostLengths
+
+    @property
+    def response(self) -> Tensor:
+        """bool [B, T], true on response tokens."""
+        return self.real & (self.positions >= self.prompt_lens[:, None])
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [B, T], place of each token in its own sequence, 0-based; meaningless on padding."""
+        return (torch.arange(self.real.shape[1], device=self.real.device) - self.first[:, None]).clamp(min=0)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [B + 1], where each sequence begins once the padding is left out."""
+        return torch.nn.functional.pad(self.lens.cumsum(0), (1, 0)).to(torch.int32)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is no padding."""
+        return sum(self.host.lens) == self.real.numel()
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(row, position) of every token, int64 [N] each, row after row."""
+        return self._places(torch.zeros_like(self.lens), sum(self.host.lens))
+
+    @property
+    def drawn_places(self) -> tuple[Tensor, Tensor]:
+        """(row, position) of every response token with a token before it, int64 [n] each, row after row."""
+        lengths = zip(self.host.lens, self.host.prompt_lens, strict=True)
+        count = sum(max(length - max(prompt, 1), 0) for length, prompt in lengths)
+        return self._places(self.prompt_lens.clamp(min=1), count)
+
+    def packed(self, x_BTX: Tensor) -> Tensor:
+        """[N, …] of [B, T, …], the padding left out."""
+        return x_BTX[self.places]
+
+    def padded(self, x_NX: Tensor, on_padding: float) -> Tensor:
+        """[B, T, …] of packed [N, …]."""
+        x_BTX = x_NX.new_full((*self.real.shape, *x_NX.shape[1:]), on_padding)
+        x_BTX[self.places] = x_NX
+        return x_BTX
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        """The batch on that device; the host does not wait for the copies to a GPU."""
+        if device == self.real.device:
+            return self
+        tensors = (self.real, self.first, self.lens, self.prompt_lens)
+        real_BT, first_B, lens_B, prompt_lens_B = (_copied(x, device) for x in tensors)
+        return PaddedBatch(real_BT, first_B, lens_B, prompt_lens_B, self.host)
+
+    def _places(self, skipped_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """(row, position) of all tokens but the first `skipped` of each sequence, `count` in all.
+
+        Arithmetic rather than nonzero(), which waits for the device to learn the count.
+        """
+        count_B, device = (self.lens - skipped_B).clamp(min=0), self.lens.device
+        row_N = torch.repeat_interleave(torch.arange(len(count_B), device=device), count_B, output_size=count)
+        shift_B = self.first + skipped_B - (count_B.cumsum(0) - count_B)
+        return row_N, torch.arange(count, device=device) + shift_B[row_N]
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    """A copy to a GPU is from pinned memory: from any other the host waits until the GPU's queue is empty."""
+    if device.type != "cuda":
+        return x.to(device)
+    return (x.pin_memory() if x.device.type == "cpu" else x).to(device, non_blocking=True)
+
+
+def padded_batch(attention_mask_BT: Tensor, prompt_lens: Tensor | Sequence[int]) -> PaddedBatch:
+    """The batch that a 2D attention mask describes. Waits for the mask's device, once.
+
+    Args:
+        attention_mask_BT: [B, T], any type; 1 on tokens, 0 on padding.
+        prompt_lens: [B] integers, tokens of each sequence (padding not counted) that are its prompt.
+
+    Raises:
+        ValueError: a mask that is not 2D, holds other values or has padding between tokens; prompt_lens
+            that are not integers, not [B], or not in 0 … the tokens of their sequence.
+    """
+    B, T = check_shape("attention_mask", attention_mask_BT, (None, None))
+    real_BT = attention_mask_BT.bool()
+    prompt_lens_B = integers(arguments.prompt_lens_tensor(prompt_lens, real_BT.device).to(real_BT.device))
+    check_shape("prompt_lens", prompt_lens_B, (B,))
+    # A row of one run turns from padding to tokens once, before its first token or within the row.
+    runs_B = real_BT[:, :1].sum(dim=1) + (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(dim=1)
+    others_B = (attention_mask_BT != real_BT.to(attention_mask_BT.dtype)).sum(dim=1)
+    lens_B = real_BT.sum(dim=1)
+    # argmax takes the first of equals, and 0 for a row without tokens.
+    first_B = real_BT.long().argmax(dim=1) if T else torch.zeros_like(lens_B)
+    others, runs, *on_host = torch.stack([others_B, runs_B, first_B, lens_B, prompt_lens_B]).tolist()
+    if any(others):
+        raise ValueError(
+            "attention_mask holds values other than 0 and 1; sequences packed into one row are not allowed"
+        )
+    if broken := [row for row, count in enumerate(runs) if count > 1]:
+        raise ValueError(
+            f"attention_mask has padding between the tokens of row {broken[0]}; it may only be before or after"
+        )
+    host = HostLengths(*on_host)
+    _check_prompts(host)
+    return PaddedBatch(real_BT, first_B, lens_B, prompt_lens_B, host)
+
+
+def whole_batch(B: int, T: int, prompt_lens_B: Tensor, prompt_lens: list[int], device: torch.device) -> PaddedBatch:
+    """B sequences of T tokens without padding. Waits for no device.
+
+    Args:
+        prompt_lens_B: int64, on any device.
+        prompt_lens: what it holds.
+
+    Raises:
+        ValueError: prompt_lens_B is not [B], or not in 0 … T.
+    """
+    check_shape("prompt_lens", prompt_lens_B, (B,))
+    host = HostLengths([0] * B, [T] * B, prompt_lens)
+    _check_prompts(host)
+    first_B, lens_B = (torch.full((B,), value, device=device) for value in (0, T))
+    real_BT = torch.ones((B, T), dtype=torch.bool, device=device)
+    return PaddedBatch(real_BT, first_B, lens_B, _copied(prompt_lens_B, device), host)
+
+
+def integers(prompt_lens: Tensor) -> Tensor:
+    """int64; ValueError for anything but integers."""
+    if prompt_lens.is_floating_point() or prompt_lens.dtype == torch.bool:
+        raise ValueError(f"prompt_lens has dtype {prompt_lens.dtype}; it must be integers")
+    return prompt_lens.long()
+
+
+def _check_prompts(host: HostLengths) -> None:
+    for row, (prompt, length) in enumerate(zip(host.prompt_lens, host.lens, strict=True)):
+        if not 0 <= prompt <= length:
+            raise ValueError(f"prompt_lens[{row}] is {prompt}; its sequence allows 0 to {length}")

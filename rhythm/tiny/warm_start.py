@@ -1,0 +1,231 @@
+"""Supervised warm start: a tiny model learns from worked solutions before reinforcement learning takes over.
+
+The result is an ordinary transformers checkpoint, cached under a key of everything it depends on: the
+configuration, every training example as text, the source of this module and the model's, and torch's version.
+
+Shapes: B rows of a batch, T tokens (right-padded).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from rhythm.system.writing import naming
+from rhythm.tasks.base import Task
+from rhythm.tiny import model as tiny_model
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+
+_RECORD = "warm_start.json"
+
+
+class WarmStartConfig(BaseModel, extra="forbid", frozen=True):
+    """How long and on what the tiny model is trained before the reinforcement learning."""
+
+    steps: int = Field(default=400, ge=1, description="gradient steps")
+    batch_size: int = Field(default=128, ge=1, description="worked solutions a gradient step")
+    examples: int | None = Field(default=None, ge=1, description="training instances used; null for all")
+    learning_rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")
+    final_learning_rate: float = Field(
+        default=0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak"
+    )
+    warmup_steps: int = Field(default=50, ge=0, description="steps in which the learning rate rises to its peak")
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    seed: int = Field(default=0, ge=0, description="seed of the order of the examples")
+    cache_dir: Path = Field(default=Path("runs/cache"), description="where finished warm starts are kept")
+    model: TinyModelConfig = Field(default=TinyModelConfig(), description="shape of the tiny model")
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A finished warm start: its checkpoint, and how it came about."""
+
+    directory: Path
+    cached: bool
+    loss: float  # nats a response token, mean over the last tenth of the steps
+    seconds: float  # spent training, also where it comes from the cache
+
+
+@dataclass(frozen=True)
+class Example:
+    """A worked solution as token ids; the response ends in EOS."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+
+def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None = None) -> WarmStart:
+    """The warm-started checkpoint for `task`: from the cache, or trained now, with a progress bar.
+
+    The same seed, number of threads and machine give the same weights bit for bit. Raises ValueError where
+    `examples` exceeds the task's training set, and FloatingPointError where the loss stops being finite.
+    """
+    instances = task.train
+    if config.examples is not None:
+        if config.examples > len(instances):
+            raise ValueError(f"examples is {config.examples}: the training set has {len(instances)}")
+        instances = instances[: config.examples]
+    texts = [(task.prompt(instance), task.solution(instance)) for instance in instances]
+    directory = config.cache_dir / f"warm-start-{cache_key(texts, config)}"
+    if directory.is_dir():
+        record = json.loads((directory / _RECORD).read_bytes())
+        return WarmStart(directory, cached=True, loss=record["loss"], seconds=record["seconds"])
+
+    tokenizer = build_tokenizer()
+    model = build_model(config.model, tokenizer)
+    start = time.perf_counter()
+    losses = train(model, encode(tokenizer, texts), config, pad=tokenizer.pad_token_id, console=console)
+    last = losses[-max(1, len(losses) // 10) :]
+    result = WarmStart(directory, False, sum(last) / len(last), time.perf_counter() - start)
+
+    config.cache_dir.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".warm-start-", dir=config.cache_dir))
+    try:
+        with naming(aside):
+            save_checkpoint(model, tokenizer, aside)
+            record = {"loss": result.loss, "seconds": result.seconds, "losses": losses}
+            (aside / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+        aside.chmod(0o755)
+        _publish(aside, directory)
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+    return result
+
+
+def cache_key(texts: Sequence[tuple[str, str]], config: WarmStartConfig) -> str:
+    """16 hexadecimal digits over everything the trained weights depend on, but for the number of threads."""
+    parts = {
+        "config": config.model_dump(exclude={"cache_dir"}),
+        "texts": texts,
+        "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, tiny_model.__file__)],
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]]) -> list[Example]:
+    """(prompt, solution) as tokens: BOS in front of the prompt, EOS behind the solution."""
+    prompts = tokenizer([prompt for prompt, _ in texts]).input_ids
+    responses = tokenizer([solution for _, solution in texts], add_special_tokens=False).input_ids
+    return [
+        Example(tuple(prompt), (*response, tokenizer.eos_token_id))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def train(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    config: WarmStartConfig,
+    pad: int,
+    console: Console | None = None,
+) -> list[float]:
+    """Train `model` in place on the response tokens; returns each step's loss."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+    model.train()
+    losses: list[float] = []
+    with _progress(console) as progress:
+        bar = progress.add_task("warm start", total=config.steps, rate=0.0, loss=math.nan)
+        start = time.perf_counter()
+        batches = _batches(examples, config)
+        for step in range(config.steps):
+            input_ids_BT, response_mask_BT = collate(next(batches), pad)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            loss = response_loss(model, input_ids_BT, response_mask_BT)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"loss is {losses[-1]} at step {step}: lower learning_rate")
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            progress.update(bar, advance=1, rate=len(losses) / (time.perf_counter() - start), loss=losses[-1])
+    return losses
+
+
+def collate(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
+    """Right-padded `input_ids` [B, T] int64 and the mask [B, T] bool of the response tokens."""
+    longest = max(len(example.prompt) + len(example.response) for example in examples)
+    input_ids_BT = torch.full((len(examples), longest), pad)
+    response_mask_BT = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        start, end = len(example.prompt), len(example.prompt) + len(example.response)
+        input_ids_BT[row, :end] = torch.tensor(example.prompt + example.response)
+        response_mask_BT[row, start:end] = True
+    return input_ids_BT, response_mask_BT
+
+
+def response_loss(model: torch.nn.Module, input_ids_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of the response tokens. Padding is on the right, so causality hides it."""
+    logits_BTV = model(input_ids=input_ids_BT, use_cache=False).logits
+    targets_BT = input_ids_BT.masked_fill(~response_mask_BT, -100)  # cross_entropy's ignore_index
+    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT[:, 1:].flatten())
+
+
+def learning_rate(step: int, config: WarmStartConfig) -> float:
+    """A half cosine from the peak to `final_learning_rate` × the peak, times the linear warm-up."""
+    rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    floor = config.final_learning_rate
+    return config.learning_rate * rise * (floor + (1 - floor) * cosine)
+
+
+def _batches(examples: Sequence[Example], config: WarmStartConfig) -> Iterator[list[Example]]:
+    """Endless batches: every pass visits the examples in a new order, and a pass may end inside a batch."""
+    generator = torch.Generator().manual_seed(config.seed)
+    order: list[int] = []
+    while True:
+        while len(order) < config.batch_size:
+            order += torch.randperm(len(examples), generator=generator).tolist()
+        yield [examples[index] for index in order[: config.batch_size]]
+        del order[: config.batch_size]
+
+
+def _publish(aside: Path, directory: Path) -> None:
+    """Rename atomically; where another run was first, its equal result stays."""
+    try:
+        os.rename(aside, directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f} steps/s, loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

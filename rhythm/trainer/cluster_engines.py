@@ -1,0 +1,200 @@
+"""Engines of a cluster run, from its configuration; checked before anything is started.
+
+`plan` and `check_cluster` need neither Ray nor vLLM nor Megatron; `open_cluster` needs what the configuration names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.environment import prepare_environment
+from rhythm.cluster.plan.checks import check, check_weights
+from rhythm.cluster.plan.dimensions import KNOWN, Dimensions, Workload, read_dimensions
+from rhythm.cluster.plan.summary import describe_plan, push_kind
+from rhythm.engines.interfaces import LogProbs, Rollout
+from rhythm.engines.parity import ParityConfig, compare, must_agree
+from rhythm.system.extras import missing
+from rhythm.tasks import Task
+from rhythm.tiny.model import CHARACTERS, TinyModelConfig
+from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.metrics import Record
+from rhythm.trainer.step import Engines
+
+if TYPE_CHECKING:
+    from rhythm.cluster.session import Session
+
+_SPECIAL_TOKENS = 4  # of the tiny model, beside its characters
+
+
+def model_dimensions(config: TrainConfig, *, known: bool = False) -> tuple[Dimensions, str]:
+    """The model's dimensions and where they come from; with `known`, a directory that isn't there may be one of
+    the models known by name.
+
+    Raises ValueError naming model.path.
+    """
+    path = config.model.path
+    if path is None:
+        return _tiny(config.warm_start.model), "the tiny model"
+    if path.is_dir() or not known:
+        return read_dimensions(path), f"config.json in {path}"
+    name = path.name.lower().removesuffix("-base")
+    if name not in KNOWN:
+        raise ValueError(f"model.path is {path}: no such directory, and not the name of one of {', '.join(KNOWN)}")
+    return KNOWN[name], f"known by its name: no {path} here"
+
+
+def workload(config: TrainConfig) -> Workload:
+    """What of a run's configuration the cluster's checks and plan want to know."""
+    return Workload(
+        prompts_per_batch=config.batch.prompts_per_batch,
+        responses_per_prompt=config.batch.responses_per_prompt,
+        mini_batch_size=config.batch.mini_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        max_new_tokens=config.sampling.max_new_tokens,
+        token_chunk=config.optimizer.token_chunk,
+        value_bytes=getattr(torch, config.model.precision).itemsize,
+        steps=config.steps,
+        reference=config.loss.kl_coef > 0,
+        separate_attn=config.attn == "separate",
+    )
+
+
+def plan(config: TrainConfig, cluster: ClusterConfig) -> str:
+    """The plan of a run. Raises ValueError naming the keys of what would not run."""
+    model, source = model_dimensions(config, known=True)
+    check(cluster, workload(config), model)
+    return describe_plan(cluster, workload(config), model, source)
+
+
+def check_cluster(config: TrainConfig, cluster: ClusterConfig) -> None:
+    """Raise ValueError, naming the keys, for what would not run here."""
+    wanted = {"cluster": "ray"}
+    if cluster.infer.engine == "vllm":
+        wanted["cluster.infer.engine"] = "vllm"
+    if cluster.train.engine == "megatron":
+        wanted["cluster.train.engine"] = "megatron"
+    for key, module in wanted.items():
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(missing(key, module, "cluster"))
+    if config.model.path is not None:
+        check_weights(config.model.path)
+    check(cluster, workload(config), model_dimensions(config)[0])
+    if cluster.ray_address is None and torch.cuda.device_count() < cluster.gpus:
+        raise ValueError(f"cluster.gpus is {cluster.gpus}: this machine has {torch.cuda.device_count()}")
+
+
+def check_prompts(config: TrainConfig, cluster: ClusterConfig, task: Task[Any], tokenizer: Any) -> None:
+    """Raise ValueError if a prompt leaves too little of the engines' length for a response."""
+    instances: Sequence[Any] = [*task.train, *task.test]
+    lens = [len(ids) for ids in tokenizer([task.prompt(instance) for instance in instances]).input_ids]
+    needed = max(lens) + config.sampling.max_new_tokens
+    if needed > cluster.max_length:
+        raise ValueError(
+            f"cluster.max_length is {cluster.max_length}: must be at least {needed}, the longest prompt's "
+            f"{max(lens)} tokens and sampling.max_new_tokens = {config.sampling.max_new_tokens}"
+        )
+
+
+@contextmanager
+def open_cluster(
+    config: TrainConfig, cluster: ClusterConfig
+) -> Iterator[Callable[[tuple[int, ...], int, Path, int], Engines]]:
+    """Ray, until the block is left; yields what builds engines on it, as often as it takes.
+
+    build(end_ids, pad_id, checkpoint, restarts): engines on that checkpoint's weights, the earlier ones killed;
+    replicas lost later start from it again, so it must stay. `restarts`: of the training ranks so far.
+    """
+    prepare_environment(cluster)
+    from rhythm.cluster.session import Session
+
+    with Session(cluster, separate_attn=config.attn == "separate") as session:
+        yield partial(_build, config, session)
+
+
+def _build(
+    config: TrainConfig, session: Session, end_ids: tuple[int, ...], pad_id: int, checkpoint: Path, restarts: int
+) -> Engines:
+    from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
+    from rhythm.cluster.hosts import AttnSpec, InferSpec, TrainSpec
+    from rhythm.cluster.utilization import Rates
+    from rhythm.cluster.weight_sync import Pusher, Reader
+
+    cluster, checkpoint, trust = session.config, checkpoint.resolve(), config.model.trust_remote_code
+    session.stop_all()
+    rates = Rates({"train": session.places("actor_train"), "infer": session.places("actor_infer")})
+    rates.restarts["train"] = restarts
+    train = ClusterTrain(
+        session,
+        TrainSpec(
+            role=cluster.train,
+            checkpoint=checkpoint,
+            optimizer=config.optimizer,
+            loss=config.loss,
+            temperature=config.sampling.temperature,
+            micro_batch_size=config.batch.micro_batch_size,
+            precision=config.model.precision,
+            reference=config.loss.kl_coef > 0,
+            bucket_bytes=cluster.push_bucket_mib << 20,
+            collective_seconds=max(cluster.deadlines.step, cluster.deadlines.log_probs),
+            trust_remote_code=trust,
+        ),
+        rates,
+    )
+    infer = ClusterInfer(
+        session,
+        InferSpec(cluster.infer.vllm, checkpoint, cluster.max_length, end_ids, pad_id, config.model.precision, trust),
+        rates,
+        takes_turns=cluster.gpus > 0 and cluster.placement == "colocated",
+    )
+    attn = None
+    readers = [Reader(push_kind(cluster), infer)]
+    if config.attn == "separate":
+        rates.processes["attn"] = session.places("actor_attn")
+        spec = AttnSpec(checkpoint, config.signals, config.batch.micro_batch_size, config.model.precision, trust)
+        attn = ClusterAttn(session, spec, rates)
+        readers.append(Reader("object_store", attn))
+    pusher = Pusher(
+        train, readers, rates=rates, gpus_of_replica=cluster.infer.tensor_parallel_size, seconds=cluster.deadlines.push
+    )
+    return Engines(
+        infer=infer, train=train, attn=attn, push=pusher.push, check=ParityCheck(cluster.parity), meter=rates
+    )
+
+
+class ParityCheck:
+    """Compares what actor_infer and actor_train say of a rollout, at the first one and at every so many steps."""
+
+    def __init__(self, config: ParityConfig) -> None:
+        self._config = config
+        self._checked = False
+
+    def __call__(self, rollout: Rollout, log_probs: LogProbs, step: int) -> Record:
+        """parity_mean and parity_max, nats; nothing where no check is due. Raises ParityError."""
+        if self._checked and step % self._config.every_steps:
+            return {}
+        self._checked = True
+        parity = compare(rollout.logprobs, log_probs.logprobs, rollout.response_mask)
+        must_agree(parity, self._config.threshold)
+        return {"parity_mean": parity.mean, "parity_max": parity.max}
+
+
+def _tiny(model: TinyModelConfig) -> Dimensions:
+    return Dimensions(
+        layers=model.layers,
+        hidden_size=model.hidden_size,
+        mlp_size=model.mlp_size,
+        query_heads=model.query_heads,
+        key_heads=model.key_heads,
+        head_size=model.head_size,
+        vocabulary=_SPECIAL_TOKENS + len(CHARACTERS),
+        max_positions=model.max_positions,
+        tied=True,
+    )

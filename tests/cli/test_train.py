@@ -1,0 +1,107 @@
+"""rhythm-train's face: help, the dry run, and one clear message for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rhythm.cli.train import main
+from rhythm.trainer.config import TrainConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: it\nruns_dir: {tmp_path}\nbatch: {{prompts_per_batch: 6, responses_per_prompt: 4, "
+                    "mini_batch_size: 8, micro_batch_size: 2}\nsteps: 5\n")  # fmt: skip
+    return path
+
+
+def keys_of(model: type, prefix: str = "") -> set[str]:
+    found = set()
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        found |= keys_of(kind, f"{prefix}{name}.") if hasattr(kind, "model_fields") else {prefix + name}
+    return found
+
+
+def test_help_lists_every_key_with_its_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for key in keys_of(TrainConfig) - {"task.options"}:
+        assert key in shown, key
+    assert "amplif" in shown
+    line = next(line for line in shown.splitlines() if line.strip().startswith("credit.q"))
+    assert "0.4" in line
+
+
+def test_dry_run_prints_the_resolved_configuration_and_batch_sizes(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config), "optimizer.lr=5e-4", "signals.horizon=[2,9]", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    resolved = yaml.safe_load(shown)
+    assert resolved["optimizer"]["lr"] == 5e-4
+    assert resolved["signals"]["horizon"] == [2, 9]
+    assert resolved["credit"]["gamma_amp"] == 1.5
+    assert "6 prompts × 4 responses = 24 responses" in shown
+    assert "24 / 8 = 3" in shown
+    assert "8 / 2 = 4" in shown
+    assert "5 × 3 = 15" in shown
+    assert list(config.parent.iterdir()) == [config]  # nothing was started
+
+
+def test_the_default_batch_is_the_papers() -> None:
+    batch = TrainConfig().batch
+    assert (batch.batch_size, batch.mini_batch_size, batch.gradient_steps) == (512, 32, 16)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.lr=1", "optimizer"),
+        ("optimizer.lrr=1", "optimizer.lr"),
+        ("credit.gama_amp=2", "credit.gamma_amp"),
+        ("task.options.max_numbr=9", "task.options.max_number"),
+        ("optimizer.lr=-1", "optimizer.lr"),
+        ("steps=many", "steps"),
+        ("credit.strategy=coupeld", "credit.strategy"),
+        ("batch.mini_batch_size=7", "mini_batch_size is 7: must divide the batch"),
+        ("batch.micro_batch_size=3", "micro_batch_size is 3: must divide mini_batch_size"),
+        ("attn=both", "attn"),
+        ("task.name=no.such:Task", "task.name"),
+        ("steps", "steps"),
+        ("name=../elsewhere", "name"),
+        ("signals.horizon=[5,2]", "horizon"),
+        ("model.path=/no/such/checkpoint", "/no/such/checkpoint"),
+    ],
+)
+def test_a_bad_value_is_one_message_that_names_the_key(
+    override: str, message: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config), override]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert list(config.parent.iterdir()) == [config]
+
+
+def test_unreadable_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    assert main([str(tmp_path / "bad.yaml")]) == 2
+    assert "not valid YAML" in capsys.readouterr().err
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert main([str(tmp_path / "list.yaml")]) == 2
+    assert "must hold keys and values" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "no configuration given" in capsys.readouterr().err
+
+
+def test_a_task_that_cannot_be_built_leaves_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(config), "task.options={format: steps, numbers: 2, max_number: 4}"]) == 2
+    assert "different instances were found" in capsys.readouterr().err
+    assert list(config.parent.iterdir()) == [config]

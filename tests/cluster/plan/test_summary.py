@@ -1,0 +1,162 @@
+"""The plan of the shipped configurations, its numbers worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rhythm.cli.config_file import load_config
+from rhythm.cli.train import main
+from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.plan.dimensions import KNOWN, Dimensions, Workload
+from rhythm.cluster.plan.memory import InferMemory, TrainMemory, attn_memory, infer_memory, train_memory
+from rhythm.cluster.plan.summary import push_kind
+from rhythm.trainer.cluster_engines import plan
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+SMALL = Dimensions(
+    layers=4,
+    hidden_size=8,
+    mlp_size=16,
+    query_heads=4,
+    key_heads=2,
+    head_size=4,
+    vocabulary=10,
+    max_positions=64,
+    tied=False,
+    qk_norm=False,
+)
+WORK = Workload(
+    prompts_per_batch=4,
+    responses_per_prompt=4,
+    mini_batch_size=8,
+    micro_batch_size=2,
+    max_new_tokens=8,
+    token_chunk=16,
+    value_bytes=2,
+    steps=3,
+    reference=True,
+    separate_attn=True,
+)
+
+
+def test_memory_of_a_small_model_by_hand() -> None:
+    # A layer: 4 + 4 heads for Q and O, 2 + 2 for K and V, of 4 × 8 each; three MLP matrices of 8 × 16; two norms of 8.
+    assert SMALL.layer_parameters == (2 * 4 + 2 * 2) * 4 * 8 + 3 * 8 * 16 + 2 * 8 == 784
+    assert SMALL.parameters == 4 * 784 + 2 * 80 + 8
+    cluster = ClusterConfig.model_validate(
+        {
+            "gpus": 8,
+            "placement": "separate",
+            "max_length": 32,
+            "train": {"tensor": 2, "pipeline": 2, "recompute": True},
+            "infer": {"tensor_parallel_size": 2, "kv_cache_gib": 1},
+        }
+    )
+    # Two ranks share two layers and one of the two embeddings: (2 · 784 + 80) / 2.
+    assert train_memory(cluster, WORK, SMALL) == TrainMemory(
+        weights=824 * 2,
+        gradients=824 * 4,
+        optimizer=824 * 12,
+        reference=824 * 2,
+        # 2 · 32 tokens, 2 bytes, two micro-batches alive: two layers' inputs and one layer of 6 · 8 +
+        # (12 · 4 + 3 · 16) / 2 values; two copies in fp32 and one in bfloat16 of logits of 16 tokens × 10 entries / 2
+        # ranks; the gradient of these entries' rows of the output embedding.
+        activations=(2 * 8 + 6 * 8 + 48) * 64 * 2 * 2 + (2 * 4 + 2) * 16 * 5 + 5 * 8 * 2,
+    )
+    found = infer_memory(cluster, WORK, SMALL)
+    assert found == InferMemory(weights=3304, kv_cache=2**30, token=2 * 4 * 1 * 4 * 2)
+    assert found.tokens == 2**30 // 64
+    assert attn_memory(SMALL) == 4 * 3304
+
+
+def test_float32_needs_no_copy_in_the_optimizer_and_data_ranks_share_it() -> None:
+    both = {"gpus": 8, "train": {"data": 4}}
+    shared = ClusterConfig.model_validate(both)
+    own = ClusterConfig.model_validate({**both, "train": {"data": 4, "distributed_optimizer": False}})
+    model = KNOWN["qwen3-4b"]
+    assert train_memory(own, WORK, model).optimizer == 4 * train_memory(shared, WORK, model).optimizer
+
+
+def test_the_way_of_weights_follows_the_placement() -> None:
+    def kind(**section: object) -> str:
+        return push_kind(ClusterConfig.model_validate(section))
+
+    assert kind() == "ipc"
+    assert kind(placement="separate") == "nccl"
+    assert kind(gpus=0, infer={"kv_cache_gib": 1}) == "shared_memory"
+    assert kind(infer={"engine": "transformers"}) == "object_store"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "qwen3_4b_8gpu",
+            [
+                "model         4.02 B parameters, 36 layers, 32 query and 8 key heads of 128 (known by its name",
+                "actor_train   megatron, tensor 1 × pipeline 1 × data 8 = 8 ranks on node 0 GPUs 0–7",
+                "actor_infer   vllm, 8 replicas × tensor 1 on node 0 GPUs 0–7",
+                "actor_attn    inline",
+                "weights 7.5 GiB, gradients 15.0 GiB, optimizer 5.6 GiB",
+                "vLLM sleeps while actor_train works",
+                "512 / 32 = 16 gradient steps, each 8 data ranks × 1 micro-batches × 4 responses",
+                "500 steps, 8,000 gradient steps",
+                "by ipc: 7.5 GiB in buckets of 1024 MiB",
+            ],
+        ),
+        (
+            "qwen3_8b_16gpu",
+            [
+                "model         8.19 B parameters",
+                "actor_train   megatron, tensor 2 × pipeline 1 × data 4 = 8 ranks on node 0 GPUs 0–7",
+                "actor_infer   vllm, 8 replicas × tensor 1 on node 1 GPUs 0–7",
+                "512 / 32 = 16 gradient steps, each 4 data ranks × 4 micro-batches × 2 responses",
+                "up to 4,194,304 tokens a step, 600 steps, 9,600 gradient steps",
+                "by nccl: 15.3 GiB in buckets of 2048 MiB",
+            ],
+        ),
+        (
+            "countdown_cluster_cpu",
+            [
+                "megatron, tensor 2 × pipeline 1 × data 1 = 2 ranks on CPUs",
+                "vllm, 1 replica × tensor 1 on CPUs",
+                "by shared_memory",
+            ],
+        ),
+    ],
+)
+def test_the_plans_of_the_shipped_configurations(name: str, lines: list[str]) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.cluster is not None
+    shown = plan(config, config.cluster)
+    for line in lines:
+        assert line in shown, line
+
+
+@pytest.mark.parametrize("name", ["qwen3_4b_8gpu", "qwen3_8b_16gpu"])
+def test_the_papers_numbers(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert (config.batch.batch_size, config.batch.mini_batch_size, config.batch.gradient_steps) == (512, 32, 16)
+    assert config.optimizer.lr == 1e-6
+    assert config.sampling.temperature == 1
+    assert (config.loss.kl_coef, config.loss.entropy_coef) == (0, 0)
+    assert config.cluster is not None
+    assert config.cluster.max_length == {"qwen3_4b_8gpu": 1024, "qwen3_8b_16gpu": 8192}[name]
+    assert (
+        config.sampling.max_new_tokens == config.cluster.max_length - {1024: 128, 8192: 256}[config.cluster.max_length]
+    )
+
+
+def test_the_dry_run_prints_the_plan_or_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(CONFIGS / "qwen3_4b_8gpu.yaml")
+    assert main([path, "--dry-run"]) == 0
+    assert "#   actor_infer   vllm, 8 replicas" in capsys.readouterr().out
+    assert main([path, "cluster.train.tensor=3", "--dry-run"]) == 2
+    assert "cluster.train.tensor is 3: must divide the model's 32 query heads" in capsys.readouterr().err
+    assert main([path, "model.path=elsewhere", "--dry-run"]) == 2
+    assert (
+        "model.path is elsewhere: no such directory, and not the name of one of qwen3-0.6b" in capsys.readouterr().err
+    )

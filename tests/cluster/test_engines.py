@@ -1,0 +1,262 @@
+"""The three roles over real processes, with the one-machine engines in them: the same results as one process gives,
+and what is killed is started again with the right weights.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.errors import LostError, RemoteError, TrainLostError
+from rhythm.credit.loss import LossConfig
+from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TapConfig, TrainBatch
+from rhythm.engines.local.attn import ObserveAttn
+from rhythm.engines.local.infer import GenerateInfer
+from rhythm.engines.local.train import OptimizerConfig
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+TAP = TapConfig(horizon=(1, 6), grouping="batch")
+SAMPLING = SamplingConfig(max_new_tokens=10)
+PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The roles, what pushes between them, the checkpoint they started from, and its tokens."""
+
+    session: object
+    train: object
+    infer: object
+    attn: object
+    pusher: object
+    rates: object
+    checkpoint: Path
+    end_ids: tuple[int, ...]
+    pad_id: int
+
+    def model(self) -> object:
+        """The trainer's weights as of now, in this process."""
+        model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+        model.load_state_dict(self.train.weights())
+        return model
+
+    def local_infer(self) -> GenerateInfer:
+        return GenerateInfer(self.model(), end_ids=self.end_ids, pad_id=self.pad_id)
+
+    def batch(self, rollout: Rollout) -> TrainBatch:
+        found, _ = self.train.log_probs(rollout)
+        advantages = torch.linspace(-1, 1, len(rollout.lens))[:, None].expand(rollout.input_ids.shape)
+        return TrainBatch(rollout, found.logprobs, advantages * rollout.response_mask)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    tokenizer = build_tokenizer()
+    tiny = TinyModelConfig(layers=6, hidden_size=32, mlp_size=48, query_heads=2, key_heads=1, head_size=16)
+    save_checkpoint(build_model(tiny, tokenizer), tokenizer, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint: Path) -> Iterator[Cluster]:
+    from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
+    from rhythm.cluster.hosts import AttnSpec, InferSpec, TrainSpec
+    from rhythm.cluster.session import Session
+    from rhythm.cluster.utilization import Rates
+    from rhythm.cluster.weight_sync import Pusher, Reader
+
+    config = ClusterConfig.model_validate(
+        {
+            "gpus": 0,
+            "max_length": 1024,
+            "object_store_mib": 80,
+            "infer": {"engine": "transformers", "replicas": 2},
+            "train": {"engine": "torch"},
+            "attn": {"replicas": 2},
+            "deadlines": {"generate": 20, "start": 120, "log_probs": 60, "step": 60, "push": 60},
+            "max_restarts": 4,
+        }
+    )
+    tokenizer = build_tokenizer()
+    with Session(config, separate_attn=True) as session:
+        rates = Rates({"train": 1, "infer": 2, "attn": 2})
+        train = ClusterTrain(
+            session,
+            TrainSpec(
+                role=config.train,
+                checkpoint=checkpoint,
+                optimizer=OptimizerConfig(lr=1e-2),
+                loss=LossConfig(),
+                temperature=1.0,
+                micro_batch_size=4,
+                precision="float32",
+                reference=False,
+                bucket_bytes=20_000,  # many buckets
+                collective_seconds=60,
+            ),
+            rates,
+        )
+        end_ids, pad_id = (tokenizer.eos_token_id,), tokenizer.pad_token_id
+        infer = ClusterInfer(
+            session, InferSpec(None, checkpoint, 1024, end_ids, pad_id, "float32"), rates, takes_turns=False
+        )
+        attn = ClusterAttn(session, AttnSpec(checkpoint, TAP, 4, "float32"), rates)
+        pusher = Pusher(
+            train,
+            [Reader("object_store", infer), Reader("object_store", attn)],
+            rates=rates,
+            gpus_of_replica=1,
+            seconds=60,
+        )
+        yield Cluster(session, train, infer, attn, pusher, rates, checkpoint, end_ids, pad_id)
+        mine = [worker.pid for role in (train.ranks, infer.workers, attn.workers) for worker in role]
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in mine if pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not [p for p in psutil.Process().children(recursive=True) if "ray" in " ".join(p.cmdline())]
+
+
+def equal(a: Rollout, b: Rollout) -> bool:
+    names = ("input_ids", "response_mask", "group", "finished", "prompt_lens")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names) and torch.allclose(
+        a.logprobs, b.logprobs, atol=1e-6
+    )
+
+
+def test_replicas_share_the_prompts_in_order(cluster: Cluster) -> None:
+    found = cluster.infer.generate(PROMPTS, 3, SAMPLING, seed=7)
+    assert found.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [row[:n].tolist() for row, n in zip(found.input_ids, found.prompt_lens, strict=True)] == [
+        prompt for prompt in PROMPTS for _ in range(3)
+    ]
+    alone = cluster.local_infer().generate(PROMPTS[:2], 3, SAMPLING, seed=7)
+    width = alone.input_ids.shape[1]
+    assert torch.equal(found.input_ids[:6, :width], alone.input_ids)  # the first replica draws as a single engine
+    assert torch.allclose(found.logprobs[:6, :width], alone.logprobs, atol=1e-6)
+    assert equal(found, cluster.infer.generate(PROMPTS, 3, SAMPLING, seed=7))
+    assert not torch.equal(found.input_ids[:3], found.input_ids[6:9])
+
+
+def test_a_push_reaches_every_replica(cluster: Cluster) -> None:
+    before = cluster.train.weights()
+    rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=1)
+    metrics = cluster.train.step(cluster.batch(rollout))
+    assert metrics.grad_norm > 0
+    assert any(not torch.equal(before[name], now) for name, now in cluster.train.weights().items())
+    stale = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=2)
+    gap = (stale.logprobs - cluster.train.log_probs(stale)[0].logprobs)[stale.response_mask].abs()
+    assert gap.mean() > 1e-3
+    cluster.pusher.push(1)
+    assert cluster.infer.version == cluster.attn.version == 1
+    fresh = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=2)
+    gap_B = (fresh.logprobs - cluster.train.log_probs(fresh)[0].logprobs).nan_to_num().abs().amax(dim=1)
+    assert gap_B.max() < 1e-4  # over the rows of all replicas
+    with pytest.raises(RemoteError, match="version is 0: must not fall below the 1"):
+        cluster.pusher.push(0)
+    cluster.pusher.push(2)
+
+
+def test_signals_and_shared_head_groups_are_those_of_one_engine(cluster: Cluster) -> None:
+    rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=3)
+    alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)
+    found = cluster.attn.signals(rollout)
+    for name in ("waad", "fai", "span"):
+        assert torch.allclose(getattr(found, name), getattr(alone, name), atol=1e-6, equal_nan=True), name
+    assert torch.equal(found.groups.local, alone.groups.local.expand_as(found.groups.local))
+    assert torch.equal(found.groups.global_, alone.groups.global_.expand_as(found.groups.global_))
+    inline = cluster.train.log_probs(rollout, TAP)[1]
+    assert torch.allclose(found.waad, inline.waad, atol=1e-6, equal_nan=True)
+
+
+def test_an_exception_there_comes_with_its_traceback(cluster: Cluster) -> None:
+    with pytest.raises(RemoteError) as caught:
+        cluster.infer.generate([[1], []], 2, SAMPLING, seed=0)
+    message = str(caught.value)
+    assert "actor_infer.generate: actor_infer[1] failed" in message
+    assert "prompts: must hold at least one prompt, and no empty one" in message
+    assert "rhythm/engines/local/infer.py" in message
+    cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=0)  # and it still serves
+
+
+def test_a_loss_that_is_not_finite_is_the_drivers_to_report(cluster: Cluster) -> None:
+    batch = cluster.batch(cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=4))
+    poisoned = replace(batch, advantages=batch.advantages.masked_fill(batch.rollout.response_mask, torch.nan))
+    with pytest.raises(NonFiniteError) as caught:
+        cluster.train.step(poisoned)
+    assert caught.value.batch is poisoned
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_replica_lost_mid_rollout_is_started_again_with_the_weights_of_the_version(
+    how: signal.Signals, cluster: Cluster
+) -> None:
+    """Killed, or stopped so that it misses its deadline."""
+    long = SamplingConfig(max_new_tokens=400)
+    honest = cluster.infer.generate(PROMPTS, 8, long, seed=5)
+    lost, kept = cluster.infer.workers[1], cluster.infer.workers[0]
+    before = cluster.rates.restarts.get("infer", 0)
+    timer = threading.Timer(0.3, os.kill, (lost.pid, how))
+    timer.start()
+    found = cluster.infer.generate(PROMPTS, 8, long, seed=5)
+    timer.join()
+    assert cluster.rates.restarts["infer"] == before + 1
+    assert cluster.infer.workers[0] is kept
+    assert cluster.infer.workers[1] is not lost
+    assert equal(found, honest)
+
+
+def test_a_replica_lost_before_a_push_gets_the_new_weights(cluster: Cluster) -> None:
+    rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=6)
+    cluster.train.step(cluster.batch(rollout))
+    os.kill(cluster.attn.workers[0].pid, signal.SIGKILL)
+    cluster.pusher.push(3)
+    assert cluster.rates.restarts["attn"] == 1
+    found = cluster.attn.signals(rollout)
+    alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)
+    assert torch.allclose(found.waad, alone.waad, atol=1e-6, equal_nan=True)
+    fresh = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=6)
+    gap = (fresh.logprobs - cluster.train.log_probs(fresh)[0].logprobs)[fresh.response_mask].abs()
+    assert gap.max() < 1e-4
+
+
+def test_rates_of_a_step(cluster: Cluster) -> None:
+    cluster.rates.clear()
+    started = time.perf_counter()
+    rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=8)
+    cluster.train.log_probs(rollout)
+    cluster.attn.signals(rollout)
+    taken = cluster.rates.taken(time.perf_counter() - started)
+    for role in ("train", "infer", "attn"):
+        assert taken[f"tokens_per_second_{role}"] > 0
+        assert 0 < taken[f"idle_share_{role}"] < 1
+    assert 0 < taken["attention_share"] < 1
+    assert taken["restarts_attn"] == 1
+
+
+def test_restarts_have_an_end(cluster: Cluster) -> None:
+    cluster.rates.restarts["infer"] = 4
+    os.kill(cluster.infer.workers[0].pid, signal.SIGKILL)
+    with pytest.raises(LostError, match=r"after cluster\.max_restarts = 4 restarts: actor_infer\[0\] died"):
+        cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=0)
+
+
+def test_a_lost_trainer_is_an_error_of_its_own(cluster: Cluster) -> None:
+    """The last of this file: nothing of the group is left."""
+    os.kill(cluster.train.ranks[0].pid, signal.SIGKILL)
+    with pytest.raises(TrainLostError, match=r"actor_train\.weights: actor_train\[0\] died"):
+        cluster.train.weights()

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+
+import rhythm
+from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.heads import HeadGroups, select_heads
+from rhythm.credit.loss import LossConfig
+from rhythm.credit.signals import RhythmSignals
+from rhythm.engines.interfaces import Rollout, TapConfig
+from rhythm.engines.local.attn import ObserveAttn
+from rhythm.engines.local.train import OptimizerConfig, TorchTrain
+
+MakeRollout = Callable[..., Rollout]
+Grouping = Literal["sequence", "batch", "calibrated"]
+
+
+def tap(grouping: Grouping = "sequence") -> TapConfig:
+    return TapConfig(layers=2, horizon=(2, 6), window=4, grouping=grouping)
+
+
+def trainer(model: Any, tokenizer: Any, micro_batch_size: int = 2) -> TorchTrain:
+    return TorchTrain(
+        model,
+        tokenizer,
+        optimizer=OptimizerConfig(),
+        loss=LossConfig(),
+        temperature=1.0,
+        micro_batch_size=micro_batch_size,
+    )
+
+
+def assert_same(a: RhythmSignals, b: RhythmSignals, tolerance: float = 0.0) -> None:
+    for name in ("waad", "fai", "span"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), equal_nan=True, rtol=tolerance, atol=tolerance)
+    assert a.groups.local.equal(b.groups.local)
+    assert a.groups.global_.equal(b.groups.global_)
+
+
+@pytest.mark.parametrize("grouping", ["sequence", "batch", "calibrated"])
+def test_separate_and_inline_give_the_same_gamma(
+    model: Any, tokenizer: Any, make_rollout: MakeRollout, grouping: Grouping
+) -> None:
+    rollout = make_rollout()
+    _, inline = trainer(model, tokenizer).log_probs(rollout, tap(grouping))
+    separate = ObserveAttn(copy.deepcopy(model), tap(grouping), micro_batch_size=2).signals(rollout)
+    assert inline is not None
+    assert_same(separate, inline)
+    config = CreditConfig(strategy="coupled")
+    gammas = [batch_credit_weights(s, rollout.response_mask, config) for s in (separate, inline)]
+    assert gammas[0].equal(gammas[1])
+    assert (gammas[0] > 1).any()
+
+
+def test_signals_are_those_of_observe(model: Any, make_rollout: MakeRollout) -> None:
+    """Rows in other micro-batches, cut to other widths, put back where they belong."""
+    rollout = make_rollout()
+    expected = rhythm.observe(
+        model,
+        rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        prompt_lens=rollout.prompt_lens,
+        layers=rhythm.sampled_layers(3, 2),
+        window=4,
+        horizon=(2, 6),
+    )
+    for size in (1, 3, 4):
+        found = ObserveAttn(model, tap(), micro_batch_size=size).signals(rollout)
+        assert_same(found, expected, tolerance=1e-5)
+    assert expected.waad[rollout.response_mask].isfinite().all()
+
+
+@pytest.mark.parametrize("grouping", ["batch", "calibrated"])
+def test_shared_groups_come_from_all_rows(model: Any, make_rollout: MakeRollout, grouping: Grouping) -> None:
+    rollout = make_rollout(prompt_lens=(2, 2, 2, 2), response_lens=(20, 15, 10, 5), seed=3)
+    each = ObserveAttn(model, tap(), micro_batch_size=1).signals(rollout)
+    shared = ObserveAttn(model, tap(grouping), micro_batch_size=1).signals(rollout)
+    assert shared.groups.local.equal(select_heads(each.span, 0.3, per="batch").local)
+    assert shared.groups.global_.equal(select_heads(each.span, 0.3, per="batch").global_)
+    assert not each.groups.local.equal(shared.groups.local) or not each.groups.global_.equal(shared.groups.global_)
+
+
+def test_fixed_groups_override_the_grouping(model: Any, make_rollout: MakeRollout) -> None:
+    rollout = make_rollout()
+    heads = ObserveAttn(model, tap(), micro_batch_size=4).signals(rollout).span.shape[1]
+    local, global_ = torch.zeros(2, 1, heads, dtype=torch.bool)
+    local[0, 1] = global_[0, 2] = True
+    fixed = HeadGroups(local=local, global_=global_)
+    for grouping in ("sequence", "batch", "calibrated"):
+        found = ObserveAttn(model, tap(grouping), micro_batch_size=2).signals(rollout, fixed)
+        assert found.groups.local.equal(local.expand(4, -1))
+        assert found.groups.global_.equal(global_.expand(4, -1))
+
+
+def test_it_sees_the_weights_it_was_given(model: Any, make_rollout: MakeRollout) -> None:
+    rollout = make_rollout()
+    engine = ObserveAttn(copy.deepcopy(model), tap(), micro_batch_size=4)
+    before = engine.signals(rollout)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(-2)
+    inside = rollout.response_mask
+    assert engine.signals(rollout).waad[inside].equal(before.waad[inside])
+    engine.update_weights(model.state_dict(), version=1)
+    after = engine.signals(rollout)
+    assert not after.waad[inside].equal(before.waad[inside])
+    assert_same(after, ObserveAttn(model, tap(), micro_batch_size=4).signals(rollout))
+    with pytest.raises(ValueError, match="version is 0"):
+        engine.update_weights(model.state_dict(), version=0)

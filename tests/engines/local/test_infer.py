@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from rhythm.engines.interfaces import Rollout, SamplingConfig
+from rhythm.engines.local.infer import GenerateInfer
+
+PROMPTS = [[1, 20, 30, 40, 50], [1, 60], [1, 7, 8, 9]]
+END, PAD = 2, 0
+
+
+def engine(model: Any, end_ids: tuple[int, ...] = (END,)) -> GenerateInfer:
+    return GenerateInfer(model, end_ids=end_ids, pad_id=PAD)
+
+
+def naive_logprobs(model: Any, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """[B, T] row by row, without padding, from the logits as they are; 0 outside the response."""
+    expected = torch.zeros(rollout.input_ids.shape)
+    for row, length in enumerate(rollout.attention_mask.sum(dim=1).tolist()):
+        ids = rollout.input_ids[row, :length]
+        with torch.no_grad():
+            log_softmax = (model(ids[None]).logits[0] / temperature).log_softmax(dim=-1)
+        for t in range(int(rollout.prompt_lens[row]), length):
+            expected[row, t] = log_softmax[t - 1, ids[t]]
+    return expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_those_of_the_sampled_tokens(model: Any, temperature: float) -> None:
+    sampling = SamplingConfig(temperature=temperature, max_new_tokens=9)
+    rollout = engine(model).generate(PROMPTS, 3, sampling, seed=5)
+    expected = naive_logprobs(model, rollout, temperature)
+    torch.testing.assert_close(rollout.logprobs, expected, rtol=1e-4, atol=1e-5)
+    assert (rollout.logprobs[rollout.response_mask] < 0).all()
+
+
+def test_log_probs_do_not_know_of_top_k(model: Any) -> None:
+    rollout = engine(model).generate(PROMPTS, 2, SamplingConfig(top_k=3, max_new_tokens=6), seed=1)
+    torch.testing.assert_close(rollout.logprobs, naive_logprobs(model, rollout, 1.0), rtol=1e-4, atol=1e-5)
+
+
+def test_layout_of_a_rollout(model: Any) -> None:
+    """With a third of the vocabulary ending a response, some end early and some don't."""
+    ends = tuple(range(2, 100, 12))
+    rollout = engine(model, ends).generate(PROMPTS, 8, SamplingConfig(max_new_tokens=6), seed=3)
+    assert rollout.group.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert set(rollout.finished.tolist()) == {True, False}
+    for row in range(24):
+        prompt = PROMPTS[row // 8]
+        ids, mask = rollout.input_ids[row], rollout.response_mask[row]
+        response = ids[mask].tolist()
+        assert rollout.prompt_lens[row] == len(prompt)
+        assert ids[: len(prompt)].tolist() == prompt
+        assert ids[len(prompt) : len(prompt) + len(response)].tolist() == response
+        assert rollout.attention_mask[row].tolist() == [t < len(prompt) + len(response) for t in range(len(ids))]
+        assert (ids[len(prompt) + len(response) :] == PAD).all()
+        assert not any(token in ends for token in response[:-1])
+        assert bool(rollout.finished[row]) == (response[-1] in ends)
+        assert len(response) <= 6
+        assert rollout.finished[row] or len(response) == 6
+    assert rollout.input_ids.shape[1] == int(rollout.attention_mask.sum(dim=1).max())
+    assert (rollout.logprobs[~rollout.response_mask] == 0).all()
+
+
+def test_padding_and_company_do_not_change_a_response(model: Any) -> None:
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    together = engine(model).generate(PROMPTS, 1, greedy, seed=0)
+    for row, prompt in enumerate(PROMPTS):
+        alone = engine(model).generate([prompt], 1, greedy, seed=0)
+        assert together.input_ids[row][together.attention_mask[row]].tolist() == alone.input_ids[0].tolist()
+
+
+def test_chunks_of_rows_are_joined_in_order(model: Any) -> None:
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    whole = engine(model, (2, 30, 31, 32, 33)).generate(PROMPTS, 2, greedy, seed=0)
+    parts = engine(model, (2, 30, 31, 32, 33)).generate(
+        PROMPTS, 2, greedy.model_copy(update={"rows_at_once": 2}), seed=0
+    )
+    for name in ("input_ids", "attention_mask", "response_mask", "prompt_lens", "group", "finished"):
+        assert getattr(whole, name).equal(getattr(parts, name)), name
+    torch.testing.assert_close(whole.logprobs, parts.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rollout_is_a_function_of_its_seed(model: Any) -> None:
+    sampling = SamplingConfig(max_new_tokens=12)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first = engine(model).generate(PROMPTS, 2, sampling, seed=8)
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(12)
+    again = engine(model).generate(PROMPTS, 2, sampling, seed=8)
+    other = engine(model).generate(PROMPTS, 2, sampling, seed=9)
+    assert first.input_ids.equal(again.input_ids)
+    assert first.logprobs.equal(again.logprobs)
+    assert first.input_ids.shape != other.input_ids.shape or not first.input_ids.equal(other.input_ids)
+    assert not first.input_ids[0].equal(first.input_ids[1])  # two responses to one prompt
+
+
+def test_the_checkpoints_own_sampling_defaults_have_no_say(model: Any) -> None:
+    sampling = SamplingConfig(max_new_tokens=12)
+    expected = engine(model).generate(PROMPTS, 2, sampling, seed=8)
+    own = GenerationConfig(top_k=1, repetition_penalty=1.7, no_repeat_ngram_size=1, do_sample=True, eos_token_id=3)
+    model.generation_config = own
+    found = engine(model).generate(PROMPTS, 2, sampling, seed=8)
+    assert found.input_ids.equal(expected.input_ids)
+    assert model.generation_config is own
+
+
+def test_top_k_of_one_is_greedy(model: Any) -> None:
+    greedy = engine(model).generate(PROMPTS, 1, SamplingConfig(temperature=0, max_new_tokens=8), seed=0)
+    top = engine(model).generate(PROMPTS, 1, SamplingConfig(top_k=1, max_new_tokens=8), seed=4)
+    assert top.input_ids.equal(greedy.input_ids)
+
+
+def test_new_weights_are_used_and_versions_do_not_fall(model: Any) -> None:
+    infer = engine(model)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(-1.5)
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    infer.update_weights(trained.state_dict(), version=3)
+    assert infer.generate(PROMPTS, 1, greedy, 0).input_ids.equal(
+        engine(trained).generate(PROMPTS, 1, greedy, 0).input_ids
+    )
+    with pytest.raises(ValueError, match="version is 2: must not fall below the 3"):
+        infer.update_weights(trained.state_dict(), version=2)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "message"),
+    [([], 1, "prompts"), ([[1], []], 1, "prompts"), ([[1]], 0, "n is 0")],
+)
+def test_bad_arguments(model: Any, prompts: list[list[int]], n: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine(model).generate(prompts, n, SamplingConfig(), seed=0)
+
+
+def test_a_response_must_be_able_to_end(model: Any) -> None:
+    with pytest.raises(ValueError, match="end_ids is empty"):
+        engine(model, ())

@@ -1,0 +1,177 @@
+"""What the kernels compile to, for GPUs that are not here: no spills, wgmma on Hopper, and no worse than recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from rhythm.kernels.inspect.compile_ahead import MULTIPROCESSORS
+
+RECORDS = Path(__file__).parents[3] / "benchmarks/records/compile_ahead"
+RECORD = RECORDS / f"triton-{triton.__version__}.json"
+LOOPS = {"row", "row_values", "column", "column_band", "bands", "bands_band", "sampled"}
+
+
+def compile_ahead(*options: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "rhythm.kernels.inspect.compile_ahead", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def key(kernel: dict[str, Any]) -> tuple[Any, ...]:
+    tile = tuple((kernel["tile"] or {}).values())
+    return kernel["arch"], kernel["sweep"], kernel["dtype"], kernel["head_size"], tile
+
+
+def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+    by_key = {key(kernel): kernel for kernel in kernels}
+    assert len(by_key) == len(kernels)
+    return by_key
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[tuple[Any, ...], dict[str, Any]]:
+    assert RECORD.exists(), f"no record for this Triton: make compile-ahead writes {RECORD}"
+    return read(RECORD)
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The tiles that run by default, for 2-byte types at both head sizes and fp32 at the smaller."""
+    kernels = []
+    for dtype, sizes in (("bf16", "128,256"), ("fp32", "128")):
+        file = tmp_path_factory.mktemp("ahead") / f"{dtype}.json"
+        options = ("--arch", "sm_90", "--defaults", "--dtypes", dtype, "--head-sizes", sizes, "--json", str(file))
+        run = compile_ahead(*options)
+        assert run.returncode == 0, run.stderr
+        kernels += json.loads(file.read_text(encoding="utf-8"))["kernels"]
+    return kernels
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    assert {kernel["sweep"] for kernel in hopper} == LOOPS | {"mean_span", "results"}
+    for kernel in hopper:
+        recorded = record[key(kernel)]
+        assert kernel["spills"] == 0, key(kernel)
+        assert kernel["registers"] <= recorded["registers"], key(kernel)
+        assert kernel["programs"] >= recorded["programs"], key(kernel)
+        if kernel["sweep"] in LOOPS:
+            assert kernel["per_score"]["all"] <= 1.01 * recorded["per_score"]["all"], key(kernel)
+            if recorded["barriers"] is not None:
+                assert kernel["immediate_waits"] <= recorded["immediate_waits"], key(kernel)
+                assert kernel["barriers"] <= recorded["barriers"], key(kernel)
+            assert any("GMMA" in opcode for opcode in kernel["matrix"]) == (kernel["dtype"] == "bf16"), key(kernel)
+    (row,) = [k for k in hopper if (k["sweep"], k["dtype"], k["head_size"]) == ("row", "bf16", 128)]
+    assert row["per_score"]["all"] <= 8
+    assert 1 <= row["per_score"]["exp2"] <= 1.05
+    assert row["registers"] <= 128
+    assert 2 * row["shared"] <= 227 * 1024  # two programs share a multiprocessor
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)
+def test_every_record_covers_every_shipped_tile(path: Path) -> None:
+    from rhythm.kernels.configurations import TABLES
+
+    record = read(path)
+    assert json.loads(path.read_text(encoding="utf-8"))["triton"] == path.stem.removeprefix("triton-")
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for sweep, groups in TABLES[arch].items():
+            for group, tiles in groups.items():
+                dtype, size = ("bf16", "fp32")[group.startswith("float")], int(group[-3:])
+                for tile in tiles:
+                    kernel = record[arch, sweep, dtype, size, tuple(asdict(tile).values())]
+                    assert kernel["default"] == (tile == tiles[0]), kernel
+                    spilling = arch == "gfx942" or (path.stem == "triton-3.6.0" and arch != "sm_90")
+                    assert kernel["spills"] == 0 or spilling, kernel
+                    of_program = kernel["registers"], kernel["shared"], tile.warps
+                    assert kernel["programs"] == MULTIPROCESSORS[arch].resident(*of_program), kernel
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("sweep", ["row", "column", "column_band", "bands", "bands_band"])
+def test_two_programs_share_a_multiprocessor_of_hopper(path: Path, sweep: str) -> None:
+    """Heads of 128 in 2-byte types, with either Triton: one program alone leaves the units idle while it waits."""
+    from rhythm.kernels.configurations import TABLES
+
+    default = TABLES["sm_90"][sweep]["half128"][0]
+    kernel = read(path)["sm_90", sweep, "bf16", 128, tuple(asdict(default).values())]
+    assert kernel["default"]
+    assert kernel["programs"] >= 2
+    assert kernel["spills"] == 0
+    assert kernel["immediate_waits"] >= 0
+    assert kernel["barriers"] >= 0
+
+
+def test_programs_a_multiprocessor() -> None:
+    """Worked by hand from NVIDIA's table of compute capability 9.0: 65,536 registers, 228 kB less 1 kB a program."""
+    hopper = MULTIPROCESSORS["sm_90"]
+    assert hopper.resident(128, 66064, 8) == 2
+    assert hopper.resident(129, 66064, 8) == 1  # 136 registers: a warp gets them by 256, 15 warps fit, two programs not
+    assert hopper.resident(64, 115 * 1024, 8) == 1  # 116 kB each
+    assert hopper.resident(64, 113 * 1024, 8) == 2
+    assert hopper.resident(32, 0, 4) == 16  # 64 warps
+    assert hopper.resident(16, 0, 1) == 32
+    assert MULTIPROCESSORS["sm_80"].resident(96, 49408, 4) == 3  # 164 kB
+    assert MULTIPROCESSORS["gfx942"].resident(128, 20 * 1024, 4) == 3  # 64 kB of LDS; registers allow 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--arch", "sm_70"), "--arch names 'sm_70'; allowed are sm_80, sm_90, sm_100, gfx942"),
+        (("--sweeps", "row,rwo"), "--sweeps names 'rwo'; allowed are row, row_values"),
+        (("--head-sizes", "96"), "--head-sizes names '96'; allowed are 16, 32"),
+    ],
+)
+def test_bad_options(options: tuple[str, ...], message: str) -> None:
+    run = compile_ahead(*options)
+    assert run.returncode == 2
+    assert message in run.stderr
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "rhythm.kernels.inspect.compile_ahead"]
+    run = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert "TRITON_INTERPRET=1 is set" in run.stderr
+
+
+@pytest.mark.slow
+def test_every_way_of_launching_compiles() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compile_variants.py"))]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 11
+    assert all(line.endswith(": 8 kernels") for line in lines)
+
+
+@pytest.mark.slow
+def test_other_lengths_windows_and_horizons_compile_nothing_anew() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compile_variants.py")), "--batches"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.splitlines() == [
+        "row_sweep_kernel: 2",  # with values and without
+        "column_sweep_kernel: 1",
+        "bands_kernel: 1",
+        "mean_span_kernel: 1",
+        "sampled_span_kernel: 1",
+        "results_kernel: 1",
+        "mend_output_kernel: 1",
+    ]

@@ -1,0 +1,82 @@
+"""The choice of a backend and of an instruction set."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from rhythm import _C
+from rhythm.ops import backends
+from rhythm.ops.backends import cpu
+from rhythm.ops.statistics import attention_statistics
+
+Q = torch.randn(5, 2, 8)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_choice() -> None:
+    backends._automatic.cache_clear()
+
+
+def test_auto_takes_the_kernels_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="rhythm"):
+        attention_statistics(Q, Q)
+        attention_statistics(Q, Q)
+    assert [record.getMessage() for record in caplog.records] == ["backend auto: cpu for torch.float32 tensors on cpu"]
+
+
+def test_auto_passes_over_what_cannot_take_the_type(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="rhythm"):
+        statistics = attention_statistics(Q.double(), Q.double())
+    assert statistics.waad.dtype == torch.float64
+    assert "reference for torch.float64" in caplog.text
+    assert "not cpu: it has dtype torch.float64" in caplog.text
+
+
+def test_a_missing_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(cpu, "_IMPORT_ERROR", "no such file")
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' is not available: .*no such file"):
+        attention_statistics(Q, Q, backend="cpu")
+    assert "no such file" in backends.availability()["cpu"]
+    assert attention_statistics(Q, Q).waad.shape == (2, 5)  # auto goes on to the reference
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RHYTHM_CPU_ISA", "avx1024")
+    with pytest.raises(RuntimeError, match=r"RHYTHM_CPU_ISA is 'avx1024'; this machine runs .*portable"):
+        attention_statistics(Q, Q, backend="cpu")
+    monkeypatch.setenv("RHYTHM_CPU_ISA", "")
+    assert _C.selected_isa() == _C.available_isas()[0]
+    assert _C.available_isas()[-1] == "portable"
+
+
+def test_a_gpu_too_old_for_the_kernels_is_told_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rhythm.ops.backends import triton
+
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        triton.too_old.cache_clear()
+        reason = triton.refuses(torch.device("cuda", 0), torch.float16)
+        assert (reason is not None) == refused
+        if reason is not None:
+            assert "Tesla T4 of compute capability 7.5; the kernels need 8.0" in reason
+            assert "backend 'reference' runs there" in reason
+    triton.too_old.cache_clear()
+
+
+def test_values_on_a_gpu_are_checked_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rhythm.ops import arguments
+
+    class OnGpu:
+        ndim, shape, device = 3, (10, 2, 8), torch.device("cuda")
+
+    bad = torch.tensor([0, 4, 20], dtype=torch.int32)
+    assert arguments.layout(OnGpu(), bad, None).count == 2
+    monkeypatch.setenv("RHYTHM_CHECK_VALUES", "1")
+    with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 20; it must cover 0 to T = 10"):
+        arguments.layout(OnGpu(), bad, None)

@@ -1,0 +1,411 @@
+"""observe() against the maps that output_attentions=True gives under eager attention, and its arguments."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
+from rhythm.credit.signals import RhythmSignals, aggregate
+from rhythm.ops import reference
+from rhythm.tap import attention_tap as tap
+from rhythm.tap.attention_form import UnsupportedAttention
+from rhythm.tap.observe import observe
+
+WINDOW, HORIZON = 4, (2, 9)
+LAYERS = 6  # of which 2, 3 and 4 are sampled
+# Weights large enough for attention far from uniform.
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+}
+ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+
+
+def qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, **GQA))
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=1))
+
+
+def gpt_neox() -> Any:
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES))
+
+
+def gpt2() -> Any:  # learned positions
+    config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=LAYERS, n_head=4, initializer_range=0.3)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def gemma3(sliding_window: int = 8) -> Any:
+    config = transformers.Gemma3TextConfig(
+        **SIZES, **GQA, layer_types=ALTERNATING, sliding_window=sliding_window, query_pre_attn_scalar=5
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def gemma2(softcap: float | None = 1.5, sliding_window: int = 8) -> Any:
+    config = transformers.Gemma2Config(
+        **SIZES,
+        **GQA,
+        layer_types=ALTERNATING,
+        sliding_window=sliding_window,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=softcap,
+        final_logit_softcapping=3.0,
+    )
+    return transformers.Gemma2ForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "qwen3": qwen3,
+    "llama": llama,
+    "gpt_neox": gpt_neox,
+    "gpt2": gpt2,
+    "gemma3, window bites": gemma3,
+    "gemma3, window as long": lambda: gemma3(sliding_window=24),
+    "gemma2": gemma2,
+}
+
+
+def made(build: Callable[[], Any], implementation: str = "sdpa", seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = build().eval()
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(1))
+
+
+def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [B, T]; the padding holds a token that occurs in the rows too."""
+    width = max(len(row) for row in rows) + (2 if side == "both" else 0)
+    input_ids, mask = torch.full((len(rows), width), 7), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        start = {"right": 0, "left": width - len(row), "both": 1}[side]
+        input_ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return input_ids, mask
+
+
+def by_maps(model: Any, row: Tensor, prompt_len: int, layers: list[int]) -> RhythmSignals:
+    """The signals of one row alone, by its attention maps."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = eager(row[None], output_attentions=True, use_cache=False)
+    maps_nTT = torch.cat([output.attentions[layer][0] for layer in layers])
+    span_n, waad_nT, fai_nT = reference.sequence_statistics(
+        maps_nTT, prompt_len=prompt_len, window=WINDOW, horizon=HORIZON
+    )
+    log_p = output.logits[0].double().log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1).roll(1)
+    entropy[0] = torch.nan
+    response = (torch.arange(len(row)) >= prompt_len)[None]
+    groups = select_heads(span_n[None])
+    return aggregate(waad_nT[None], fai_nT[None], span_n[None], groups, response, entropy[None])
+
+
+def assert_close(actual: Tensor | None, expected: Tensor | None, atol: float = 1e-5) -> None:
+    assert actual is not None
+    assert expected is not None
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol, equal_nan=True)
+
+
+def assert_same(actual: RhythmSignals, expected: RhythmSignals) -> None:
+    """Bit for bit."""
+    for name in ("waad", "fai", "span"):
+        assert_close(getattr(actual, name), getattr(expected, name), atol=0)
+    assert actual.groups.local.equal(expected.groups.local)
+    assert actual.groups.global_.equal(expected.groups.global_)
+
+
+# sdpa ignores Gemma 2's softcap: see test_softcap_only_where_the_implementation_heeds_it.
+CASES = [(name, i) for name in MODELS for i in ("sdpa", "eager") if (name, i) != ("gemma2", "sdpa")]
+
+
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_rows_equal_their_attention_maps(name: str, implementation: str, side: str) -> None:
+    model = made(MODELS[name], implementation)
+    rows, prompt_lens = list(tokens(3, 24)), [5, 0, 11]
+    rows[1], rows[2] = rows[1][:7], rows[2][:19]
+    input_ids, mask = padded(rows, side)
+    signals = observe(
+        model,
+        input_ids,
+        attention_mask=mask,
+        prompt_lens=prompt_lens,
+        window=WINDOW,
+        horizon=HORIZON,
+        entropy=True,
+    )
+    assert signals.waad.dtype == signals.fai.dtype == signals.span.dtype == torch.float32
+    for i, (row, prompt_len) in enumerate(zip(rows, prompt_lens, strict=True)):
+        alone, real = by_maps(model, row, prompt_len, sampled_layers(LAYERS)), mask[i].bool()
+        assert signals.groups.local[i].equal(alone.groups.local[0])
+        assert signals.groups.global_[i].equal(alone.groups.global_[0])
+        assert_close(signals.span[i], alone.span[0])
+        for field in ("waad", "fai", "entropy"):
+            value = getattr(signals, field)[i]
+            assert_close(value[real], getattr(alone, field)[0])
+            assert value[~real].isnan().all()
+        assert alone.waad.isnan().sum() == prompt_len
+    assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_no_mask_is_no_padding(implementation: str) -> None:
+    model, input_ids = made(qwen3, implementation), tokens(2, 20)
+    bare = observe(model, input_ids, prompt_lens=torch.tensor([3, 9]), window=WINDOW, horizon=HORIZON)
+    masked = observe(
+        model,
+        input_ids,
+        attention_mask=torch.ones_like(input_ids).bool(),
+        prompt_lens=[3, 9],
+        window=WINDOW,
+        horizon=HORIZON,
+    )
+    assert_same(bare, masked)
+    assert bare.entropy is None
+    assert_close(bare.waad[1], by_maps(model, input_ids[1], 9, [2, 3, 4]).waad[0])
+
+
+def test_default_window_and_horizon() -> None:
+    model, input_ids = made(llama), tokens(1, 70)
+    default = observe(model, input_ids, prompt_lens=[4])
+    named = observe(model, input_ids, prompt_lens=[4], window=10, horizon=(10, 50))
+    assert_same(default, named)
+    assert not observe(model, input_ids, prompt_lens=[4], horizon=(10, None)).fai.equal(default.fai)
+
+
+@pytest.mark.parametrize(("length", "fused", "by_reference"), [(8, 3, 0), (9, 1, 2)])
+def test_reference_only_where_the_window_bites(
+    monkeypatch: pytest.MonkeyPatch, length: int, fused: int, by_reference: int
+) -> None:
+    calls: list[str] = []
+
+    def spied(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return spy
+
+    monkeypatch.setattr(tap, "attention_statistics", spied("fused", tap.attention_statistics))
+    monkeypatch.setattr(tap, "_say_reference", spied("reference", tap._say_reference))
+    model = made(gemma3)  # layers 2, 3, 4 are sliding, full, sliding; window 8
+    observe(model, tokens(2, length), prompt_lens=[1, 2])
+    assert (calls.count("fused"), calls.count("reference")) == (fused, by_reference)
+
+
+def test_a_named_backend_without_windows_is_refused_only_where_they_bite() -> None:
+    model = made(gemma3)
+    with pytest.raises(
+        ValueError, match=r"backend is 'cpu'; it must be 'auto' or 'reference' for gemma3_text, layer 2"
+    ):
+        observe(model, tokens(1, 9), prompt_lens=[1], layers=[2], backend="cpu")
+    everywhere = observe(model, tokens(1, 9), prompt_lens=[1], backend="reference")
+    assert_same(everywhere, observe(model, tokens(1, 9), prompt_lens=[1], backend="reference"))
+
+
+def test_says_once_that_windows_take_the_reference(caplog: pytest.LogCaptureFixture) -> None:
+    tap._say_reference.cache_clear()
+    for _ in range(2):
+        observe(made(gemma3), tokens(1, 20), prompt_lens=[1])
+    assert [r.message for r in caplog.records if "O(heads · T²)" in r.message] == [
+        "gemma3_text: statistics of layers with a sliding window or capped scores take O(heads · T²) memory"
+    ]
+
+
+def test_softcap_only_where_the_implementation_heeds_it() -> None:
+    rows = tokens(1, 24)
+    capped, plain = made(gemma2, "sdpa"), made(lambda: gemma2(softcap=None), "eager")
+    options: dict[str, Any] = {"prompt_lens": [5], "window": WINDOW, "horizon": HORIZON}
+    # What ran is attention without the cap, so these are its statistics.
+    assert_close(observe(capped, rows, **options).waad, by_maps(plain, rows[0], 5, [2, 3, 4]).waad)
+    capped.set_attn_implementation("eager")
+    difference = observe(capped, rows, **options).waad - observe(plain, rows, **options).waad
+    assert difference[0, 5:].abs().max() > 0.1
+
+
+def test_scale_is_the_layers_own() -> None:
+    model, input_ids = made(qwen3), tokens(1, 20)
+    before = observe(model, input_ids, prompt_lens=[0]).waad
+    for layer in model.model.layers:
+        layer.self_attn.scaling /= 4
+    after = observe(model, input_ids, prompt_lens=[0]).waad
+    assert (after - before).abs().max() > 0.1
+
+
+def test_stops_after_the_last_sampled_layer() -> None:
+    model, input_ids = made(qwen3), tokens(1, 12)
+    ran: list[int] = []
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    observe(model, input_ids, prompt_lens=[2])
+    assert ran == [0, 1, 2, 3, 4]
+    observe(model, input_ids, prompt_lens=[2], layers=[1])
+    assert ran == [0, 1, 2, 3, 4, 0, 1]
+    ran.clear()
+    observe(model, input_ids, prompt_lens=[2], layers=[1], entropy=True)
+    assert ran == list(range(LAYERS))
+
+
+def test_runs_without_gradients_and_leaves_the_mode() -> None:
+    model = made(qwen3).train()
+    signals = observe(model, tokens(1, 12), prompt_lens=[2], entropy=True)
+    assert model.training
+    assert signals.entropy is not None
+    assert not any(t.requires_grad for t in (signals.waad, signals.fai, signals.entropy, signals.span))
+
+
+def test_explicit_layers_are_the_pool() -> None:
+    model, input_ids = made(qwen3), tokens(1, 20)
+    signals = observe(model, input_ids, prompt_lens=[3], layers=[0, 5], window=WINDOW, horizon=HORIZON, entropy=True)
+    alone = by_maps(model, input_ids[0], 3, [0, 5])
+    assert signals.span.shape == (1, 8)
+    assert_close(signals.span, alone.span)
+    assert_close(signals.fai, alone.fai)
+
+
+def test_grouping_and_fixed_groups() -> None:
+    model, input_ids = made(qwen3), tokens(3, 20)
+    options: dict[str, Any] = {"prompt_lens": [3, 4, 5], "quantile": 0.2}
+    own = observe(model, input_ids, **options)
+    joint = observe(model, input_ids, **options, grouping="batch")
+    assert not own.groups.local[0].equal(own.groups.local[1])
+    assert joint.groups.local.equal(select_heads(own.span, 0.2, per="batch").local)
+    chosen = torch.zeros(2, 1, 12, dtype=torch.bool)
+    chosen[0, 0, 1] = chosen[1, 0, 7] = True
+    fixed = observe(model, input_ids, **options, groups=HeadGroups(chosen[0], chosen[1]))
+    alone = observe(model, input_ids[2:], prompt_lens=[5], groups=HeadGroups(chosen[0], chosen[1]))
+    assert_close(fixed.waad[2], alone.waad[0])
+    with pytest.raises(ValueError, match=r"groups\.local has shape \[1, 11\]"):
+        observe(model, input_ids, **options, groups=HeadGroups(chosen[0, :, 1:], chosen[1, :, 1:]))
+
+
+def test_rows_without_a_response_and_empty_rows_are_nan() -> None:
+    model = made(qwen3)
+    input_ids, mask = padded([tokens(10), tokens(8), tokens(0)], "right")
+    signals = observe(model, input_ids, attention_mask=mask, prompt_lens=[4, 8, 0], entropy=True)
+    assert signals.waad[0, 4:].isfinite().all()
+    for value in (signals.waad, signals.fai, signals.entropy, signals.span):
+        assert value is not None
+        assert value[1:].isnan().all()
+    assert not signals.groups.local[1:].any()
+
+
+def test_padding_has_no_influence_even_if_it_breaks_the_model() -> None:
+    model, rows = made(qwen3), [tokens(12), tokens(9)]
+    input_ids, mask = padded(rows, "right")
+    before = observe(model, input_ids, attention_mask=mask, prompt_lens=[2, 3])
+    input_ids[~mask.bool()] = 60
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = 1e30
+    assert not (tokens(12) == 60).any()
+    assert_same(observe(model, input_ids, attention_mask=mask, prompt_lens=[2, 3]), before)
+
+
+def test_entropy_is_chunked_over_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, input_ids = made(qwen3), tokens(2, 20)
+    whole = observe(model, input_ids, prompt_lens=[3, 0], entropy=True).entropy
+    sizes: list[int] = []
+    entr = torch.special.entr
+    # By name rhythm.observe is the function.
+    monkeypatch.setattr(sys.modules["rhythm.tap.observe"], "ENTROPY_ELEMENTS", 5 * 61)
+    monkeypatch.setattr(torch.special, "entr", lambda p: (sizes.append(p.shape[0]), entr(p))[1])
+    assert_close(observe(model, input_ids, prompt_lens=[3, 0], entropy=True).entropy, whole, atol=1e-6)
+    assert sizes == [5] * 7 + [1]  # 17 + 19 positions: the first token of row 1 was drawn from nothing
+
+
+def test_half_precision_and_float64_models() -> None:
+    input_ids = tokens(1, 24)
+    exact = observe(made(qwen3), input_ids, prompt_lens=[4])
+    for dtype, atol in ((torch.bfloat16, 0.3), (torch.float16, 0.05), (torch.float64, 1e-5)):
+        for implementation in ("sdpa", "eager"):
+            signals = observe(made(qwen3, implementation).to(dtype), input_ids, prompt_lens=[4])
+            assert signals.waad.dtype == torch.float32
+            assert_close(signals.span, exact.span, atol=atol)
+
+
+def test_base_model_without_a_head() -> None:
+    model, input_ids = made(qwen3), tokens(1, 12)
+    assert_same(observe(model.model, input_ids, prompt_lens=[2]), observe(model, input_ids, prompt_lens=[2]))
+    with pytest.raises(ValueError, match="Qwen3Model gives no logits"):
+        observe(model.model, input_ids, prompt_lens=[2], entropy=True)
+
+
+HOLE = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": tokens(6)}, "input_ids has shape [6]; it must be [any, any]"),
+        ({"input_ids": tokens(2, 0)}, "input_ids has shape [2, 0]"),
+        ({"attention_mask": torch.ones(2, 5)}, "attention_mask has shape [2, 5]; it must be [2, 6]"),
+        ({"attention_mask": torch.ones(2, 1, 6, 6)}, "attention_mask has shape [2, 1, 6, 6]"),
+        ({"attention_mask": HOLE}, "attention_mask has padding between the tokens of row 0"),
+        ({"attention_mask": torch.full((2, 6), 2)}, "attention_mask holds values other than 0 and 1"),
+        ({"prompt_lens": [1, 7]}, "prompt_lens[1] is 7; its sequence allows 0 to 6"),
+        ({"prompt_lens": [-1, 2]}, "prompt_lens[0] is -1; its sequence allows 0 to 6"),
+        ({"prompt_lens": [1]}, "prompt_lens has shape [1]; it must be [2]"),
+        ({"prompt_lens": [1.0, 2.0]}, "prompt_lens[0] is 1.0; it must be an integer"),
+        ({"prompt_lens": torch.tensor([1.0, 2.0])}, "prompt_lens has dtype torch.float32"),
+        ({"prompt_lens": [1, None]}, "prompt_lens[1] is None; it must be an integer"),
+        (
+            {"input_ids": torch.tensor([[3, 61, 0, 0, 0, 0]] * 2)},
+            "input_ids holds 61; the model's vocabulary allows 0 to 60",
+        ),
+        (
+            {"input_ids": torch.tensor([[3, -1, 0, 0, 0, 0]] * 2)},
+            "input_ids holds -1; the model's vocabulary allows 0 to 60",
+        ),
+        ({"input_ids": torch.ones(2, 6)}, "input_ids has dtype torch.float32; allowed are"),
+        ({"horizon": 5}, "horizon is 5; it must be a pair"),
+        (
+            {"attention_mask": HOLE[[1, 1]], "prompt_lens": [1, 5]},
+            "prompt_lens[1] is 5; its sequence allows 0 to 4",
+        ),
+        ({"layers": []}, "layers is []"),
+        ({"layers": [3, 2]}, "layers is [3, 2]"),
+        ({"layers": [2, 2]}, "layers is [2, 2]"),
+        ({"layers": [2, 6]}, "layers is [2, 6]; it must hold rising indices from 0 to 5"),
+        ({"layers": [-1]}, "layers is [-1]"),
+        ({"window": 0}, "window is 0"),
+        ({"horizon": (5, 2)}, "horizon is (5, 2)"),
+        ({"quantile": 0.7}, "quantile is 0.7"),
+        ({"grouping": "row"}, "per is 'row'"),
+        ({"backend": "magic"}, "backend is 'magic'"),
+        ({"model": torch.nn.Linear(2, 2)}, "model is a Linear"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"model": made(qwen3), "input_ids": tokens(2, 6), "prompt_lens": [1, 2]}
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        observe(**(arguments | change))
+    assert not isinstance(error.value, UnsupportedAttention)
+
+
+def test_importing_rhythm_is_cheap() -> None:
+    code = "import sys, rhythm; rhythm.observe, rhythm.AttentionTap; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,166 @@
+"""Rewards that hang, raise, or end their process: each is a score of 0 with a reason, and the next one is judged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rhythm.tasks import Reward, load_task
+from rhythm.tasks.isolation import GuardedTask
+
+MODULE = """
+import os, re, time
+from pydantic import BaseModel
+from rhythm.tasks import Reward
+
+class NoOptions(BaseModel):
+    pass
+
+class Unpicklable(Reward):
+    def __reduce__(self):
+        raise TypeError("no pickle of this")
+
+NO_JUDGEMENT = {
+    "none": None,
+    "float": 1.0,
+    "str": "1.0",
+    "nan": Reward(score=float("nan"), correct=True, format_ok=True),
+    "inf": Reward(score=float("inf"), correct=True, format_ok=True),
+    "str score": Reward(score="1", correct=True, format_ok=True),
+}
+
+class Awkward:
+    config_class = NoOptions
+
+    def __init__(self, config):
+        self.train, self.test = ["a", "b"], ["c"]
+
+    def prompt(self, instance):
+        return instance + "?"
+
+    def solution(self, instance):
+        return instance
+
+    def reward(self, instance, response):
+        if response == "sleep":
+            time.sleep(600)
+        if response == "backtrack":  # holds the interpreter's lock all the while
+            re.match(r"(a+)+$", "a" * 40 + "b")
+        if response == "raise":
+            raise KeyError("no such key")
+        if response == "exit":
+            raise SystemExit(3)
+        if response == "die":
+            os._exit(1)
+        if response == "interrupt":
+            raise KeyboardInterrupt
+        if response == "lambda":
+            return lambda: 1.0
+        if response == "unpicklable score":
+            return Reward(score=open(os.devnull), correct=True, format_ok=True)
+        if response == "unpicklable":
+            return Unpicklable(score=0.25, correct=False, format_ok=True)
+        if response in NO_JUDGEMENT:
+            return NO_JUDGEMENT[response]
+        return Reward(score=1.0, correct=response == instance, format_ok=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    found = tmp_path_factory.mktemp("task")
+    (found / "awkward.py").write_text(MODULE)
+    sys.path.insert(0, str(found))
+    yield found
+    sys.path.remove(str(found))
+
+
+@pytest.fixture(scope="module")
+def guarded(directory: Path) -> Iterator[GuardedTask]:
+    task = load_task("awkward:Awkward")
+    with GuardedTask(task, "awkward:Awkward", {}, seconds=1.0, start_seconds=60) as found:
+        yield found
+
+
+def test_everything_else_is_the_tasks_own(guarded: GuardedTask) -> None:
+    assert (guarded.train, guarded.test) == (["a", "b"], ["c"])
+    assert (guarded.prompt("a"), guarded.solution("b")) == ("a?", "b")
+    assert guarded.reward("a", "a") == Reward(score=1.0, correct=True, format_ok=True)
+    assert guarded.reward("a", "b") == Reward(score=1.0, correct=False, format_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("response", "fault"),
+    [
+        ("sleep", "late"),
+        ("backtrack", "late"),
+        ("raise", "raised"),
+        ("exit", "raised"),
+        ("interrupt", "raised"),
+        ("die", "raised"),
+    ],
+)
+def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
+    response: str, fault: str, guarded: GuardedTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    guarded.reward("a", "a")  # the judge is up
+    started = time.monotonic()
+    assert guarded.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault=fault)
+    assert time.monotonic() - started < 3
+    assert f"prompt 'a?', response {response!r}" in caplog.text
+    assert ("KeyError: 'no such key'" in caplog.text) == (response == "raise")
+    assert guarded.reward("b", "b").score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "why"),
+    [
+        ("none", "reward returned None: must be a rhythm.tasks.Reward"),
+        ("float", "reward returned 1.0: must be"),
+        ("str", "reward returned '1.0': must be"),
+        ("lambda", "reward returned <function"),
+        ("nan", "score is nan: must be a finite number"),
+        ("inf", "score is inf: must be"),
+        ("str score", "score is '1': must be"),
+        ("unpicklable score", "score is <_io.TextIOWr"),
+    ],
+)
+def test_no_judgement_is_a_fault_at_once_and_the_judge_stays(
+    response: str, why: str, guarded: GuardedTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    guarded.reward("a", "a")
+    judge = guarded.pid
+    assert guarded.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault="invalid")
+    assert f"a reward is no judgement: its score is 0; prompt 'a?', response {response!r}: {why}" in caplog.text
+    assert guarded.reward("b", "b").score == 1.0
+    assert guarded.pid == judge
+
+
+def test_a_reward_that_cannot_be_pickled_comes_as_its_values(guarded: GuardedTask) -> None:
+    assert guarded.reward("a", "unpicklable") == Reward(0.25, correct=False, format_ok=True)
+
+
+def test_the_judge_ends_with_a_parent_that_is_killed(directory: Path) -> None:
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from rhythm.tasks import load_task
+        from rhythm.tasks.isolation import GuardedTask
+        if __name__ == "__main__":
+            with GuardedTask(load_task("awkward:Awkward"), "awkward:Awkward", {}, seconds=1, start_seconds=60) as task:
+                task.reward("a", "a")
+                print(task.pid, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    (directory / "parent.py").write_text(script)
+    done = subprocess.run([sys.executable, "parent.py"], cwd=directory, capture_output=True, text=True, timeout=120)
+    judge = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{judge}").exists() and "State:\tZ" not in Path(f"/proc/{judge}/status").read_text():
+        assert time.monotonic() < deadline, "the judge outlived its parent"
+        time.sleep(0.05)
