@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -84,9 +84,13 @@ class ClusterTrain:
         return taken
 
     def weights(self) -> dict[str, Tensor]:
-        """See rhythm.engines.interfaces.Train. All of them come to the driver: pushes don't go this way."""
+        """See rhythm.engines.interfaces.Train. All of them come to the driver: a weight sync doesn't go this way."""
         found: dict[str, Tensor] = self.ask("weights", seconds=self._deadlines.push)[0]
         return found
+
+    def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
+        """See rhythm.engines.interfaces.Train; as `weights`, all of them come to the driver."""
+        return iter(self.weights().items())
 
     def save(self, directory: Path) -> None:
         """See rhythm.engines.interfaces.Train."""
@@ -224,10 +228,6 @@ class ClusterInfer(Replicas[InferSpec]):
         self.sleep()
         return rollout
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Not this way: a cluster's weights go from process to process."""
-        raise NotImplementedError("weights of a cluster are pushed, by rhythm.cluster.weight_sync.Pusher")
-
     def sleep(self) -> None:
         """Leave the GPUs to the trainer, where they are shared."""
         self._turn("sleep", True)
@@ -262,10 +262,6 @@ class ClusterAttn(Replicas[AttnSpec]):
         self._rates.processed("attn", int(rollout.lens.sum()), seconds)
         self._rates.statistics += seconds
         return found
-
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Not this way: a cluster's weights go from process to process."""
-        raise NotImplementedError("weights of a cluster are pushed, by rhythm.cluster.weight_sync.Pusher")
 
     def _signals(self, rollout: Rollout, groups: HeadGroups | None) -> RhythmSignals:
         rows = torch.arange(len(rollout.prompt_lens)).tensor_split(len(self.workers))

@@ -5,11 +5,10 @@ A method's result comes back as a `Reply` with the seconds it took, so that the 
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +117,7 @@ class Host:
 class TrainHost(Host):
     """One rank of actor_train."""
 
-    _engine: Any
+    _engine: Train
     _device: torch.device  # where the engine wants its batches; Megatron's moves them itself
     _senders: dict[str, WeightSender]
     _stream: Iterator[list[tuple[str, Tensor]]]
@@ -132,17 +131,13 @@ class TrainHost(Host):
     def build(self, spec: TrainSpec, rank: int, address: str, port: int) -> None:
         """Load the model; with Megatron, all ranks at the same time, which meet at address:port."""
         self._spec, self._rank, self._senders = spec, rank, {}
-        if spec.role.engine == "torch":
-            model = _load_model(spec, torch.float32)
-            self._engine, self._device = _torch_train(spec, model), model.device
-        else:
-            self._engine, self._device = _megatron_train(spec, rank, address, port), torch.device("cpu")
+        self._engine, self._device = _BUILD_TRAIN[spec.role.engine](spec, rank, address, port)
 
     def log_probs(self, rollout: Rollout, tap: TapConfig | None, groups: Any) -> Any:
-        """As Train's, and the seconds that attention statistics took; NaN where the engine doesn't know."""
+        """As Train's, and its statistics_seconds."""
         found, signals = self._engine.log_probs(place(rollout, self._device), tap, groups)
-        seconds = getattr(self._engine, "statistics_seconds", math.nan) if tap is not None else 0.0
-        return self._answer((place(found, "cpu"), None if signals is None else place(signals, "cpu"), seconds))
+        on_cpu = None if signals is None else place(signals, "cpu")
+        return self._answer((place(found, "cpu"), on_cpu, self._engine.statistics_seconds))
 
     def reference_log_probs(self, rollout: Rollout) -> Any:
         """As Train's."""
@@ -181,10 +176,7 @@ class TrainHost(Host):
 
     def begin_push(self) -> None:
         """Start to stream the weights. From here to the end of the stream, all ranks do the same."""
-        stream = (
-            self._engine.weights_stream() if self._spec.role.engine == "megatron" else self._engine.weights().items()
-        )
-        self._stream = buckets(stream, self._spec.bucket_bytes)
+        self._stream = buckets(self._engine.weights_stream(), self._spec.bucket_bytes)
 
     def stage(self, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]] | None:
         """Lay the next bucket ready for the readers of `kinds`; None at the end."""
@@ -366,8 +358,10 @@ def _load_model(spec: TrainSpec | InferSpec | AttnSpec, dtype: torch.dtype) -> A
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _torch_train(spec: TrainSpec, model: Any) -> Train:
-    return TorchTrain(
+def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[Train, torch.device]:
+    """One rank, which meets nobody."""
+    model = _load_model(spec, torch.float32)
+    engine = TorchTrain(
         model,
         AutoTokenizer.from_pretrained(spec.checkpoint, local_files_only=True, trust_remote_code=spec.trust_remote_code),
         optimizer=spec.optimizer,
@@ -377,14 +371,15 @@ def _torch_train(spec: TrainSpec, model: Any) -> Train:
         precision=getattr(torch, spec.precision),
         reference=_load_model(spec, torch.float32) if spec.reference else None,
     )
+    return engine, model.device
 
 
-def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> Train:
+def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[Train, torch.device]:
     from rhythm.engines.megatron.parallel import Rendezvous
     from rhythm.engines.megatron.train import MegatronTrain
 
     meeting = Rendezvous(rank, spec.role.ranks, address, port, spec.collective_seconds)
-    return MegatronTrain(
+    engine = MegatronTrain(
         spec.checkpoint,
         meeting,
         spec.role.parallel,
@@ -396,3 +391,11 @@ def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> Trai
         with_reference=spec.reference,
         trust_remote_code=spec.trust_remote_code,
     )
+    return engine, torch.device("cpu")
+
+
+_BUILD_TRAIN: dict[str, Callable[[TrainSpec, int, str, int], tuple[Train, torch.device]]] = {
+    "torch": _torch_train,
+    "megatron": _megatron_train,
+}
+"""By TrainRole.engine: (spec, rank, address, port) → the engine, and the device it wants its batches on."""

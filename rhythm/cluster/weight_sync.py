@@ -16,60 +16,68 @@ from rhythm.engines.transfer import merged
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A role that takes the trainer's weights, and the way they take to it."""
+class WeightReceiver:
+    """A role that uses the trainer's weights, and how they are sent to it."""
 
     kind: PushKind
     replicas: Replicas[Any]
 
 
-class Pusher:
-    """Pushes every step's weights into the readers, and into those that were started again.
+class ClusterWeightSync:
+    """See rhythm.engines.interfaces.WeightSync: from actor_train to the receivers, and to replicas started again.
 
-    A push whose reader is lost half-way begins anew, with all readers of it started again: the others hold a
-    mixture of old and new.
+    When a replica is lost during a push, the push starts over with all of its receivers started again: the others
+    hold a mixture of old and new weights.
     """
 
     def __init__(
-        self, train: ClusterTrain, readers: Sequence[Reader], *, rates: Rates, gpus_of_replica: int, seconds: float
+        self,
+        train: ClusterTrain,
+        receivers: Sequence[WeightReceiver],
+        *,
+        rates: Rates,
+        gpus_of_replica: int,
+        seconds: float,
     ) -> None:
         """`gpus_of_replica`: of actor_infer; `seconds`: that a push may take."""
         self._train = train
-        self._readers = list(readers)
+        self._receivers = list(receivers)
         self._gpus_of_replica = gpus_of_replica
         self._seconds = seconds
         self._rates = rates
-        self._connected: list[Reader] = []
-        for reader in readers:
-            reader.replicas.refill = partial(self._refill, reader)
+        self._connected: list[WeightReceiver] = []
+        for receiver in receivers:
+            receiver.replicas.refill = partial(self._refill, receiver)
 
-    def push(self, version: int) -> None:
-        """To all readers. Raises LostError and TrainLostError as the roles do."""
-        self._until_done(self._readers, version)
+    def sync(self, version: int) -> None:
+        """See rhythm.engines.interfaces.WeightSync. Raises LostError and TrainLostError as the roles do, RemoteError
+        where `version` falls.
+        """
+        self._until_done(self._receivers, version)
 
-    def _refill(self, reader: Reader) -> None:
+    def _refill(self, receiver: WeightReceiver) -> None:
         """The weights of the version that the role has; all of its replicas take part, as some ways demand."""
-        self._disconnect([reader])
-        self._until_done([reader], reader.replicas.version)
+        self._disconnect([receiver])
+        self._until_done([receiver], receiver.replicas.version)
 
-    def _until_done(self, readers: Sequence[Reader], version: int) -> None:
-        while lost := self._attempt(readers, version).lost:
-            for reader in readers:
-                reader.replicas.replace("push", lost, everyone=True)
-            self._disconnect(readers)
-        for reader in readers:
-            reader.replicas.version = version
+    def _until_done(self, receivers: Sequence[WeightReceiver], version: int) -> None:
+        while lost := self._attempt(receivers, version).lost:
+            for receiver in receivers:
+                receiver.replicas.replace("push", lost, everyone=True)
+            self._disconnect(receivers)
+        for receiver in receivers:
+            receiver.replicas.version = version
 
-    def _attempt(self, readers: Sequence[Reader], version: int) -> Outcome:
+    def _attempt(self, receivers: Sequence[WeightReceiver], version: int) -> Outcome:
         """One push, left at the first loss."""
         end = time.monotonic() + self._seconds
-        for reader in readers:
-            if reader not in self._connected:
-                outcome = self._connect(reader, end)
+        for receiver in receivers:
+            if receiver not in self._connected:
+                outcome = self._connect(receiver, end)
                 if outcome.lost:
                     return outcome
-                self._connected.append(reader)
-        kinds = {worker: reader.kind for reader in readers for worker in reader.replicas.workers}
+                self._connected.append(receiver)
+        kinds = {worker: receiver.kind for receiver in receivers for worker in receiver.replicas.workers}
         outcome = self._all({worker: ("start_push",) for worker in kinds}, end)
         if outcome.lost:
             return outcome
@@ -83,11 +91,11 @@ class Pusher:
                 return outcome
         return self._all({worker: ("finish_push", version) for worker in kinds}, end)
 
-    def _disconnect(self, readers: Sequence[Reader]) -> None:
-        self._connected = [reader for reader in self._connected if reader not in readers]
+    def _disconnect(self, receivers: Sequence[WeightReceiver]) -> None:
+        self._connected = [receiver for receiver in self._connected if receiver not in receivers]
 
-    def _connect(self, reader: Reader, end: float) -> Outcome:
-        kind, workers = reader.kind, reader.replicas.workers
+    def _connect(self, receiver: WeightReceiver, end: float) -> Outcome:
+        kind, workers = receiver.kind, receiver.replicas.workers
         # A worker can open GPU memory only of its own GPU: with ipc every rank sends.
         ranks = self._train.ranks if kind == "ipc" else self._train.ranks[:1]
         infos = self._train.ask(

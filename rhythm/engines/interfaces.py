@@ -1,4 +1,4 @@
-"""What passes between the trainer and its engines, and the three interfaces that an engine fills.
+"""What passes between the trainer and its engines, and the interfaces that engines implement.
 
 Shape suffixes: B responses, T positions of input_ids. Every per-token tensor is aligned with input_ids: the
 value at [b, t] is that of the token input_ids[b, t], so that logprobs[b, t] is the log of
@@ -7,7 +7,7 @@ p(input_ids[b, t] | input_ids[b, :t]).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -183,14 +183,12 @@ class Infer(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
         """`n` responses to each prompt. The same call with the same weights gives the same rollout."""
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take over the trainer's weights; `version` is the training step that made them and may not fall."""
-
 
 class Train(Protocol):
     """The policy that learns.
 
-    statistics_seconds: that attention statistics took within the last `log_probs`; NaN where that isn't known.
+    statistics_seconds: spent in attention statistics by the last `log_probs`, 0 without `tap`; NaN where an engine
+    doesn't measure it.
     """
 
     statistics_seconds: float
@@ -213,6 +211,12 @@ class Train(Protocol):
     def weights(self) -> dict[str, Tensor]:
         """The current weights by their names in a transformers checkpoint; not copies."""
 
+    def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The same one at a time, so that an engine which has to gather a weight holds one whole weight only.
+
+        Where the engine is spread over several ranks, all of them iterate together, to the end.
+        """
+
     def save(self, directory: Path) -> None:
         """Write all that `load` needs, the weights as an ordinary transformers checkpoint."""
 
@@ -226,5 +230,12 @@ class Attn(Protocol):
     def signals(self, rollout: Rollout, groups: HeadGroups | None = None) -> RhythmSignals:
         """WAAD, FAI and head groups of every response; `entropy` is None."""
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """As Infer's."""
+
+class WeightSync(Protocol):
+    """Gives the trainer's weights to the engines that generate and observe."""
+
+    def sync(self, version: int) -> None:
+        """Returns when all engines use the current weights; `version` is the training step that made them.
+
+        A `version` below that of an earlier call is an error.
+        """

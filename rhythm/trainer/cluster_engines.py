@@ -125,7 +125,7 @@ def _build(
     from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
     from rhythm.cluster.hosts import AttnSpec, InferSpec, TrainSpec
     from rhythm.cluster.utilization import Rates
-    from rhythm.cluster.weight_sync import Pusher, Reader
+    from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 
     cluster, checkpoint, trust = session.config, checkpoint.resolve(), config.model.trust_remote_code
     session.stop_all()
@@ -155,17 +155,26 @@ def _build(
         takes_turns=cluster.gpus > 0 and cluster.placement == "colocated",
     )
     attn = None
-    readers = [Reader(push_kind(cluster), infer)]
+    receivers = [WeightReceiver(push_kind(cluster), infer)]
     if config.attn == "separate":
         rates.processes["attn"] = session.places("actor_attn")
         spec = AttnSpec(checkpoint, config.signals, config.batch.micro_batch_size, config.model.precision, trust)
         attn = ClusterAttn(session, spec, rates)
-        readers.append(Reader("object_store", attn))
-    pusher = Pusher(
-        train, readers, rates=rates, gpus_of_replica=cluster.infer.tensor_parallel_size, seconds=cluster.deadlines.push
+        receivers.append(WeightReceiver("object_store", attn))
+    weight_sync = ClusterWeightSync(
+        train,
+        receivers,
+        rates=rates,
+        gpus_of_replica=cluster.infer.tensor_parallel_size,
+        seconds=cluster.deadlines.push,
     )
     return Engines(
-        infer=infer, train=train, attn=attn, push=pusher.push, check=ParityCheck(cluster.parity), meter=rates
+        infer=infer,
+        train=train,
+        attn=attn,
+        weight_sync=weight_sync,
+        check=ParityCheck(cluster.parity),
+        meter=rates,
     )
 
 

@@ -121,7 +121,7 @@ def _train(
     if found is not None:
         checkpoint, state = found
         engines.train.load(checkpoint)
-        engines.synchronise(state.step)
+        engines.weight_sync.sync(state.step)
         log.info("continuing after step %d, from %s", state.step, checkpoint)
     metrics = MetricsLog(config.run_dir, tensorboard=config.tensorboard, after_step=state.step if found else None)
     progress = RunProgress(console, steps=config.steps, done=state.step)

@@ -19,6 +19,7 @@ from rhythm.checkpoints import refusal_names
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
+from rhythm.engines.local.weights import LocalWeightSync
 from rhythm.ops.backends import choose
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.isolation import GuardedTask
@@ -191,28 +192,27 @@ def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path
     precision = getattr(torch, config.model.precision)
     shared = precision == torch.float32
     model = load_model(checkpoint, config.model)
-    return Engines(
-        infer=GenerateInfer(
-            model if shared else copy.deepcopy(model).to(precision),
-            end_ids=vocabulary.end_ids,
-            pad_id=vocabulary.pad_id,
-        ),
-        train=TorchTrain(
-            model,
-            vocabulary.tokenizer,
-            optimizer=config.optimizer,
-            loss=config.loss,
-            temperature=config.sampling.temperature,
-            micro_batch_size=config.batch.micro_batch_size,
-            precision=precision,
-            reference=load_model(checkpoint, config.model) if config.loss.kl_coef else None,
-        ),
-        attn=None
-        if config.attn == "inline"
-        else ObserveAttn(
-            copy.deepcopy(model),
-            config.signals,
-            micro_batch_size=config.batch.micro_batch_size,
-            precision=precision,
-        ),
+    infer = GenerateInfer(
+        model if shared else copy.deepcopy(model).to(precision),
+        end_ids=vocabulary.end_ids,
+        pad_id=vocabulary.pad_id,
     )
+    train = TorchTrain(
+        model,
+        vocabulary.tokenizer,
+        optimizer=config.optimizer,
+        loss=config.loss,
+        temperature=config.sampling.temperature,
+        micro_batch_size=config.batch.micro_batch_size,
+        precision=precision,
+        reference=load_model(checkpoint, config.model) if config.loss.kl_coef else None,
+    )
+    if config.attn == "inline":
+        return Engines(infer=infer, train=train, attn=None, weight_sync=LocalWeightSync(train, infer))
+    attn = ObserveAttn(
+        copy.deepcopy(model),
+        config.signals,
+        micro_batch_size=config.batch.micro_batch_size,
+        precision=precision,
+    )
+    return Engines(infer=infer, train=train, attn=attn, weight_sync=LocalWeightSync(train, infer, attn))

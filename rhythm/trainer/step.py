@@ -18,7 +18,17 @@ from rhythm.credit.gamma import CreditConfig, batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import take_rows
-from rhythm.engines.interfaces import Attn, Infer, LogProbs, Rollout, StepMetrics, TapConfig, Train, TrainBatch
+from rhythm.engines.interfaces import (
+    Attn,
+    Infer,
+    LogProbs,
+    Rollout,
+    StepMetrics,
+    TapConfig,
+    Train,
+    TrainBatch,
+    WeightSync,
+)
 from rhythm.seeds import derive_seed, generator
 from rhythm.tasks import Task
 from rhythm.trainer.config import TrainConfig
@@ -43,27 +53,17 @@ class Meter(Protocol):
 class Engines:
     """The engines of a run.
 
-    attn: only where signals come from a forward pass of their own. push: hands the trainer's weights over by
-    itself, where engines are in processes of their own. check: compares what Infer and Train say of a rollout's
-    tokens; numbers to log, and an exception where they differ too much. meter: who worked how much in a step.
+    attn: only where signals come from a forward pass of their own. weight_sync: brings the trainer's weights to
+    infer and attn. check: compares what Infer and Train say of a rollout's tokens; numbers to log, and an exception
+    where they differ too much. meter: who worked how much in a step.
     """
 
     infer: Infer
     train: Train
     attn: Attn | None
-    push: Callable[[int], None] | None = None
+    weight_sync: WeightSync
     check: Callable[[Rollout, LogProbs, int], Record] | None = None
     meter: Meter | None = None
-
-    def synchronise(self, version: int) -> None:
-        """Hand the trainer's weights to the other engines."""
-        if self.push is not None:
-            self.push(version)
-            return
-        weights = self.train.weights()
-        self.infer.update_weights(weights, version)
-        if self.attn is not None:
-            self.attn.update_weights(weights, version)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def train_step(
         taken = [engines.train.step(part) for part in mini_batches(batch, config, step)]
     phase("push")
     with watch("push"):
-        engines.synchronise(step)
+        engines.weight_sync.sync(step)
     total = watch.total
     unknown = math.nan if math.isnan(engines.train.statistics_seconds) else 0.0
     record = {

@@ -41,7 +41,7 @@ class Cluster:
     train: object
     infer: object
     attn: object
-    pusher: object
+    weight_sync: object
     rates: object
     checkpoint: Path
     end_ids: tuple[int, ...]
@@ -77,7 +77,7 @@ def cluster(checkpoint: Path) -> Iterator[Cluster]:
     from rhythm.cluster.hosts import AttnSpec, InferSpec, TrainSpec
     from rhythm.cluster.session import Session
     from rhythm.cluster.utilization import Rates
-    from rhythm.cluster.weight_sync import Pusher, Reader
+    from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 
     config = ClusterConfig.model_validate(
         {
@@ -115,14 +115,14 @@ def cluster(checkpoint: Path) -> Iterator[Cluster]:
             session, InferSpec(None, checkpoint, 1024, end_ids, pad_id, "float32"), rates, takes_turns=False
         )
         attn = ClusterAttn(session, AttnSpec(checkpoint, TAP, 4, "float32"), rates)
-        pusher = Pusher(
+        weight_sync = ClusterWeightSync(
             train,
-            [Reader("object_store", infer), Reader("object_store", attn)],
+            [WeightReceiver("object_store", infer), WeightReceiver("object_store", attn)],
             rates=rates,
             gpus_of_replica=1,
             seconds=60,
         )
-        yield Cluster(session, train, infer, attn, pusher, rates, checkpoint, end_ids, pad_id)
+        yield Cluster(session, train, infer, attn, weight_sync, rates, checkpoint, end_ids, pad_id)
         mine = [worker.pid for role in (train.ranks, infer.workers, attn.workers) for worker in role]
     deadline = time.monotonic() + 10
     while any(psutil.pid_exists(pid) for pid in mine if pid):
@@ -161,14 +161,14 @@ def test_a_push_reaches_every_replica(cluster: Cluster) -> None:
     stale = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=2)
     gap = (stale.logprobs - cluster.train.log_probs(stale)[0].logprobs)[stale.response_mask].abs()
     assert gap.mean() > 1e-3
-    cluster.pusher.push(1)
+    cluster.weight_sync.sync(1)
     assert cluster.infer.version == cluster.attn.version == 1
     fresh = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=2)
     gap_B = (fresh.logprobs - cluster.train.log_probs(fresh)[0].logprobs).nan_to_num().abs().amax(dim=1)
     assert gap_B.max() < 1e-4  # over the rows of all replicas
     with pytest.raises(RemoteError, match="version is 0: must not fall below the 1"):
-        cluster.pusher.push(0)
-    cluster.pusher.push(2)
+        cluster.weight_sync.sync(0)
+    cluster.weight_sync.sync(2)
 
 
 def test_signals_and_shared_head_groups_are_those_of_one_engine(cluster: Cluster) -> None:
@@ -224,7 +224,7 @@ def test_a_replica_lost_before_a_push_gets_the_new_weights(cluster: Cluster) -> 
     rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=6)
     cluster.train.step(cluster.batch(rollout))
     os.kill(cluster.attn.workers[0].pid, signal.SIGKILL)
-    cluster.pusher.push(3)
+    cluster.weight_sync.sync(3)
     assert cluster.rates.restarts["attn"] == 1
     found = cluster.attn.signals(rollout)
     alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)

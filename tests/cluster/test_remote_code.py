@@ -93,8 +93,7 @@ def load_model(checkpoint: Path, trusted: bool) -> None:
 def load_torch_trainer(checkpoint: Path, trusted: bool) -> None:
     from rhythm.cluster.hosts import _torch_train
 
-    model = build_model(TinyModelConfig(layers=2, hidden_size=32, mlp_size=32), build_tokenizer())
-    _torch_train(train_spec(checkpoint, trusted), model)
+    _torch_train(train_spec(checkpoint, trusted), 0, "", 0)
 
 
 def load_companions(checkpoint: Path, trusted: bool) -> None:
@@ -150,7 +149,7 @@ def test_the_key_reaches_every_role(trusted: bool, tmp_path: Path, monkeypatch: 
 
     for name in ("ClusterTrain", "ClusterInfer", "ClusterAttn"):
         monkeypatch.setattr(f"rhythm.cluster.engines.{name}", Role)
-    monkeypatch.setattr("rhythm.cluster.weight_sync.Pusher.__init__", lambda *_, **__: None)
+    monkeypatch.setattr("rhythm.cluster.weight_sync.ClusterWeightSync.__init__", lambda *_, **__: None)
     monkeypatch.setattr("rhythm.cluster.session.Session", FakeSession)
     cluster = ClusterConfig.model_validate({"gpus": 0, "infer": {"kv_cache_gib": 0.1}})
     config = TrainConfig.model_validate({"name": "x", "attn": "separate", "model": {"trust_remote_code": trusted}})

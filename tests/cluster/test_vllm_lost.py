@@ -26,7 +26,7 @@ def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone
     from rhythm.cluster.hosts import InferSpec, TrainSpec
     from rhythm.cluster.session import Session
     from rhythm.cluster.utilization import Rates
-    from rhythm.cluster.weight_sync import Pusher, Reader
+    from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 
     tokenizer = build_tokenizer()
     tiny = TinyModelConfig(layers=4, hidden_size=32, mlp_size=48, query_heads=2, key_heads=1, head_size=32)
@@ -51,12 +51,14 @@ def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone
         train = ClusterTrain(session, spec, rates)
         told = InferSpec(config.infer.vllm, tmp_path, 600, (tokenizer.eos_token_id,), tokenizer.pad_token_id, "float32")
         infer = ClusterInfer(session, told, rates, takes_turns=False)
-        pusher = Pusher(train, [Reader("shared_memory", infer)], rates=rates, gpus_of_replica=1, seconds=60)
+        weight_sync = ClusterWeightSync(
+            train, [WeightReceiver("shared_memory", infer)], rates=rates, gpus_of_replica=1, seconds=60
+        )
 
         rollout = infer.generate(PROMPTS, 4, SamplingConfig(max_new_tokens=10), seed=1)
         advantages = torch.linspace(-1, 1, 16)[:, None] * rollout.response_mask
         train.step(TrainBatch(rollout, train.log_probs(rollout)[0].logprobs, advantages))
-        pusher.push(1)
+        weight_sync.sync(1)
 
         long = SamplingConfig(max_new_tokens=500)
         honest = infer.generate(PROMPTS, 8, long, seed=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,10 @@ class TorchTrain:
         """See rhythm.engines.interfaces.Train."""
         state: dict[str, Tensor] = self._model.state_dict()
         return state
+
+    def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
+        """See rhythm.engines.interfaces.Train."""
+        return iter(self.weights().items())
 
     def save(self, directory: Path) -> None:
         """Write a transformers checkpoint (safetensors, configuration, tokenizer) and optimizer.pt."""

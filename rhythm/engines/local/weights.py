@@ -1,11 +1,35 @@
-"""Weights from the trainer into an engine's model."""
+"""Weights from the trainer to engines in the same process."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from rhythm.engines.interfaces import Train
+
+
+class WeightReceiver(Protocol):
+    """An engine that copies weights from tensors of its own process."""
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Replace all weights. Raises ValueError if `version` falls, or names or shapes differ."""
+
+
+class LocalWeightSync:
+    """See rhythm.engines.interfaces.WeightSync: for engines in the trainer's process."""
+
+    def __init__(self, train: Train, *receivers: WeightReceiver) -> None:
+        self._train = train
+        self._receivers = receivers
+
+    def sync(self, version: int) -> None:
+        """See rhythm.engines.interfaces.WeightSync. Raises ValueError as `update_weights` does."""
+        weights = self._train.weights()
+        for receiver in self._receivers:
+            receiver.update_weights(weights, version)
 
 
 @torch.no_grad()

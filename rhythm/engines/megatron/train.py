@@ -69,7 +69,7 @@ class MegatronTrain:
         self._micro_batch_size = micro_batch_size
         self._gradient_steps = 0
         self.statistics_seconds = 0.0
-        """Spent in attention statistics by the last `log_probs` with a tap, on the slowest rank."""
+        """Spent in attention statistics by the last `log_probs`, on the slowest rank."""
         with on_cpu():
             model = build_model(self.config, self._groups, parallel, precision)
             load_weights(model, checkpoint, self.config, self._groups)
@@ -92,6 +92,7 @@ class MegatronTrain:
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """See rhythm.engines.interfaces.Train."""
         if tap is None:
+            self.statistics_seconds = 0.0
             return self._log_probs(self._model.module, rollout), None
         depth, heads = self.config.num_hidden_layers, self.config.num_attention_heads
         with MegatronTap(self._model.module.attentions(), depth, tap, groups, self._groups) as reader:

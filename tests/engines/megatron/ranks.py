@@ -66,6 +66,7 @@ def _everything(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[
     fixed = HeadGroups(groups.local[:1].roll(1, dims=1), groups.global_[:1].roll(1, dims=1))
     found["fixed_signals"] = engine.log_probs(rollout, tap, fixed)[1]
     found["one_row"] = engine.log_probs(_first_row(rollout))[0]
+    found["statistics_seconds_without_tap"] = engine.statistics_seconds
     found["steps"] = [engine.step(batch) for batch in spec["batches"][:-1]]
     found["weights"] = engine.weights()
     found["reference"] = engine.reference_log_probs(rollout)

@@ -250,6 +250,7 @@ def test_logits_exist_a_chunk_at_a_time_and_time_is_kept(ranks: Any) -> None:
     assert all(found["widest_logits"] == CHUNK for found in ranks[1] if found["widest_logits"])
     assert any(found["widest_logits"] for found in ranks[1])
     assert all(found["statistics_seconds"] > 0 for found in ranks[1])
+    assert [found["statistics_seconds_without_tap"] for found in ranks[1]] == [0.0] * len(ranks[1])
 
 
 def test_an_untied_llama_with_scaled_rope(tmp_path: Path) -> None:
