@@ -22,6 +22,7 @@ from torch import Tensor
 from rhythm.analysis.content_words import STOP_WORDS, WORD_PATTERN, content_words, jaccard
 from rhythm.analysis.continuations import Branch, continue_greedily, prefill
 from rhythm.analysis.results import Trial
+from rhythm.checkpoints import model_end_tokens
 from rhythm.shapes import check_shape
 
 Group = Literal["top", "bottom"]
@@ -133,7 +134,7 @@ def counterfactuals(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     if length > context:
         raise ValueError(f"input_ids has {length} tokens: the model's context is {context}")
-    ends = frozenset(_end_ids(model, tokenizer) if end_ids is None else end_ids)
+    ends = frozenset(model_end_tokens(model, tokenizer) if end_ids is None else end_ids)
 
     ids, fai_n = ids_N.tolist(), fai.tolist()
     eligible = eligible_positions(fai_n, prompt_len, config.min_following)
@@ -243,10 +244,3 @@ def _result(trials: tuple[Trial, ...], *, eligible: int) -> CounterfactualResult
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The end tokens of the tokenizer and of the model's generation config."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = configured if isinstance(configured, list) else [configured]
-    return {token for token in (*named, tokenizer.eos_token_id) if token is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.problems import Problem, RowError
 from rhythm.engines.interfaces import Infer
+from rhythm.seeds import analysis_seed
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,9 @@ class Drafter:
         sampling = self._config.sampling
         sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, room)})
         n = self._config.responses_per_problem
-        rollout = self._infer.generate([ids for _, _, ids in items], n, sampling, batch_seed(self._config.seed, index))
+        rollout = self._infer.generate(
+            [ids for _, _, ids in items], n, sampling, analysis_seed(self._config.seed, index)
+        )
         drafts: dict[int, list[Draft]] = {}
         for row, (which, prompt_len, length, finished) in enumerate(
             zip(
@@ -165,9 +167,3 @@ class Drafter:
             response = tuple(rollout.input_ids[row, prompt_len:length].tolist())
             of_problem.append(Draft(problem, len(of_problem), "generated", finished, prompt, ids, response))
         return drafts
-
-
-def batch_seed(seed: int, index: int) -> int:
-    """A seed in 0 … 2³¹ − 1 for each batch of a run."""
-    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1

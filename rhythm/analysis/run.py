@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.counterfactual import counterfactuals
-from rhythm.analysis.drafts import Draft, Drafter, batch_seed, response_name
+from rhythm.analysis.drafts import Draft, Drafter, response_name
 from rhythm.analysis.figures import write_figures
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.observation import observe_response
@@ -31,8 +31,10 @@ from rhythm.analysis.page import write_page
 from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
 from rhythm.analysis.results import Analysis, ResponseResult, Trial, read_json, response_path, write_json
 from rhythm.analysis.summary import summarise
+from rhythm.checkpoints import model_end_tokens
 from rhythm.engines.interfaces import Infer
 from rhythm.engines.local.infer import GenerateInfer
+from rhythm.seeds import analysis_seed
 from rhythm.system.directory_lock import content, lock_directory
 from rhythm.system.writing import naming, replace_file
 
@@ -173,7 +175,7 @@ def _result(
     *,
     maps: bool,
 ) -> ResponseResult:
-    generator = torch.Generator().manual_seed(batch_seed(config.seed, draft.problem.row) + draft.sample)
+    generator = torch.Generator().manual_seed(analysis_seed(config.seed, draft.problem.row) + draft.sample)
     seen = observe_response(
         observer, tokenizer, draft.prompt_ids, draft.response_ids, config, maps=maps, generator=generator
     )
@@ -269,9 +271,7 @@ def _differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
 
 def end_ids_of(model: Any, tokenizer: Any) -> list[int]:
     """Raises ValueError where nothing ends a response."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    ends = sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
+    ends = list(model_end_tokens(model, tokenizer))
     if not ends:
         raise ValueError("tokenizer: has no end token, and nor has the generation config; a response needs one")
     return ends

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from rhythm.analysis import Analysis, AnalysisConfig, analyze
 from rhythm.analysis.run import end_ids_of
-from rhythm.checkpoints import refusal_names
+from rhythm.checkpoints import load_model, loading_options, refusal_names
 from rhythm.cli.failures import EXIT_CODES, ErrorConsole, ExitCode, command, show
 from rhythm.engines.interfaces import HORIZONS, Infer
 from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
@@ -73,8 +73,7 @@ def load(directory: Path, device: str, dtype: str, trust_remote_code: bool = Fal
     """
     if not (directory / "config.json").is_file():
         raise ValueError(f"--model {directory}: no such checkpoint; it must be a directory with config.json")
-    # Left out, transformers would ask on stdin whether to run the checkpoint's code.
-    loading = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    loading = loading_options(trust_remote_code)
     config = AutoConfig.from_pretrained(directory, **loading)
     if config.is_encoder_decoder:
         raise ValueError(f"--model {directory}: {config.model_type} is an encoder-decoder; the model must be causal")
@@ -85,10 +84,13 @@ def load(directory: Path, device: str, dtype: str, trust_remote_code: bool = Fal
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **loading
+    model = load_model(
+        directory,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
-    return model.to(device), AutoTokenizer.from_pretrained(directory, **loading)
+    return model, AutoTokenizer.from_pretrained(directory, **loading)
 
 
 def _vllm(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Infer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from rhythm.engines.interfaces import (
     TapConfig,
     TrainBatch,
 )
+from rhythm.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -267,31 +267,14 @@ class ClusterAttn(Replicas[AttnSpec]):
         rows = torch.arange(len(rollout.prompt_lens)).tensor_split(len(self.workers))
         calls = {index: ("signals", take_rows(rollout, part), groups) for index, part in enumerate(rows) if len(part)}
         found = self.each(calls, seconds=self._session.config.deadlines.log_probs)
-        return _joined([found[index] for index in calls])
+        return RhythmSignals.cat([found[index] for index in calls])
 
 
 def part_seed(seed: int, part: int) -> int:
     """The seed of a replica's part of a rollout; the first has the rollout's own, so that one replica draws what a
     single engine would.
     """
-    if part == 0:
-        return seed
-    digest = hashlib.sha256(f"{seed}/replica/{part}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _joined(parts: Sequence[RhythmSignals]) -> RhythmSignals:
-    """The rows of all parts, which are of the same width."""
-    return RhythmSignals(
-        waad=torch.cat([part.waad for part in parts]),
-        fai=torch.cat([part.fai for part in parts]),
-        entropy=None,
-        span=torch.cat([part.span for part in parts]),
-        groups=HeadGroups(
-            local=torch.cat([part.groups.local for part in parts]),
-            global_=torch.cat([part.groups.global_ for part in parts]),
-        ),
-    )
+    return derive_seed(seed, "replica", part) if part else seed
 
 
 def _nothing_to_refill_from() -> None:

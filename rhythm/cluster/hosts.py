@@ -17,8 +17,9 @@ from typing import Any, Literal
 import ray
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from rhythm.checkpoints import load_model, loading_options
 from rhythm.cluster.config import PushKind, TrainRole
 from rhythm.cluster.object_store import ModelReader, ObjectStoreSender
 from rhythm.credit.loss import LossConfig
@@ -348,14 +349,9 @@ class _GenerateReplica(GenerateInfer):
 
 
 def _load_model(spec: TrainSpec | InferSpec | AttnSpec, dtype: torch.dtype) -> Any:
-    """A transformers model in memory of torch's own, on this process's GPU if it has one."""
-    model = AutoModelForCausalLM.from_pretrained(
-        spec.checkpoint, dtype=dtype, local_files_only=True, trust_remote_code=spec.trust_remote_code
-    )
-    # Tensors mapped from a file may be aligned differently, and sums then ordered differently.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    """The checkpoint's model, on this process's GPU if it has one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(spec.checkpoint, dtype=dtype, device=device, trust_remote_code=spec.trust_remote_code)
 
 
 def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[Train, torch.device]:
@@ -363,7 +359,7 @@ def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[T
     model = _load_model(spec, torch.float32)
     engine = TorchTrain(
         model,
-        AutoTokenizer.from_pretrained(spec.checkpoint, local_files_only=True, trust_remote_code=spec.trust_remote_code),
+        AutoTokenizer.from_pretrained(spec.checkpoint, **loading_options(spec.trust_remote_code)),
         optimizer=spec.optimizer,
         loss=spec.loss,
         temperature=spec.temperature,

@@ -5,6 +5,7 @@ Shape suffixes: B sequences, n heads of the pool, T positions of input_ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,30 @@ class RhythmSignals:
     entropy: Tensor | None
     span: Tensor
     groups: HeadGroups
+
+    @classmethod
+    def cat(cls, parts: Sequence[RhythmSignals]) -> RhythmSignals:
+        """All rows of `parts`, in order; head groups that a part's rows share are repeated for each of them.
+
+        Raises ValueError without parts, and where they differ in T, in n, or in whether they have an entropy.
+        """
+        shapes = {(part.waad.shape[1], part.span.shape[1], part.entropy is None) for part in parts}
+        if len(shapes) != 1:
+            kinds = [f"T={T}, n={n}, entropy={'no' if none else 'yes'}" for T, n, none in sorted(shapes)]
+            raise ValueError(
+                f"parts: must be at least one, alike in T, n and entropy, got {'; '.join(kinds) or 'none'}"
+            )
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        return cls(
+            waad=torch.cat([part.waad for part in parts]),
+            fai=torch.cat([part.fai for part in parts]),
+            entropy=torch.cat(entropies) if entropies else None,
+            span=torch.cat([part.span for part in parts]),
+            groups=HeadGroups(
+                local=torch.cat([part.groups.local.expand(part.span.shape) for part in parts]),
+                global_=torch.cat([part.groups.global_.expand(part.span.shape) for part in parts]),
+            ),
+        )
 
 
 def aggregate(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from rhythm.credit.advantages import token_advantages
 from rhythm.credit.gamma import CreditConfig, batch_credit_weights
-from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 from rhythm.system.extras import needs
 from rhythm.tap.rhythm_credit import RhythmCredit
@@ -110,7 +109,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
                     *(torch.split(x, rows) for x in (input_ids_BT, mask_BT, prompt_lens_B)), strict=True
                 )
             ]
-        return _joined(parts)
+        return RhythmSignals.cat(parts)
 
     def _log_credit(self, gamma_t: Tensor, waad_t: Tensor) -> None:
         """Means over the completion tokens of all processes, in TRL's own record of metrics."""
@@ -156,18 +155,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _joined(parts: list[RhythmSignals]) -> RhythmSignals:
-    """The signals of a batch, of those of its micro-batches."""
-    entropies = [part.entropy for part in parts if part.entropy is not None]
-    return RhythmSignals(
-        waad=torch.cat([part.waad for part in parts]),
-        fai=torch.cat([part.fai for part in parts]),
-        entropy=torch.cat(entropies) if entropies else None,
-        span=torch.cat([part.span for part in parts]),
-        groups=HeadGroups(
-            local=torch.cat([part.groups.local.expand(part.span.shape) for part in parts]),
-            global_=torch.cat([part.groups.global_.expand(part.span.shape) for part in parts]),
-        ),
-    )

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 
-from rhythm.checkpoints import refusal_names
+from rhythm import checkpoints
+from rhythm.checkpoints import checkpoint_end_tokens, loading_options, refusal_names
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
@@ -72,8 +73,8 @@ def _check_code(checkpoint: Path, config: ModelConfig) -> None:
     """Raise SetupError where configuration or tokenizer can't be read, or need code that is not to be run."""
     try:
         with _refused(checkpoint):
-            AutoConfig.from_pretrained(checkpoint, **_loading(config))
-            AutoTokenizer.from_pretrained(checkpoint, **_loading(config))
+            AutoConfig.from_pretrained(checkpoint, **loading_options(config.trust_remote_code))
+            AutoTokenizer.from_pretrained(checkpoint, **loading_options(config.trust_remote_code))
     except SetupError:
         raise
     except (OSError, ValueError) as error:
@@ -108,13 +109,8 @@ def load_vocabulary(checkpoint: Path, config: ModelConfig) -> Vocabulary:
     Raises SetupError if nothing ends a response, or the checkpoint needs code of its own that is not to be run.
     """
     with _refused(checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **_loading(config))
-        if (checkpoint / "generation_config.json").is_file():
-            own = GenerationConfig.from_pretrained(checkpoint, local_files_only=True).eos_token_id
-        else:
-            own = AutoConfig.from_pretrained(checkpoint, **_loading(config)).eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    end_ids = tuple(sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None}))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading_options(config.trust_remote_code))
+        end_ids = checkpoint_end_tokens(checkpoint, tokenizer, trust_remote_code=config.trust_remote_code)
     if not end_ids:
         raise SetupError(f"model.path: the tokenizer of {checkpoint} has no end token; a response needs one")
     pad = tokenizer.pad_token_id
@@ -127,22 +123,17 @@ def load_model(checkpoint: Path, config: ModelConfig) -> Any:
     Raises SetupError if the checkpoint needs code of its own that is not to be run.
     """
     with _refused(checkpoint):
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **_loading(config))
-    # Memory of torch's own: tensors mapped from a file may be aligned differently, and sums then ordered
-    # differently.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model.to(pick_device(config.device))
+        return checkpoints.load_model(
+            checkpoint,
+            dtype=torch.float32,
+            device=pick_device(config.device),
+            trust_remote_code=config.trust_remote_code,
+        )
 
 
 def _refused(checkpoint: Path) -> AbstractContextManager[None]:
     """SetupError where `checkpoint` needs code of its own that is not to be run."""
     return refusal_names("set model.trust_remote_code=true", checkpoint, SetupError)
-
-
-def _loading(config: ModelConfig) -> dict[str, bool]:
-    """Arguments of everything transformers loads. Left out, trust_remote_code would be asked for on stdin."""
-    return {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
 
 
 def pick_device(name: str) -> torch.device:

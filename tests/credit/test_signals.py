@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from rhythm.credit.heads import HeadGroups, select_heads
-from rhythm.credit.signals import aggregate
+from rhythm.credit.signals import RhythmSignals, aggregate
 
 NAN = math.nan
 
@@ -135,3 +136,27 @@ def test_refuses(change: dict[str, object], named: str) -> None:
     aggregate(**arguments)
     with pytest.raises(ValueError, match=named):
         aggregate(**arguments | change)
+
+
+def test_cat_joins_rows_in_order_and_gives_each_row_its_heads() -> None:
+    def part(rows: int, value: float, groups: HeadGroups) -> RhythmSignals:
+        BT = torch.full((rows, 3), value)
+        return RhythmSignals(waad=BT, fai=-BT, entropy=BT + 1, span=torch.full((rows, 2), value), groups=groups)
+
+    one, other = torch.tensor([[True, False]]), torch.tensor([[False, True]])
+    shared = HeadGroups(local=one, global_=other)  # of one row, for all of the part's
+    own = HeadGroups(local=other, global_=one)
+    joined = RhythmSignals.cat([part(2, 1.0, shared), part(1, 5.0, own)])
+    assert joined.waad[:, 0].tolist() == [1, 1, 5]
+    assert joined.fai.equal(-joined.waad)
+    assert joined.entropy is not None
+    assert joined.entropy.equal(joined.waad + 1)
+    assert joined.span[:, 1].tolist() == [1, 1, 5]
+    assert joined.groups.local.tolist() == [[True, False], [True, False], [False, True]]
+    assert joined.groups.global_.tolist() == [[False, True], [False, True], [True, False]]
+    without = replace(part(2, 1.0, shared), entropy=None)
+    assert RhythmSignals.cat([without, without]).entropy is None
+    with pytest.raises(ValueError, match=r"parts: must be at least one, .* got T=3, n=2, entropy=yes; T=3, .*=no"):
+        RhythmSignals.cat([part(2, 1.0, shared), without])
+    with pytest.raises(ValueError, match=r"parts: must be at least one, .* got none"):
+        RhythmSignals.cat([])

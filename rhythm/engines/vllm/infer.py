@@ -5,7 +5,6 @@ Shape suffixes: B responses, T positions of input_ids, right-padded.
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.transfer import Ledger, TransferKind, buckets, make_sender
+from rhythm.seeds import derive_seed
 
 WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
 LOCAL_BUCKET_BYTES = 64 << 20
@@ -169,7 +169,7 @@ class VllmInfer:
         rows = [(index, prompt, sample) for index, prompt in enumerate(prompts) for sample in range(n)]
         outputs = self._run(
             [prompt for _, prompt, _ in rows],
-            [{**common, "seed": response_seed(seed, index, sample)} for index, _, sample in rows],
+            [{**common, "seed": derive_seed(seed, index, sample)} for index, _, sample in rows],
         )
         responses = [output.outputs[0] for output in outputs]
         return assemble(
@@ -328,12 +328,6 @@ class VllmInfer:
     def _must_not_fall(self, version: int) -> None:
         if version < self._version:
             raise ValueError(f"version is {version}: must not fall below the {self._version} the engine already has")
-
-
-def response_seed(seed: int, prompt: int, sample: int) -> int:
-    """The seed of one response, in [0, 2^63): its own for each prompt and sample of a call."""
-    digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def assemble(

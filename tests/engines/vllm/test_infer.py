@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.parity import ParityError, compare, must_agree
-from rhythm.engines.vllm.infer import VllmInfer, assemble, response_seed
+from rhythm.engines.vllm.infer import VllmInfer, assemble
+from rhythm.seeds import derive_seed
 
 TOLERANCE = 2e-5
 """Nats: both compute in fp32."""
@@ -81,7 +82,7 @@ def test_a_rollout_is_a_function_of_the_seed(engine: VllmInfer) -> None:
 
 
 def test_every_response_has_a_seed_of_its_own() -> None:
-    seeds = {response_seed(seed, prompt, sample) for seed in range(3) for prompt in range(12) for sample in range(12)}
+    seeds = {derive_seed(seed, prompt, sample) for seed in range(3) for prompt in range(12) for sample in range(12)}
     assert len(seeds) == 3 * 12 * 12
     assert all(0 <= seed < 2**63 for seed in seeds)
 
