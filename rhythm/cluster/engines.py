@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rhythm.cluster.errors import LostError, TrainLostError
 from rhythm.cluster.hosts import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
+from rhythm.cluster.roles import Role
 from rhythm.cluster.rpc import Worker, call, collect
 from rhythm.cluster.session import Session
 from rhythm.cluster.utilization import Rates
@@ -48,10 +49,10 @@ class ClusterTrain:
         self._rates = rates
         self.statistics_seconds = 0.0
         try:
-            self.ranks = session.start("actor_train")
+            self.ranks = session.start(Role.TRAIN)
         except LostError as error:
             raise TrainLostError("starting actor_train", error.lost) from error
-        (address, port), *_ = self.ask("meeting_point", seconds=self._deadlines.start, ranks=self.ranks[:1])
+        (address, port), *_ = self.ask("free_endpoint", seconds=self._deadlines.start, ranks=self.ranks[:1])
         self._each(
             [("build", spec, rank, address, port) for rank in range(len(self.ranks))],
             seconds=self._deadlines.start,
@@ -78,10 +79,10 @@ class ClusterTrain:
     def step(self, batch: TrainBatch) -> StepMetrics:
         """See rhythm.engines.interfaces.Train."""
         tokens = int(batch.rollout.lens.sum())
-        taken: StepMetrics | NotFinite = self.ask("step", batch, seconds=self._deadlines.step, tokens=tokens)[0]
-        if isinstance(taken, NotFinite):
-            raise NonFiniteError(taken.what, taken.value, batch)
-        return taken
+        metrics: StepMetrics | NotFinite = self.ask("step", batch, seconds=self._deadlines.step, tokens=tokens)[0]
+        if isinstance(metrics, NotFinite):
+            raise NonFiniteError(metrics.what, metrics.value, batch)
+        return metrics
 
     def weights(self) -> dict[str, Tensor]:
         """See rhythm.engines.interfaces.Train. All of them come to the driver: a weight sync doesn't go this way."""
@@ -129,9 +130,9 @@ class ClusterTrain:
         if outcome.lost:
             self.give_up(task, outcome.lost)
         for reply in outcome.replies.values():
-            self._rates.worked("train", reply.seconds)
+            self._rates.worked(Role.TRAIN, reply.seconds)
         if tokens:
-            self._rates.processed("train", tokens, time.perf_counter() - started)
+            self._rates.processed(Role.TRAIN, tokens, time.perf_counter() - started)
         return [outcome.replies[worker].value for worker in workers]
 
     def give_up(self, task: str, lost: Mapping[Worker, str]) -> None:
@@ -146,7 +147,7 @@ class Replicas(Generic[Spec]):
     refill: pushes the trainer's weights, as of the version the role has, into a replica.
     """
 
-    def __init__(self, session: Session, role: str, spec: Spec, rates: Rates) -> None:
+    def __init__(self, session: Session, role: Role, spec: Spec, rates: Rates) -> None:
         self._session = session
         self._role = role
         self._spec = spec
@@ -163,7 +164,7 @@ class Replicas(Generic[Spec]):
         """
         results: dict[int, Any] = {}
         while left := {index: calls[index] for index in calls if index not in results}:
-            task = f"{self._role}.{next(iter(left.values()))[0]}"
+            task = f"{self._role.actor}.{next(iter(left.values()))[0]}"
             pending = {self.workers[index]: self.workers[index].submit(*each) for index, each in left.items()}
             outcome = collect(pending, seconds, task)
             for index in left:
@@ -194,7 +195,7 @@ class Replicas(Generic[Spec]):
 
     def _build(self, indices: Sequence[int]) -> None:
         workers = [self.workers[index] for index in indices]
-        task = f"building {self._role}"
+        task = f"building {self._role.actor}"
         outcome = call(
             workers, "build", self._spec, seconds=self._session.config.deadlines.start, task=task, together=False
         )
@@ -207,7 +208,7 @@ class ClusterInfer(Replicas[InferSpec]):
 
     def __init__(self, session: Session, spec: InferSpec, rates: Rates, *, takes_turns: bool) -> None:
         """`takes_turns`: sleep whenever not generating, as the trainer needs the same GPUs."""
-        super().__init__(session, "actor_infer", spec, rates)
+        super().__init__(session, Role.INFER, spec, rates)
         self._takes_turns = takes_turns
         self._asleep = False
         self.sleep()
@@ -224,7 +225,7 @@ class ClusterInfer(Replicas[InferSpec]):
         found = self.each(calls, seconds=self._session.config.deadlines.generate)
         rollouts = [replace(found[index], group=found[index].group + int(part[0])) for index, part in enumerate(parts)]
         rollout = concatenate(rollouts, self._spec.pad_id)
-        self._rates.processed("infer", int(rollout.response_mask.sum()), time.perf_counter() - started)
+        self._rates.processed(Role.INFER, int(rollout.response_mask.sum()), time.perf_counter() - started)
         self.sleep()
         return rollout
 
@@ -248,7 +249,7 @@ class ClusterAttn(Replicas[AttnSpec]):
     """actor_attn: replicas that share a batch's responses."""
 
     def __init__(self, session: Session, spec: AttnSpec, rates: Rates) -> None:
-        super().__init__(session, "actor_attn", spec, rates)
+        super().__init__(session, Role.ATTN, spec, rates)
 
     def signals(self, rollout: Rollout, groups: HeadGroups | None = None) -> RhythmSignals:
         """See rhythm.engines.interfaces.Attn. Groups that responses share are chosen over all of them."""
@@ -259,7 +260,7 @@ class ClusterAttn(Replicas[AttnSpec]):
             chosen = select_heads(found.span, tap.quantile, per="batch")
             found = self._signals(rollout, HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1]))
         seconds = time.perf_counter() - started
-        self._rates.processed("attn", int(rollout.lens.sum()), seconds)
+        self._rates.processed(Role.ATTN, int(rollout.lens.sum()), seconds)
         self._rates.statistics += seconds
         return found
 

@@ -23,7 +23,7 @@ from rhythm.checkpoints import load_model, loading_options
 from rhythm.cluster.config import PushKind, TrainRole
 from rhythm.cluster.object_store import ModelReader, ObjectStoreSender
 from rhythm.credit.loss import LossConfig
-from rhythm.engines.batches import place
+from rhythm.engines.batches import to_device
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TapConfig, Train, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
@@ -123,7 +123,7 @@ class TrainHost(Host):
     _senders: dict[str, WeightSender]
     _stream: Iterator[list[tuple[str, Tensor]]]
 
-    def meeting_point(self) -> tuple[str, int]:
+    def free_endpoint(self) -> tuple[str, int]:
         """An address of this machine and a port that nobody listens on; for rank 0."""
         with socket.socket() as listener:
             listener.bind((self._bind_address, 0))
@@ -136,18 +136,18 @@ class TrainHost(Host):
 
     def log_probs(self, rollout: Rollout, tap: TapConfig | None, groups: Any) -> Any:
         """As Train's, and its statistics_seconds."""
-        found, signals = self._engine.log_probs(place(rollout, self._device), tap, groups)
-        on_cpu = None if signals is None else place(signals, "cpu")
-        return self._answer((place(found, "cpu"), on_cpu, self._engine.statistics_seconds))
+        found, signals = self._engine.log_probs(to_device(rollout, self._device), tap, groups)
+        on_cpu = None if signals is None else to_device(signals, "cpu")
+        return self._answer((to_device(found, "cpu"), on_cpu, self._engine.statistics_seconds))
 
     def reference_log_probs(self, rollout: Rollout) -> Any:
         """As Train's."""
-        return self._answer(self._engine.reference_log_probs(place(rollout, self._device)).cpu())
+        return self._answer(self._engine.reference_log_probs(to_device(rollout, self._device)).cpu())
 
     def step(self, batch: TrainBatch) -> Any:
         """As Train's; NotFinite instead of NonFiniteError."""
         try:
-            return self._answer(self._engine.step(place(batch, self._device)))
+            return self._answer(self._engine.step(to_device(batch, self._device)))
         except NonFiniteError as error:
             return NotFinite(error.what, error.value)
 
@@ -238,7 +238,7 @@ class InferHost(Host):
     def generate(self, prompts: list[list[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
         """As Infer's, on the CPU."""
         rollout: Rollout = self._engine.generate(prompts, n, sampling, seed)
-        return place(rollout, "cpu")
+        return to_device(rollout, "cpu")
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
         """How weights will come."""
@@ -304,7 +304,7 @@ class AttnHost(Host):
 
     def signals(self, rollout: Rollout, groups: Any) -> Any:
         """As Attn's, on the CPU."""
-        return place(self._engine.signals(place(rollout, self._device), groups), "cpu")
+        return to_device(self._engine.signals(to_device(rollout, self._device), groups), "cpu")
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
         """Weights come through Ray's object store: nothing to prepare."""
@@ -374,10 +374,10 @@ def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> tupl
     from rhythm.engines.megatron.parallel import Rendezvous
     from rhythm.engines.megatron.train import MegatronTrain
 
-    meeting = Rendezvous(rank, spec.role.ranks, address, port, spec.collective_seconds)
+    rendezvous = Rendezvous(rank, spec.role.ranks, address, port, spec.collective_seconds)
     engine = MegatronTrain(
         spec.checkpoint,
-        meeting,
+        rendezvous,
         spec.role.parallel,
         optimizer=spec.optimizer,
         loss=spec.loss,

@@ -16,20 +16,21 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, TaskUns
 
 from rhythm.cluster.errors import RemoteError
 from rhythm.cluster.hosts import Reply
+from rhythm.cluster.roles import Role
 
 GRACE_SECONDS = 10.0
 """After an exception in one of several processes that work together: how long the death of another, which may be
 its cause, has to show."""
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_COLOR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(eq=False)
 class Worker:
-    """A process. name: in messages; role: train, infer or attn; node and pid: once it is known where it runs."""
+    """A process. name: in messages; node and pid: once it is known where it runs."""
 
     name: str
-    role: str
+    role: Role
     actor: Any
     pid: int | None = None
     node: str = ""
@@ -118,5 +119,5 @@ def _short(error: Exception) -> str:
 
 def _trace(error: RayTaskError) -> str:
     """The traceback from there, without Ray's colours and marks under it."""
-    plain = _COLOURS.sub("", str(error)).splitlines()
+    plain = _COLOR_CODES.sub("", str(error)).splitlines()
     return "\n".join(line for line in plain if line.strip(" ^~"))

@@ -17,20 +17,21 @@ from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.errors import LostError
 from rhythm.cluster.hosts import AttnHost, Host, InferHost, TrainHost
 from rhythm.cluster.plan.placement import Slot, assign
+from rhythm.cluster.roles import Role
 from rhythm.cluster.rpc import Worker, identify
 
 log = logging.getLogger(__name__)
 
 H = TypeVar("H", bound=Host)
 
-_HOSTS: dict[str, type[Host]] = {"actor_train": TrainHost, "actor_infer": InferHost, "actor_attn": AttnHost}
+_HOSTS: dict[Role, type[Host]] = {Role.TRAIN: TrainHost, Role.INFER: InferHost, Role.ATTN: AttnHost}
 
 
 class Session:
     """Ray, started on this machine or joined, with one bundle of GPUs reserved a node.
 
         with Session(config, separate_attn=False) as session:
-            workers = session.start("actor_train")
+            workers = session.start(Role.TRAIN)
 
     On leaving, all processes are killed and a Ray that was started here is stopped. Before this module is
     imported, `rhythm.cluster.environment.prepare_environment` has to run.
@@ -40,7 +41,7 @@ class Session:
         """Nothing is started yet. Raises ValueError as `assign`."""
         self.config = config
         places = assign(config, separate_attn=separate_attn)
-        self._slots = {"actor_train": places.train, "actor_infer": places.infer, "actor_attn": places.attn}
+        self._slots = {Role.TRAIN: places.train, Role.INFER: places.infer, Role.ATTN: places.attn}
         self._workers: list[Worker] = []
         self._group: PlacementGroup | None = None
         self._gpus: list[list[int]] = []
@@ -85,11 +86,11 @@ class Session:
             remove_placement_group(self._group)
         ray.shutdown()
 
-    def places(self, role: str) -> int:
-        """How many processes the role has: actor_train, actor_infer or actor_attn."""
+    def places(self, role: Role) -> int:
+        """How many processes the role has."""
         return len(self._slots[role])
 
-    def start(self, role: str, indices: Sequence[int] | None = None) -> list[Worker]:
+    def start(self, role: Role, indices: Sequence[int] | None = None) -> list[Worker]:
         """Start a role's processes, or those of `indices`, and wait until they are up; their engines are not built.
 
         Raises LostError for those that don't come up in time.
@@ -99,7 +100,7 @@ class Session:
         self._workers += workers
         outcome = identify(workers, self.config.deadlines.start)
         if outcome.lost:
-            raise LostError(f"starting {role}", {worker.name: why for worker, why in outcome.lost.items()})
+            raise LostError(f"starting {role.actor}", {worker.name: why for worker, why in outcome.lost.items()})
         return workers
 
     def stop(self, workers: Sequence[Worker]) -> None:
@@ -117,7 +118,7 @@ class Session:
         """References to pass instead of these to several processes, so that each is sent but once."""
         return [ray.put(argument) for argument in arguments]
 
-    def _spawn(self, role: str, index: int) -> Worker:
+    def _spawn(self, role: Role, index: int) -> Worker:
         slot = self._slots[role][index]
         gpus = tuple(self._gpus[slot.node][i] for i in slot.gpus)
         actor = (
@@ -131,7 +132,7 @@ class Session:
             )
             .remote(gpus, self.config.bind_address if self.config.on_loopback else None)
         )
-        return Worker(f"{role}[{index}]", role.removeprefix("actor_"), actor)
+        return Worker(f"{role.actor}[{index}]", role, actor)
 
     def _check_address(self) -> None:
         address = ray.util.get_node_ip_address()

@@ -27,7 +27,7 @@ def trim(items: D, width: int) -> D:
     return _map_tensors(items, lambda x: x[:, :width] if x.ndim == 2 else x)
 
 
-def place(items: D, device: torch.device | str) -> D:
+def to_device(items: D, device: torch.device | str) -> D:
     """The same on `device`."""
     return _map_tensors(items, lambda x: x.to(device))
 

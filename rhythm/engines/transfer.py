@@ -1,4 +1,4 @@
-"""Weights from a trainer to vLLM: the trainer's side, and the accounts that the engine keeps of a push.
+"""Weights from a trainer to vLLM: the trainer's side, and which weights of a push the engine still waits for.
 
 What crosses between processes is plain data: names, types, shapes, offsets, and the name of a piece of shared
 memory or a GPU's handle of one. vLLM's side of `shared_memory` is in `worker`; `nccl` and `ipc` are vLLM's own.
@@ -182,14 +182,14 @@ def merged(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 @dataclass
-class Ledger:
+class PushManifest:
     """Which weights an engine must get, by name and shape, and which it has got in this push."""
 
     shapes: Mapping[str, tuple[int, ...]]
     received: set[str] = field(default_factory=set)
 
     @classmethod
-    def of_checkpoint(cls, directory: Path) -> Ledger:
+    def of_checkpoint(cls, directory: Path) -> PushManifest:
         """From the headers of a checkpoint's safetensors. Raises ValueError where there are none.
 
         A head tied to the embedding needs no sending.
@@ -205,9 +205,9 @@ class Ledger:
             shapes.pop(TIED_HEAD, None)
         return cls(shapes)
 
-    def fresh(self) -> Ledger:
+    def fresh(self) -> PushManifest:
         """For the next push."""
-        return Ledger(self.shapes)
+        return PushManifest(self.shapes)
 
     def enter(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
         """Note a bucket. Raises ValueError for an unknown name, one that came before, and another shape."""

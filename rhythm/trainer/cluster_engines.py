@@ -124,13 +124,14 @@ def _build(
 ) -> Engines:
     from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
     from rhythm.cluster.hosts import AttnSpec, InferSpec, TrainSpec
+    from rhythm.cluster.roles import Role
     from rhythm.cluster.utilization import Rates
     from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 
     cluster, checkpoint, trust = session.config, checkpoint.resolve(), config.model.trust_remote_code
     session.stop_all()
-    rates = Rates({"train": session.places("actor_train"), "infer": session.places("actor_infer")})
-    rates.restarts["train"] = restarts
+    rates = Rates({role: session.places(role) for role in (Role.TRAIN, Role.INFER)})
+    rates.restarts[Role.TRAIN] = restarts
     train = ClusterTrain(
         session,
         TrainSpec(
@@ -157,7 +158,7 @@ def _build(
     attn = None
     receivers = [WeightReceiver(push_kind(cluster), infer)]
     if config.attn == "separate":
-        rates.processes["attn"] = session.places("actor_attn")
+        rates.processes[Role.ATTN] = session.places(Role.ATTN)
         spec = AttnSpec(checkpoint, config.signals, config.batch.micro_batch_size, config.model.precision, trust)
         attn = ClusterAttn(session, spec, rates)
         receivers.append(WeightReceiver("object_store", attn))

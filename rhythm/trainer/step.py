@@ -45,7 +45,7 @@ class Meter(Protocol):
     def clear(self) -> None:
         """A step begins."""
 
-    def taken(self, step_seconds: float) -> Record:
+    def pop_metrics(self, step_seconds: float) -> Record:
         """The numbers since then; counts from zero again."""
 
 
@@ -159,7 +159,7 @@ def train_step(
     phase("training")
     with watch("training"):
         batch, advantages_B = _train_batch(engines.train, judged, scored, config)
-        taken = [engines.train.step(part) for part in mini_batches(batch, config, step)]
+        step_metrics = [engines.train.step(part) for part in mini_batches(batch, config, step)]
     phase("push")
     with watch("push"):
         engines.weight_sync.sync(step)
@@ -168,10 +168,10 @@ def train_step(
     record = {
         "step": float(step),
         **_rollout_metrics(judged, scored),
-        **_mean_metrics(taken),
+        **_mean_metrics(step_metrics),
         **_credit_metrics(scored, advantages_B, judged.rollout.response_mask, config.credit),
         **parity,
-        **(engines.meter.taken(total) if engines.meter is not None else {}),
+        **(engines.meter.pop_metrics(total) if engines.meter is not None else {}),
         "attention_share": watch.seconds["attention"] / total + unknown,
         **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
     }
@@ -233,10 +233,11 @@ def zero_variance_share(scores_B: Tensor, group_B: Tensor) -> float:
     return sum(bool((each == each[0]).all()) for each in scores) / len(scores)
 
 
-def _mean_metrics(taken: list[StepMetrics]) -> Record:
+def _mean_metrics(step_metrics: list[StepMetrics]) -> Record:
     """Means over the gradient steps."""
     return {
-        field.name: sum(getattr(metrics, field.name) for metrics in taken) / len(taken) for field in fields(StepMetrics)
+        field.name: sum(getattr(metrics, field.name) for metrics in step_metrics) / len(step_metrics)
+        for field in fields(StepMetrics)
     }
 
 

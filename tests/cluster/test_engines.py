@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.errors import LostError, RemoteError, TrainLostError
+from rhythm.cluster.roles import Role
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TapConfig, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
@@ -93,7 +94,7 @@ def cluster(checkpoint: Path) -> Iterator[Cluster]:
     )
     tokenizer = build_tokenizer()
     with Session(config, separate_attn=True) as session:
-        rates = Rates({"train": 1, "infer": 2, "attn": 2})
+        rates = Rates({Role.TRAIN: 1, Role.INFER: 2, Role.ATTN: 2})
         train = ClusterTrain(
             session,
             TrainSpec(
@@ -209,12 +210,12 @@ def test_a_replica_lost_mid_rollout_is_started_again_with_the_weights_of_the_ver
     long = SamplingConfig(max_new_tokens=400)
     honest = cluster.infer.generate(PROMPTS, 8, long, seed=5)
     lost, kept = cluster.infer.workers[1], cluster.infer.workers[0]
-    before = cluster.rates.restarts.get("infer", 0)
+    before = cluster.rates.restarts.get(Role.INFER, 0)
     timer = threading.Timer(0.3, os.kill, (lost.pid, how))
     timer.start()
     found = cluster.infer.generate(PROMPTS, 8, long, seed=5)
     timer.join()
-    assert cluster.rates.restarts["infer"] == before + 1
+    assert cluster.rates.restarts[Role.INFER] == before + 1
     assert cluster.infer.workers[0] is kept
     assert cluster.infer.workers[1] is not lost
     assert equal(found, honest)
@@ -225,7 +226,7 @@ def test_a_replica_lost_before_a_push_gets_the_new_weights(cluster: Cluster) -> 
     cluster.train.step(cluster.batch(rollout))
     os.kill(cluster.attn.workers[0].pid, signal.SIGKILL)
     cluster.weight_sync.sync(3)
-    assert cluster.rates.restarts["attn"] == 1
+    assert cluster.rates.restarts[Role.ATTN] == 1
     found = cluster.attn.signals(rollout)
     alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)
     assert torch.allclose(found.waad, alone.waad, atol=1e-6, equal_nan=True)
@@ -240,7 +241,7 @@ def test_rates_of_a_step(cluster: Cluster) -> None:
     rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=8)
     cluster.train.log_probs(rollout)
     cluster.attn.signals(rollout)
-    taken = cluster.rates.taken(time.perf_counter() - started)
+    taken = cluster.rates.pop_metrics(time.perf_counter() - started)
     for role in ("train", "infer", "attn"):
         assert taken[f"tokens_per_second_{role}"] > 0
         assert 0 < taken[f"idle_share_{role}"] < 1
@@ -249,7 +250,7 @@ def test_rates_of_a_step(cluster: Cluster) -> None:
 
 
 def test_restarts_have_an_end(cluster: Cluster) -> None:
-    cluster.rates.restarts["infer"] = 4
+    cluster.rates.restarts[Role.INFER] = 4
     os.kill(cluster.infer.workers[0].pid, signal.SIGKILL)
     with pytest.raises(LostError, match=r"after cluster\.max_restarts = 4 restarts: actor_infer\[0\] died"):
         cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=0)

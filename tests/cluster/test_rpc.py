@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from rhythm.cluster.errors import RemoteError
+from rhythm.cluster.roles import Role
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -47,7 +48,7 @@ def ray() -> Iterator[Any]:
 def workers(ray: Any) -> list[Any]:
     from rhythm.cluster.rpc import Worker, identify
 
-    made = [Worker(f"actor[{i}]", "infer", ray.remote(Actor).options(num_cpus=0).remote()) for i in range(3)]
+    made = [Worker(f"actor[{i}]", Role.INFER, ray.remote(Actor).options(num_cpus=0).remote()) for i in range(3)]
     assert not identify(made, 60).lost
     return made
 

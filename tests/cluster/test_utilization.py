@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 
+from rhythm.cluster.roles import Role
 from rhythm.cluster.utilization import Rates
 
 
 def test_a_steps_numbers_by_hand() -> None:
-    rates = Rates({"train": 2, "infer": 1})
-    rates.worked("train", 3.0)
-    rates.worked("train", 5.0)
-    rates.worked("infer", 1.0)
-    rates.processed("infer", 600, 1.5)
-    rates.processed("infer", 200, 0.5)
+    rates = Rates({Role.TRAIN: 2, Role.INFER: 1})
+    rates.worked(Role.TRAIN, 3.0)
+    rates.worked(Role.TRAIN, 5.0)
+    rates.worked(Role.INFER, 1.0)
+    rates.processed(Role.INFER, 600, 1.5)
+    rates.processed(Role.INFER, 200, 0.5)
     rates.statistics += 0.2
-    assert rates.restarted("infer") == 1
-    found = rates.taken(10.0)
+    assert rates.restarted(Role.INFER) == 1
+    found = rates.pop_metrics(10.0)
     assert found["idle_share_train"] == 1 - 8 / 20
     assert found["idle_share_infer"] == 0.9
     assert found["tokens_per_second_infer"] == 400
@@ -26,12 +27,12 @@ def test_a_steps_numbers_by_hand() -> None:
 
 
 def test_a_step_starts_from_zero_but_for_the_restarts() -> None:
-    rates = Rates({"infer": 1})
-    rates.worked("infer", 1.0)
-    rates.processed("infer", 10, 1.0)
-    rates.restarted("infer")
-    rates.taken(2.0)
-    found = rates.taken(2.0)
+    rates = Rates({Role.INFER: 1})
+    rates.worked(Role.INFER, 1.0)
+    rates.processed(Role.INFER, 10, 1.0)
+    rates.restarted(Role.INFER)
+    rates.pop_metrics(2.0)
+    found = rates.pop_metrics(2.0)
     assert found["idle_share_infer"] == 1
     assert math.isnan(found["tokens_per_second_infer"])
     assert found["restarts_infer"] == 1

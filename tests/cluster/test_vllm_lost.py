@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.roles import Role
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import SamplingConfig, TrainBatch
 from rhythm.engines.local.train import OptimizerConfig
@@ -35,7 +36,7 @@ def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone
         {"gpus": 0, "max_length": 600, "infer": {"kv_cache_gib": 0.0625}, "train": {"engine": "torch"}}
     )
     with Session(config, separate_attn=False) as session:
-        rates = Rates({"train": 1, "infer": 1})
+        rates = Rates({Role.TRAIN: 1, Role.INFER: 1})
         spec = TrainSpec(
             role=config.train,
             checkpoint=tmp_path,
@@ -69,7 +70,7 @@ def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone
         found = infer.generate(PROMPTS, 8, long, seed=2)
         timer.join()
 
-        assert rates.restarts == {"infer": 1}
+        assert rates.restarts == {Role.INFER: 1}
         assert infer.workers[0].pid != lost
         assert torch.equal(found.input_ids, honest.input_ids)
         mask = found.response_mask

@@ -15,7 +15,7 @@ from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.interfaces import Rollout, TapConfig
-from rhythm.engines.local.weights import take_over
+from rhythm.engines.local.weights import load_weights
 from rhythm.tap.observe import observe
 
 
@@ -41,7 +41,7 @@ class ObserveAttn:
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy `weights` in. Raises ValueError if `version` falls."""
-        self._version = take_over(self._model, weights, version, self._version)
+        self._version = load_weights(self._model, weights, version, self._version)
 
 
 class SignalRows:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from rhythm.engines.batches import concatenate
 from rhythm.engines.head import exact_head
 from rhythm.engines.interfaces import Rollout, SamplingConfig
-from rhythm.engines.local.weights import take_over
+from rhythm.engines.local.weights import load_weights
 
 
 class GenerateInfer:
@@ -59,7 +59,7 @@ class GenerateInfer:
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy in what is not this model's own already. Raises ValueError if `version` falls."""
-        self._version = take_over(self._model, weights, version, self._version)
+        self._version = load_weights(self._model, weights, version, self._version)
 
     @torch.no_grad()
     def _sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Rollout:

@@ -21,7 +21,7 @@ from rhythm.engines.head import output_head
 from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TapConfig, TrainBatch
 from rhythm.engines.local.attn import SignalRows, autocast, shared_groups, tap_options
 from rhythm.engines.local.logprobs import check_output_head, response_logprobs
-from rhythm.engines.local.weights import take_over
+from rhythm.engines.local.weights import load_weights
 from rhythm.engines.watch import DeviceWatch
 from rhythm.tap.attention_tap import AttentionTap
 
@@ -165,7 +165,7 @@ class TorchTrain:
         # Copied into memory of torch's own: a mapped file may be aligned differently, and sums then ordered
         # differently. The model's own class, so that no code of the checkpoint's is looked for.
         saved = type(self._model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-        take_over(self._model, saved.state_dict(), 0, 0)
+        load_weights(self._model, saved.state_dict(), 0, 0)
         state = torch.load(directory / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         self._optimizer.load_state_dict(state["optimizer"])
         self._gradient_steps = state["gradient_steps"]

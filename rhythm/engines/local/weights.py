@@ -33,7 +33,7 @@ class LocalWeightSync:
 
 
 @torch.no_grad()
-def take_over(model: nn.Module, weights: Mapping[str, Tensor], version: int, current: int) -> int:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], version: int, current: int) -> int:
     """Copy `weights` into `model`, converting type and device; returns the new version.
 
     Tensors that are the model's own already (an engine that shares the trainer's model) are left alone.

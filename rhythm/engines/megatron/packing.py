@@ -47,7 +47,7 @@ class Packed:
         return self.input_ids[self.predicts + 1]
 
 
-def shares(lens_B: Tensor, data_ranks: int, micro_batch_size: int) -> list[list[Tensor]]:
+def deal_micro_batches(lens_B: Tensor, data_ranks: int, micro_batch_size: int) -> list[list[Tensor]]:
     """For every data rank its micro-batches, each as row indices: rows of about equal length together.
 
     Rows are dealt out by falling length, forth and back, so that all ranks get about as many tokens. With fewer rows

@@ -48,44 +48,44 @@ class Groups:
         return self.pipeline.rank() == self.pipeline.size() - 1
 
     @property
-    def speaks(self) -> bool:
+    def is_output_rank(self) -> bool:
         """Whether this rank is the one of its tensor-parallel group, on the last stage, whose results count."""
         return self.last_stage and self.tensor.rank() == 0
 
-    def summed(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, on all of them, on the CPU; with zeros elsewhere, what one rank put in."""
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """All-reduce (sum), returned on the CPU. Also broadcasts one rank's value if the others pass zeros."""
         total = x.to(self.device)
         distributed.all_reduce(total)
         return total.cpu()
 
 
-def join(meeting: Rendezvous, parallel: ParallelConfig) -> Groups:
+def join(rendezvous: Rendezvous, parallel: ParallelConfig) -> Groups:
     """Meet the other ranks and form the groups: NCCL where there is CUDA, else Gloo.
 
     Raises ValueError if the number of ranks is not that of the layout.
     """
-    if meeting.world_size != parallel.ranks:
+    if rendezvous.world_size != parallel.ranks:
         raise ValueError(
-            f"world_size is {meeting.world_size}: tensor × pipeline × data is {parallel.tensor} × "
+            f"world_size is {rendezvous.world_size}: tensor × pipeline × data is {parallel.tensor} × "
             f"{parallel.pipeline} × {parallel.data} = {parallel.ranks}"
         )
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(meeting.rank % torch.cuda.device_count())
+        torch.cuda.set_device(rendezvous.rank % torch.cuda.device_count())
     else:
         prepare_cpu()
-    timeout = timedelta(seconds=meeting.timeout)
+    timeout = timedelta(seconds=rendezvous.timeout)
     distributed.init_process_group(
         "nccl" if cuda else "gloo",
-        store=_store(meeting, timeout),
-        rank=meeting.rank,
-        world_size=meeting.world_size,
+        store=_store(rendezvous, timeout),
+        rank=rendezvous.rank,
+        world_size=rendezvous.world_size,
         timeout=timeout,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        distributed_timeout_minutes=max(1, round(meeting.timeout / 60)),
+        distributed_timeout_minutes=max(1, round(rendezvous.timeout / 60)),
     )
     if cuda:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -93,21 +93,21 @@ def join(meeting: Rendezvous, parallel: ParallelConfig) -> Groups:
         model_parallel_cuda_manual_seed(0)
     return Groups(
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
-        rank=meeting.rank,
+        rank=rendezvous.rank,
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
     )
 
 
-def _store(meeting: Rendezvous, timeout: timedelta) -> TCPStore:
+def _store(rendezvous: Rendezvous, timeout: timedelta) -> TCPStore:
     """The ranks' common store, which rank 0 serves on the address given: by itself torch would listen on all."""
-    options: dict[str, Any] = {"timeout": timeout, "world_size": meeting.world_size}
-    if meeting.rank > 0:
-        return TCPStore(meeting.address, meeting.port, is_master=False, **options)
-    family = socket.AF_INET6 if ":" in meeting.address else socket.AF_INET
-    listener = socket.create_server((meeting.address, meeting.port), family=family)
-    return TCPStore(meeting.address, meeting.port, is_master=True, master_listen_fd=listener.detach(), **options)
+    options: dict[str, Any] = {"timeout": timeout, "world_size": rendezvous.world_size}
+    if rendezvous.rank > 0:
+        return TCPStore(rendezvous.address, rendezvous.port, is_master=False, **options)
+    family = socket.AF_INET6 if ":" in rendezvous.address else socket.AF_INET
+    listener = socket.create_server((rendezvous.address, rendezvous.port), family=family)
+    return TCPStore(rendezvous.address, rendezvous.port, is_master=True, master_listen_fd=listener.detach(), **options)
 
 
 def leave() -> None:

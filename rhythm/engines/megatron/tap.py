@@ -102,13 +102,13 @@ class MegatronTap:
         own_Bn = torch.zeros(B, len(self._layers) * query_heads)
         for read in self._found:
             own_Bn[read.packed.rows[:, None], read.heads] = read.span.float().cpu()
-        span_Bn = self._groups.summed(own_Bn)
+        span_Bn = self._groups.all_reduce_sum(own_Bn)
         chosen = self._chosen(span_Bn)
         sums_2BP = torch.zeros(2, B, P)
         for read in self._found:
             rows, positions, sums_2T = _own_sums(read, chosen)
             sums_2BP[:, rows, positions] += sums_2T
-        waad_BP, fai_BP = self._groups.summed(sums_2BP)
+        waad_BP, fai_BP = self._groups.all_reduce_sum(sums_2BP)
         outside_BP = ~rollout.response_mask
         return RhythmSignals(
             waad=(waad_BP / chosen.local.sum(dim=-1, keepdim=True)).masked_fill(outside_BP, torch.nan),

@@ -30,7 +30,7 @@ from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import PolicyModel, build_model, read_config
-from rhythm.engines.megatron.packing import Packed, pack, shares
+from rhythm.engines.megatron.packing import Packed, deal_micro_batches, pack
 from rhythm.engines.megatron.parallel import Rendezvous, join, leave
 from rhythm.engines.megatron.tap import MegatronTap
 from rhythm.engines.megatron.weights import gather_weights, load_weights
@@ -44,7 +44,7 @@ class MegatronTrain:
     def __init__(
         self,
         checkpoint: Path,
-        meeting: Rendezvous,
+        rendezvous: Rendezvous,
         parallel: ParallelConfig,
         *,
         optimizer: OptimizerConfig,
@@ -62,7 +62,7 @@ class MegatronTrain:
         """
         self.config = read_config(checkpoint, trust_remote_code=trust_remote_code)
         self._companions = checkpoints.read_companions(checkpoint, trust_remote_code=trust_remote_code)
-        self._groups = join(meeting, parallel)
+        self._groups = join(rendezvous, parallel)
         self._optimizer_config = optimizer
         self._loss = loss
         self._temperature = temperature
@@ -122,7 +122,9 @@ class MegatronTrain:
 
         self._model.train()
         self._run(self._model, batch.rollout, part, backward=True)
-        loss, clip_share, approx_kl, kl = self._groups.summed(sums if self._groups.speaks else 0 * sums).tolist()
+        loss, clip_share, approx_kl, kl = self._groups.all_reduce_sum(
+            sums if self._groups.is_output_rank else 0 * sums
+        ).tolist()
         grad_norm = self._clipped_gradients() if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._model.zero_grad_buffer()
@@ -186,14 +188,14 @@ class MegatronTrain:
 
         def keep(packed: Packed, hidden_ND: Tensor) -> Tensor:
             scores = self._scores(model, packed, hidden_ND)
-            if self._groups.speaks:
+            if self._groups.is_output_rank:
                 both = torch.stack([scores.logprobs, scores.entropy])
                 found_2BP[:, packed.rows, : packed.width] = torch.where(packed.target, both, 0.0).cpu()
             return hidden_ND.new_zeros(())
 
         model.eval()
         self._run(model, rollout, keep, tap=tap)
-        logprobs_BP, entropy_BP = self._groups.summed(found_2BP)
+        logprobs_BP, entropy_BP = self._groups.all_reduce_sum(found_2BP)
         outside_BP = ~rollout.response_mask
         return LogProbs(logprobs_BP.masked_fill(outside_BP, torch.nan), entropy_BP.masked_fill(outside_BP, torch.nan))
 
@@ -210,7 +212,7 @@ class MegatronTrain:
         what it returns is the loss.
         """
         data = self._groups.data
-        micro_batches = shares(rollout.lens, data.size(), self._micro_batch_size)[data.rank()]
+        micro_batches = deal_micro_batches(rollout.lens, data.size(), self._micro_batch_size)[data.rank()]
         if not micro_batches:
             if backward:
                 _add_up_gradients([model])

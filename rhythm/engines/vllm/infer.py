@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout, SamplingConfig
-from rhythm.engines.transfer import Ledger, TransferKind, buckets, make_sender
+from rhythm.engines.transfer import PushManifest, TransferKind, buckets, make_sender
 from rhythm.seeds import derive_seed
 
 WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
@@ -105,7 +105,7 @@ class VllmInfer:
         """
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
-        self._ledger = Ledger.of_checkpoint(checkpoint)
+        self._manifest = PushManifest.of_checkpoint(checkpoint)
         prepare_environment(os.environ.get("VLLM_HOST_IP") or "127.0.0.1")
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -231,7 +231,7 @@ class VllmInfer:
         self._must_be("serving")
         self._state = "lost"
         self._llm.collective_rpc("start_weight_update")
-        self._ledger = self._ledger.fresh()
+        self._manifest = self._manifest.fresh()
         self._state = "receiving"
 
     def receive(self, info: Mapping[str, Any]) -> None:
@@ -241,7 +241,7 @@ class VllmInfer:
         """
         self._must_be("receiving")
         self._state = "lost"
-        self._ledger.enter(info["names"], info["shapes"])
+        self._manifest.enter(info["names"], info["shapes"])
         self._llm.collective_rpc("receive_bucket", args=(dict(info),))
         self._state = "receiving"
 
@@ -253,7 +253,7 @@ class VllmInfer:
         self._must_be("receiving")
         self._state = "lost"
         self._must_not_fall(version)
-        self._ledger.must_be_complete()
+        self._manifest.must_be_complete()
         self._llm.collective_rpc("finish_weight_update")
         self._llm.collective_rpc("repack_heads")
         self._reset_prefix_cache()

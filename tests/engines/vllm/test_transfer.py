@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from rhythm.engines.transfer import SEGMENT_PREFIX, Ledger, SharedMemorySender, buckets, ipc_plain, make_sender, merged
+from rhythm.engines.transfer import (
+    SEGMENT_PREFIX,
+    PushManifest,
+    SharedMemorySender,
+    buckets,
+    ipc_plain,
+    make_sender,
+    merged,
+)
 from rhythm.engines.vllm.infer import prepare_environment
 
 SEGMENTS = Path("/dev/shm")
@@ -131,17 +139,17 @@ def test_unknown_kind() -> None:
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    return Ledger({"a": (2, 3), "b": (4,)})
+def manifest() -> PushManifest:
+    return PushManifest({"a": (2, 3), "b": (4,)})
 
 
-def test_a_complete_push(ledger: Ledger) -> None:
-    ledger.enter(["b"], [[4]])
+def test_a_complete_push(manifest: PushManifest) -> None:
+    manifest.enter(["b"], [[4]])
     with pytest.raises(ValueError, match=r"1 are missing from the push, among them \['a'\]"):
-        ledger.must_be_complete()
-    ledger.enter(["a", "lm_head.weight"], [[2, 3], [9, 9]])
-    ledger.must_be_complete()
-    assert ledger.fresh() == Ledger({"a": (2, 3), "b": (4,)})
+        manifest.must_be_complete()
+    manifest.enter(["a", "lm_head.weight"], [[2, 3], [9, 9]])
+    manifest.must_be_complete()
+    assert manifest.fresh() == PushManifest({"a": (2, 3), "b": (4,)})
 
 
 @pytest.mark.parametrize(
@@ -152,9 +160,9 @@ def test_a_complete_push(ledger: Ledger) -> None:
         (["a"], [[3, 2]], r"a has shape \(3, 2\), the engine's \(2, 3\)"),
     ],
 )
-def test_what_does_not_belong(ledger: Ledger, names: list[str], shapes: list[list[int]], message: str) -> None:
+def test_what_does_not_belong(manifest: PushManifest, names: list[str], shapes: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ledger.enter(names, shapes)
+        manifest.enter(names, shapes)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -162,7 +170,7 @@ def test_ledger_of_a_checkpoint(make_checkpoint: Callable[..., Path], load: Call
     directory = make_checkpoint(tied=tied)
     model = load(directory)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert Ledger.of_checkpoint(directory) == Ledger(shapes)
+    assert PushManifest.of_checkpoint(directory) == PushManifest(shapes)
     assert ("lm_head.weight" in shapes) != tied
 
 
