@@ -25,7 +25,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _SAFE_PATH = "PYTHONSAFEPATH"
 
 
-class GuardedTask:
+class IsolatedTask:
     """The task `name` with `options`, judged by a copy of it in a child process.
 
     A reward that raises, misses its deadline or makes no judgement is a score of 0 with its `fault` named; after a

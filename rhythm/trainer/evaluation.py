@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from rhythm.engines.interfaces import Infer, SamplingConfig
 from rhythm.seeds import derive_seed
 from rhythm.tasks import Task
-from rhythm.trainer.rollout import JudgedRollout, roll_out
+from rhythm.trainer.rollout import ScoredRollout, roll_out
 
 
 class EvalConfig(BaseModel, extra="forbid", frozen=True):
@@ -36,7 +36,7 @@ def evaluate(
     *,
     seed: int,
     step: int,
-) -> JudgedRollout:
+) -> ScoredRollout:
     """One response to each test instance, judged; `step` seeds the sampling, where there is any."""
     instances = task.test[: config.instances]
     return roll_out(

@@ -37,7 +37,7 @@ from rhythm.trainer.setup import (
     initial_checkpoint,
     load_vocabulary,
     open_engines,
-    open_judge,
+    open_reward_worker,
 )
 from rhythm.trainer.step import Engines, StepAbandonedError, train_step
 
@@ -96,11 +96,11 @@ def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -
     start = found[0] if found and not keeps_start else initial_checkpoint(config, task, console)
     vocabulary = load_vocabulary(start, config.model)
     restarts = 0
-    with open_judge(config, task) as judged, open_engines(config, task, vocabulary) as build:
+    with open_reward_worker(config, task) as isolated, open_engines(config, task, vocabulary) as build:
         while True:
             try:
                 engines = build(start, restarts)
-                state, stopped_by = _train(config, engines, judged, vocabulary.tokenizer, console, found)
+                state, stopped_by = _train(config, engines, isolated, vocabulary.tokenizer, console, found)
                 break
             except TrainLostError as error:
                 restarts += 1
@@ -202,7 +202,7 @@ class _Trainer:
         """Evaluate, write samples, add both to the record, and remember the best."""
         self.progress.phase("evaluation")
         config, watch = self.config, Stopwatch()
-        judged = evaluate(
+        scored = evaluate(
             self.engines.infer,
             self.task,
             self.tokenizer,
@@ -211,12 +211,12 @@ class _Trainer:
             seed=config.seed,
             step=state.step,
         )
-        record["accuracy"] = judged.accuracy
+        record["accuracy"] = scored.accuracy
         if config.evaluation.samples:
             lines = sample_lines(
                 self.engines,
                 self.tokenizer,
-                first_rows(judged, config.evaluation.samples),
+                first_rows(scored, config.evaluation.samples),
                 config.signals,
                 config.credit,
                 groups=_groups(state),
@@ -226,8 +226,8 @@ class _Trainer:
             with naming(config.run_dir / SAMPLES):
                 write_samples(config.run_dir / SAMPLES, state.step, lines)
         record["seconds_evaluation"] = watch.total
-        if state.best_accuracy is None or judged.accuracy > state.best_accuracy:
-            state = state.model_copy(update={"best_accuracy": judged.accuracy, "best_step": state.step})
+        if state.best_accuracy is None or scored.accuracy > state.best_accuracy:
+            state = state.model_copy(update={"best_accuracy": scored.accuracy, "best_step": state.step})
         return state
 
     def _save(self, state: RunState) -> int:

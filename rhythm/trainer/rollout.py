@@ -16,7 +16,7 @@ from rhythm.tasks.judging import judge
 
 
 @dataclass(frozen=True)
-class JudgedRollout:
+class ScoredRollout:
     """Responses and what the task says of them.
 
     rollout: B responses; prompts: the text each of them answers; responses: their texts; rewards: their
@@ -64,7 +64,7 @@ def roll_out(
     responses_per_prompt: int,
     sampling: SamplingConfig,
     seed: int,
-) -> JudgedRollout:
+) -> ScoredRollout:
     """Answers to each instance, judged by the task, which sees their text without special tokens.
 
     A reward that raises, or returns something else than a Reward with a finite score, is a fault of that one.
@@ -77,7 +77,7 @@ def roll_out(
         for ids, mask in rows
     ]
     asked = rollout.group.tolist()
-    return JudgedRollout(
+    return ScoredRollout(
         rollout=rollout,
         prompts=[prompts[g] for g in asked],
         responses=responses,

@@ -15,26 +15,26 @@ from rhythm.credit.heads import HeadGroups
 from rhythm.engines.batches import take_rows, trim
 from rhythm.engines.interfaces import TapConfig
 from rhythm.trainer.metrics import Stopwatch
-from rhythm.trainer.rollout import JudgedRollout
-from rhythm.trainer.step import Engines, score
+from rhythm.trainer.rollout import ScoredRollout
+from rhythm.trainer.step import Engines, credit_tokens
 
 
-def first_rows(judged: JudgedRollout, count: int) -> JudgedRollout:
+def first_rows(scored: ScoredRollout, count: int) -> ScoredRollout:
     """The first `count` responses, or all if there are fewer."""
-    index = torch.arange(min(count, len(judged.responses)))
-    rollout = take_rows(judged.rollout, index)
-    return JudgedRollout(
+    index = torch.arange(min(count, len(scored.responses)))
+    rollout = take_rows(scored.rollout, index)
+    return ScoredRollout(
         rollout=trim(rollout, int(rollout.attention_mask.sum(dim=1).max())),
-        prompts=judged.prompts[:count],
-        responses=judged.responses[:count],
-        rewards=judged.rewards[:count],
+        prompts=scored.prompts[:count],
+        responses=scored.responses[:count],
+        rewards=scored.rewards[:count],
     )
 
 
 def sample_lines(
     engines: Engines,
     tokenizer: Any,
-    judged: JudgedRollout,
+    scored: ScoredRollout,
     tap: TapConfig,
     credit: CreditConfig,
     *,
@@ -47,8 +47,8 @@ def sample_lines(
     γ is that of the strategy in use, whether or not the response's advantage would have let it count.
     Undefined is None.
     """
-    rollout = judged.rollout
-    scored = score(
+    rollout = scored.rollout
+    credited = credit_tokens(
         engines,
         rollout,
         tap,
@@ -58,23 +58,23 @@ def sample_lines(
         watch=Stopwatch(),
         always_signals=True,
     )
-    if scored.signals is None:
+    if credited.signals is None:
         raise RuntimeError("the engines gave no signals although they were asked for")
     lines: list[dict[str, object]] = []
-    for row, reward in enumerate(judged.rewards):
+    for row, reward in enumerate(scored.rewards):
         mask_T = rollout.response_mask[row]
         lines.append(
             {
                 "step": step,
-                "prompt": judged.prompts[row],
-                "response": judged.responses[row],
+                "prompt": scored.prompts[row],
+                "response": scored.responses[row],
                 "reward": reward.score,
                 "correct": reward.correct,
                 "tokens": [tokenizer.decode([token]) for token in rollout.input_ids[row][mask_T].tolist()],
-                "waad": _numbers(scored.signals.waad[row][mask_T]),
-                "fai": _numbers(scored.signals.fai[row][mask_T]),
-                "gamma": _numbers(scored.gamma[row][mask_T]),
-                "entropy": _numbers(scored.log_probs.entropy[row][mask_T]),
+                "waad": _numbers(credited.signals.waad[row][mask_T]),
+                "fai": _numbers(credited.signals.fai[row][mask_T]),
+                "gamma": _numbers(credited.gamma[row][mask_T]),
+                "entropy": _numbers(credited.log_probs.entropy[row][mask_T]),
             }
         )
     return lines

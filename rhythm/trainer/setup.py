@@ -23,7 +23,7 @@ from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.local.weights import LocalWeightSync
 from rhythm.ops.backends import choose
 from rhythm.tasks import Task, load_task
-from rhythm.tasks.isolation import GuardedTask
+from rhythm.tasks.isolation import IsolatedTask
 from rhythm.tiny.warm_start import warm_start
 from rhythm.trainer.cluster_engines import check_cluster, check_prompts, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
@@ -147,15 +147,15 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def open_judge(config: TrainConfig, task: Task[Any]) -> Iterator[Task[Any]]:
+def open_reward_worker(config: TrainConfig, task: Task[Any]) -> Iterator[Task[Any]]:
     """The task, its rewards with a deadline where the configuration has one; until the block is left."""
     if config.cluster is None:
         yield task
         return
     deadlines = config.cluster.deadlines
     name, options = config.task.name, config.task.options.model_dump()
-    with GuardedTask(task, name, options, seconds=deadlines.reward, start_seconds=deadlines.start) as guarded:
-        yield guarded
+    with IsolatedTask(task, name, options, seconds=deadlines.reward, start_seconds=deadlines.start) as isolated:
+        yield isolated
 
 
 @contextmanager

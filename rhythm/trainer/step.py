@@ -33,7 +33,7 @@ from rhythm.seeds import derive_seed, generator
 from rhythm.tasks import Task
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.metrics import Record, Stopwatch
-from rhythm.trainer.rollout import JudgedRollout, batch_instances, roll_out
+from rhythm.trainer.rollout import ScoredRollout, batch_instances, roll_out
 
 FROM_ATTENTION = ("local_chunk", "global_anchor", "coupled")
 """Strategies that read WAAD or FAI; the others need no attention statistics, and cost none."""
@@ -67,7 +67,7 @@ class Engines:
 
 
 @dataclass(frozen=True)
-class Scored:
+class TokenCredit:
     """What the weights that made a rollout say of it. signals: None where the strategy reads none."""
 
     log_probs: LogProbs
@@ -79,7 +79,7 @@ class StepAbandonedError(Exception):
     """The run was asked to stop before the step changed a weight."""
 
 
-def score(
+def credit_tokens(
     engines: Engines,
     rollout: Rollout,
     tap: TapConfig,
@@ -89,7 +89,7 @@ def score(
     generator: torch.Generator,
     watch: Stopwatch,
     always_signals: bool = False,
-) -> Scored:
+) -> TokenCredit:
     """Old log-probs, signals and γ. Signals come from the Attn engine if there is one, else from the same
     pass.
 
@@ -106,7 +106,7 @@ def score(
             signals = replace(engines.attn.signals(rollout, groups), entropy=log_probs.entropy)
         known = signals or _without_attention(log_probs)
         gamma_BT = batch_credit_weights(known, rollout.response_mask, credit, generator)
-    return Scored(log_probs, signals, gamma_BT)
+    return TokenCredit(log_probs, signals, gamma_BT)
 
 
 def train_step(
@@ -131,7 +131,7 @@ def train_step(
     torch.manual_seed(derive_seed(config.seed, "dropout", step))
     phase("rollout")
     with watch("rollout"):
-        judged = roll_out(
+        scored = roll_out(
             engines.infer,
             task,
             tokenizer,
@@ -142,23 +142,23 @@ def train_step(
         )
     _leave_if(stop_asked)
     phase("attention")
-    scored = score(
+    credited = credit_tokens(
         engines,
-        judged.rollout,
+        scored.rollout,
         config.signals,
         config.credit,
         groups=groups,
         generator=generator(config.seed, "credit", step),
         watch=watch,
     )
-    parity = engines.check(judged.rollout, scored.log_probs, step) if engines.check is not None else {}
-    if groups is None and config.signals.grouping == "calibrated" and scored.signals is not None:
-        chosen = scored.signals.groups
+    parity = engines.check(scored.rollout, credited.log_probs, step) if engines.check is not None else {}
+    if groups is None and config.signals.grouping == "calibrated" and credited.signals is not None:
+        chosen = credited.signals.groups
         groups = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
     _leave_if(stop_asked)
     phase("training")
     with watch("training"):
-        batch, advantages_B = _train_batch(engines.train, judged, scored, config)
+        batch, advantages_B = _train_batch(engines.train, scored, credited, config)
         step_metrics = [engines.train.step(part) for part in mini_batches(batch, config, step)]
     phase("push")
     with watch("push"):
@@ -167,9 +167,9 @@ def train_step(
     unknown = math.nan if math.isnan(engines.train.statistics_seconds) else 0.0
     record = {
         "step": float(step),
-        **_rollout_metrics(judged, scored),
+        **_rollout_metrics(scored, credited),
         **_mean_metrics(step_metrics),
-        **_credit_metrics(scored, advantages_B, judged.rollout.response_mask, config.credit),
+        **_credit_metrics(credited, advantages_B, scored.rollout.response_mask, config.credit),
         **parity,
         **(engines.meter.pop_metrics(total) if engines.meter is not None else {}),
         "attention_share": watch.seconds["attention"] / total + unknown,
@@ -185,12 +185,14 @@ def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[
     return (take_rows(batch, index) for index in torch.split(order, config.batch.mini_batch_size))
 
 
-def _train_batch(train: Train, judged: JudgedRollout, scored: Scored, config: TrainConfig) -> tuple[TrainBatch, Tensor]:
-    rollout = judged.rollout
-    advantages_B = group_advantages(judged.scores, rollout.group, config.advantages)
-    advantages_BT = token_advantages(advantages_B, scored.gamma, rollout.response_mask, config.credit.apply_to)
+def _train_batch(
+    train: Train, scored: ScoredRollout, credited: TokenCredit, config: TrainConfig
+) -> tuple[TrainBatch, Tensor]:
+    rollout = scored.rollout
+    advantages_B = group_advantages(scored.scores, rollout.group, config.advantages)
+    advantages_BT = token_advantages(advantages_B, credited.gamma, rollout.response_mask, config.credit.apply_to)
     reference = train.reference_log_probs(rollout) if config.loss.kl_coef else None
-    return TrainBatch(rollout, scored.log_probs.logprobs, advantages_BT, reference), advantages_B
+    return TrainBatch(rollout, credited.log_probs.logprobs, advantages_BT, reference), advantages_B
 
 
 def _leave_if(stop_asked: Callable[[], bool]) -> None:
@@ -206,23 +208,23 @@ def _without_attention(log_probs: LogProbs) -> RhythmSignals:
     return RhythmSignals(undefined_BT, undefined_BT, log_probs.entropy, none_B0, groups)
 
 
-def _rollout_metrics(judged: JudgedRollout, scored: Scored) -> Record:
+def _rollout_metrics(scored: ScoredRollout, credited: TokenCredit) -> Record:
     """reward … response_length over responses, zero_variance_share over the prompts' groups; entropy, and the mean
     |difference| between the log-probs that the Infer and the Train engine give a sampled token, over tokens."""
-    rollout, mask_BT = judged.rollout, judged.rollout.response_mask
-    gap_BT = (rollout.logprobs - scored.log_probs.logprobs).abs()
+    rollout, mask_BT = scored.rollout, scored.rollout.response_mask
+    gap_BT = (rollout.logprobs - credited.log_probs.logprobs).abs()
     return {
-        "reward": float(judged.scores.double().mean()),
-        "train_accuracy": judged.accuracy,
-        "format_share": judged.format_share,
-        "rewards_late": float(sum(reward.fault == "late" for reward in judged.rewards)),
-        "rewards_raised": float(sum(reward.fault == "raised" for reward in judged.rewards)),
-        "rewards_invalid": float(sum(reward.fault == "invalid" for reward in judged.rewards)),
-        "zero_variance_share": zero_variance_share(judged.scores, rollout.group),
+        "reward": float(scored.scores.double().mean()),
+        "train_accuracy": scored.accuracy,
+        "format_share": scored.format_share,
+        "rewards_late": float(sum(reward.fault == "late" for reward in scored.rewards)),
+        "rewards_raised": float(sum(reward.fault == "raised" for reward in scored.rewards)),
+        "rewards_invalid": float(sum(reward.fault == "invalid" for reward in scored.rewards)),
+        "zero_variance_share": zero_variance_share(scored.scores, rollout.group),
         "finished_share": float(rollout.finished.double().mean()),
         "response_length": float(rollout.response_lens.double().mean()),
         "response_tokens": float(mask_BT.sum()),
-        "entropy": float(scored.log_probs.entropy[mask_BT].double().mean()),
+        "entropy": float(credited.log_probs.entropy[mask_BT].double().mean()),
         "logprob_gap": float(gap_BT[mask_BT].double().mean()),
     }
 
@@ -241,14 +243,14 @@ def _mean_metrics(step_metrics: list[StepMetrics]) -> Record:
     }
 
 
-def _credit_metrics(scored: Scored, advantages_B: Tensor, mask_BT: Tensor, credit: CreditConfig) -> Record:
+def _credit_metrics(credited: TokenCredit, advantages_B: Tensor, mask_BT: Tensor, credit: CreditConfig) -> Record:
     """γ over all response tokens and its share in the advantages; WAAD (tokens) and FAI where they are
     defined.
     """
-    share = gamma_share(advantages_B, scored.gamma, mask_BT, credit.apply_to)
-    signals = scored.signals or _without_attention(scored.log_probs)
+    share = gamma_share(advantages_B, credited.gamma, mask_BT, credit.apply_to)
+    signals = credited.signals or _without_attention(credited.log_probs)
     return {
-        "gamma_mean": float(scored.gamma[mask_BT].double().mean()),
+        "gamma_mean": float(credited.gamma[mask_BT].double().mean()),
         "gamma_share": float(share.mass),
         "amplified_fraction": float(share.amplified),
         "applied_fraction": float(share.applied),

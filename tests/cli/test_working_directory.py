@@ -87,10 +87,10 @@ def test_the_judges_process_takes_nothing_from_there(mark: Path) -> None:
         textwrap.dedent("""
             import os, sys
             from rhythm.tasks import load_task
-            from rhythm.tasks.isolation import GuardedTask
+            from rhythm.tasks.isolation import IsolatedTask
             if __name__ == "__main__":
                 sys.path.append(os.getcwd())
-                with GuardedTask(load_task("own:Own"), "own:Own", {}, seconds=60, start_seconds=60) as task:
+                with IsolatedTask(load_task("own:Own"), "own:Own", {}, seconds=60, start_seconds=60) as task:
                     print(task.reward("1,2>3:", "abc").score, os.environ.get("PYTHONSAFEPATH"))
         """)
     )

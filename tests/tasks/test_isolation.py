@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rhythm.tasks import Reward, load_task
-from rhythm.tasks.isolation import GuardedTask
+from rhythm.tasks.isolation import IsolatedTask
 
 MODULE = """
 import os, re, time
@@ -82,17 +82,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def guarded(directory: Path) -> Iterator[GuardedTask]:
+def isolated(directory: Path) -> Iterator[IsolatedTask]:
     task = load_task("awkward:Awkward")
-    with GuardedTask(task, "awkward:Awkward", {}, seconds=1.0, start_seconds=60) as found:
+    with IsolatedTask(task, "awkward:Awkward", {}, seconds=1.0, start_seconds=60) as found:
         yield found
 
 
-def test_everything_else_is_the_tasks_own(guarded: GuardedTask) -> None:
-    assert (guarded.train, guarded.test) == (["a", "b"], ["c"])
-    assert (guarded.prompt("a"), guarded.solution("b")) == ("a?", "b")
-    assert guarded.reward("a", "a") == Reward(score=1.0, correct=True, format_ok=True)
-    assert guarded.reward("a", "b") == Reward(score=1.0, correct=False, format_ok=True)
+def test_everything_else_is_the_tasks_own(isolated: IsolatedTask) -> None:
+    assert (isolated.train, isolated.test) == (["a", "b"], ["c"])
+    assert (isolated.prompt("a"), isolated.solution("b")) == ("a?", "b")
+    assert isolated.reward("a", "a") == Reward(score=1.0, correct=True, format_ok=True)
+    assert isolated.reward("a", "b") == Reward(score=1.0, correct=False, format_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -107,15 +107,15 @@ def test_everything_else_is_the_tasks_own(guarded: GuardedTask) -> None:
     ],
 )
 def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
-    response: str, fault: str, guarded: GuardedTask, caplog: pytest.LogCaptureFixture
+    response: str, fault: str, isolated: IsolatedTask, caplog: pytest.LogCaptureFixture
 ) -> None:
-    guarded.reward("a", "a")  # the judge is up
+    isolated.reward("a", "a")  # the judge is up
     started = time.monotonic()
-    assert guarded.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault=fault)
+    assert isolated.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault=fault)
     assert time.monotonic() - started < 3
     assert f"prompt 'a?', response {response!r}" in caplog.text
     assert ("KeyError: 'no such key'" in caplog.text) == (response == "raise")
-    assert guarded.reward("b", "b").score == 1.0
+    assert isolated.reward("b", "b").score == 1.0
 
 
 @pytest.mark.parametrize(
@@ -132,27 +132,27 @@ def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
     ],
 )
 def test_no_judgement_is_a_fault_at_once_and_the_judge_stays(
-    response: str, why: str, guarded: GuardedTask, caplog: pytest.LogCaptureFixture
+    response: str, why: str, isolated: IsolatedTask, caplog: pytest.LogCaptureFixture
 ) -> None:
-    guarded.reward("a", "a")
-    judge = guarded.pid
-    assert guarded.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault="invalid")
+    isolated.reward("a", "a")
+    judge = isolated.pid
+    assert isolated.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault="invalid")
     assert f"a reward is no judgement: its score is 0; prompt 'a?', response {response!r}: {why}" in caplog.text
-    assert guarded.reward("b", "b").score == 1.0
-    assert guarded.pid == judge
+    assert isolated.reward("b", "b").score == 1.0
+    assert isolated.pid == judge
 
 
-def test_a_reward_that_cannot_be_pickled_comes_as_its_values(guarded: GuardedTask) -> None:
-    assert guarded.reward("a", "unpicklable") == Reward(0.25, correct=False, format_ok=True)
+def test_a_reward_that_cannot_be_pickled_comes_as_its_values(isolated: IsolatedTask) -> None:
+    assert isolated.reward("a", "unpicklable") == Reward(0.25, correct=False, format_ok=True)
 
 
 def test_the_judge_ends_with_a_parent_that_is_killed(directory: Path) -> None:
     script = textwrap.dedent("""
         import os, signal, sys
         from rhythm.tasks import load_task
-        from rhythm.tasks.isolation import GuardedTask
+        from rhythm.tasks.isolation import IsolatedTask
         if __name__ == "__main__":
-            with GuardedTask(load_task("awkward:Awkward"), "awkward:Awkward", {}, seconds=1, start_seconds=60) as task:
+            with IsolatedTask(load_task("awkward:Awkward"), "awkward:Awkward", {}, seconds=1, start_seconds=60) as task:
                 task.reward("a", "a")
                 print(task.pid, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
