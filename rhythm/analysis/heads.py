@@ -68,7 +68,7 @@ class _Sharing:
         return float(((self.chosen * self.weight).sum() - self.within) / pairs) if pairs else math.nan
 
 
-def summarise_heads(
+def summarize_heads(
     responses: Iterable[tuple[int, ResponseHeads]],
     *,
     pool_layers: tuple[int, ...],

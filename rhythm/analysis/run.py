@@ -23,14 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.counterfactual import counterfactuals
-from rhythm.analysis.drafts import Draft, Drafter, response_name
 from rhythm.analysis.figures import write_figures
 from rhythm.analysis.forward import Observer
+from rhythm.analysis.generation import PendingResponse, ResponseSource, response_name
 from rhythm.analysis.observation import observe_response
 from rhythm.analysis.page import write_page
 from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
 from rhythm.analysis.results import Analysis, ResponseResult, Trial, read_json, response_path, write_json
-from rhythm.analysis.summary import summarise
+from rhythm.analysis.summary import summarize
 from rhythm.checkpoints import model_end_tokens
 from rhythm.engines.interfaces import Infer
 from rhythm.engines.local.infer import GenerateInfer
@@ -91,7 +91,7 @@ def analyze(
         pad = tokenizer.pad_token_id
         infer = GenerateInfer(model, end_ids=ends, pad_id=ends[0] if pad is None else pad)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    drafter = Drafter(tokenizer, infer, config, context)
+    responses = ResponseSource(tokenizer, infer, config, context)
 
     failures: list[str] = []
     on_error = (lambda error: failures.append(str(error))) if keep_going else None
@@ -125,22 +125,22 @@ def analyze(
         with _progress(console) as progress:
             bar = progress.add_task("analysing", total=total)
             for index, batch in enumerate(_batches(read_problems(source, on_error), config.problems_at_once)):
-                wanted = [(problem, sample) for problem in batch for sample in drafter.samples(problem)]
+                wanted = [(problem, sample) for problem in batch for sample in responses.samples(problem)]
                 finished = {(problem.row, sample): is_finished(problem, sample) for problem, sample in wanted}
                 place = {response_name(*each): attempted + i for i, each in enumerate(wanted)}
                 attempted += len(wanted)
-                for draft in drafter.drafts(batch, index, finished, on_error):
-                    maps = place[draft.name] < config.maps
+                for response in responses.pending(batch, index, finished, on_error):
+                    maps = place[response.name] < config.maps
                     write_json(
-                        _result(model, tokenizer, observer, draft, config, ends, maps=maps),
-                        response_path(directory, draft.name),
+                        _result(model, tokenizer, observer, response, config, ends, maps=maps),
+                        response_path(directory, response.name),
                     )
-                    finished[draft.problem.row, draft.sample] = True
+                    finished[response.problem.row, response.sample] = True
                 names += [response_name(*each) for each in wanted if finished[each[0].row, each[1]]]
                 progress.advance(bar, len(batch))
         if not names:
             raise ValueError("\n".join(["problems: no response is left to analyse", *failures]))
-        analysis = summarise(
+        analysis = summarize(
             directory,
             model=name,
             problems=str(asked) if isinstance(asked, Path) else "",
@@ -169,40 +169,40 @@ def _result(
     model: Any,
     tokenizer: Any,
     observer: Observer,
-    draft: Draft,
+    response: PendingResponse,
     config: AnalysisConfig,
     end_ids: Sequence[int],
     *,
     maps: bool,
 ) -> ResponseResult:
-    generator = torch.Generator().manual_seed(analysis_seed(config.seed, draft.problem.row) + draft.sample)
+    generator = torch.Generator().manual_seed(analysis_seed(config.seed, response.problem.row) + response.sample)
     seen = observe_response(
-        observer, tokenizer, draft.prompt_ids, draft.response_ids, config, maps=maps, generator=generator
+        observer, tokenizer, response.prompt_ids, response.response_ids, config, maps=maps, generator=generator
     )
     trials: tuple[Trial, ...] = ()
     if config.counterfactuals is not None:
-        undefined = (float("nan"),) * len(draft.prompt_ids)
+        undefined = (float("nan"),) * len(response.prompt_ids)
         trials = counterfactuals(
             model,
             tokenizer,
-            [*draft.prompt_ids, *draft.response_ids],
-            len(draft.prompt_ids),
+            [*response.prompt_ids, *response.response_ids],
+            len(response.prompt_ids),
             torch.tensor([*undefined, *seen.tokens.fai]),
             config.counterfactuals,
             end_ids=end_ids,
         ).trials
     return ResponseResult(
-        name=draft.name,
-        row=draft.problem.row,
-        sample=draft.sample,
-        source=draft.source,
-        finished=draft.finished,
-        prompt=draft.prompt,
-        prompt_tokens=len(draft.prompt_ids),
-        response=tokenizer.decode(draft.response_ids, skip_special_tokens=True),
-        answer=draft.problem.answer,
+        name=response.name,
+        row=response.problem.row,
+        sample=response.sample,
+        source=response.source,
+        finished=response.finished,
+        prompt=response.prompt,
+        prompt_tokens=len(response.prompt_ids),
+        response=tokenizer.decode(response.response_ids, skip_special_tokens=True),
+        answer=response.problem.answer,
         trials=trials,
-        digest=draft.problem.digest(draft.sample),
+        digest=response.problem.digest(response.sample),
         **vars(seen),
     )
 

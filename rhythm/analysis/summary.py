@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rhythm.analysis.config import AnalysisConfig
-from rhythm.analysis.heads import summarise_heads
+from rhythm.analysis.heads import summarize_heads
 from rhythm.analysis.results import Analysis, ResponseResult, read_json, response_path, write_json
 from rhythm.analysis.rows import head_rows, not_run, response_row, table1_row, table2_rows, token_rows, trial_rows
 from rhythm.analysis.table1 import table1
@@ -17,7 +17,7 @@ from rhythm.analysis.table2 import table2
 from rhythm.system.writing import naming, replacing
 
 
-def summarise(
+def summarize(
     directory: Path,
     *,
     model: str,
@@ -49,7 +49,7 @@ def summarise(
         settings=config.model_dump(mode="json"),
         names=tuple(names),
         failures=tuple(failures),
-        heads=summarise_heads(
+        heads=summarize_heads(
             ((each.row, each.heads) for each in responses()),
             pool_layers=tuple(pool_layers),
             resamples=resamples,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rhythm.analysis.heads import summarise_heads
+from rhythm.analysis.heads import summarize_heads
 from rhythm.analysis.results import Head, Heads, ResponseHeads
 
 nan = float("nan")
@@ -24,7 +24,7 @@ def heads(
 
 
 def summary(*of_responses: tuple[int, ResponseHeads]) -> Heads:
-    return summarise_heads(iter(of_responses), pool_layers=(1,), resamples=100, seed=0)
+    return summarize_heads(iter(of_responses), pool_layers=(1,), resamples=100, seed=0)
 
 
 A, B, C, D = ((1, head) for head in range(4))

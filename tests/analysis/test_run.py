@@ -126,7 +126,7 @@ def test_a_spreadsheet_runs_nothing_of_the_csv_files(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hostile = "=cmd|' /C calc'!A0"
-    original = run_module.summarise
+    original = run_module.summarize
 
     def with_hostile_texts(directory: Path, **options: Any) -> Any:
         path = response_path(directory, "00003-0")
@@ -135,7 +135,7 @@ def test_a_spreadsheet_runs_nothing_of_the_csv_files(
         write_json(replace(result, trials=trials), path)
         return original(directory, **options)
 
-    monkeypatch.setattr(run_module, "summarise", with_hostile_texts)
+    monkeypatch.setattr(run_module, "summarize", with_hostile_texts)
     problem = {"prompt": "7,8,9>24:", "response": "=1+2-3"}
     found = analyze(model, tokenizer, [*PROBLEMS[:2], problem], out=tmp_path / "out", config=CONFIG, page=False)
     with (found.directory / "tokens.csv").open(newline="", encoding="utf-8") as file:

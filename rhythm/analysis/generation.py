@@ -14,7 +14,7 @@ from rhythm.seeds import analysis_seed
 
 
 @dataclass(frozen=True)
-class Draft:
+class PendingResponse:
     """A response before it is observed; source, finished, prompt: as in `ResponseResult`."""
 
     problem: Problem
@@ -34,7 +34,7 @@ def response_name(problem: Problem, sample: int) -> str:
     return f"{problem.row:05d}-{sample}"
 
 
-class Drafter:
+class ResponseSource:
     """Responses to problems, within the context of a model.
 
     Args:
@@ -48,13 +48,13 @@ class Drafter:
         self._tokenizer, self._infer, self._config = tokenizer, infer, config
         self._context = sys.maxsize if context is None else context
 
-    def drafts(
+    def pending(
         self,
         problems: Sequence[Problem],
         index: int,
         finished: Mapping[tuple[int, int], bool],
         on_error: Callable[[RowError], None] | None = None,
-    ) -> Iterator[Draft]:
+    ) -> Iterator[PendingResponse]:
         """The responses to one batch of problems that are not `finished`, in their order.
 
         What is generated is a function of the weights, the batch, its index and the seed: a batch of which
@@ -83,17 +83,17 @@ class Drafter:
         missing = any(not finished[problem.row, i] for problem, _, _ in bare for i in self.samples(problem))
         drawn = self._generated(bare, index) if missing else {}
         for problem, prompt, ids in ready:
-            for draft in drawn.get(problem.row, []) or self._given(problem, prompt, ids):
-                if finished[problem.row, draft.sample]:
+            for response in drawn.get(problem.row, []) or self._given(problem, prompt, ids):
+                if finished[problem.row, response.sample]:
                     continue
                 try:
-                    self._check_response(draft)
+                    self._check_response(response)
                 except RowError as error:
                     if on_error is None:
                         raise
                     on_error(error)
                 else:
-                    yield draft
+                    yield response
 
     def samples(self, problem: Problem) -> range:
         """The responses that the problem has or gets."""
@@ -116,20 +116,20 @@ class Drafter:
                 "response",
             )
 
-    def _check_response(self, draft: Draft) -> None:
-        which = f"response {draft.sample + 1}"
-        if not draft.response_ids:
-            raise RowError(draft.problem.row, f"{which} has no tokens")
-        total = len(draft.prompt_ids) + len(draft.response_ids)
+    def _check_response(self, response: PendingResponse) -> None:
+        which = f"response {response.sample + 1}"
+        if not response.response_ids:
+            raise RowError(response.problem.row, f"{which} has no tokens")
+        total = len(response.prompt_ids) + len(response.response_ids)
         if total > self._context:
             raise RowError(
-                draft.problem.row,
+                response.problem.row,
                 f"the prompt and {which} have {total:,} tokens together; the model's context is {self._context:,}",
             )
 
-    def _given(self, problem: Problem, prompt: str, ids: tuple[int, ...]) -> list[Draft]:
+    def _given(self, problem: Problem, prompt: str, ids: tuple[int, ...]) -> list[PendingResponse]:
         return [
-            Draft(
+            PendingResponse(
                 problem,
                 sample,
                 "given",
@@ -141,8 +141,10 @@ class Drafter:
             for sample, text in enumerate(problem.responses)
         ]
 
-    def _generated(self, items: Sequence[tuple[Problem, str, tuple[int, ...]]], index: int) -> dict[int, list[Draft]]:
-        """Drafts by the problem's row."""
+    def _generated(
+        self, items: Sequence[tuple[Problem, str, tuple[int, ...]]], index: int
+    ) -> dict[int, list[PendingResponse]]:
+        """Responses by the problem's row."""
         if not items:
             return {}
         room = self._context - max(len(ids) for _, _, ids in items)
@@ -152,7 +154,7 @@ class Drafter:
         rollout = self._infer.generate(
             [ids for _, _, ids in items], n, sampling, analysis_seed(self._config.seed, index)
         )
-        drafts: dict[int, list[Draft]] = {}
+        pending: dict[int, list[PendingResponse]] = {}
         for row, (which, prompt_len, length, finished) in enumerate(
             zip(
                 rollout.group.tolist(),
@@ -163,7 +165,7 @@ class Drafter:
             )
         ):
             problem, prompt, ids = items[which]
-            of_problem = drafts.setdefault(problem.row, [])
+            of_problem = pending.setdefault(problem.row, [])
             response = tuple(rollout.input_ids[row, prompt_len:length].tolist())
-            of_problem.append(Draft(problem, len(of_problem), "generated", finished, prompt, ids, response))
-        return drafts
+            of_problem.append(PendingResponse(problem, len(of_problem), "generated", finished, prompt, ids, response))
+        return pending
