@@ -13,7 +13,7 @@ from rhythm.engines.vllm.infer import VllmConfig
 
 LOOPBACK = "127.0.0.1"
 PushKind = Literal["shared_memory", "nccl", "ipc", "object_store"]
-"""How weights get from actor_train to a reader: vLLM's three, and Ray's object store for transformers models."""
+"""How weights get from actor_train to a receiver: vLLM's three, and Ray's object store for transformers models."""
 
 
 class InferRole(VllmConfig, extra="forbid", frozen=True):

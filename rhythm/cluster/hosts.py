@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from rhythm.checkpoints import load_model, loading_options
 from rhythm.cluster.config import PushKind, TrainRole
-from rhythm.cluster.object_store import ModelReader, ObjectStoreSender
+from rhythm.cluster.object_store import ModelReceiver, ObjectStoreSender
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import to_device
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TapConfig, Train, TrainBatch
@@ -124,7 +124,7 @@ class TrainHost(Host):
     _stream: Iterator[list[tuple[str, Tensor]]]
 
     def free_endpoint(self) -> tuple[str, int]:
-        """An address of this machine and a port that nobody listens on; for rank 0."""
+        """This machine's address and a free port; asked of rank 0."""
         with socket.socket() as listener:
             listener.bind((self._bind_address, 0))
             return self._bind_address, int(listener.getsockname()[1])
@@ -164,7 +164,7 @@ class TrainHost(Host):
         self._engine.load(directory)
 
     def open_sender(self, kind: PushKind, replicas: int, tensor_parallel_size: int) -> list[dict[str, Any]]:
-        """A new way to `replicas` readers, in place of an earlier one of the kind; what each of them must know."""
+        """Replace the sender of this kind by one to `replicas` receivers; returns what each of them must know."""
         if (old := self._senders.pop(kind, None)) is not None:
             old.close()
         sender = self._make_sender(kind, replicas, tensor_parallel_size)
@@ -172,7 +172,7 @@ class TrainHost(Host):
         return [sender.init_info(replica) for replica in range(replicas)]
 
     def connect(self, kind: str) -> None:
-        """Meet the readers; at the same time as their init_transfer."""
+        """Connect to the receivers; runs at the same time as their init_transfer."""
         self._senders[kind].connect()
 
     def begin_push(self) -> None:
@@ -180,14 +180,14 @@ class TrainHost(Host):
         self._stream = buckets(self._engine.weights_stream(), self._spec.bucket_bytes)
 
     def stage(self, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]] | None:
-        """Lay the next bucket ready for the readers of `kinds`; None at the end."""
+        """Make the next bucket ready for the receivers of `kinds`; None at the end."""
         bucket: Bucket | None = next(self._stream, None)
         if bucket is None:
             return None
         return {kind: self._senders[kind].stage(bucket) for kind in kinds if kind in self._senders}
 
     def transmit(self, kinds: tuple[str, ...]) -> None:
-        """Send the bucket, at the same time as the readers receive it."""
+        """Send the bucket; runs at the same time as `receive`."""
         for kind in kinds:
             self._senders[kind].transmit()
 
@@ -292,7 +292,7 @@ class AttnHost(Host):
     def build(self, spec: AttnSpec) -> None:
         """Load the model."""
         model = _load_model(spec, torch.float32)
-        self._reader = ModelReader(model)
+        self._receiver = ModelReceiver(model)
         self._device = model.device
         self._engine = ObserveAttn(
             model,
@@ -311,15 +311,15 @@ class AttnHost(Host):
 
     def start_push(self) -> None:
         """Weights follow."""
-        self._reader.start_push()
+        self._receiver.start_push()
 
     def receive(self, info: Mapping[str, Any]) -> None:
         """One bucket."""
-        self._reader.receive(info)
+        self._receiver.receive(info)
 
     def finish_push(self, version: int) -> None:
         """That was all."""
-        self._reader.finish_push(version)
+        self._receiver.finish_push(version)
 
     def close(self) -> None:
         """Nothing outlives the process."""
@@ -330,10 +330,10 @@ class _GenerateReplica(GenerateInfer):
 
     def __init__(self, model: Any, spec: InferSpec) -> None:
         super().__init__(model, end_ids=spec.end_ids, pad_id=spec.pad_id)
-        self._reader = ModelReader(model)
-        self.start_push = self._reader.start_push
-        self.receive = self._reader.receive
-        self.finish_push = self._reader.finish_push
+        self._receiver = ModelReceiver(model)
+        self.start_push = self._receiver.start_push
+        self.receive = self._receiver.receive
+        self.finish_push = self._receiver.finish_push
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
         """Weights come through Ray's object store: nothing to prepare."""

@@ -13,27 +13,22 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from rhythm.engines.transfer import Bucket, WeightSender
+from rhythm.engines.transfer import Bucket, WeightSender, describe
 
 
 class ObjectStoreSender(WeightSender):
     """The trainer's end."""
 
     def stage(self, bucket: Bucket) -> dict[str, Any]:
-        """Put a bucket into the store, where it stays until the next one was staged and all readers are done."""
+        """Put a bucket into the store, where it stays until the next one was staged and all receivers are done."""
         ready = self._ready(bucket)
         flat = torch.cat([tensor.cpu().reshape(-1).view(torch.uint8) for _, tensor in ready])
         # In a list: Ray would otherwise fetch the content for whoever hands the reference on.
         self._reference = [ray.put(flat.numpy())]
-        return {
-            "names": [name for name, _ in ready],
-            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in ready],
-            "shapes": [list(tensor.shape) for _, tensor in ready],
-            "flat": self._reference,
-        }
+        return {**describe(ready), "flat": self._reference}
 
 
-class ModelReader:
+class ModelReceiver:
     """The end of a transformers model: copies weights in by name, and knows when all of them came."""
 
     def __init__(self, model: nn.Module) -> None:

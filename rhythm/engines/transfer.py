@@ -230,6 +230,7 @@ class PushManifest:
 
 
 def describe(ready: Bucket) -> dict[str, Any]:
+    """Names, types and shapes of a bucket, as plain data."""
     return {
         "names": [name for name, _ in ready],
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in ready],
