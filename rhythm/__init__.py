@@ -11,6 +11,7 @@ from rhythm.ops.statistics import AttentionStatistics, attention_statistics, att
 from rhythm.system.lazy import lazy
 
 if TYPE_CHECKING:
+    from rhythm.credit.config import SignalsConfig
     from rhythm.credit.gamma import credit_weights
     from rhythm.tap.attention_form import UnsupportedAttention
     from rhythm.tap.attention_tap import AttentionTap
@@ -23,6 +24,7 @@ __all__ = [
     "HeadGroups",
     "RhythmCredit",
     "RhythmSignals",
+    "SignalsConfig",
     "UnsupportedAttention",
     "attention_statistics",
     "attention_with_statistics",
@@ -39,6 +41,7 @@ __getattr__, __dir__ = lazy(
     {
         "AttentionTap": "rhythm.tap.attention_tap",
         "RhythmCredit": "rhythm.tap.rhythm_credit",
+        "SignalsConfig": "rhythm.credit.config",
         "UnsupportedAttention": "rhythm.tap.attention_form",
         "credit_weights": "rhythm.credit.gamma",
         "observe": "rhythm.tap.observe",

@@ -12,6 +12,7 @@ from torch import Tensor
 import rhythm
 from benchmarks.gpu.clock import Clock
 from benchmarks.measure import Timing
+from rhythm.credit.config import SignalsConfig
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,6 @@ def race(model: Any, input_ids: Tensor, clock: Clock, rounds: int) -> dict[str, 
 def observer(model: Any, input_ids: Tensor, clock: Clock) -> Callable[[], rhythm.RhythmSignals]:
     """rhythm.observe to be called; a quarter of the tokens is the prompt."""
     prompt_lens = torch.full((input_ids.shape[0],), input_ids.shape[1] // 4, device=input_ids.device)
-    return lambda: rhythm.observe(model, input_ids, prompt_lens=prompt_lens, backend=clock.backend)
+    return lambda: rhythm.observe(
+        model, input_ids, prompt_lens=prompt_lens, signals=SignalsConfig(backend=clock.backend)
+    )

@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, Field, field_validator
 
 from rhythm.analysis.counterfactual import CounterfactualConfig
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig
-from rhythm.engines.interfaces import SamplingConfig, TapConfig
+from rhythm.engines.interfaces import SamplingConfig
 
 
 class PeaksConfig(BaseModel, extra="forbid", frozen=True):
@@ -50,9 +51,9 @@ class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
     )
     responses_per_problem: int = Field(default=1, ge=1, description="responses generated to each problem")
     problems_at_once: int = Field(default=8, ge=1, description="problems whose responses are generated together")
-    signals: TapConfig = Field(default=TapConfig(), description="heads, WAAD and FAI")
-    pool: Literal["sampled", "all"] = Field(
-        default="sampled", description="layers whose heads may be local, global or receivers: as in training, or all"
+    signals: SignalsConfig = Field(
+        default=SignalsConfig(),
+        description="heads, WAAD and FAI; the heads of its layers may be local, global or receivers",
     )
     credit: CreditConfig = Field(default=CreditConfig(), description="γ, as training would put it")
     peaks: PeaksConfig = Field(default=PeaksConfig(), description="what counts as a peak")
@@ -69,7 +70,7 @@ class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
 
     @field_validator("signals")
     @classmethod
-    def _own_groups(cls, value: TapConfig) -> TapConfig:
+    def _own_groups(cls, value: SignalsConfig) -> SignalsConfig:
         if value.grouping != "sequence":
             raise ValueError(f"grouping must be sequence: every response has groups of its own; got {value.grouping!r}")
         return value

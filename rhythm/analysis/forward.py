@@ -15,8 +15,7 @@ from torch import Tensor
 
 from rhythm.analysis.attention import ObservedAttention
 from rhythm.analysis.receivers import excess_kurtosis, received_between_sentences
-from rhythm.credit.heads import sampled_layers
-from rhythm.engines.interfaces import TapConfig
+from rhythm.credit.config import SignalsConfig
 from rhythm.engines.local.logprobs import check_output_head
 from rhythm.ops import reference
 from rhythm.ops.column_scores import column_scores
@@ -62,8 +61,7 @@ class Observer:
 
     Args:
         model: a causal transformers model; as `AttentionTap` demands.
-        signals: window, horizon, backend and number of sampled layers.
-        pool: "sampled" or "all": the layers whose heads form the pool.
+        signals: window, horizon, backend, and the layers whose heads form the pool.
         sentence_gap: least distance, in sentences, at which attention between sentences counts.
 
     Raises:
@@ -71,17 +69,17 @@ class Observer:
         UnsupportedAttention (a ValueError): a model, or a layer of the pool, whose attention can't be read.
     """
 
-    def __init__(self, model: Any, signals: TapConfig, *, pool: str = "sampled", sentence_gap: int = 4) -> None:
+    def __init__(self, model: Any, signals: SignalsConfig, *, sentence_gap: int = 4) -> None:
         self.config = text_config(model)
         count = self.config.num_hidden_layers
-        if pool == "sampled" and count < LEAST_LAYERS:
+        if count < LEAST_LAYERS and (signals.layers is None or isinstance(signals.layers, int)):
             raise ValueError(
                 f"model: {self.config.model_type} has {count} layers; the heads come from the middle third of at least "
-                f"{LEAST_LAYERS} (or from all, with pool=all)"
+                f"{LEAST_LAYERS} (or from all, with signals.layers=all)"
             )
         kinds = layer_kinds(self.config)
         readable = [layer for layer in range(count) if kinds[layer] in ATTENTION_LAYERS]
-        self.pool = sampled_layers(count, signals.layers) if pool == "sampled" else readable
+        self.pool = signals.layers_of(count, readable)
         if unread := [layer for layer in self.pool if layer not in readable]:
             raise UnsupportedAttention(
                 f"{self.config.model_type}: can't read the attention of {described(unread, self.config)}"

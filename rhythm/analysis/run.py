@@ -159,7 +159,7 @@ def analyze(
 def _observer(model: Any, config: AnalysisConfig) -> Observer:
     """An observer that has read some tokens. Raises ValueError where the model's attention can't be read."""
     model.eval()
-    observer = Observer(model, config.signals, pool=config.pool, sentence_gap=config.receivers.sentence_gap)
+    observer = Observer(model, config.signals, sentence_gap=config.receivers.sentence_gap)
     probe = [i % observer.config.vocab_size for i in range(PROBE_TOKENS)]
     observer.observe(probe, PROBE_TOKENS // 2, [0] * (PROBE_TOKENS // 2))
     return observer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,8 @@ from rhythm.analysis import Analysis, AnalysisConfig, analyze
 from rhythm.analysis.run import end_ids_of
 from rhythm.checkpoints import load_model, loading_options, refusal_names
 from rhythm.cli.failures import EXIT_CODES, ErrorConsole, ExitCode, command, show
-from rhythm.engines.interfaces import HORIZONS, Infer
+from rhythm.credit.config import HORIZONS
+from rhythm.engines.interfaces import Infer
 from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
 from rhythm.ops.backends import NAMES as BACKENDS
 
@@ -123,8 +125,7 @@ def _config(arguments: argparse.Namespace) -> AnalysisConfig:
                 },
                 "responses_per_problem": arguments.responses,
                 "problems_at_once": arguments.problems_at_once,
-                "signals": {**signals, "backend": arguments.backend},
-                "pool": arguments.pool,
+                "signals": {**signals, "backend": arguments.backend, "layers": arguments.layers},
                 "credit": {"strategy": arguments.credit},
                 "peaks": {
                     "prominence": arguments.peak_prominence,
@@ -188,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=sampling.max_new_tokens, help="longest response")
     add("--responses", type=int, default=defaults.responses_per_problem, help="generated to each problem")
     add("--problems-at-once", type=int, default=defaults.problems_at_once, help="generated together")
-    add("--pool", choices=("sampled", "all"), default=defaults.pool, help="layers whose heads are sorted")
+    add("--layers", type=_layers, default=None, help="whose heads are sorted: how many to sample (5), I,J,… or all")
     add("--quantile", type=float, default=defaults.signals.quantile, help="share of local, and of global heads")
     add("--window", type=int, default=defaults.signals.window, help="W of WAAD, tokens")
     add(
@@ -216,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--vllm-memory", type=float, default=0.5, help="share of the GPU that vLLM takes; the model needs the rest")
     add("--vllm-kv-cache", type=float, default=None, metavar="GIB", help="size of vLLM's KV cache; needed on CPUs")
     return parser
+
+
+def _layers(text: str) -> object:
+    """A count, indices with commas, or the word "all"."""
+    return yaml.safe_load(f"[{text}]" if "," in text else text)
 
 
 def _horizon(text: str) -> object:

@@ -18,6 +18,7 @@ from rhythm.cluster.roles import Role
 from rhythm.cluster.rpc import Worker, call, collect
 from rhythm.cluster.session import Session
 from rhythm.cluster.utilization import Rates
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import concatenate, take_rows
@@ -27,7 +28,6 @@ from rhythm.engines.interfaces import (
     Rollout,
     SamplingConfig,
     StepMetrics,
-    TapConfig,
     TrainBatch,
 )
 from rhythm.seeds import derive_seed
@@ -60,7 +60,7 @@ class ClusterTrain:
         )
 
     def log_probs(
-        self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None
+        self, rollout: Rollout, tap: SignalsConfig | None = None, groups: HeadGroups | None = None
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """See rhythm.engines.interfaces.Train."""
         (found, signals, seconds), *_ = self.ask(
@@ -257,7 +257,7 @@ class ClusterAttn(Replicas[AttnSpec]):
         found = self._signals(rollout, groups)
         tap = self._spec.tap
         if groups is None and tap.grouping != "sequence":
-            chosen = select_heads(found.span, tap.quantile, per="batch")
+            chosen = select_heads(found.span, tap.quantile, tap.per)
             found = self._signals(rollout, HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1]))
         seconds = time.perf_counter() - started
         self._rates.processed(Role.ATTN, int(rollout.lens.sum()), seconds)

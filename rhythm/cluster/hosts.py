@@ -22,9 +22,10 @@ from transformers import AutoTokenizer
 from rhythm.checkpoints import load_model, loading_options
 from rhythm.cluster.config import PushKind, TrainRole
 from rhythm.cluster.object_store import ModelReceiver, ObjectStoreSender
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import to_device
-from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TapConfig, Train, TrainBatch
+from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, Train, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
@@ -87,7 +88,7 @@ class AttnSpec:
     """A replica of actor_attn. checkpoint: must stay, as for InferSpec."""
 
     checkpoint: Path
-    tap: TapConfig
+    tap: SignalsConfig
     micro_batch_size: int
     precision: Precision
     trust_remote_code: bool = False
@@ -134,7 +135,7 @@ class TrainHost(Host):
         self._spec, self._rank, self._senders = spec, rank, {}
         self._engine, self._device = _BUILD_TRAIN[spec.role.engine](spec, rank, address, port)
 
-    def log_probs(self, rollout: Rollout, tap: TapConfig | None, groups: Any) -> Any:
+    def log_probs(self, rollout: Rollout, tap: SignalsConfig | None, groups: Any) -> Any:
         """As Train's, and its statistics_seconds."""
         found, signals = self._engine.log_probs(to_device(rollout, self._device), tap, groups)
         on_cpu = None if signals is None else to_device(signals, "cpu")

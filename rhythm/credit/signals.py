@@ -15,7 +15,7 @@ from rhythm.credit.heads import HeadGroups
 from rhythm.shapes import check_shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RhythmSignals:
     """Token signals of a batch, at the positions of input_ids, detached; NaN wherever undefined.
 
@@ -29,6 +29,7 @@ class RhythmSignals:
         span: [B, n] fp32, tokens (eq. 7): mean distance each head looks back; NaN for a sequence without
             response rows.
         groups: the heads averaged over.
+        heads: (layer, head of that layer) of each of the n columns of span and groups; empty if not known.
     """
 
     waad: Tensor
@@ -36,6 +37,34 @@ class RhythmSignals:
     entropy: Tensor | None
     span: Tensor
     groups: HeadGroups
+    heads: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers whose heads are the columns, in their order."""
+        return list(dict.fromkeys(layer for layer, _ in self.heads))
+
+    @classmethod
+    def cat(cls, parts: Sequence[RhythmSignals]) -> RhythmSignals:
+        """The rows of all parts, which are of the same width and heads."""
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        return cls(
+            waad=torch.cat([part.waad for part in parts]),
+            fai=torch.cat([part.fai for part in parts]),
+            entropy=torch.cat(entropies) if entropies else None,
+            span=torch.cat([part.span for part in parts]),
+            groups=HeadGroups(
+                local=torch.cat([part.groups.local.expand(part.span.shape) for part in parts]),
+                global_=torch.cat([part.groups.global_.expand(part.span.shape) for part in parts]),
+            ),
+            heads=parts[0].heads,
+        )
+
+    def __repr__(self) -> str:
+        B, T = self.waad.shape
+        names = "waad, fai" if self.entropy is None else "waad, fai, entropy"
+        where = f" of layers {self.layers}" if self.heads else ""
+        return f"RhythmSignals({names} [{B}, {T}]; {self.span.shape[1]} heads{where})"
 
     @classmethod
     def cat(cls, parts: Sequence[RhythmSignals]) -> RhythmSignals:
@@ -69,6 +98,7 @@ def aggregate(
     groups: HeadGroups,
     response_mask_BT: Tensor,
     entropy_BT: Tensor | None = None,
+    heads: tuple[tuple[int, int], ...] = (),
 ) -> RhythmSignals:
     """Averages the per-head statistics over each sequence's local and global heads (eq. 8).
 
@@ -82,6 +112,7 @@ def aggregate(
         groups: of [B, n], or [1, n] for groups held fixed.
         response_mask_BT: [B, T], true on response tokens.
         entropy_BT: [B, T] nats.
+        heads: (layer, head of that layer) of each head of the pool; empty if not known.
 
     Raises:
         ValueError: shapes that do not go together.
@@ -92,6 +123,8 @@ def aggregate(
     check_shape("response_mask", response_mask_BT, (B, T))
     for name, group in (("groups.local", groups.local), ("groups.global_", groups.global_)):
         check_shape(name, group, (1 if group.shape[:1] == (1,) else B, n))
+    if heads and len(heads) != n:
+        raise ValueError(f"heads has length {len(heads)}; it must be empty or have one entry per column of span, {n}")
     response_BT = response_mask_BT.bool()
     entropy = None
     if entropy_BT is not None:
@@ -103,6 +136,7 @@ def aggregate(
         entropy=entropy,
         span=span_Bn.detach().float(),
         groups=groups,
+        heads=heads,
     )
 
 

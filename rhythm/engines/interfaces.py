@@ -10,20 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field
 from torch import Tensor
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
-from rhythm.ops.backends import NAMES as BACKENDS
-
-HORIZONS: dict[str, tuple[int, int | None]] = {"paper": (10, 50), "revised": (10, 100)}
-"""Horizons of FAI by name: the paper's, and its revised version's."""
-
-MAX_TOKENS = 2**31 - 1
-"""Of a window or a horizon: longer than any sequence."""
 
 
 class SamplingConfig(BaseModel, extra="forbid", frozen=True):
@@ -39,51 +33,6 @@ class SamplingConfig(BaseModel, extra="forbid", frozen=True):
     top_k: int = Field(default=0, ge=0, description="sample among this many likeliest tokens; 0 turns it off")
     max_new_tokens: int = Field(default=1024, ge=1, description="longest response, in tokens, its end token included")
     rows_at_once: int = Field(default=256, ge=1, description="responses generated at once: a limit on memory")
-
-
-class TapConfig(BaseModel, extra="forbid", frozen=True):
-    """How attention statistics become WAAD and FAI."""
-
-    layers: int = Field(
-        default=5, ge=1, description="sampled layers of the middle third; their query heads form the pool"
-    )
-    window: int = Field(default=10, ge=1, le=MAX_TOKENS, description="W of WAAD (eq. 9), in tokens")
-    horizon: tuple[int, int | None] = Field(
-        default=(10, 50),
-        description="[low, high] of FAI (eq. 10) in tokens, high null: to the end; or paper, or revised",
-    )
-    quantile: float = Field(
-        default=0.3, gt=0, le=0.5, description="share of the pool that is local, and that is global"
-    )
-    grouping: Literal["sequence", "batch", "calibrated"] = Field(
-        default="sequence",
-        description="who shares head groups: none, a batch, or all batches (fixed on the first)",
-    )
-    backend: str = Field(default="auto", description="backend of the statistics; auto takes the fastest there is")
-
-    @field_validator("backend")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in BACKENDS:
-            raise ValueError(f"must be one of {', '.join(BACKENDS)}, got {value!r}")
-        return value
-
-    @field_validator("horizon", mode="before")
-    @classmethod
-    def _named(cls, value: object) -> object:
-        if isinstance(value, str):
-            if value not in HORIZONS:
-                raise ValueError(f"must be [low, high] or one of {sorted(HORIZONS)}, got {value!r}")
-            return HORIZONS[value]
-        return value
-
-    @field_validator("horizon")
-    @classmethod
-    def _upright(cls, value: tuple[int, int | None]) -> tuple[int, int | None]:
-        low, high = value
-        if low < 0 or (high is not None and high < low) or max(low, high or 0) > MAX_TOKENS:
-            raise ValueError(f"must be [low, high] with 0 <= low <= high <= {MAX_TOKENS}, got {list(value)}")
-        return value
 
 
 @dataclass(frozen=True)
@@ -194,7 +143,7 @@ class Train(Protocol):
     statistics_seconds: float
 
     def log_probs(
-        self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None
+        self, rollout: Rollout, tap: SignalsConfig | None = None, groups: HeadGroups | None = None
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """Log-probs and entropy of every response token; with `tap` the signals too, from the same forward
         pass.

@@ -99,7 +99,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         """Of the whole batch, by passes over micro-batches of it."""
         args = self.args
         rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        if credit.grouping == "batch":  # the spans of all rows choose the heads
+        if credit.groups is None and credit.signals.per == "batch":  # the spans of all rows choose the heads
             rows = len(input_ids_BT)
         model = self.accelerator.unwrap_model(self.model)
         with _evaluating(model), self.accelerator.autocast():

@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import RhythmSignals, aggregate
 from rhythm.ops import arguments, reference
@@ -31,7 +31,7 @@ from rhythm.tap.attention_form import (
     check_output,
 )
 from rhythm.tap.interception import Output, checked_layers, described, diverted, text_config
-from rhythm.tap.padding import PaddedBatch, integers, padded_batch, whole_batch
+from rhythm.tap.padding import PaddedBatch, check_one_of, integers, padded_batch, whole_batch
 
 logger = logging.getLogger("rhythm")
 
@@ -83,14 +83,13 @@ class AttentionTap:
         model: any causal transformers model whose attention goes through transformers' attention interface;
             may be wrapped, as long as `.config` and `.modules()` give the model's.
         prompt_lens: [B] integers, tokens of each sequence (padding not counted) that are its prompt.
+        response_mask: [B, T], 1 on the response: the last tokens of each row, in one run; may be empty. Instead of
+            prompt_lens.
         attention_mask: [B, T], 1 on tokens, 0 on padding, left or right; the forward pass's own. None: no
             padding.
-        layers: rising indices of the layers to read; None: `sampled_layers` of the model's depth.
-        window, horizon: of WAAD and FAI, tokens; as in `attention_statistics`.
-        quantile: share of the pool's heads in the local and in the global group.
-        grouping: "sequence" or "batch", as in `select_heads`.
-        groups: fixed head groups, [B, n] or [1, n]; quantile and grouping then have no say.
-        backend: as in `attention_statistics`.
+        signals: which layers, window, horizon, quantile, grouping and backend. A tap sees one batch, so "calibrated"
+            groups are those of that batch.
+        groups: fixed head groups, [B, n] or [1, n]; signals.quantile and signals.grouping are then not used.
         stop: leave the forward pass, and the `with` block, once the last of the layers has been read.
 
     Raises:
@@ -106,32 +105,29 @@ class AttentionTap:
         self,
         model: nn.Module,
         *,
-        prompt_lens: Tensor | Sequence[int],
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        response_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        layers: Sequence[int] | None = None,
-        window: int = 10,
-        horizon: tuple[int, int | None] = (10, 50),
-        quantile: float = 0.3,
-        grouping: Literal["sequence", "batch"] = "sequence",
+        signals: SignalsConfig = SignalsConfig(),
         groups: HeadGroups | None = None,
-        backend: str = "auto",
         stop: bool = False,
     ) -> None:
-        # Bad options are refused here rather than in or after the forward pass.
-        arguments.check_options(1.0, window, horizon)
-        select_heads(torch.zeros(1, 1), quantile, grouping)
+        check_one_of(prompt_lens, response_mask)
         self._config = text_config(model)
-        self.layers = checked_layers(layers, self._config)
+        self._options = signals
+        self.layers = checked_layers(signals, self._config)
         self._verdicts = Verdicts()
         self._masks: MaskReader | None = None
+        if attention_mask is None and response_mask is not None:
+            attention_mask = torch.ones_like(response_mask)
         if attention_mask is not None:
-            self._masks = MaskReader(padded_batch(attention_mask, prompt_lens), self._verdicts)
+            self._masks = MaskReader(padded_batch(attention_mask, prompt_lens, response_mask), self._verdicts)
         else:
+            assert prompt_lens is not None
             # Read here, because the first of the layers should not have to.
             self._prompt_lens_B = integers(arguments.prompt_lens_tensor(prompt_lens, torch.device("cpu")))
             self._prompt_lens: list[int] = self._prompt_lens_B.tolist()
-        self._window, self._horizon, self._backend = window, horizon, backend
-        self._quantile, self._grouping, self._groups = quantile, grouping, groups
+        self._groups = groups
         # Entered around the work on each layer that the tap adds to the forward pass: whoever times it sets it.
         self.watch: AbstractContextManager[object] = nullcontext()
         self._stop = stop
@@ -174,8 +170,11 @@ class AttentionTap:
             torch.cat([x.to(batch.real.device) for x in parts], dim=1)
             for parts in zip(*((s.span, s.waad, s.fai) for s in of_layers), strict=True)
         )
-        groups = self._groups or select_heads(span_Bn, self._quantile, self._grouping)
-        return aggregate(waad_BnT, fai_BnT, span_Bn, groups, batch.response, entropy)
+        groups = self._groups or select_heads(span_Bn, self._options.quantile, self._options.per)
+        heads = tuple(
+            (layer, head) for layer, s in zip(self.layers, of_layers, strict=True) for head in range(s.span.shape[1])
+        )
+        return aggregate(waad_BnT, fai_BnT, span_Bn, groups, batch.response, entropy, heads)
 
     @property
     def batch(self) -> PaddedBatch:
@@ -217,18 +216,18 @@ class AttentionTap:
                 cu_seqlens=None if whole else batch.cu_seqlens,
                 prompt_lens=batch.prompt_lens,
                 scale=form.scale,
-                window=self._window,
-                horizon=self._horizon,
-                backend=self._backend,
+                window=self._options.window,
+                horizon=self._options.horizon,
+                backend=self._options.backend,
             )
             assert fused.span is not None
             if whole:
                 return _LayerStatistics(fused.span.float(), fused.waad.float(), fused.fai.float())
             span_BH, waad_HT, fai_HT = fused.span, fused.waad, fused.fai
         else:
-            if self._backend not in ("auto", "reference"):
+            if self._options.backend not in ("auto", "reference"):
                 raise ValueError(
-                    f"backend is {self._backend!r}; it must be 'auto' or 'reference' for {call.where}, "
+                    f"backend is {self._options.backend!r}; it must be 'auto' or 'reference' for {call.where}, "
                     "because of its sliding window or capped scores"
                 )
             _say_reference(self._config.model_type)
@@ -238,8 +237,8 @@ class AttentionTap:
                 bounds=batch.host.bounds,
                 prompt_lens=batch.host.prompt_lens,
                 scale=form.scale,
-                window=self._window,
-                horizon=self._horizon,
+                window=self._options.window,
+                horizon=self._options.horizon,
                 sliding_window=form.window,
                 softcap=form.softcap,
             )

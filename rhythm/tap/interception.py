@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rhythm.credit.heads import sampled_layers
+from rhythm.credit.config import SignalsConfig
 from rhythm.system.extras import needs
 from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
 
@@ -84,20 +84,19 @@ def text_config(model: nn.Module) -> PreTrainedConfig:
     return of_text
 
 
-def checked_layers(layers: Sequence[int] | None, config: PreTrainedConfig) -> list[int]:
-    """The layers to read; None: the sampled ones.
+def checked_layers(signals: SignalsConfig, config: PreTrainedConfig) -> list[int]:
+    """The layers to read.
 
     Raises:
-        ValueError: layers are not rising indices of the model's layers.
-        UnsupportedAttention: a layer is of a kind without attention that we could read.
+        ValueError: signals.layers holds an index that the model doesn't have.
+        UnsupportedAttention: a layer is of a kind without attention that we could read; or all are.
     """
-    count = config.num_hidden_layers
-    chosen = sampled_layers(count) if layers is None else list(layers)
-    if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
-        raise ValueError(f"layers is {chosen}; it must hold rising indices from 0 to {count - 1}, at least one")
     kinds = layer_kinds(config)
-    if others := [layer for layer in chosen if kinds[layer] not in ATTENTION_LAYERS]:
-        usable = [layer for layer in range(count) if kinds[layer] in ATTENTION_LAYERS]
+    usable = [layer for layer, kind in enumerate(kinds) if kind in ATTENTION_LAYERS]
+    chosen = signals.layers_of(config.num_hidden_layers, usable)
+    if not chosen:
+        raise UnsupportedAttention(f"{config.model_type}: has no layer whose attention could be read")
+    if others := [layer for layer in chosen if layer not in usable]:
         raise UnsupportedAttention(
             f"{config.model_type}: can't read the attention of {described(others, config)}; layers= may name "
             f"some of {usable}"

@@ -6,11 +6,12 @@ Shape suffixes: B sequences, T positions of input_ids, V vocabulary, C positions
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 from rhythm.shapes import check_dense, check_shape
@@ -25,15 +26,11 @@ def observe(
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
-    prompt_lens: Tensor | Sequence[int],
-    layers: Sequence[int] | None = None,
-    window: int = 10,
-    horizon: tuple[int, int | None] = (10, 50),
-    quantile: float = 0.3,
-    grouping: Literal["sequence", "batch"] = "sequence",
+    prompt_lens: Tensor | Sequence[int] | None = None,
+    response_mask: Tensor | None = None,
+    signals: SignalsConfig = SignalsConfig(),
     groups: HeadGroups | None = None,
     entropy: bool = False,
-    backend: str = "auto",
 ) -> RhythmSignals:
     """WAAD and FAI of every response token (paper eqs. 9 and 10, over the heads of eqs. 7 and 8).
 
@@ -50,13 +47,12 @@ def observe(
         attention_mask: [B, T], 1 on tokens and 0 on padding, which may be on the left or right. None: no
             padding.
         prompt_lens: [B] integers, tokens of each sequence (padding not counted) that are its prompt.
-        layers: rising indices of the layers to read; None: `sampled_layers` of the model's depth.
-        window, horizon: of WAAD and FAI, tokens; as in `attention_statistics`.
-        quantile: share of the pool's heads in the local and in the global group.
-        grouping: "sequence" or "batch", as in `select_heads`.
-        groups: fixed head groups, [B, n] or [1, n]; then quantile and grouping have no say.
+        response_mask: [B, T], 1 on the response: the last tokens of each row, in one run; may be empty. Instead of
+            prompt_lens.
+        signals: which layers, window, horizon, quantile, grouping and backend. One call sees one batch, so
+            "calibrated" groups are those of that batch.
+        groups: fixed head groups, [B, n] or [1, n]; signals.quantile and signals.grouping are then not used.
         entropy: also the entropy of the distribution each token was drawn from; runs the whole model.
-        backend: as in `attention_statistics`.
 
     Returns:
         RhythmSignals at the positions of input_ids, on their device; NaN outside the responses.
@@ -74,18 +70,17 @@ def observe(
     if attention_mask is not None:
         check_dense("attention_mask", attention_mask)
         check_shape("attention_mask", attention_mask, (B, T))
+    if response_mask is not None:
+        check_dense("response_mask", response_mask)
+        check_shape("response_mask", response_mask, (B, T))
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     tap = AttentionTap(
         model,
         prompt_lens=prompt_lens,
+        response_mask=None if response_mask is None else response_mask.to(input_ids.device),
         attention_mask=mask_BT,
-        layers=layers,
-        window=window,
-        horizon=horizon,
-        quantile=quantile,
-        grouping=grouping,
+        signals=signals,
         groups=groups,
-        backend=backend,
         stop=not entropy,
     )
     inputs: dict[str, Any] = {

@@ -6,17 +6,16 @@ Shape suffixes: B responses, T positions of input_ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig, batch_credit_weights
 from rhythm.credit.heads import HeadGroups
-from rhythm.shapes import check_shape
+from rhythm.credit.signals import RhythmSignals
 from rhythm.tap.observe import observe
-from rhythm.tap.padding import padded_batch
 
 
 class RhythmCredit:
@@ -27,8 +26,10 @@ class RhythmCredit:
 
     Args:
         config: strategy and options; or these by name, as in CreditConfig.
+        signals: which layers, window, horizon, quantile, grouping and backend; as in `observe`. With
+            grouping="calibrated" the groups of the first batch are kept for all later ones.
+        groups: fixed head groups, as in `observe`.
         generator: for the strategy "random"; torch's default one if None.
-        layers … backend: as in `observe`, which the attribute `observe` calls with them.
 
     Raises:
         ValueError: both a config and options of one; an option unknown or outside its range.
@@ -38,32 +39,43 @@ class RhythmCredit:
         self,
         config: CreditConfig | None = None,
         *,
-        generator: torch.Generator | None = None,
-        layers: Sequence[int] | None = None,
-        window: int = 10,
-        horizon: tuple[int, int | None] = (10, 50),
-        quantile: float = 0.3,
-        grouping: Literal["sequence", "batch"] = "sequence",
+        signals: SignalsConfig = SignalsConfig(),
         groups: HeadGroups | None = None,
-        backend: str = "auto",
+        generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
+        if misplaced := [name for name in options if name in SignalsConfig.model_fields]:
+            raise ValueError(f"{misplaced[0]} is an option of signals: SignalsConfig({misplaced[0]}=…)")
         if config is not None and options:
             raise ValueError(f"config is given, and so are {', '.join(options)}; it must be one or the other")
         self.config = CreditConfig(**options) if config is None else config
+        self.signals = signals
+        self.groups = groups
         self.generator = generator
-        self.grouping = grouping
-        self.observe = partial(
-            observe,
-            layers=layers,
-            window=window,
-            horizon=horizon,
-            quantile=quantile,
-            grouping=grouping,
-            groups=groups,
+
+    def observe(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        response_mask: Tensor | None = None,
+    ) -> RhythmSignals:
+        """`observe` with the options of this object; calibrates the groups if that is still to be done."""
+        signals = observe(
+            model,
+            input_ids,
+            attention_mask=attention_mask,
+            prompt_lens=prompt_lens,
+            response_mask=response_mask,
+            signals=self.signals,
+            groups=self.groups,
             entropy=self.config.strategy == "entropy",
-            backend=backend,
         )
+        if self.groups is None and self.signals.grouping == "calibrated":
+            self.groups = HeadGroups(local=signals.groups.local[:1], global_=signals.groups.global_[:1])
+        return signals
 
     def __call__(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor
@@ -83,13 +95,5 @@ class RhythmCredit:
             ValueError: an argument is not as described; the message names it.
             UnsupportedAttention (a ValueError): see `observe`.
         """
-        shape = check_shape("input_ids", input_ids, (None, None))
-        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_shape("attention_mask", mask_BT, shape)
-        check_shape("response_mask", response_mask, shape)
-        response_BT = response_mask.bool()
-        prompt_lens_B = (mask_BT.bool() & ~response_BT).sum(dim=-1)
-        if not padded_batch(mask_BT, prompt_lens_B).response.equal(response_BT):
-            raise ValueError("response_mask must mark the last tokens of each row, in one run, and no padding")
-        signals = self.observe(model, input_ids, attention_mask=attention_mask, prompt_lens=prompt_lens_B)
-        return batch_credit_weights(signals, response_BT, self.config, self.generator)
+        signals = self.observe(model, input_ids, attention_mask=attention_mask, response_mask=response_mask)
+        return batch_credit_weights(signals, response_mask.bool(), self.config, self.generator)

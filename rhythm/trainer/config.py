@@ -9,9 +9,10 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationInfo, field_val
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.credit.advantages import AdvantageConfig
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig
 from rhythm.credit.loss import LossConfig
-from rhythm.engines.interfaces import SamplingConfig, TapConfig
+from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.tasks import task_class
 from rhythm.tiny.warm_start import WarmStartConfig
@@ -123,7 +124,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     warm_start: WarmStartConfig = WarmStartConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
-    signals: TapConfig = TapConfig()
+    signals: SignalsConfig = SignalsConfig()
     credit: CreditConfig = CreditConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines.batches import take_rows, trim
-from rhythm.engines.interfaces import TapConfig
 from rhythm.trainer.metrics import Stopwatch
 from rhythm.trainer.rollout import ScoredRollout
 from rhythm.trainer.step import Engines, credit_tokens
@@ -35,7 +35,7 @@ def sample_lines(
     engines: Engines,
     tokenizer: Any,
     scored: ScoredRollout,
-    tap: TapConfig,
+    tap: SignalsConfig,
     credit: CreditConfig,
     *,
     groups: HeadGroups | None,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rhythm.credit.advantages import gamma_share, group_advantages, token_advantages
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig, batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
@@ -24,7 +25,6 @@ from rhythm.engines.interfaces import (
     LogProbs,
     Rollout,
     StepMetrics,
-    TapConfig,
     Train,
     TrainBatch,
     WeightSync,
@@ -82,7 +82,7 @@ class StepAbandonedError(Exception):
 def credit_tokens(
     engines: Engines,
     rollout: Rollout,
-    tap: TapConfig,
+    tap: SignalsConfig,
     credit: CreditConfig,
     *,
     groups: HeadGroups | None,

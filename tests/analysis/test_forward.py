@@ -117,8 +117,8 @@ def test_the_logits_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_all_layers_may_be_the_pool() -> None:
     model = build("qwen3")
-    config = CONFIG.model_copy(update={"pool": "all"})
-    observer = Observer(model, config.signals, pool="all")
+    config = CONFIG.model_copy(update={"signals": CONFIG.signals.model_copy(update={"layers": "all"})})
+    observer = Observer(model, config.signals)
     found = observe_response(observer, build_tokenizer(), IDS[:PROMPT], IDS[PROMPT:], config, maps=True)
     heads = sorted((span, (layer, head)) for layer, row in enumerate(found.heads.span) for head, span in enumerate(row))
     assert found.heads.local == tuple(sorted(head for _, head in heads[:7]))  # 24 · 0.3, rounded
@@ -131,7 +131,7 @@ def test_models_that_cannot_be_analysed() -> None:
         ValueError, match="model: qwen3 has 2 layers; the heads come from the middle third of at least 3"
     ):
         Observer(few, CONFIG.signals)
-    assert Observer(few, CONFIG.signals, pool="all").pool == [0, 1]
+    assert Observer(few, CONFIG.signals.model_copy(update={"layers": "all"})).pool == [0, 1]
     with pytest.raises(UnsupportedAttention, match="t5: an encoder-decoder; the model must be causal"):
         Observer(
             transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=16, num_layers=1)), CONFIG.signals

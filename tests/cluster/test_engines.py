@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.errors import LostError, RemoteError, TrainLostError
 from rhythm.cluster.roles import Role
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.loss import LossConfig
-from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TapConfig, TrainBatch
+from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import OptimizerConfig
@@ -29,7 +30,7 @@ from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, sav
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-TAP = TapConfig(horizon=(1, 6), grouping="batch")
+TAP = SignalsConfig(horizon=(1, 6), grouping="batch")
 SAMPLING = SamplingConfig(max_new_tokens=10)
 PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rhythm.cluster.config import ClusterConfig, TrainRole
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.loss import LossConfig
-from rhythm.engines.interfaces import TapConfig
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 from rhythm.trainer.cluster_engines import open_cluster
@@ -87,7 +87,7 @@ def train_spec(checkpoint: Path, trusted: bool) -> Any:
 def load_model(checkpoint: Path, trusted: bool) -> None:
     from rhythm.cluster.hosts import AttnSpec, _load_model
 
-    _load_model(AttnSpec(checkpoint, TapConfig(), 2, "float32", trusted), torch.float32)
+    _load_model(AttnSpec(checkpoint, SignalsConfig(), 2, "float32", trusted), torch.float32)
 
 
 def load_torch_trainer(checkpoint: Path, trusted: bool) -> None:

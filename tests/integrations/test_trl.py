@@ -15,6 +15,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 import rhythm
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig
 from rhythm.integrations.trl import RhythmGRPOTrainer
 from rhythm.tap.rhythm_credit import RhythmCredit
@@ -24,7 +25,7 @@ TOKENIZER = build_tokenizer()
 MODEL = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
 PROMPTS = ["1+1=", "the sum of 20 and 3 is "]  # of unlike lengths, so that TRL pads
 GROUP, ROWS = 4, 8
-SIGNALS: dict[str, Any] = {"window": 4, "horizon": (2, 8)}
+SIGNALS = SignalsConfig(window=4, horizon=(2, 8))
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -102,7 +103,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def coupled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    credit = RhythmCredit(strategy="coupled", **SIGNALS)
+    credit = RhythmCredit(strategy="coupled", signals=SIGNALS)
     return trained(tmp_path_factory.mktemp("coupled"), credit=credit)
 
 
@@ -123,7 +124,7 @@ def by_hand(batches: list[dict[str, Any]], credit: CreditConfig) -> list[tuple[T
         assert group.sum() == GROUP
         advantage = (rewards[i] - rewards[group].mean()) / (rewards[group].std() + 1e-4)
         P = len(prompt)
-        signals = rhythm.observe(model, torch.cat([prompt, completion])[None], prompt_lens=[P], **SIGNALS)
+        signals = rhythm.observe(model, torch.cat([prompt, completion])[None], prompt_lens=[P], signals=SIGNALS)
         gamma = rhythm.credit_weights(
             signals.waad[0, P:], signals.fai[0, P:], **credit.model_dump(exclude={"apply_to"})
         )
@@ -146,7 +147,7 @@ def test_advantages_that_reach_the_loss_are_multiplied_by_gamma(apply_to: Any, c
     credit = CreditConfig(strategy="coupled", apply_to=apply_to)
     trainer = coupled
     if apply_to == "all":
-        trainer = trained(tmp_path, credit=RhythmCredit(credit, **SIGNALS), config={"max_steps": 1})
+        trainer = trained(tmp_path, credit=RhythmCredit(credit, signals=SIGNALS), config={"max_steps": 1})
     batches = trainer.seen[:2]  # the two micro-batches of the first step, shuffled by TRL
     prompt_lens = {int(n) for batch in batches for n in batch["prompt_mask"].sum(dim=1)}
     assert len(prompt_lens) == 2
@@ -181,7 +182,7 @@ def test_metrics_are_in_trls_log(coupled: Any, plain: Any) -> None:
     for batch in coupled.seen[:2]:
         ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
         lens = batch["prompt_mask"].sum(dim=1)
-        waad.append(rhythm.observe(model, ids, attention_mask=mask, prompt_lens=lens, **SIGNALS).waad.flatten())
+        waad.append(rhythm.observe(model, ids, attention_mask=mask, prompt_lens=lens, signals=SIGNALS).waad.flatten())
     assert first["rhythm/waad_mean"] == pytest.approx(float(torch.cat(waad).nanmean()), rel=1e-5)
     assert not any(key.startswith("rhythm/") for key in plain.state.log_history[0])
 
@@ -212,7 +213,7 @@ def test_the_pass_is_cut_into_micro_batches(tmp_path: Path, grouping: Any, obser
     advantages = []
     for size in (2, 8):
         changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": ROWS // size}
-        credit = RhythmCredit(strategy="coupled", grouping=grouping, **SIGNALS)
+        credit = RhythmCredit(strategy="coupled", signals=SIGNALS.model_copy(update={"grouping": grouping}))
         trainer = made(tmp_path, credit=credit, config=changes)
         trainer.model.train()
         frozen = trainer.model.model.layers[1].eval()

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.tap import attention_form
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
@@ -106,7 +107,7 @@ def test_models_refused_by_name(build: Callable[[], Any], message: str) -> None:
 def test_attention_layers_of_hybrid_models_can_be_named() -> None:
     torch.manual_seed(0)
     model, input_ids = qwen3_next().eval(), tokens(1, T)
-    signals = observe(model, input_ids, prompt_lens=[3], layers=[2])
+    signals = observe(model, input_ids, prompt_lens=[3], signals=SignalsConfig(layers=[2]))
     model.set_attn_implementation("eager")
     with torch.no_grad():
         maps = model(input_ids, output_attentions=True, use_cache=False).attentions
@@ -114,7 +115,7 @@ def test_attention_layers_of_hybrid_models_can_be_named() -> None:
     distance = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0)
     torch.testing.assert_close(signals.span[0], (map_HTT * distance).sum(-1)[:, 3:].mean(-1), rtol=0, atol=1e-5)
     with refused("can't read the attention of layers 0 (linear_attention); layers= may name some of [2]"):
-        observe(model, input_ids, prompt_lens=[3], layers=[0, 2])
+        observe(model, input_ids, prompt_lens=[3], signals=SignalsConfig(layers=[0, 2]))
 
 
 def test_layers_that_never_reach_the_interface() -> None:
@@ -310,7 +311,7 @@ def test_a_shared_mask_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     masks_read: list[Tensor] = []
     check = attention_form._check_mask
     monkeypatch.setattr(attention_form, "_check_mask", lambda *a: (masks_read.append(a[1]), check(*a))[1])
-    observe(llama("eager"), tokens(1, T), prompt_lens=[2], layers=[0, 1, 3])
+    observe(llama("eager"), tokens(1, T), prompt_lens=[2], signals=SignalsConfig(layers=[0, 1, 3]))
     assert len(masks_read) == 1
 
 
@@ -394,7 +395,7 @@ def heads_first(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
 def observed_with(function: Callable[..., Any], model: Any) -> Any:
     AttentionInterface.register("test_custom", function)
     model.set_attn_implementation("test_custom")
-    return observe(model, tokens(1, T), prompt_lens=[2], layers=[0])
+    return observe(model, tokens(1, T), prompt_lens=[2], signals=SignalsConfig(layers=[0]))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +413,7 @@ def test_output_that_is_not_of_the_assumed_map(function: Callable[..., Any], dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_custom_implementations_that_are_plain_pass(dtype: torch.dtype) -> None:
     model = llama().to(dtype)
-    expected = observe(model, tokens(1, T), prompt_lens=[2], layers=[0])
+    expected = observe(model, tokens(1, T), prompt_lens=[2], signals=SignalsConfig(layers=[0]))
     actual = observed_with(plain, model)
     torch.testing.assert_close(actual.waad, expected.waad, rtol=0, atol=0.1, equal_nan=True)
     with refused(f"an attention output of shape [1, 4, {T}, 8], not [1, {T}, 4, …]"):
@@ -421,9 +422,9 @@ def test_custom_implementations_that_are_plain_pass(dtype: torch.dtype) -> None:
 
 def test_values_that_are_zero_or_nan_pass_the_check() -> None:
     model = llama()
-    expected = observe(model, tokens(1, T), prompt_lens=[2], layers=[1])
+    expected = observe(model, tokens(1, T), prompt_lens=[2], signals=SignalsConfig(layers=[1]))
     for value in (0.0, torch.nan):
         with torch.no_grad():
             model.model.layers[1].self_attn.v_proj.weight.fill_(value)
-        signals = observe(model, tokens(1, T), prompt_lens=[2], layers=[1])
+        signals = observe(model, tokens(1, T), prompt_lens=[2], signals=SignalsConfig(layers=[1]))
         torch.testing.assert_close(signals.waad, expected.waad, rtol=0, atol=0, equal_nan=True)

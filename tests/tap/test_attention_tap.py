@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig, batch_credit_weights
 from rhythm.credit.signals import RhythmSignals
 from rhythm.tap.attention_form import UnsupportedAttention
@@ -284,13 +285,13 @@ def test_autocast_does_not_reach_the_statistics() -> None:
     transformers.AttentionMaskInterface.register("test_fp32", sdpa_mask)
     model, (input_ids, _) = qwen3(), batch()
     model.set_attn_implementation("test_fp32")
-    options: dict[str, Any] = {"prompt_lens": PROMPT_LENS, "layers": [0], "backend": "reference"}
+    options: dict[str, Any] = {"prompt_lens": PROMPT_LENS, "signals": SignalsConfig(layers=[0], backend="reference")}
     layer = model.model.layers[0].self_attn
     hooks = [norm.register_forward_hook(lambda *a: a[2].float()) for norm in (layer.q_norm, layer.k_norm)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cast = observe(model, input_ids, **options)
         # The same queries and keys, their statistics by the fused kernel, which autocast can't reach.
-        kernel = observe(model, input_ids, **options | {"backend": "cpu"})
+        kernel = observe(model, input_ids, **options | {"signals": SignalsConfig(layers=[0], backend="cpu")})
     assert len(hooks) == 2
     torch.testing.assert_close(cast.waad, kernel.waad, rtol=0, atol=1e-5, equal_nan=True)
 
@@ -355,9 +356,9 @@ def test_a_window_as_long_as_the_sequence_does_not_bite(flash: str) -> None:
     """An implementation with 2D masks gives the window as it is; the kernel without windows must still serve."""
     model, (input_ids, _) = gemma("gemma3", "sdpa"), batch()
     model.config._attn_implementation = flash
-    observe(model, input_ids[:, :8], prompt_lens=PROMPT_LENS, backend="cpu")
+    observe(model, input_ids[:, :8], prompt_lens=PROMPT_LENS, signals=SignalsConfig(backend="cpu"))
     with pytest.raises(ValueError, match="because of its sliding window"):
-        observe(model, input_ids[:, :9], prompt_lens=PROMPT_LENS, backend="cpu")
+        observe(model, input_ids[:, :9], prompt_lens=PROMPT_LENS, signals=SignalsConfig(backend="cpu"))
 
 
 @pytest.mark.slow
@@ -365,7 +366,7 @@ def test_torch_compile_gives_the_same() -> None:
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**SIZES | {"num_hidden_layers": 2})
     model, (input_ids, _) = transformers.Qwen3ForCausalLM(config).eval(), batch()
-    options: dict[str, Any] = {"prompt_lens": PROMPT_LENS, "layers": [1]}
+    options: dict[str, Any] = {"prompt_lens": PROMPT_LENS, "signals": SignalsConfig(layers=[1])}
     expected = observe(model, input_ids, **options)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad(), AttentionTap(compiled, **options) as tap:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
 from rhythm.credit.signals import RhythmSignals, aggregate
 from rhythm.ops import reference
@@ -154,9 +155,8 @@ def test_rows_equal_their_attention_maps(name: str, implementation: str, side: s
         input_ids,
         attention_mask=mask,
         prompt_lens=prompt_lens,
-        window=WINDOW,
-        horizon=HORIZON,
         entropy=True,
+        signals=SignalsConfig(window=WINDOW, horizon=HORIZON),
     )
     assert signals.waad.dtype == signals.fai.dtype == signals.span.dtype == torch.float32
     for i, (row, prompt_len) in enumerate(zip(rows, prompt_lens, strict=True)):
@@ -175,14 +175,15 @@ def test_rows_equal_their_attention_maps(name: str, implementation: str, side: s
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_no_mask_is_no_padding(implementation: str) -> None:
     model, input_ids = made(qwen3, implementation), tokens(2, 20)
-    bare = observe(model, input_ids, prompt_lens=torch.tensor([3, 9]), window=WINDOW, horizon=HORIZON)
+    bare = observe(
+        model, input_ids, prompt_lens=torch.tensor([3, 9]), signals=SignalsConfig(window=WINDOW, horizon=HORIZON)
+    )
     masked = observe(
         model,
         input_ids,
         attention_mask=torch.ones_like(input_ids).bool(),
         prompt_lens=[3, 9],
-        window=WINDOW,
-        horizon=HORIZON,
+        signals=SignalsConfig(window=WINDOW, horizon=HORIZON),
     )
     assert_same(bare, masked)
     assert bare.entropy is None
@@ -192,9 +193,11 @@ def test_no_mask_is_no_padding(implementation: str) -> None:
 def test_default_window_and_horizon() -> None:
     model, input_ids = made(llama), tokens(1, 70)
     default = observe(model, input_ids, prompt_lens=[4])
-    named = observe(model, input_ids, prompt_lens=[4], window=10, horizon=(10, 50))
+    named = observe(model, input_ids, prompt_lens=[4], signals=SignalsConfig(window=10, horizon=(10, 50)))
     assert_same(default, named)
-    assert not observe(model, input_ids, prompt_lens=[4], horizon=(10, None)).fai.equal(default.fai)
+    assert not observe(model, input_ids, prompt_lens=[4], signals=SignalsConfig(horizon=(10, None))).fai.equal(
+        default.fai
+    )
 
 
 @pytest.mark.parametrize(("length", "fused", "by_reference"), [(8, 3, 0), (9, 1, 2)])
@@ -222,9 +225,9 @@ def test_a_named_backend_without_windows_is_refused_only_where_they_bite() -> No
     with pytest.raises(
         ValueError, match=r"backend is 'cpu'; it must be 'auto' or 'reference' for gemma3_text, layer 2"
     ):
-        observe(model, tokens(1, 9), prompt_lens=[1], layers=[2], backend="cpu")
-    everywhere = observe(model, tokens(1, 9), prompt_lens=[1], backend="reference")
-    assert_same(everywhere, observe(model, tokens(1, 9), prompt_lens=[1], backend="reference"))
+        observe(model, tokens(1, 9), prompt_lens=[1], signals=SignalsConfig(layers=[2], backend="cpu"))
+    everywhere = observe(model, tokens(1, 9), prompt_lens=[1], signals=SignalsConfig(backend="reference"))
+    assert_same(everywhere, observe(model, tokens(1, 9), prompt_lens=[1], signals=SignalsConfig(backend="reference")))
 
 
 def test_says_once_that_windows_take_the_reference(caplog: pytest.LogCaptureFixture) -> None:
@@ -239,7 +242,7 @@ def test_says_once_that_windows_take_the_reference(caplog: pytest.LogCaptureFixt
 def test_softcap_only_where_the_implementation_heeds_it() -> None:
     rows = tokens(1, 24)
     capped, plain = made(gemma2, "sdpa"), made(lambda: gemma2(softcap=None), "eager")
-    options: dict[str, Any] = {"prompt_lens": [5], "window": WINDOW, "horizon": HORIZON}
+    options: dict[str, Any] = {"prompt_lens": [5], "signals": SignalsConfig(window=WINDOW, horizon=HORIZON)}
     # What ran is attention without the cap, so these are its statistics.
     assert_close(observe(capped, rows, **options).waad, by_maps(plain, rows[0], 5, [2, 3, 4]).waad)
     capped.set_attn_implementation("eager")
@@ -263,10 +266,10 @@ def test_stops_after_the_last_sampled_layer() -> None:
         layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     observe(model, input_ids, prompt_lens=[2])
     assert ran == [0, 1, 2, 3, 4]
-    observe(model, input_ids, prompt_lens=[2], layers=[1])
+    observe(model, input_ids, prompt_lens=[2], signals=SignalsConfig(layers=[1]))
     assert ran == [0, 1, 2, 3, 4, 0, 1]
     ran.clear()
-    observe(model, input_ids, prompt_lens=[2], layers=[1], entropy=True)
+    observe(model, input_ids, prompt_lens=[2], entropy=True, signals=SignalsConfig(layers=[1]))
     assert ran == list(range(LAYERS))
 
 
@@ -280,7 +283,13 @@ def test_runs_without_gradients_and_leaves_the_mode() -> None:
 
 def test_explicit_layers_are_the_pool() -> None:
     model, input_ids = made(qwen3), tokens(1, 20)
-    signals = observe(model, input_ids, prompt_lens=[3], layers=[0, 5], window=WINDOW, horizon=HORIZON, entropy=True)
+    signals = observe(
+        model,
+        input_ids,
+        prompt_lens=[3],
+        entropy=True,
+        signals=SignalsConfig(layers=[0, 5], window=WINDOW, horizon=HORIZON),
+    )
     alone = by_maps(model, input_ids[0], 3, [0, 5])
     assert signals.span.shape == (1, 8)
     assert_close(signals.span, alone.span)
@@ -289,11 +298,14 @@ def test_explicit_layers_are_the_pool() -> None:
 
 def test_grouping_and_fixed_groups() -> None:
     model, input_ids = made(qwen3), tokens(3, 20)
-    options: dict[str, Any] = {"prompt_lens": [3, 4, 5], "quantile": 0.2}
+    prompt_lens = [3, 4, 5]
+    options: dict[str, Any] = {"prompt_lens": prompt_lens, "signals": SignalsConfig(quantile=0.2)}
     own = observe(model, input_ids, **options)
-    joint = observe(model, input_ids, **options, grouping="batch")
+    for grouping in ("batch", "calibrated"):
+        signals = SignalsConfig(quantile=0.2, grouping=grouping)
+        joint = observe(model, input_ids, prompt_lens=prompt_lens, signals=signals)
+        assert joint.groups.local.equal(select_heads(own.span, 0.2, per="batch").local)
     assert not own.groups.local[0].equal(own.groups.local[1])
-    assert joint.groups.local.equal(select_heads(own.span, 0.2, per="batch").local)
     chosen = torch.zeros(2, 1, 12, dtype=torch.bool)
     chosen[0, 0, 1] = chosen[1, 0, 7] = True
     fixed = observe(model, input_ids, **options, groups=HeadGroups(chosen[0], chosen[1]))
@@ -381,21 +393,18 @@ HOLE = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
             "input_ids holds -1; the model's vocabulary allows 0 to 60",
         ),
         ({"input_ids": torch.ones(2, 6)}, "input_ids has dtype torch.float32; allowed are"),
-        ({"horizon": 5}, "horizon is 5; it must be a pair"),
         (
             {"attention_mask": HOLE[[1, 1]], "prompt_lens": [1, 5]},
             "prompt_lens[1] is 5; its sequence allows 0 to 4",
         ),
-        ({"layers": []}, "layers is []"),
-        ({"layers": [3, 2]}, "layers is [3, 2]"),
-        ({"layers": [2, 2]}, "layers is [2, 2]"),
-        ({"layers": [2, 6]}, "layers is [2, 6]; it must hold rising indices from 0 to 5"),
-        ({"layers": [-1]}, "layers is [-1]"),
-        ({"window": 0}, "window is 0"),
-        ({"horizon": (5, 2)}, "horizon is (5, 2)"),
-        ({"quantile": 0.7}, "quantile is 0.7"),
-        ({"grouping": "row"}, "per is 'row'"),
-        ({"backend": "magic"}, "backend is 'magic'"),
+        ({"signals": SignalsConfig(layers=[2, 6])}, "layers is [2, 6]; the model has layers 0 to 5"),
+        ({"prompt_lens": None}, "prompt_lens and response_mask: neither is given; it must be exactly one of them"),
+        ({"response_mask": torch.ones(2, 6)}, "prompt_lens and response_mask: both are given"),
+        ({"prompt_lens": None, "response_mask": torch.ones(2, 5)}, "response_mask has shape [2, 5]; it must be [2, 6]"),
+        (
+            {"prompt_lens": None, "response_mask": torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 0]])},
+            "response_mask must mark the last tokens of each row, in one run, and no padding; that of row 1 does not",
+        ),
         ({"model": torch.nn.Linear(2, 2)}, "model is a Linear"),
     ],
 )
@@ -409,3 +418,45 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 def test_importing_rhythm_is_cheap() -> None:
     code = "import sys, rhythm; rhythm.observe, rhythm.AttentionTap; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_response_mask_says_what_prompt_lens_say(side: str) -> None:
+    model, input_ids = made(qwen3), tokens(3, 20)
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, slice(0, 6) if side == "left" else slice(14, 20)] = 0
+    response = mask.clone()
+    response[0, :4] = 0
+    response[1, : 6 + 5 if side == "left" else 5] = 0
+    response[2] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "entropy": True}
+    by_mask = observe(model, input_ids, response_mask=response, **options)
+    assert_same(by_mask, observe(model, input_ids, prompt_lens=[4, 5, 20], **options))
+    assert by_mask.waad[2].isnan().all()
+    assert_same(
+        observe(model, input_ids[:1], response_mask=response[:1]), observe(model, input_ids[:1], prompt_lens=[4])
+    )
+
+
+def test_signals_know_their_layers_and_heads() -> None:
+    model, input_ids = made(qwen3), tokens(2, 20)
+    signals = observe(model, input_ids, prompt_lens=[3, 4], signals=SignalsConfig(layers=[1, 4]))
+    heads = signals.span.shape[1] // 2
+    assert signals.layers == [1, 4]
+    assert signals.heads == tuple((layer, head) for layer in (1, 4) for head in range(heads))
+    assert repr(signals) == f"RhythmSignals(waad, fai [2, 20]; {2 * heads} heads of layers [1, 4])"
+    # The last column is the last head of layer 4, whichever layers stand before it.
+    only = observe(model, input_ids, prompt_lens=[3, 4], signals=SignalsConfig(layers=[4]))
+    assert only.heads == signals.heads[heads:]
+    assert only.span.equal(signals.span[:, heads:])
+    everywhere = observe(model, input_ids, prompt_lens=[3, 4], signals=SignalsConfig(layers="all"))
+    assert everywhere.layers == list(range(LAYERS))
+    few = observe(model, input_ids, prompt_lens=[3, 4], signals=SignalsConfig(layers=2))
+    assert few.layers == sampled_layers(LAYERS, 2)
+
+
+def test_presets_of_the_horizon() -> None:
+    model, input_ids = made(qwen3), tokens(1, 120)
+    for name, pair in (("paper", (10, 50)), ("revised", (10, 100))):
+        named = observe(model, input_ids, prompt_lens=[3], signals=SignalsConfig(horizon=name))
+        assert_same(named, observe(model, input_ids, prompt_lens=[3], signals=SignalsConfig(horizon=pair)))

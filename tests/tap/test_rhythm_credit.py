@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 import rhythm
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig
 from rhythm.tap.rhythm_credit import RhythmCredit
 
@@ -72,22 +73,15 @@ def test_gamma_is_that_of_each_response_alone(model: Any, strategy: Any, left: b
 
 def test_observe_options_reach_observe(model: Any) -> None:
     input_ids, attention_mask, response_mask = batch()
-    options: dict[str, Any] = {"layers": [0, 5], "window": 3, "horizon": (1, 4), "quantile": 0.5}
+    options = SignalsConfig(layers=[0, 5], window=3, horizon=(1, 4), quantile=0.5, grouping="batch")
     config = CreditConfig(strategy="global_anchor")
-    gamma = RhythmCredit(config, **options, grouping="batch")(model, input_ids, attention_mask, response_mask)
-    signals = rhythm.observe(
-        model,
-        input_ids,
-        attention_mask=attention_mask,
-        prompt_lens=PROMPT_LENS,
-        **options,
-        grouping="batch",
-    )
+    gamma = RhythmCredit(config, signals=options)(model, input_ids, attention_mask, response_mask)
+    signals = rhythm.observe(model, input_ids, attention_mask=attention_mask, prompt_lens=PROMPT_LENS, signals=options)
     for i in range(3):
         response = response_mask[i].bool()
         alone = rhythm.credit_weights(signals.waad[i, response], signals.fai[i, response], strategy="global_anchor")
         assert gamma[i, response].equal(alone)
-    fixed = RhythmCredit(config, **options, groups=signals.groups)
+    fixed = RhythmCredit(config, signals=options, groups=signals.groups)
     assert fixed(model, input_ids, attention_mask, response_mask).equal(gamma)
     default = RhythmCredit(config)(model, input_ids, attention_mask, response_mask)
     assert not default.equal(gamma)
@@ -149,5 +143,22 @@ def test_bad_arguments_are_named(model: Any) -> None:
             credit(model, *arguments)
     with pytest.raises(ValueError, match="config is given, and so are q, alpha"):
         RhythmCredit(CreditConfig(), q=0.1, alpha=0.2)
+    with pytest.raises(ValueError, match=re.escape("window is an option of signals: SignalsConfig(window=…)")):
+        RhythmCredit(strategy="coupled", window=3)
     with pytest.raises(ValueError, match="gama_amp"):
         RhythmCredit(gama_amp=2)
+
+
+def test_calibrated_groups_are_those_of_the_first_batch(model: Any) -> None:
+    input_ids, attention_mask, response_mask = batch()
+    credit = RhythmCredit(strategy="coupled", signals=SignalsConfig(grouping="calibrated"))
+    shared = RhythmCredit(strategy="coupled", signals=SignalsConfig(grouping="batch"))
+    first = (model, input_ids[:1], attention_mask[:1], response_mask[:1])
+    later = (model, input_ids[1:], attention_mask[1:], response_mask[1:])
+    assert credit(*first).equal(shared(*first))
+    kept = credit.groups
+    assert kept is not None
+    assert kept.local.shape[0] == 1
+    fixed = RhythmCredit(strategy="coupled", groups=kept)
+    assert credit(*later).equal(fixed(*later))
+    assert credit.groups is kept

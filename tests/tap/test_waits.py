@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rhythm import attention_statistics
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import select_heads
 from rhythm.credit.signals import RhythmSignals, aggregate
 from rhythm.tap import attention_form
@@ -167,7 +168,10 @@ def test_no_tapped_layer_waits(name: str, implementation: str, side: str, monkey
         return result
 
     monkeypatch.setattr(AttentionTap, "_receive", receive)
-    with torch.no_grad(), AttentionTap(model, prompt_lens=PROMPT_LENS, **mask, layers=range(4)) as tap:
+    with (
+        torch.no_grad(),
+        AttentionTap(model, prompt_lens=PROMPT_LENS, signals=SignalsConfig(layers=range(4)), **mask) as tap,
+    ):
         model(input_ids, **mask)
     assert of_layers == [[]] * 4
     with waits() as found:
@@ -178,15 +182,26 @@ def test_no_tapped_layer_waits(name: str, implementation: str, side: str, monkey
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_number_of_waits_does_not_grow_with_the_layers(name: str, side: str) -> None:
+@pytest.mark.parametrize("told_by", ["prompt_lens", "response_mask"])
+def test_the_number_of_waits_does_not_grow_with_the_layers(name: str, side: str, told_by: str) -> None:
     input_ids, mask = batch(side)
+    real_BT = mask.get("attention_mask", torch.ones_like(input_ids)).bool()
+    response_BT = real_BT & (real_BT.cumsum(dim=1) > torch.tensor(PROMPT_LENS)[:, None])
+    where = {"prompt_lens": PROMPT_LENS, "response_mask": response_BT}[told_by]
     counts = []
     for layers in (4, 8):
         model = made(name, "sdpa", layers)
         with torch.no_grad(), waits() as by_the_model:
             model(input_ids, **mask, use_cache=False)
         with waits() as found:
-            observe(model, input_ids, **mask, prompt_lens=PROMPT_LENS, layers=range(layers), entropy=True)
+            observe(
+                model,
+                input_ids,
+                **mask,
+                **{told_by: where},
+                signals=SignalsConfig(layers=range(layers)),
+                entropy=True,
+            )
         counts.append(len(found) - len(by_the_model))
     assert counts == [2, 2]  # the mask before the forward pass, the verdicts after it
 
@@ -211,7 +226,7 @@ def test_tensors_without_values_pass_through_a_tap(
     name: str, implementation: str, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, (input_ids, mask) = made(name, implementation), batch(side)
-    tap = AttentionTap(model, prompt_lens=PROMPT_LENS, **mask, layers=range(4))
+    tap = AttentionTap(model, prompt_lens=PROMPT_LENS, signals=SignalsConfig(layers=range(4)), **mask)
     calls = calls_of(model, input_ids=input_ids, **mask)
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # there is none for such tensors
     for call in calls:
@@ -252,7 +267,7 @@ def test_signals_are_those_of_packed_tensors(side: str) -> None:
     span, waad, fai = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     response = real_BT & (positions >= torch.tensor(PROMPT_LENS)[:, None])
     assert_same(
-        observe(model, input_ids, **mask, prompt_lens=PROMPT_LENS, layers=layers),
+        observe(model, input_ids, **mask, signals=SignalsConfig(layers=layers), prompt_lens=PROMPT_LENS),
         aggregate(waad, fai, span, select_heads(span), response),
     )
 
@@ -290,14 +305,14 @@ def test_an_output_that_disagrees_is_refused_in_signals_by_layer() -> None:
     masks = transformers.AttentionMaskInterface
     masks.register("test_waits_doubled", masks()["sdpa"])
     model.config._attn_implementation = "test_waits_doubled"
-    with AttentionTap(model, prompt_lens=PROMPT_LENS, **mask, layers=range(4)) as tap:
+    with AttentionTap(model, prompt_lens=PROMPT_LENS, signals=SignalsConfig(layers=range(4)), **mask) as tap:
         model(input_ids, **mask)
     for _ in range(2):
         with pytest.raises(UnsupportedAttention, match="qwen3, layer 2: an output of 'test_waits_doubled' attention"):
             tap.signals()
     with pytest.raises(UnsupportedAttention, match="qwen3, layer 2: an output of"):
-        observe(model, input_ids, **mask, prompt_lens=PROMPT_LENS, layers=[2])
-    observe(model, input_ids, **mask, prompt_lens=PROMPT_LENS, layers=[1, 3])
+        observe(model, input_ids, **mask, signals=SignalsConfig(layers=[2]), prompt_lens=PROMPT_LENS)
+    observe(model, input_ids, **mask, signals=SignalsConfig(layers=[1, 3]), prompt_lens=PROMPT_LENS)
 
 
 class Copies(TorchDispatchMode):

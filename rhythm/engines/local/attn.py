@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
+from rhythm.credit.config import SignalsConfig
+from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
-from rhythm.engines.interfaces import Rollout, TapConfig
+from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.weights import load_weights
 from rhythm.tap.observe import observe
 
@@ -23,7 +24,7 @@ class ObserveAttn:
     """Signals from a forward pass of their own, which ends after the last sampled layer."""
 
     def __init__(
-        self, model: Any, tap: TapConfig, *, micro_batch_size: int, precision: torch.dtype = torch.float32
+        self, model: Any, tap: SignalsConfig, *, micro_batch_size: int, precision: torch.dtype = torch.float32
     ) -> None:
         """`model` is this engine's own, in float32; `precision`: type of autocast, float32 is none."""
         self._model = model.eval()
@@ -66,6 +67,7 @@ class SignalRows:
                 local=self._gathered(lambda part: part.groups.local.expand(part.span.shape)),
                 global_=self._gathered(lambda part: part.groups.global_.expand(part.span.shape)),
             ),
+            heads=self._parts[0][1].heads,
         )
 
     def _scattered(self, field: Callable[[RhythmSignals], Tensor]) -> Tensor:
@@ -81,20 +83,8 @@ class SignalRows:
         return stacked_Bn[order_B.argsort()]
 
 
-def tap_options(model: Any, tap: TapConfig) -> dict[str, Any]:
-    """`tap` as arguments of observe and AttentionTap; groups, which may be fixed, are the caller's."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    return {
-        "layers": sampled_layers(depth, tap.layers),
-        "window": tap.window,
-        "horizon": tap.horizon,
-        "quantile": tap.quantile,
-        "backend": tap.backend,
-    }
-
-
 def observe_rows(
-    model: Any, rollout: Rollout, tap: TapConfig, groups: HeadGroups | None, micro_batch_size: int
+    model: Any, rollout: Rollout, tap: SignalsConfig, groups: HeadGroups | None, micro_batch_size: int
 ) -> RhythmSignals:
     """rhythm.observe, a micro-batch at a time."""
     rows = SignalRows(rollout)
@@ -105,14 +95,14 @@ def observe_rows(
             micro.input_ids,
             attention_mask=micro.attention_mask,
             prompt_lens=micro.prompt_lens,
+            signals=tap,
             groups=groups,
-            **tap_options(model, tap),
         )
         rows.put(index_n, part)
     return rows.joined()
 
 
-def shared_groups(model: Any, rollout: Rollout, tap: TapConfig, micro_batch_size: int) -> HeadGroups | None:
+def shared_groups(model: Any, rollout: Rollout, tap: SignalsConfig, micro_batch_size: int) -> HeadGroups | None:
     """The head groups that all rows of a batch share, of one row; None where each sequence has its own.
 
     The spans of all rows must be known before the first token is scored, so this is one more pass over the

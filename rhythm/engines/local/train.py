@@ -13,13 +13,14 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.head import output_head
-from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TapConfig, TrainBatch
-from rhythm.engines.local.attn import SignalRows, autocast, shared_groups, tap_options
+from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TrainBatch
+from rhythm.engines.local.attn import SignalRows, autocast, shared_groups
 from rhythm.engines.local.logprobs import check_output_head, response_logprobs
 from rhythm.engines.local.weights import load_weights
 from rhythm.engines.watch import DeviceWatch
@@ -94,7 +95,7 @@ class TorchTrain:
 
     @torch.no_grad()
     def log_probs(
-        self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None
+        self, rollout: Rollout, tap: SignalsConfig | None = None, groups: HeadGroups | None = None
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """See rhythm.engines.interfaces.Train."""
         self._model.eval()
@@ -197,7 +198,7 @@ class TorchTrain:
         self,
         model: Any,
         rollout: Rollout,
-        tap: TapConfig | None = None,
+        tap: SignalsConfig | None = None,
         groups: HeadGroups | None = None,
         signals: SignalRows | None = None,
         watch: DeviceWatch | None = None,
@@ -215,8 +216,8 @@ class TorchTrain:
                         model,
                         attention_mask=micro.attention_mask,
                         prompt_lens=micro.prompt_lens,
+                        signals=tap,
                         groups=groups,
-                        **tap_options(model, tap),
                     )
                     open_tap.watch = watch or nullcontext()
                     with open_tap:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
+from rhythm.credit.config import SignalsConfig
+from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import RhythmSignals
-from rhythm.engines.interfaces import Rollout, TapConfig
+from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.core_attention import PackedAttention
 from rhythm.engines.megatron.packing import Packed
 from rhythm.engines.megatron.parallel import Groups
@@ -45,12 +46,12 @@ class MegatronTap:
         self,
         attentions: Sequence[PackedAttention],
         depth: int,
-        tap: TapConfig,
+        tap: SignalsConfig,
         head_groups: HeadGroups | None,
         groups: Groups,
     ) -> None:
         """`attentions`: of this rank's stage; `depth`: layers of the whole model; `head_groups`: fixed ones."""
-        self._layers = sampled_layers(depth, tap.layers)
+        self._layers = tap.layers_of(depth)
         self._attentions = [attention for attention in attentions if attention.layer in self._layers]
         self._tap, self._head_groups, self._groups = tap, head_groups, groups
         self._packed: Packed | None = None
@@ -116,6 +117,7 @@ class MegatronTap:
             entropy=None,
             span=span_Bn,
             groups=chosen,
+            heads=tuple((layer, head) for layer in self._layers for head in range(query_heads)),
         )
 
     def _chosen(self, span_Bn: Tensor) -> HeadGroups:
@@ -123,9 +125,7 @@ class MegatronTap:
         if self._head_groups is not None:
             fixed = self._head_groups
             return HeadGroups(fixed.local.expand(span_Bn.shape), fixed.global_.expand(span_Bn.shape))
-        return select_heads(
-            span_Bn, self._tap.quantile, per="sequence" if self._tap.grouping == "sequence" else "batch"
-        )
+        return select_heads(span_Bn, self._tap.quantile, self._tap.per)
 
 
 def _own_sums(read: _Read, chosen: HeadGroups) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,12 +19,13 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import take_rows
 from rhythm.engines.head import logprobs_and_entropies
-from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TapConfig, TrainBatch
+from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TrainBatch
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.cpu import on_cpu
@@ -88,7 +89,7 @@ class MegatronTrain:
         self._reference = self._frozen(checkpoint, parallel, precision) if with_reference else None
 
     def log_probs(
-        self, rollout: Rollout, tap: TapConfig | None = None, groups: HeadGroups | None = None
+        self, rollout: Rollout, tap: SignalsConfig | None = None, groups: HeadGroups | None = None
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """See rhythm.engines.interfaces.Train."""
         if tap is None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import rhythm
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig, batch_credit_weights
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.loss import LossConfig
 from rhythm.credit.signals import RhythmSignals
-from rhythm.engines.interfaces import Rollout, TapConfig
+from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 
@@ -20,8 +21,8 @@ MakeRollout = Callable[..., Rollout]
 Grouping = Literal["sequence", "batch", "calibrated"]
 
 
-def tap(grouping: Grouping = "sequence") -> TapConfig:
-    return TapConfig(layers=2, horizon=(2, 6), window=4, grouping=grouping)
+def tap(grouping: Grouping = "sequence") -> SignalsConfig:
+    return SignalsConfig(layers=2, horizon=(2, 6), window=4, grouping=grouping)
 
 
 def trainer(model: Any, tokenizer: Any, micro_batch_size: int = 2) -> TorchTrain:
@@ -65,9 +66,7 @@ def test_signals_are_those_of_observe(model: Any, make_rollout: MakeRollout) -> 
         rollout.input_ids,
         attention_mask=rollout.attention_mask,
         prompt_lens=rollout.prompt_lens,
-        layers=rhythm.sampled_layers(3, 2),
-        window=4,
-        horizon=(2, 6),
+        signals=SignalsConfig(layers=rhythm.sampled_layers(3, 2), window=4, horizon=(2, 6)),
     )
     for size in (1, 3, 4):
         found = ObserveAttn(model, tap(), micro_batch_size=size).signals(rollout)

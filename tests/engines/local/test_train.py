@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import LossConfig, policy_loss
-from rhythm.engines.interfaces import NonFiniteError, Rollout, TapConfig, TrainBatch
+from rhythm.engines.interfaces import NonFiniteError, Rollout, TrainBatch
 from rhythm.engines.local.logprobs import response_logprobs
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 
-TAP = TapConfig(horizon=(2, 6))
+TAP = SignalsConfig(horizon=(2, 6))
 # A large eps makes AdamW's first step smooth in the gradient: without it a rounding error may turn its sign.
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, eps=1e-2)
 Make = Callable[..., TorchTrain]

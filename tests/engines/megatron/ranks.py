@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines import head
-from rhythm.engines.interfaces import NonFiniteError, Rollout, TapConfig, TrainBatch
+from rhythm.engines.interfaces import NonFiniteError, Rollout, TrainBatch
 from rhythm.engines.megatron import train
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.parallel import Rendezvous
@@ -56,7 +57,7 @@ def _rank(rank: int, spec: dict[str, Any], out_path: str, port: int) -> None:
 
 def _everything(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
     rollout: Rollout = spec["rollout"]
-    tap = TapConfig(backend="reference", layers=3)
+    tap = SignalsConfig(backend="reference", layers=3)
     widest = _watch_logits(engine)
     found: dict[str, Any] = {"weights_at_start": engine.weights()}
     found["log_probs"], found["signals"] = engine.log_probs(rollout, tap)

@@ -18,11 +18,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig, batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import take_rows
-from rhythm.engines.interfaces import Rollout, TapConfig, TrainBatch
+from rhythm.engines.interfaces import Rollout, TrainBatch
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
@@ -44,7 +45,7 @@ OPTIONS: dict[str, Any] = {
     "temperature": 0.9,
 }
 CHUNK = OPTIONS["optimizer"].token_chunk
-TAP = TapConfig(backend="reference", layers=3)
+TAP = SignalsConfig(backend="reference", layers=3)
 
 
 @dataclass(frozen=True)

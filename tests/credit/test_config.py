@@ -1,0 +1,85 @@
+"""SignalsConfig means the same from Python and from YAML, and refuses what no model could be read with."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import ValidationError
+
+import rhythm
+from rhythm import SignalsConfig
+from rhythm.cli.config_file import load_config
+from rhythm.ops.backends import NAMES
+
+
+@pytest.mark.parametrize(
+    ("written", "in_python", "expected"),
+    [
+        ("horizon: paper", {"horizon": "paper"}, (10, 50)),
+        ("horizon: revised", {"horizon": "revised"}, (10, 100)),
+        ("horizon: [3, null]", {"horizon": (3, None)}, (3, None)),
+        ("horizon: [2, 8]", {"horizon": [2, 8]}, (2, 8)),
+        ("layers: null", {"layers": None}, None),
+        ("layers: 3", {"layers": np.int64(3)}, 3),
+        ("layers: [1, 4]", {"layers": range(1, 6, 3)}, (1, 4)),
+        ("layers: all", {"layers": "all"}, "all"),
+    ],
+)
+def test_the_same_in_python_and_yaml(tmp_path: Any, written: str, in_python: dict[str, Any], expected: object) -> None:
+    (name, _), *_ = in_python.items()
+    config = SignalsConfig(**in_python)
+    assert getattr(config, name) == expected
+    file = tmp_path / "run.yaml"
+    file.write_text(f"signals: {{{written}}}")
+    of_file = load_config(file).signals
+    assert getattr(of_file, name) == expected
+    # What a run writes into its config.yaml gives the same again.
+    dumped = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    assert SignalsConfig.model_validate(dumped) == config
+
+
+def test_layers_of_a_model() -> None:
+    assert SignalsConfig().layers_of(36) == [12, 15, 18, 21, 24] == SignalsConfig(layers=5).layers_of(36)
+    assert SignalsConfig(layers=2).layers_of(36) == rhythm.sampled_layers(36, 2)
+    assert SignalsConfig(layers=[0, 35]).layers_of(36, [1, 3]) == [0, 35]
+    assert SignalsConfig(layers="all").layers_of(4) == [0, 1, 2, 3]
+    assert SignalsConfig(layers="all").layers_of(4, [1, 3]) == [1, 3]
+    with pytest.raises(ValueError, match=re.escape("layers is [2, 36]; the model has layers 0 to 35")):
+        SignalsConfig(layers=[2, 36]).layers_of(36)
+
+
+def test_backends_are_those_of_the_ops() -> None:
+    assert set(get_args(SignalsConfig.model_fields["backend"].annotation)) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"horizon": "newest"}, "must be [low, high] or one of ['paper', 'revised'], got 'newest'"),
+        ({"horizon": [5, 4]}, "0 <= low <= high"),
+        ({"horizon": [-1, 4]}, "0 <= low <= high"),
+        ({"horizon": 5}, "horizon"),
+        ({"horizon": [True, 4]}, "must hold whole numbers, got [True, 4]"),
+        ({"window": 0}, "greater than or equal to 1"),
+        ({"window": True}, "must hold whole numbers, got True"),
+        ({"backend": "cuda"}, "'auto', 'cpu', 'triton' or 'reference'"),
+        ({"quantile": 0.6}, "less than or equal to 0.5"),
+        ({"grouping": "row"}, "'sequence', 'batch' or 'calibrated'"),
+        ({"layers": []}, "layers is []; it must be how many to sample"),
+        ({"layers": [3, 2]}, "layers is [3, 2]; it must be"),
+        ({"layers": [2, 2]}, "layers is [2, 2]; it must be"),
+        ({"layers": [-1, 2]}, "layers is [-1, 2]; it must be"),
+        ({"layers": [1.5]}, "layers is [1.5]; it must be"),
+        ({"layers": 0}, "layers is 0; it must be"),
+        ({"layers": True}, "layers is True; it must be"),
+        ({"layers": "some"}, "layers is 'some'; it must be"),
+        ({"windows": 3}, "Extra inputs"),
+    ],
+)
+def test_what_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        SignalsConfig.model_validate(values)
