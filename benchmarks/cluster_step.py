@@ -28,9 +28,9 @@ from rhythm.tiny.model import build_tokenizer
 
 WAYS: dict[str, list[str]] = {
     "none": ["credit.strategy=none"],
-    "inline": ["attn=inline"],
-    "separate": ["attn=separate"],
-    "eager": ["attn=separate", "signals.backend=reference"],
+    "inline": ["signals.source=inline"],
+    "separate": ["signals.source=separate"],
+    "eager": ["signals.source=separate", "signals.backend=reference"],
 }
 VOCABULARY = 4096  # so large that sampling an end token is rare
 PROMPTS, RESPONSES = 2, 4

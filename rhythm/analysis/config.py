@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rhythm.analysis.counterfactual import CounterfactualConfig
 from rhythm.credit.config import SignalsConfig
 from rhythm.credit.gamma import CreditConfig
 from rhythm.engines.interfaces import SamplingConfig
+from rhythm.system.renamed import renamed_keys
 
 
 class PeaksConfig(BaseModel, extra="forbid", frozen=True):
@@ -67,6 +68,13 @@ class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
     attenders: int = Field(default=8, ge=1, description="attenders kept of an anchor, the strongest")
     maps: int = Field(default=12, ge=0, description="first responses that get attention maps")
     seed: int = Field(default=0, ge=0, description="of sampling, permutations and resamples")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_todays_names(cls, values: object) -> object:
+        if said := renamed_keys(values, {"pool": "signals.layers"}):
+            raise ValueError(said)
+        return values
 
     @field_validator("signals")
     @classmethod

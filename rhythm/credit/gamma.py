@@ -18,9 +18,10 @@ from rhythm.credit.heads import as_fraction, ascending_rank
 from rhythm.credit.signals import RhythmSignals
 from rhythm.shapes import check_dense, check_shape, integer
 from rhythm.system.extras import needs
+from rhythm.system.renamed import renamed_keys
 
 with needs("rhythm.credit"):
-    from pydantic import BaseModel, Field
+    from pydantic import BaseModel, Field, model_validator
 
 Strategy = Literal["none", "random", "entropy", "local_chunk", "global_anchor", "coupled"]
 Select = Literal["top", "bottom"]
@@ -67,7 +68,9 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
         "the boundaries of phrases (eq. 14); global_anchor: what later tokens attend to most (eq. 16); "
         "coupled: anchors, sharing with the token that introduces them where it dominates them (eq. 18)",
     )
-    q: float = Field(default=0.4, gt=0, le=1, description="share of a response's tokens to select; rounded up")
+    top_fraction: float = Field(
+        default=0.4, gt=0, le=1, description="share of a response's tokens to select; rounded up"
+    )
     gamma_amp: float = Field(
         default=1.5, ge=1, allow_inf_nan=False, description="γ of a selected token; all others keep 1"
     )
@@ -90,7 +93,7 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
     tau_delta: Threshold | None = Field(
         default=None,
         description="coupled: least Δ that the introductory token of a dominated anchor has; {quantile: x} "
-        "of the response's Δ, {value: tokens}, or null: the smallest among the top q",
+        "of the response's Δ, {value: tokens}, or null: the smallest among those of top_fraction",
     )
     select: Select = Field(
         default="top",
@@ -100,6 +103,13 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
     apply_to: ApplyTo = Field(
         default="nonnegative", description="advantages that γ multiplies: the nonnegative ones, or all"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_todays_names(cls, values: object) -> object:
+        if said := renamed_keys(values, {"q": "top_fraction"}):
+            raise ValueError(said)
+        return values
 
 
 def credit_weights(
@@ -121,6 +131,7 @@ def credit_weights(
 
     Args:
         waad, fai: [n] signals of the response's tokens; NaN where undefined.
+        q: CreditConfig's top_fraction.
         strategy … select: see CreditConfig.
         entropy: [n] nats; needed by the strategy "entropy".
         generator: for the strategy "random"; torch's default one if None.
@@ -131,10 +142,12 @@ def credit_weights(
     Raises:
         ValueError: a shape that is not [n]; an option outside its range; entropy missing.
     """
+    if not isinstance(q, int | float) or not 0 < q <= 1:
+        raise ValueError(f"q is {q!r}; it must be above 0 and at most 1")
     config = CreditConfig.model_validate(
         {
             "strategy": strategy,
-            "q": q,
+            "top_fraction": q,
             "gamma_amp": gamma_amp,
             "alpha": alpha,
             "neighborhood": integer("neighborhood", neighborhood, 1),
@@ -202,27 +215,27 @@ def _gamma(
     if config.strategy == "coupled":
         bonus_BT = _coupled_bonus(waad_BT, fai_BT, config)
     elif config.strategy == "local_chunk":
-        bonus_BT = _top_q(_delta(waad_BT), config.q, config.select).float()
+        bonus_BT = _top_q(_delta(waad_BT), config.top_fraction, config.select).float()
     elif config.strategy == "global_anchor":
-        bonus_BT = _top_q(fai_BT, config.q, config.select).float()
+        bonus_BT = _top_q(fai_BT, config.top_fraction, config.select).float()
     elif config.strategy == "random":
-        bonus_BT = _top_q(_random_scores(response_BT, generator), config.q).float()
+        bonus_BT = _top_q(_random_scores(response_BT, generator), config.top_fraction).float()
     elif entropy_BT is None:
         raise ValueError('entropy is None; the strategy "entropy" needs it')
     else:
-        bonus_BT = _top_q(_inside(entropy_BT, response_BT), config.q, config.select).float()
+        bonus_BT = _top_q(_inside(entropy_BT, response_BT), config.top_fraction, config.select).float()
     return 1 + (config.gamma_amp - 1) * bonus_BT
 
 
 def _coupled_bonus(waad_BT: Tensor, fai_BT: Tensor, config: CreditConfig) -> Tensor:
     """[B, T] bonus in units of γ_amp − 1 (eqs. 17 and 18); WAAD and FAI are NaN outside the responses."""
     delta_BT = _delta(waad_BT)
-    anchor_BT = _top_q(fai_BT, config.q, config.select)
+    anchor_BT = _top_q(fai_BT, config.top_fraction, config.select)
     tau_waad_B1 = config.tau_waad.level(waad_BT)
     if config.tau_delta is not None:
         tau_delta_B1 = config.tau_delta.level(delta_BT)
     else:
-        in_T_loc_BT = _top_q(delta_BT, config.q)
+        in_T_loc_BT = _top_q(delta_BT, config.top_fraction)
         tau_delta_B1 = delta_BT.masked_fill(~in_T_loc_BT, torch.inf).amin(dim=-1, keepdim=True)
 
     # Δ of t − 1, t − 2, …, t − k: latest first, because argmax takes the first of equals.

@@ -63,7 +63,7 @@ def workload(config: TrainConfig) -> Workload:
         value_bytes=getattr(torch, config.model.precision).itemsize,
         steps=config.steps,
         reference=config.loss.kl_coef > 0,
-        separate_attn=config.attn == "separate",
+        separate_attn=config.signals.source == "separate",
     )
 
 
@@ -115,7 +115,7 @@ def open_cluster(
     prepare_environment(cluster)
     from rhythm.cluster.session import Session
 
-    with Session(cluster, separate_attn=config.attn == "separate") as session:
+    with Session(cluster, separate_attn=config.signals.source == "separate") as session:
         yield partial(_build, config, session)
 
 
@@ -157,7 +157,7 @@ def _build(
     )
     attn = None
     receivers = [WeightReceiver(push_kind(cluster), infer)]
-    if config.attn == "separate":
+    if config.signals.source == "separate":
         rates.processes[Role.ATTN] = session.places(Role.ATTN)
         spec = AttnSpec(checkpoint, config.signals, config.batch.micro_batch_size, config.model.precision, trust)
         attn = ClusterAttn(session, spec, rates)

@@ -14,6 +14,7 @@ from rhythm.credit.gamma import CreditConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
+from rhythm.system.renamed import renamed_keys
 from rhythm.tasks import task_class
 from rhythm.tiny.warm_start import WarmStartConfig
 from rhythm.trainer.checkpoint import CheckpointConfig
@@ -105,6 +106,19 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+class RunSignalsConfig(SignalsConfig):
+    """How attention statistics become WAAD and FAI, and which forward pass gives them."""
+
+    source: Literal["inline", "separate"] = Field(
+        default="inline",
+        description="where signals come from: the old-log-prob pass, or a forward pass of their own",
+    )
+
+
+RENAMED = {"attn": "signals.source", "credit.q": "credit.top_fraction"}
+"""Old key → today's."""
+
+
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
     """A whole run."""
 
@@ -114,17 +128,13 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     runs_dir: Path = Field(default=Path("runs"), description="where runs are kept")
     seed: int = Field(default=0, ge=0, description="of prompts, sampling, shuffling and the random control")
     steps: int = Field(default=500, ge=0, description="training steps")
-    attn: Literal["separate", "inline"] = Field(
-        default="inline",
-        description="where signals come from: a forward pass of their own, or the old-log-prob pass",
-    )
     tensorboard: bool = Field(default=True, description="also write TensorBoard events")
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
-    signals: SignalsConfig = SignalsConfig()
+    signals: RunSignalsConfig = RunSignalsConfig()
     credit: CreditConfig = CreditConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -146,6 +156,13 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
         if not name.strip("."):
             raise ValueError(f"must name a directory in runs_dir, not runs_dir or the one above, got {name!r}")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_todays_names(cls, values: object) -> object:
+        if said := renamed_keys(values, RENAMED):
+            raise ValueError(said)
+        return values
 
     @model_validator(mode="after")
     def _samples(self) -> TrainConfig:

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from rhythm.system.directory_lock import content
+from rhythm.system.renamed import renamed_keys
 from rhythm.system.writing import replace_file
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint
-from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.config import RENAMED, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,10 @@ def _check_same(path: Path, config: TrainConfig) -> None:
     if not path.is_file():
         log.warning("%s is missing: nobody can tell whether the run began with the same configuration", path)
         return
-    before = dict(_flat(_read(path)))
+    written = _read(path)
+    if said := renamed_keys(written, RENAMED):
+        raise RunDirectoryError(f"{path} is of an older version: {said}. Start a run of another name")
+    before = dict(_flat(written))
     now = dict(_flat(config.model_dump(mode="json")))
     changed = [
         key

@@ -198,7 +198,7 @@ def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path
         precision=precision,
         reference=load_model(checkpoint, config.model) if config.loss.kl_coef else None,
     )
-    if config.attn == "inline":
+    if config.signals.source == "inline":
         return Engines(infer=infer, train=train, attn=None, weight_sync=LocalWeightSync(train, infer))
     attn = ObserveAttn(
         copy.deepcopy(model),

@@ -33,7 +33,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(capsys: pytest.Captur
     for key in keys_of(TrainConfig) - {"task.options"}:
         assert key in shown, key
     assert "amplif" in shown
-    line = next(line for line in shown.splitlines() if line.strip().startswith("credit.q"))
+    line = next(line for line in shown.splitlines() if line.strip().startswith("credit.top_fraction"))
     assert "0.4" in line
 
 
@@ -70,7 +70,10 @@ def test_the_default_batch_is_the_papers() -> None:
         ("credit.strategy=coupeld", "credit.strategy"),
         ("batch.mini_batch_size=7", "mini_batch_size is 7: must divide the batch"),
         ("batch.micro_batch_size=3", "micro_batch_size is 3: must divide mini_batch_size"),
-        ("attn=both", "attn"),
+        ("signals.source=both", "signals.source"),
+        ("attn=separate", "attn is now signals.source"),
+        ("credit.q=0.3", "credit.q is now credit.top_fraction"),
+        ("signals.layers=[3,2]", "signals.layers: layers is [3, 2]; it must be how many to sample"),
         ("task.name=no.such:Task", "task.name"),
         ("steps", "steps"),
         ("name=../elsewhere", "name"),

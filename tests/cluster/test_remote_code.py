@@ -152,7 +152,9 @@ def test_the_key_reaches_every_role(trusted: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("rhythm.cluster.weight_sync.ClusterWeightSync.__init__", lambda *_, **__: None)
     monkeypatch.setattr("rhythm.cluster.session.Session", FakeSession)
     cluster = ClusterConfig.model_validate({"gpus": 0, "infer": {"kv_cache_gib": 0.1}})
-    config = TrainConfig.model_validate({"name": "x", "attn": "separate", "model": {"trust_remote_code": trusted}})
+    config = TrainConfig.model_validate(
+        {"name": "x", "signals": {"source": "separate"}, "model": {"trust_remote_code": trusted}}
+    )
     with open_cluster(config, cluster) as build:
         build((2,), 0, tmp_path, 0)
     assert [type(spec).__name__ for spec in specs] == ["TrainSpec", "InferSpec", "AttnSpec"]

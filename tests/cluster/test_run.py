@@ -172,7 +172,7 @@ def test_engines_that_disagree_stop_the_run_with_both_numbers(start: Callable[..
 
 
 def test_ctrl_c_with_a_third_role_saves_and_leaves(whole: Path, start: Callable[..., tuple[Any, Path]]) -> None:
-    launched, run = start("separate", "attn=separate")
+    launched, run = start("separate", "signals.source=separate")
     launched.wait_for(lambda: len(rows(run)) >= 3)
     launched.process.send_signal(signal.SIGINT)
     launched.finish(code=130)

@@ -7,13 +7,17 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
 import rhythm
 from rhythm import SignalsConfig
+from rhythm.analysis.config import AnalysisConfig
 from rhythm.cli.config_file import load_config
+from rhythm.credit import CreditConfig
 from rhythm.ops.backends import NAMES
+from rhythm.trainer.config import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -83,3 +87,14 @@ def test_backends_are_those_of_the_ops() -> None:
 def test_what_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         SignalsConfig.model_validate(values)
+
+
+def test_old_names_are_refused_with_the_new_ones() -> None:
+    with pytest.raises(ValidationError, match="q is now top_fraction"):
+        CreditConfig.model_validate({"q": 0.3})
+    with pytest.raises(ValidationError, match=r"attn is now signals\.source; credit\.q is now credit\.top_fraction"):
+        TrainConfig.model_validate({"attn": "separate", "credit": {"q": 0.3}})
+    with pytest.raises(ValidationError, match=r"pool is now signals\.layers"):
+        AnalysisConfig.model_validate({"pool": "all"})
+    with pytest.raises(ValueError, match=re.escape("q is 1.5; it must be above 0 and at most 1")):
+        rhythm.credit_weights(torch.ones(3), torch.ones(3), strategy="global_anchor", q=1.5)

@@ -279,7 +279,7 @@ def test_empty_batches() -> None:
 
 def test_defaults_are_the_papers() -> None:
     config = CreditConfig()
-    assert (config.strategy, config.q, config.gamma_amp) == ("coupled", 0.4, 1.5)
+    assert (config.strategy, config.top_fraction, config.gamma_amp) == ("coupled", 0.4, 1.5)
     assert (config.alpha, config.neighborhood, config.select) == (0.5, 3, "top")
     assert config.tau_waad == QuantileThreshold(quantile=0.5)
     assert config.tau_delta is None

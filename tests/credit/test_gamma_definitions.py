@@ -126,7 +126,7 @@ def test_batches_equal_the_definitions(strategy: str, select: str) -> None:
         config = CreditConfig(
             strategy=strategy,
             select=select,
-            q=float(options["q"]),
+            top_fraction=float(options["q"]),
             neighborhood=options["k"],
             alpha=options["alpha"],
             tau_waad=options["tau_waad"],

@@ -50,7 +50,7 @@ def batch(left: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("strategy", ["local_chunk", "global_anchor", "coupled", "entropy"])
 def test_gamma_is_that_of_each_response_alone(model: Any, strategy: Any, left: bool) -> None:
     input_ids, attention_mask, response_mask = batch(left)
-    gamma = RhythmCredit(strategy=strategy, q=0.3)(model, input_ids, attention_mask, response_mask)
+    gamma = RhythmCredit(strategy=strategy, top_fraction=0.3)(model, input_ids, attention_mask, response_mask)
     assert gamma.shape == (3, T)
     assert gamma.dtype == torch.float32
     assert not gamma.requires_grad
@@ -141,10 +141,12 @@ def test_bad_arguments_are_named(model: Any) -> None:
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             credit(model, *arguments)
-    with pytest.raises(ValueError, match="config is given, and so are q, alpha"):
-        RhythmCredit(CreditConfig(), q=0.1, alpha=0.2)
+    with pytest.raises(ValueError, match="config is given, and so are top_fraction, alpha"):
+        RhythmCredit(CreditConfig(), top_fraction=0.1, alpha=0.2)
     with pytest.raises(ValueError, match=re.escape("window is an option of signals: SignalsConfig(window=…)")):
         RhythmCredit(strategy="coupled", window=3)
+    with pytest.raises(ValueError, match="q is now top_fraction"):
+        RhythmCredit(strategy="coupled", q=0.3)
     with pytest.raises(ValueError, match="gama_amp"):
         RhythmCredit(gama_amp=2)
 

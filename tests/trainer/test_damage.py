@@ -7,10 +7,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from rhythm.cli import train as command
 from rhythm.cli.report import main as report
@@ -177,6 +180,30 @@ def test_a_damaged_configuration_is_named(
     assert open_run_dir(config, resume=True) is None
     assert "config.yaml is missing: nobody can tell whether the run began with the same configuration" in caplog.text
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("old", "said"),
+    [
+        ({"attn": "inline"}, "attn is now signals.source"),
+        ({"credit": {"q": 0.4}}, "credit.q is now credit.top_fraction"),
+        (
+            {"attn": "inline", "credit": {"q": 0.4}},
+            "attn is now signals.source; credit.q is now credit.top_fraction",
+        ),
+    ],
+)
+def test_a_run_with_keys_of_another_name_is_not_continued(
+    old: dict[str, Any], said: str, small_config: Configure, tmp_path: Path
+) -> None:
+    config = small_config(f"runs_dir={tmp_path}")
+    open_run_dir(config, resume=False)
+    path = config.run_dir / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | old))
+    before = path.read_bytes()
+    with pytest.raises(RunDirectoryError, match=re.escape(f"config.yaml is of an older version: {said}.")):
+        open_run_dir(config, resume=True)
+    assert path.read_bytes() == before
 
 
 def test_the_configuration_is_replaced_in_one_go(

@@ -35,8 +35,8 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 def test_inline_and_separate_give_the_same_run(small_config: Configure, tmp_path: Path) -> None:
     """γ from the old-log-prob pass and γ from a pass of its own: same γ, so the same losses and rewards."""
     results = []
-    for attn in ("inline", "separate"):
-        summary = run(small_config(f"runs_dir={tmp_path}", f"name={attn}", f"attn={attn}", "steps=3"))
+    for source in ("inline", "separate"):
+        summary = run(small_config(f"runs_dir={tmp_path}", f"name={source}", f"signals.source={source}", "steps=3"))
         results.append(rows(summary.run_dir))
     for inline, separate in zip(*results, strict=True):
         for key in ("reward", "loss", "gamma_mean", "gamma_share", "waad_mean", "fai_mean", "accuracy"):

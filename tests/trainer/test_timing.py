@@ -17,10 +17,14 @@ from rhythm.trainer.metrics import Stopwatch, read_metrics
 SLOW = 0.2  # seconds that the op is made to take more
 
 
-@pytest.mark.parametrize("attn", ["inline", "separate"])
+@pytest.mark.parametrize("source", ["inline", "separate"])
 @pytest.mark.parametrize("grouping", ["sequence", "batch"])
 def test_the_share_is_that_of_the_statistics(
-    attn: str, grouping: str, small_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str,
+    grouping: str,
+    small_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, spent = tap.attention_statistics, []
 
@@ -32,7 +36,12 @@ def test_the_share_is_that_of_the_statistics(
         return found
 
     monkeypatch.setattr(tap, "attention_statistics", slow)
-    overrides = (f"runs_dir={tmp_path}", f"attn={attn}", f"signals.grouping={grouping}", "evaluation.samples=0")
+    overrides = (
+        f"runs_dir={tmp_path}",
+        f"signals.source={source}",
+        f"signals.grouping={grouping}",
+        "evaluation.samples=0",
+    )
     config = small_config(*overrides, "name=timed", "steps=1")
     run(config)
     row = read_metrics(config.run_dir / "metrics.jsonl")[1]
