@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rhythm.analysis.counterfactual import CounterfactualConfig
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig
+from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.system.renamed import renamed_keys
 

@@ -8,7 +8,8 @@ from rhythm.system.lazy import lazy
 
 if TYPE_CHECKING:
     from rhythm.credit.advantages import group_advantages, token_advantages
-    from rhythm.credit.gamma import CreditConfig, batch_credit_weights, credit_weights
+    from rhythm.credit.config import CreditConfig
+    from rhythm.credit.gamma import batch_credit_weights, credit_weights
     from rhythm.credit.loss import policy_loss
 
 __all__ = [
@@ -25,7 +26,7 @@ __getattr__, __dir__ = lazy(
     __name__,
     globals(),
     {
-        "CreditConfig": "rhythm.credit.gamma",
+        "CreditConfig": "rhythm.credit.config",
         "batch_credit_weights": "rhythm.credit.gamma",
         "credit_weights": "rhythm.credit.gamma",
         "group_advantages": "rhythm.credit.advantages",

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rhythm.credit.gamma import ApplyTo
+from rhythm.credit.config import ApplyTo
 from rhythm.shapes import check_shape
 from rhythm.system.extras import needs
 

@@ -44,22 +44,6 @@ class RhythmSignals:
         """Indices of the layers whose heads are the columns, in their order."""
         return list(dict.fromkeys(layer for layer, _ in self.heads))
 
-    @classmethod
-    def cat(cls, parts: Sequence[RhythmSignals]) -> RhythmSignals:
-        """The rows of all parts, which are of the same width and heads."""
-        entropies = [part.entropy for part in parts if part.entropy is not None]
-        return cls(
-            waad=torch.cat([part.waad for part in parts]),
-            fai=torch.cat([part.fai for part in parts]),
-            entropy=torch.cat(entropies) if entropies else None,
-            span=torch.cat([part.span for part in parts]),
-            groups=HeadGroups(
-                local=torch.cat([part.groups.local.expand(part.span.shape) for part in parts]),
-                global_=torch.cat([part.groups.global_.expand(part.span.shape) for part in parts]),
-            ),
-            heads=parts[0].heads,
-        )
-
     def __repr__(self) -> str:
         B, T = self.waad.shape
         names = "waad, fai" if self.entropy is None else "waad, fai, entropy"
@@ -88,6 +72,7 @@ class RhythmSignals:
                 local=torch.cat([part.groups.local.expand(part.span.shape) for part in parts]),
                 global_=torch.cat([part.groups.global_.expand(part.span.shape) for part in parts]),
             ),
+            heads=parts[0].heads,
         )
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from rhythm.credit.advantages import token_advantages
-from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.config import CreditConfig
+from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.signals import RhythmSignals
 from rhythm.system.extras import needs
 from rhythm.tap.rhythm_credit import RhythmCredit
@@ -42,7 +43,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
     by all optimizer steps on that batch. Everything else is TRL's, and with `credit=None` all of it, bit for bit.
 
     Logged beside TRL's metrics, over the completion tokens of all processes: rhythm/gamma_mean,
-    rhythm/amplified_fraction (tokens with γ > 1) and rhythm/waad_mean (tokens).
+    rhythm/amplified_fraction (tokens with γ > 1) and, where the strategy reads
+    attention, rhythm/waad_mean (tokens).
 
     Args:
         model, reward_funcs, args, *rest, **options: as in GRPOTrainer.
@@ -87,16 +89,16 @@ class RhythmGRPOTrainer(GRPOTrainer):
         input_ids_BT = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         response_BT = torch.cat([torch.zeros_like(output["prompt_mask"]).bool(), completion_BC], dim=1)
         mask_BT = torch.cat([output["prompt_mask"].bool(), completion_BC], dim=1)
-        signals = self._signals(credit, input_ids_BT, mask_BT, output["prompt_mask"].sum(dim=1))
-        gamma_BT = batch_credit_weights(signals, response_BT, credit.config, credit.generator)
-        self._log_credit(gamma_BT[response_BT], signals.waad[response_BT])
+        signals, entropy_BT = self._read(credit, input_ids_BT, mask_BT, output["prompt_mask"].sum(dim=1))
+        gamma_BT = batch_credit_weights(signals, response_BT, credit.config, credit.generator, entropy=entropy_BT)
+        self._log_credit(gamma_BT[response_BT], None if signals is None else signals.waad[response_BT])
         gamma_BC = gamma_BT[:, -completion_BC.shape[1] :]
         return token_advantages(output["advantages"], gamma_BC, completion_BC, credit.config.apply_to)
 
-    def _signals(
+    def _read(
         self, credit: RhythmCredit, input_ids_BT: Tensor, mask_BT: Tensor, prompt_lens_B: Tensor
-    ) -> RhythmSignals:
-        """Of the whole batch, by passes over micro-batches of it."""
+    ) -> tuple[RhythmSignals | None, Tensor | None]:
+        """What the strategy reads of the whole batch, as in RhythmCredit.read; by passes over micro-batches of it."""
         args = self.args
         rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         if credit.groups is None and credit.signals.per == "batch":  # the spans of all rows choose the heads
@@ -104,19 +106,26 @@ class RhythmGRPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         with _evaluating(model), self.accelerator.autocast():
             parts = [
-                credit.observe(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
+                credit.read(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
                 for input_ids, mask, prompt_lens in zip(
                     *(torch.split(x, rows) for x in (input_ids_BT, mask_BT, prompt_lens_B)), strict=True
                 )
             ]
-        return RhythmSignals.cat(parts)
+        signals = [part for part, _ in parts if part is not None]
+        entropies = [entropy for _, entropy in parts if entropy is not None]
+        return RhythmSignals.cat(signals) if signals else None, torch.cat(entropies) if entropies else None
 
-    def _log_credit(self, gamma_t: Tensor, waad_t: Tensor) -> None:
-        """Means over the completion tokens of all processes, in TRL's own record of metrics."""
+    def _log_credit(self, gamma_t: Tensor, waad_t: Tensor | None) -> None:
+        """Means over the completion tokens of all processes, in TRL's own record of metrics. `waad_t`: None where the
+        strategy reads no attention.
+        """
         mode = "train" if self.model.training else "eval"
-        local = torch.stack([gamma_t.sum(), (gamma_t > 1).sum(), waad_t.sum(), gamma_t.new_tensor(len(gamma_t))])
-        *sums, count = self.accelerator.reduce(local, reduction="sum").tolist()
-        for name, value in zip(("gamma_mean", "amplified_fraction", "waad_mean"), sums, strict=True):
+        sums = {"gamma_mean": gamma_t.sum(), "amplified_fraction": (gamma_t > 1).sum()}
+        if waad_t is not None:
+            sums["waad_mean"] = waad_t.sum()
+        local = torch.stack([*sums.values(), gamma_t.new_tensor(len(gamma_t))])
+        *totals, count = self.accelerator.reduce(local, reduction="sum").tolist()
+        for name, value in zip(sums, totals, strict=True):
             self._metrics[mode][f"rhythm/{name}"].append(value / count if count else math.nan)
 
 

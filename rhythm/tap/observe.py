@@ -16,7 +16,7 @@ from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 from rhythm.shapes import check_dense, check_shape
 from rhythm.tap.attention_tap import AttentionTap
-from rhythm.tap.padding import PaddedBatch
+from rhythm.tap.padding import PaddedBatch, padded_batch
 
 ENTROPY_ELEMENTS = 2**24  # fp32 probabilities held at a time: 64 MB
 
@@ -61,48 +61,83 @@ def observe(
         ValueError: an argument is not as described; the message names it.
         UnsupportedAttention (a ValueError): attention of a kind whose statistics we can't compute.
     """
+    mask_BT, response_BT = _checked(model, input_ids, attention_mask, response_mask)
+    tap = AttentionTap(
+        model,
+        prompt_lens=prompt_lens,
+        response_mask=response_BT,
+        attention_mask=mask_BT,
+        signals=signals,
+        groups=groups,
+        stop=not entropy,
+    )
+    inputs = _inputs(tap.batch, None if attention_mask is None else mask_BT)
+    output = None
+    with torch.no_grad(), tap:
+        output = _forward(model, input_ids, inputs)
+    return tap.signals(_entropies(_logits(model, output), tap.batch) if entropy else None)
+
+
+def response_entropy(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    prompt_lens: Tensor | Sequence[int] | None = None,
+    response_mask: Tensor | None = None,
+) -> Tensor:
+    """[B, T] fp32, nats, of the distribution each response token was drawn from; NaN elsewhere.
+
+    As `observe(entropy=True)` gives it, by a plain forward pass in which no attention is read, so it may be of any
+    kind. Arguments and ValueErrors as in `observe`.
+    """
+    mask_BT, response_BT = _checked(model, input_ids, attention_mask, response_mask)
+    batch = padded_batch(mask_BT, prompt_lens, response_BT)
+    with torch.no_grad():
+        output = _forward(model, input_ids, _inputs(batch, None if attention_mask is None else mask_BT))
+        return _entropies(_logits(model, output), batch)
+
+
+def _checked(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """attention_mask, of ones if there is none, and response_mask, both [B, T] where the ids are."""
     check_dense("input_ids", input_ids)
     B, T = check_shape("input_ids", input_ids, (None, None))
     if B == 0 or T == 0:
         raise ValueError(f"input_ids has shape [{B}, {T}]; it must hold at least one token")
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"input_ids has dtype {input_ids.dtype}; allowed are torch.int32 and torch.int64")
-    if attention_mask is not None:
-        check_dense("attention_mask", attention_mask)
-        check_shape("attention_mask", attention_mask, (B, T))
-    if response_mask is not None:
-        check_dense("response_mask", response_mask)
-        check_shape("response_mask", response_mask, (B, T))
+    for name, mask in (("attention_mask", attention_mask), ("response_mask", response_mask)):
+        if mask is not None:
+            check_dense(name, mask)
+            check_shape(name, mask, (B, T))
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-    tap = AttentionTap(
-        model,
-        prompt_lens=prompt_lens,
-        response_mask=None if response_mask is None else response_mask.to(input_ids.device),
-        attention_mask=mask_BT,
-        signals=signals,
-        groups=groups,
-        stop=not entropy,
-    )
-    inputs: dict[str, Any] = {
-        "attention_mask": None if attention_mask is None else mask_BT.long(),
-        "use_cache": False,
-    }
-    if tap.batch.host.starts_late:
-        inputs["position_ids"] = tap.batch.positions
-    output = None
+    return mask_BT, None if response_mask is None else response_mask.to(input_ids.device)
+
+
+def _inputs(batch: PaddedBatch, mask_BT: Tensor | None) -> dict[str, Any]:
+    """Of the forward pass, beside input_ids."""
+    inputs: dict[str, Any] = {"attention_mask": None if mask_BT is None else mask_BT.long(), "use_cache": False}
+    if batch.host.starts_late:
+        inputs["position_ids"] = batch.positions
+    return inputs
+
+
+def _forward(model: nn.Module, input_ids: Tensor, inputs: dict[str, Any]) -> object:
+    """The model's output. Token ids are looked at only where it fails: reading them first would wait for the device."""
     try:
-        with torch.no_grad(), tap:
-            output = model(input_ids, **inputs)
+        return model(input_ids, **inputs)
     except IndexError as error:
-        # Looked at only now: reading ids beforehand would wait for the device.
         _check_ids(model, input_ids, error)
         raise
-    if not entropy:
-        return tap.signals()
+
+
+def _logits(model: nn.Module, output: object) -> Tensor:
     logits_BTV = getattr(output, "logits", None)
-    if logits_BTV is None:
+    if not isinstance(logits_BTV, Tensor):
         raise ValueError(f"entropy is True, but {type(model).__name__} gives no logits; it needs a language-model head")
-    return tap.signals(_entropies(logits_BTV, tap.batch))
+    return logits_BTV
 
 
 def _check_ids(model: nn.Module, input_ids_BT: Tensor, error: IndexError) -> None:

@@ -11,15 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
-from rhythm.tap.observe import observe
+from rhythm.shapes import check_shape
+from rhythm.tap.observe import observe, response_entropy
+from rhythm.tap.padding import padded_batch
 
 
 class RhythmCredit:
     """Token credit γ of a batch, by a forward pass of its own: `observe`, then `batch_credit_weights`.
+
+    A strategy that reads no attention costs less: "entropy" a plain forward pass, "none" and "random" no pass at all.
 
         credit = RhythmCredit(strategy="coupled", alpha=0.25)
         gamma_BT = credit(model, input_ids, attention_mask, response_mask)
@@ -53,6 +57,30 @@ class RhythmCredit:
         self.groups = groups
         self.generator = generator
 
+    def read(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        response_mask: Tensor | None = None,
+    ) -> tuple[RhythmSignals | None, Tensor | None]:
+        """(signals, entropy [B, T]) as far as the strategy reads them: a forward pass that `observe` watches, a plain
+        one for the entropy alone, or none. Arguments as in `observe`.
+        """
+        where: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "prompt_lens": prompt_lens,
+            "response_mask": response_mask,
+        }
+        if "attention" in self.config.reads:
+            signals = self.observe(model, input_ids, **where)
+            return signals, signals.entropy
+        if "entropy" in self.config.reads:
+            return None, response_entropy(model, input_ids, **where)
+        return None, None
+
     def observe(
         self,
         model: nn.Module,
@@ -71,7 +99,7 @@ class RhythmCredit:
             response_mask=response_mask,
             signals=self.signals,
             groups=self.groups,
-            entropy=self.config.strategy == "entropy",
+            entropy="entropy" in self.config.reads,
         )
         if self.groups is None and self.signals.grouping == "calibrated":
             self.groups = HeadGroups(local=signals.groups.local[:1], global_=signals.groups.global_[:1])
@@ -95,5 +123,11 @@ class RhythmCredit:
             ValueError: an argument is not as described; the message names it.
             UnsupportedAttention (a ValueError): see `observe`.
         """
-        signals = self.observe(model, input_ids, attention_mask=attention_mask, response_mask=response_mask)
-        return batch_credit_weights(signals, response_mask.bool(), self.config, self.generator)
+        shape = check_shape("input_ids", input_ids, (None, None))
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_shape("attention_mask", mask_BT, shape)
+        check_shape("response_mask", response_mask, shape)
+        signals, entropy_BT = self.read(model, input_ids, attention_mask=attention_mask, response_mask=response_mask)
+        if not self.config.reads:
+            padded_batch(mask_BT, response_mask_BT=response_mask)  # checked by the pass, where there is one
+        return batch_credit_weights(signals, response_mask.bool(), self.config, self.generator, entropy=entropy_BT)

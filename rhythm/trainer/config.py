@@ -9,8 +9,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationInfo, field_val
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.credit.advantages import AdvantageConfig
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig
+from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
@@ -106,7 +105,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
 
-class RunSignalsConfig(SignalsConfig):
+class RunSignalsConfig(SignalsConfig, frozen=True):
     """How attention statistics become WAAD and FAI, and which forward pass gives them."""
 
     source: Literal["inline", "separate"] = Field(

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig
+from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines.batches import take_rows, trim
 from rhythm.trainer.metrics import Stopwatch

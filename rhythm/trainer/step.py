@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rhythm.credit.advantages import gamma_share, group_advantages, token_advantages
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import take_rows
@@ -34,9 +34,6 @@ from rhythm.tasks import Task
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.metrics import Record, Stopwatch
 from rhythm.trainer.rollout import ScoredRollout, batch_instances, roll_out
-
-FROM_ATTENTION = ("local_chunk", "global_anchor", "coupled")
-"""Strategies that read WAAD or FAI; the others need no attention statistics, and cost none."""
 
 
 class Meter(Protocol):
@@ -95,7 +92,7 @@ def credit_tokens(
 
     The phase "attention" of `watch` is what the method costs: statistics, wherever they are made, and γ.
     """
-    wanted = always_signals or credit.strategy in FROM_ATTENTION
+    wanted = always_signals or "attention" in credit.reads
     inline = tap if wanted and engines.attn is None else None
     with watch("training"):
         log_probs, signals = engines.train.log_probs(rollout, inline, groups)
@@ -104,8 +101,7 @@ def credit_tokens(
     with watch("attention"):
         if wanted and engines.attn is not None:
             signals = replace(engines.attn.signals(rollout, groups), entropy=log_probs.entropy)
-        known = signals or _without_attention(log_probs)
-        gamma_BT = batch_credit_weights(known, rollout.response_mask, credit, generator)
+        gamma_BT = batch_credit_weights(signals, rollout.response_mask, credit, generator, entropy=log_probs.entropy)
     return TokenCredit(log_probs, signals, gamma_BT)
 
 
@@ -200,14 +196,6 @@ def _leave_if(stop_asked: Callable[[], bool]) -> None:
         raise StepAbandonedError
 
 
-def _without_attention(log_probs: LogProbs) -> RhythmSignals:
-    """Signals of a strategy that reads no attention: undefined but for the entropy."""
-    undefined_BT = torch.full_like(log_probs.entropy, torch.nan)
-    none_B0 = torch.zeros(len(undefined_BT), 0, device=undefined_BT.device)
-    groups = HeadGroups(local=none_B0.bool(), global_=none_B0.bool())
-    return RhythmSignals(undefined_BT, undefined_BT, log_probs.entropy, none_B0, groups)
-
-
 def _rollout_metrics(scored: ScoredRollout, credited: TokenCredit) -> Record:
     """reward … response_length over responses, zero_variance_share over the prompts' groups; entropy, and the mean
     |difference| between the log-probs that the Infer and the Train engine give a sampled token, over tokens."""
@@ -248,12 +236,12 @@ def _credit_metrics(credited: TokenCredit, advantages_B: Tensor, mask_BT: Tensor
     defined.
     """
     share = gamma_share(advantages_B, credited.gamma, mask_BT, credit.apply_to)
-    signals = credited.signals or _without_attention(credited.log_probs)
+    signals = credited.signals
     return {
         "gamma_mean": float(credited.gamma[mask_BT].double().mean()),
         "gamma_share": float(share.mass),
         "amplified_fraction": float(share.amplified),
         "applied_fraction": float(share.applied),
-        "waad_mean": float(signals.waad[mask_BT].double().nanmean()),
-        "fai_mean": float(signals.fai[mask_BT].double().nanmean()),
+        "waad_mean": math.nan if signals is None else float(signals.waad[mask_BT].double().nanmean()),
+        "fai_mean": math.nan if signals is None else float(signals.fai[mask_BT].double().nanmean()),
     }

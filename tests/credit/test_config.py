@@ -15,7 +15,8 @@ import rhythm
 from rhythm import SignalsConfig
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.cli.config_file import load_config
-from rhythm.credit import CreditConfig
+from rhythm.credit import CreditConfig, batch_credit_weights
+from rhythm.credit.strategies import STRATEGIES, Strategy, StrategyInputs
 from rhythm.ops.backends import NAMES
 from rhythm.trainer.config import TrainConfig
 
@@ -98,3 +99,34 @@ def test_old_names_are_refused_with_the_new_ones() -> None:
         AnalysisConfig.model_validate({"pool": "all"})
     with pytest.raises(ValueError, match=re.escape("q is 1.5; it must be above 0 and at most 1")):
         rhythm.credit_weights(torch.ones(3), torch.ones(3), strategy="global_anchor", q=1.5)
+
+
+def test_a_strategy_is_an_entry_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(inputs: StrategyInputs, config: CreditConfig) -> torch.Tensor:
+        return (inputs.response & (inputs.response.cumsum(dim=-1) == 1)).float()
+
+    with pytest.raises(
+        ValidationError, match="must be one of none, random, entropy, local_chunk, global_anchor, coupled"
+    ):
+        CreditConfig(strategy="first")
+    monkeypatch.setitem(STRATEGIES, "first", Strategy(first, frozenset(), "the first token"))
+    config = CreditConfig(strategy="first", gamma_amp=3)
+    assert config.reads == frozenset()
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    assert batch_credit_weights(None, mask, config).tolist() == [[1, 3, 1], [3, 1, 1]]
+    nan = torch.full((2,), torch.nan)
+    assert rhythm.credit_weights(nan, nan, strategy="first", gamma_amp=2).tolist() == [2, 1]
+
+
+def test_what_a_strategy_reads_must_be_there() -> None:
+    mask = torch.ones(1, 4)
+    for name in ("local_chunk", "global_anchor", "coupled"):
+        assert CreditConfig(strategy=name).reads == {"attention"}
+        with pytest.raises(ValueError, match=f'signals is None; the strategy "{name}" needs them'):
+            batch_credit_weights(None, mask, CreditConfig(strategy=name))
+    with pytest.raises(ValueError, match='entropy is None; the strategy "entropy" needs it'):
+        batch_credit_weights(None, mask, CreditConfig(strategy="entropy"))
+    entropy = torch.tensor([[0.1, 2.0, 0.3, 1.0]])
+    config = CreditConfig(strategy="entropy", top_fraction=0.5)
+    assert batch_credit_weights(None, mask, config, entropy=entropy).tolist() == [[1, 1.5, 1, 1.5]]
+    assert batch_credit_weights(None, mask, CreditConfig(strategy="none")).tolist() == [[1] * 4]

@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rhythm.credit.gamma import CreditConfig, QuantileThreshold, ValueThreshold, batch_credit_weights, credit_weights
+from rhythm.credit.config import CreditConfig, QuantileThreshold, ValueThreshold
+from rhythm.credit.gamma import batch_credit_weights, credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 

@@ -9,7 +9,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.config import CreditConfig
+from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 import rhythm
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig
+from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.integrations.trl import RhythmGRPOTrainer
 from rhythm.tap.rhythm_credit import RhythmCredit
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
@@ -126,7 +125,10 @@ def by_hand(batches: list[dict[str, Any]], credit: CreditConfig) -> list[tuple[T
         P = len(prompt)
         signals = rhythm.observe(model, torch.cat([prompt, completion])[None], prompt_lens=[P], signals=SIGNALS)
         gamma = rhythm.credit_weights(
-            signals.waad[0, P:], signals.fai[0, P:], **credit.model_dump(exclude={"apply_to"})
+            signals.waad[0, P:],
+            signals.fai[0, P:],
+            q=credit.top_fraction,
+            **credit.model_dump(exclude={"apply_to", "top_fraction"}),
         )
         applies = advantage >= 0 or credit.apply_to == "all"
         result.append((advantage * (gamma if applies else torch.ones_like(gamma)), gamma))

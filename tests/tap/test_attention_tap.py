@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.signals import RhythmSignals
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap

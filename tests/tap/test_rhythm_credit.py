@@ -9,8 +9,8 @@ import transformers
 from torch import Tensor
 
 import rhythm
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig
+from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.gamma import batch_credit_weights
 from rhythm.tap.rhythm_credit import RhythmCredit
 
 
@@ -164,3 +164,33 @@ def test_calibrated_groups_are_those_of_the_first_batch(model: Any) -> None:
     fixed = RhythmCredit(strategy="coupled", groups=kept)
     assert credit(*later).equal(fixed(*later))
     assert credit.groups is kept
+
+
+@pytest.mark.parametrize(
+    ("strategy", "passes", "taps"), [("none", 0, 0), ("random", 0, 0), ("entropy", 1, 0), ("coupled", 1, 1)]
+)
+def test_no_more_runs_than_the_strategy_reads(
+    model: Any, strategy: str, passes: int, taps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    input_ids, attention_mask, response_mask = batch()
+    seen = {"passes": 0, "taps": 0}
+
+    def count(what: str) -> Any:
+        def add(*_: Any) -> None:
+            seen[what] += 1
+
+        return add
+
+    enter = rhythm.AttentionTap.__enter__
+    monkeypatch.setattr(rhythm.AttentionTap, "__enter__", lambda tap: [count("taps")(), enter(tap)][1])
+    hook = model.model.layers[0].register_forward_pre_hook(count("passes"))
+    credit = RhythmCredit(strategy=strategy, generator=torch.Generator().manual_seed(0))
+    gamma = credit(model, input_ids, attention_mask, response_mask)
+    hook.remove()
+    assert seen == {"passes": passes, "taps": taps}
+    # The same γ as from all signals.
+    signals = rhythm.observe(model, input_ids, attention_mask=attention_mask, response_mask=response_mask, entropy=True)
+    expected = batch_credit_weights(signals, response_mask, credit.config, torch.Generator().manual_seed(0))
+    assert gamma.equal(expected)
+    with pytest.raises(ValueError, match="response_mask must mark the last tokens of each row"):
+        credit(model, input_ids, attention_mask, changed(response_mask, 0, 39))

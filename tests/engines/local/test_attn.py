@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rhythm
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.loss import LossConfig
 from rhythm.credit.signals import RhythmSignals

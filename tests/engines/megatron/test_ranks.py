@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rhythm.credit.config import SignalsConfig
-from rhythm.credit.gamma import CreditConfig, batch_credit_weights
+from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import take_rows
