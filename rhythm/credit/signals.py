@@ -76,6 +76,28 @@ class RhythmSignals:
         )
 
 
+@dataclass(frozen=True)
+class HeadStatistics:
+    """What a forward pass says of each head of the pool, before heads are chosen; fp32, NaN where undefined.
+
+    Attributes:
+        span: [B, n], tokens.
+        waad, fai: [B, n, T].
+        response: bool [B, T], true on response tokens.
+        heads: (layer, head of that layer) of each of the n columns.
+    """
+
+    span: Tensor
+    waad: Tensor
+    fai: Tensor
+    response: Tensor
+    heads: tuple[tuple[int, int], ...]
+
+    def signals(self, groups: HeadGroups, entropy: Tensor | None = None) -> RhythmSignals:
+        """See `aggregate`."""
+        return aggregate(self.waad, self.fai, self.span, groups, self.response, entropy, self.heads)
+
+
 def aggregate(
     waad_BnT: Tensor,
     fai_BnT: Tensor,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, select_heads
-from rhythm.credit.signals import RhythmSignals, aggregate
+from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.ops import arguments, reference
 from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import (
@@ -154,6 +154,16 @@ class AttentionTap:
             entropy: [B, T] nats, of the distribution each token was drawn from, to go with them.
 
         Raises:
+            UnsupportedAttention: as `statistics`.
+        """
+        statistics = self.statistics()
+        groups = self._groups or select_heads(statistics.span, self._options.quantile, self._options.per)
+        return statistics.signals(groups, entropy)
+
+    def statistics(self) -> HeadStatistics:
+        """Of every head of the layers, for callers who choose heads over several batches. Waits for the device, once.
+
+        Raises:
             UnsupportedAttention: not all of the layers reached the tap; a mask, or the output of a layer's attention,
                 is not what the statistics assume. The message names the layer.
         """
@@ -170,11 +180,10 @@ class AttentionTap:
             torch.cat([x.to(batch.real.device) for x in parts], dim=1)
             for parts in zip(*((s.span, s.waad, s.fai) for s in of_layers), strict=True)
         )
-        groups = self._groups or select_heads(span_Bn, self._options.quantile, self._options.per)
         heads = tuple(
             (layer, head) for layer, s in zip(self.layers, of_layers, strict=True) for head in range(s.span.shape[1])
         )
-        return aggregate(waad_BnT, fai_BnT, span_Bn, groups, batch.response, entropy, heads)
+        return HeadStatistics(span_Bn, waad_BnT, fai_BnT, batch.response, heads)
 
     @property
     def batch(self) -> PaddedBatch:

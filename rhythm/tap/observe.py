@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
-from rhythm.credit.signals import RhythmSignals
+from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.shapes import check_dense, check_shape
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.padding import PaddedBatch, padded_batch
@@ -61,21 +61,30 @@ def observe(
         ValueError: an argument is not as described; the message names it.
         UnsupportedAttention (a ValueError): attention of a kind whose statistics we can't compute.
     """
-    mask_BT, response_BT = _checked(model, input_ids, attention_mask, response_mask)
-    tap = AttentionTap(
-        model,
-        prompt_lens=prompt_lens,
-        response_mask=response_BT,
-        attention_mask=mask_BT,
-        signals=signals,
-        groups=groups,
-        stop=not entropy,
+    tap, output = _watched(
+        model, input_ids, attention_mask, prompt_lens, response_mask, signals=signals, groups=groups, stop=not entropy
     )
-    inputs = _inputs(tap.batch, None if attention_mask is None else mask_BT)
-    output = None
-    with torch.no_grad(), tap:
-        output = _forward(model, input_ids, inputs)
     return tap.signals(_entropies(_logits(model, output), tap.batch) if entropy else None)
+
+
+def observe_heads(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    prompt_lens: Tensor | Sequence[int] | None = None,
+    response_mask: Tensor | None = None,
+    signals: SignalsConfig = SignalsConfig(),
+) -> HeadStatistics:
+    """What `observe` aggregates, head by head: for callers who choose heads over several batches.
+
+    Memory is 8 bytes per position and head for as long as it is kept. Arguments and errors as in `observe`;
+    signals.quantile and signals.grouping are not used.
+    """
+    tap, _ = _watched(
+        model, input_ids, attention_mask, prompt_lens, response_mask, signals=signals, groups=None, stop=True
+    )
+    return tap.statistics()
 
 
 def response_entropy(
@@ -96,6 +105,35 @@ def response_entropy(
     with torch.no_grad():
         output = _forward(model, input_ids, _inputs(batch, None if attention_mask is None else mask_BT))
         return _entropies(_logits(model, output), batch)
+
+
+def _watched(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    prompt_lens: Tensor | Sequence[int] | None,
+    response_mask: Tensor | None,
+    *,
+    signals: SignalsConfig,
+    groups: HeadGroups | None,
+    stop: bool,
+) -> tuple[AttentionTap, object]:
+    """A tap that has seen its forward pass, and the model's output, None if the pass stopped early."""
+    mask_BT, response_BT = _checked(model, input_ids, attention_mask, response_mask)
+    tap = AttentionTap(
+        model,
+        prompt_lens=prompt_lens,
+        response_mask=response_BT,
+        attention_mask=mask_BT,
+        signals=signals,
+        groups=groups,
+        stop=stop,
+    )
+    inputs = _inputs(tap.batch, None if attention_mask is None else mask_BT)
+    output = None
+    with torch.no_grad(), tap:
+        output = _forward(model, input_ids, inputs)
+    return tap, output
 
 
 def _checked(

@@ -49,7 +49,7 @@ def test_the_share_is_that_of_the_statistics(
     statistics, attention, seconds = sum(spent), row["seconds_attention"], row["seconds_total"]
     assert attention is not None
     assert seconds is not None
-    # A pass of their own counts as a whole, and so does the one in which a batch's heads are chosen.
+    # A pass of their own counts as a whole.
     assert statistics <= attention <= 1.5 * statistics
     total = sum(row[f"seconds_{phase}"] or 0.0 for phase in ("rollout", "attention", "training", "push"))
     assert row["attention_share"] == pytest.approx(attention / total, rel=0.05)

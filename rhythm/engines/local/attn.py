@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, select_heads
-from rhythm.credit.signals import RhythmSignals
+from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.weights import load_weights
-from rhythm.tap.observe import observe
+from rhythm.tap.observe import observe_heads
 
 
 class ObserveAttn:
@@ -36,9 +36,18 @@ class ObserveAttn:
     def signals(self, rollout: Rollout, groups: HeadGroups | None = None) -> RhythmSignals:
         """See rhythm.engines.interfaces.Attn."""
         with autocast(self._model, self._precision):
-            if groups is None:
-                groups = shared_groups(self._model, rollout, self._tap, self._micro_batch_size)
-            return observe_rows(self._model, rollout, self._tap, groups, self._micro_batch_size)
+            rows = SignalRows(rollout, self._tap, groups)
+            for index_n, width in micro_batches(rollout, self._micro_batch_size):
+                micro = trim(take_rows(rollout, index_n), width)
+                statistics = observe_heads(
+                    self._model,
+                    micro.input_ids,
+                    attention_mask=micro.attention_mask,
+                    prompt_lens=micro.prompt_lens,
+                    signals=self._tap,
+                )
+                rows.put(index_n, statistics)
+            return rows.joined()
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy `weights` in. Raises ValueError if `version` falls."""
@@ -46,18 +55,35 @@ class ObserveAttn:
 
 
 class SignalRows:
-    """The signals of a whole rollout, put together from its micro-batches."""
+    """The signals of a whole rollout, put together from its micro-batches.
 
-    def __init__(self, rollout: Rollout) -> None:
+    Where all rows share their head groups, which are chosen by the spans of all of them, the statistics of single heads
+    stay in memory until `joined`: 8 bytes per position and head.
+    """
+
+    def __init__(self, rollout: Rollout, tap: SignalsConfig, groups: HeadGroups | None) -> None:
+        """`groups`: fixed ones; None selects them as `tap` says."""
         self._shape = rollout.input_ids.shape
+        self._tap, self._groups = tap, groups
+        self._waiting: list[tuple[Tensor, HeadStatistics]] = []
         self._parts: list[tuple[Tensor, RhythmSignals]] = []
 
-    def put(self, index_n: Tensor, part: RhythmSignals) -> None:
-        """The signals of rows `index_n`, at their first positions."""
-        self._parts.append((index_n, part))
+    def put(self, index_n: Tensor, part: HeadStatistics) -> None:
+        """The statistics of rows `index_n`, at their first positions."""
+        if self._groups is None and self._tap.per == "batch":
+            self._waiting.append((index_n, part))
+        else:
+            groups = self._groups or select_heads(part.span, self._tap.quantile)
+            self._parts.append((index_n, part.signals(groups)))
 
     def joined(self) -> RhythmSignals:
         """All rows, NaN where nothing was put; without entropy."""
+        if self._waiting:
+            span_Bn = _in_order([(index_n, part.span) for index_n, part in self._waiting])
+            chosen = select_heads(span_Bn, self._tap.quantile, per="batch")
+            shared = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
+            self._parts = [(index_n, part.signals(shared)) for index_n, part in self._waiting]
+            self._waiting = []
         return RhythmSignals(
             waad=self._scattered(lambda part: part.waad),
             fai=self._scattered(lambda part: part.fai),
@@ -78,41 +104,13 @@ class SignalRows:
         return joined_BT
 
     def _gathered(self, field: Callable[[RhythmSignals], Tensor]) -> Tensor:
-        stacked_Bn = torch.cat([field(part) for _, part in self._parts])
-        order_B = torch.cat([index_n for index_n, _ in self._parts])
-        return stacked_Bn[order_B.argsort()]
+        return _in_order([(index_n, field(part)) for index_n, part in self._parts])
 
 
-def observe_rows(
-    model: Any, rollout: Rollout, tap: SignalsConfig, groups: HeadGroups | None, micro_batch_size: int
-) -> RhythmSignals:
-    """rhythm.observe, a micro-batch at a time."""
-    rows = SignalRows(rollout)
-    for index_n, width in micro_batches(rollout, micro_batch_size):
-        micro = trim(take_rows(rollout, index_n), width)
-        part = observe(
-            model,
-            micro.input_ids,
-            attention_mask=micro.attention_mask,
-            prompt_lens=micro.prompt_lens,
-            signals=tap,
-            groups=groups,
-        )
-        rows.put(index_n, part)
-    return rows.joined()
-
-
-def shared_groups(model: Any, rollout: Rollout, tap: SignalsConfig, micro_batch_size: int) -> HeadGroups | None:
-    """The head groups that all rows of a batch share, of one row; None where each sequence has its own.
-
-    The spans of all rows must be known before the first token is scored, so this is one more pass over the
-    batch, with `batch` at every step, with `calibrated` once a run.
-    """
-    if tap.grouping == "sequence":
-        return None
-    span_Bn = observe_rows(model, rollout, tap, None, micro_batch_size).span
-    groups = select_heads(span_Bn, tap.quantile, per="batch")
-    return HeadGroups(local=groups.local[:1], global_=groups.global_[:1])
+def _in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[B, n] of (rows, values) that hold every row once."""
+    order_B = torch.cat([index_n for index_n, _ in parts])
+    return torch.cat([value_bn for _, value_bn in parts])[order_B.argsort()]
 
 
 def autocast(model: Any, precision: torch.dtype) -> torch.autocast:

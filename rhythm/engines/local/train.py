@@ -20,7 +20,7 @@ from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.head import output_head
 from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TrainBatch
-from rhythm.engines.local.attn import SignalRows, autocast, shared_groups
+from rhythm.engines.local.attn import SignalRows, autocast
 from rhythm.engines.local.logprobs import check_output_head, response_logprobs
 from rhythm.engines.local.weights import load_weights
 from rhythm.engines.watch import DeviceWatch
@@ -103,13 +103,12 @@ class TorchTrain:
         if tap is None:
             return self._log_probs(self._model, rollout), None
         watch = DeviceWatch(self._model.device)
-        if groups is None:
-            with watch, autocast(self._model, self._precision):
-                groups = shared_groups(self._model, rollout, tap, self._micro_batch_size)
-        rows = SignalRows(rollout)
-        found = self._log_probs(self._model, rollout, tap, groups, rows, watch)
+        rows = SignalRows(rollout, tap, groups)
+        found = self._log_probs(self._model, rollout, tap, rows, watch)
+        with watch:
+            signals = rows.joined()
         self.statistics_seconds = watch.seconds
-        return found, replace(rows.joined(), entropy=found.entropy)
+        return found, replace(signals, entropy=found.entropy)
 
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
@@ -199,7 +198,6 @@ class TorchTrain:
         model: Any,
         rollout: Rollout,
         tap: SignalsConfig | None = None,
-        groups: HeadGroups | None = None,
         signals: SignalRows | None = None,
         watch: DeviceWatch | None = None,
     ) -> LogProbs:
@@ -217,13 +215,12 @@ class TorchTrain:
                         attention_mask=micro.attention_mask,
                         prompt_lens=micro.prompt_lens,
                         signals=tap,
-                        groups=groups,
                     )
                     open_tap.watch = watch or nullcontext()
                     with open_tap:
                         part = self._response_logprobs(model, micro)
                     with open_tap.watch:
-                        signals.put(index, open_tap.signals())
+                        signals.put(index, open_tap.statistics())
             logprobs_BT[index, :width] = part.logprobs
             entropy_BT[index, :width] = part.entropy
         return LogProbs(logprobs_BT, entropy_BT)

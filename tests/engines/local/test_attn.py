@@ -110,3 +110,24 @@ def test_it_sees_the_weights_it_was_given(model: Any, make_rollout: MakeRollout)
     assert_same(after, ObserveAttn(model, tap(), micro_batch_size=4).signals(rollout))
     with pytest.raises(ValueError, match="version is 0"):
         engine.update_weights(model.state_dict(), version=0)
+
+
+@pytest.mark.parametrize("grouping", ["sequence", "batch", "calibrated"])
+def test_one_pass_over_the_batch(model: Any, tokenizer: Any, make_rollout: MakeRollout, grouping: Grouping) -> None:
+    """The heads of all rows are chosen without a second pass, and the signals are those of these heads held fixed."""
+    rollout = make_rollout(prompt_lens=(2, 3, 4, 5), response_lens=(20, 15, 10, 5), seed=3)
+    train = trainer(model, tokenizer)  # runs the model on two rows to check its head
+    passes: list[int] = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    separate = ObserveAttn(model, tap(grouping), micro_batch_size=2).signals(rollout)
+    _, inline = train.log_probs(rollout, tap(grouping))
+    hook.remove()
+    assert passes == [2, 2, 2, 2]
+    assert inline is not None
+    assert_same(separate, inline)
+    assert separate.heads == inline.heads == tuple((layer, head) for layer in (1, 2) for head in range(4))
+    if grouping != "sequence":
+        # As with the groups known beforehand, to the last bit.
+        chosen = select_heads(separate.span, 0.3, per="batch")
+        fixed = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
+        assert_same(separate, ObserveAttn(model, tap(), micro_batch_size=2).signals(rollout, fixed))
