@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.system.extras import needs
 from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from rhythm.credit.config import SignalsConfig
 
 Output = tuple[Tensor, Tensor | None]
 Receiver = Callable[[AttentionCall], Output]
