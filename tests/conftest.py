@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# `import corner_cases` from any test, without this folder on sys.path.
-_spec = importlib.util.spec_from_file_location("corner_cases", Path(__file__).with_name("corner_cases.py"))
-assert _spec is not None
-assert _spec.loader is not None
-sys.modules["corner_cases"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sys.modules["corner_cases"])
+# `import corner_cases` or `in_browser` from any test, without this folder on sys.path.
+for _name in ("corner_cases", "in_browser"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,6 +34,27 @@ def _environment_stays_as_it_was() -> Iterator[None]:
     for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium for the tests of a module; `browser` is what they take."""
+    from in_browser import start
+
+    driver = start()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    """At desktop size and light; fails a test in which a script failed or something was fetched and missing."""
+    from in_browser import DESKTOP, colour_scheme, resize
+
+    resize(chromium, DESKTOP)
+    colour_scheme(chromium, "light")
+    yield chromium
+    assert chromium.get_log("browser") == []
 
 
 # The error against fp64 may be twice that of a plain torch computation in the same type, plus this floor (for results

@@ -1,9 +1,10 @@
 """What a model's attention shows of its reasoning: the paper's figures and tables for any causal model.
 
 from rhythm.analysis import AnalysisConfig, analyze
+from rhythm.analysis.rows import table2_frame
 
 analysis = analyze(model, tokenizer, "gsm8k.jsonl", out="runs/analysis")
-analysis.table2_frame()
+table2_frame(analysis)
 """
 
 from rhythm.system.extras import needs

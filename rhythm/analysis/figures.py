@@ -19,13 +19,16 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from rhythm.analysis.page_data import SIGNALS, format_number, format_percent
+from rhythm.analysis.page_data import SIGNALS
 from rhythm.analysis.results import Analysis, AttentionMap, Heads, Interval, ResponseResult, Table1, Table2Row
+from rhythm.analysis.rows import table1_frame, table2_frame
+from rhythm.reports.format import format_number, format_p_value, format_percent, token_strengths
 
 Floats = NDArray[np.float64]
 
 COLOURS = {"waad": "#cd6608", "fai": "#256cd6", "fai_receiver": "#be306c", "entropy": "#8a4cc8", "gamma": "#148e62"}
 NAMES = {signal.key: signal.name for signal in SIGNALS}
+LOWS = {signal.key: signal.low for signal in SIGNALS}
 STYLE = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -66,9 +69,9 @@ def write_figures(analysis: Analysis, directory: Path | None = None, *, name: st
             paths.append(directory / f"{stem}.{suffix}")
             with matplotlib.rc_context(STYLE):
                 figure.savefig(paths[-1], dpi=200, metadata=metadata)
-    tables = {"table2": (analysis.table2_frame(), table2_latex(analysis.table2))}
+    tables = {"table2": (table2_frame(analysis), table2_latex(analysis.table2, analysis.p_floor))}
     if analysis.table1 is not None:
-        tables["table1"] = (analysis.table1_frame(), table1_latex(analysis.table1))
+        tables["table1"] = (table1_frame(analysis), table1_latex(analysis.table1))
     for stem, (frame, latex) in tables.items():
         paths += [directory / f"{stem}.csv", directory / f"{stem}.tex"]
         frame.to_csv(paths[-2], index=False)
@@ -132,7 +135,7 @@ def tokens_figure(response: ResponseResult, keys: Sequence[str] = ("fai", "waad"
             axes.set(xlim=(0, LINE), ylim=(lines, 0))
             axes.axis("off")
             axes.set_title(NAMES[key], color=COLOURS[key])
-            strengths = strength(getattr(response.tokens, key), low=1.0 if key == "gamma" else None)
+            strengths = token_strengths(getattr(response.tokens, key), LOWS[key])
             for line, column, cells, text, token in places:
                 if not math.isnan(strengths[token]):
                     colour = (*to_rgb(COLOURS[key]), 0.04 + 0.6 * strengths[token])
@@ -193,14 +196,18 @@ def table1_latex(table: Table1) -> str:
     return _latex(rows, ["", "Top-k", "Bottom-k"])
 
 
-def table2_latex(table: Sequence[Table2Row]) -> str:
-    """Table 2 with both baselines, for booktabs; intervals are of the lift over the closed form."""
+def table2_latex(table: Sequence[Table2Row], p_floor: float = 0.0) -> str:
+    """Table 2 with both baselines, for booktabs; intervals are of the lift over the closed form.
+
+    Args:
+        p_floor: the least p-value that the permutations can give.
+    """
     rows = []
     for row in table:
         form = format_number if row.key == "entropy" else format_percent
         lift, permuted = (("+" if x >= 0 else "") + format_percent(x) for x in (row.lift, row.permuted_lift))
         interval = _interval(row.lift_interval, format_percent)
-        p = format_number(row.p_value)
+        p = format_p_value(row.p_value, p_floor)
         rows.append((row.name, form(row.random), form(row.permuted), form(row.observed), lift, interval, permuted, p))
     heads = ["Metric correlation", "Random", "Permuted", "Observed", "Lift", "95% interval", "Lift (permuted)", "p"]
     return _latex(rows, heads)
@@ -209,22 +216,6 @@ def table2_latex(table: Sequence[Table2Row]) -> str:
 def shown(text: str) -> str:
     """A token's text with its blanks as signs."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "·"
-
-
-def strength(values: Sequence[float], low: float | None = None) -> list[float]:
-    """Values → strength of the colour in [0, 1], NaN staying NaN: from `low`, or the smallest, to the 95th percentile.
-
-    A few tokens, the first of a response above all, have many times the others' FAI.
-    """
-    defined = sorted(value for value in values if not math.isnan(value))
-    if not defined:
-        return list(values)
-    low = defined[0] if low is None else low
-    # Below the largest, however few there are; but the largest where the rest is all the same.
-    high = defined[max(0, min(math.ceil(0.95 * len(defined)) - 1, len(defined) - 2))]
-    high = high if high > low else defined[-1]
-    width = high - low if high > low else 1.0
-    return [value if math.isnan(value) else min(max((value - low) / width, 0.0), 1.0) for value in values]
 
 
 def _shortest(analysis: Analysis) -> ResponseResult:
@@ -294,4 +285,4 @@ def _interval(interval: Interval, form: object) -> str:
 def _latex(rows: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
     frame = pd.DataFrame([list(row) for row in rows], columns=list(heads))
     text: str = frame.to_latex(index=False, escape=True, column_format="l" + "r" * (len(heads) - 1))
-    return text.replace("−", "$-$").replace("–", "--").replace("<", "$<$")
+    return text.replace("−", "$-$").replace("–", "--").replace("<", "$<$").replace("≤", "$\\le$")

@@ -15,12 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from rhythm.analysis.content_words import content_words
 from rhythm.analysis.counterfactual import CounterfactualConfig
-from rhythm.analysis.page_data import SETS, SIGNALS, format_number, format_percent, heads_data, response_data
+from rhythm.analysis.page_data import SETS, SIGNALS, heads_data, response_data
 from rhythm.analysis.results import Analysis, Interval, ResponseResult, Table2Row, Trial
+from rhythm.reports.format import format_number, format_p_value, format_percent, template_environment
 from rhythm.system.writing import replace_file
 
 MAX_RESPONSES = 16
@@ -74,13 +73,7 @@ def write_page(analysis: Analysis, path: Path | None = None, *, max_responses: i
 
 def render(analysis: Analysis, *, max_responses: int = MAX_RESPONSES) -> str:
     """The page of an analysis as HTML; draws its first `max_responses` responses."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment(TEMPLATES)
     # tojson also writes <, > and & as \u003c, …, so that no text can end the element it stands in.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"number": format_number, "percent": format_percent, "interval": format_interval}
@@ -127,7 +120,7 @@ def headlines(analysis: Analysis) -> list[Headline]:
         Headline(
             labels[row.key],
             format_lift(row.permuted_lift),
-            f"{_observed(row, row.observed)} against {_observed(row, row.permuted)}; p {_compared(row.p_value)}",
+            f"{_observed(row, row.observed)} against {_observed(row, row.permuted)}; p {_compared(row.p_value, analysis.p_floor)}",
         )
         for row in analysis.table2
     ]
@@ -208,23 +201,16 @@ def format_interval(interval: Interval, percent: bool = False) -> str:
 
 def format_lift(lift: float) -> str:
     """+51.2%, −3.0%; "–" when undefined."""
-    return format_percent(lift) if math.isnan(lift) or lift < 0 else "+" + format_percent(lift)
-
-
-def format_p_value(p: float) -> str:
-    """ "0.034", "< 0.0001"; "–" when undefined."""
-    if math.isnan(p):
-        return "–"
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    return format_percent(lift) if lift < 0 or not math.isfinite(lift) else "+" + format_percent(lift)
 
 
 def _observed(row: Table2Row, value: float) -> str:
     return format_number(value) if row.key == "entropy" else format_percent(value)
 
 
-def _compared(p: float) -> str:
-    text = format_p_value(p)
-    return text if text.startswith("<") else f"= {text}"
+def _compared(p: float, floor: float = 0.0) -> str:
+    text = format_p_value(p, floor)
+    return text if text.startswith(("<", "≤")) else f"= {text}"
 
 
 def _example(response: ResponseResult, trial: Trial, config: CounterfactualConfig) -> Example:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rhythm.analysis.results import AttentionMap, HeadMap, Heads, ResponseResult
+from rhythm.reports.format import format_number, format_percent, token_scale
 
 MAX_TOKENS = 3000  # of a response
 UNDEFINED = 255  # the byte of a weight that is NaN
@@ -47,25 +48,6 @@ SETS = {  # of heads: name, hue, and what a member is called
 }
 
 
-def format_number(value: float) -> str:
-    """Three significant digits, commas at thousands, very small and large ones as 1.2e-06; NaN is "–"."""
-    if not math.isfinite(value):
-        return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
-    size = abs(value)
-    if value == int(value) and size < 1e6:
-        text = f"{int(value):,}"
-    elif size >= 1e6 or size < 1e-3:
-        text = f"{value:.1e}"
-    else:
-        text = f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
-    return text.replace("-", "−", 1) if value < 0 else text
-
-
-def format_percent(value: float) -> str:
-    """A share as percent with one decimal; "–" when undefined."""
-    return "–" if math.isnan(value) else f"{100 * value:.1f}%".replace("-", "−")
-
-
 def response_data(response: ResponseResult) -> Json:
     """A response: its tokens, signals, peaks, chunks, attenders of anchors and maps, up to MAX_TOKENS tokens."""
     n = min(len(response.tokens.texts), MAX_TOKENS)
@@ -78,6 +60,7 @@ def response_data(response: ResponseResult) -> Json:
         "facts": _facts(response),
         "tokens": response.tokens.texts[:n],
         "hidden": len(response.tokens.texts) - n,
+        "scales": {signal.key: _scale(response, signal) for signal in SIGNALS},
         "values": {signal.key: rounded(getattr(response.tokens, signal.key)[:n]) for signal in SIGNALS},
         "peaks": {key: [i for i in indices if i < n] for key, indices in vars(response.peaks).items()},
         "chunks": [i for i in response.chunks if i < n],
@@ -96,6 +79,13 @@ def response_data(response: ResponseResult) -> Json:
         else {"local": map_data(response.maps.local), "global": map_data(response.maps.global_)},
         "band": None if response.maps is None else pixels(response.maps.local.band[:n]),
     }
+
+
+def _scale(response: ResponseResult, signal: Signal) -> list[float | None] | None:
+    """Where the color of the tokens begins and ends, and the largest value; None where the signal is undefined."""
+    values = getattr(response.tokens, signal.key)
+    scale = token_scale(values, signal.low)
+    return None if scale is None else rounded([*scale, max(value for value in values if not math.isnan(value))])
 
 
 def map_data(attention: AttentionMap) -> Json:

@@ -1,4 +1,4 @@
-"""What an analysis finds, as plain frozen dataclasses; to and from JSON, and as pandas frames.
+"""What an analysis finds, as plain frozen dataclasses; to and from JSON (rhythm.analysis.rows: as frames).
 
 Token indices count a response's tokens from 0, the prompt left out. A head is (layer, head). Undefined numbers
 are NaN here, null in JSON and empty in CSV. Shapes: n tokens of a response, L layers, H query heads a layer.
@@ -7,18 +7,14 @@ are NaN here, null in JSON and empty in CSV. Shapes: n tokens of a response, L l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from rhythm.analysis.rows import head_rows, response_row, table1_row, table2_rows, token_rows, trial_rows
 from rhythm.system.writing import replace_file
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A float; null in JSON is NaN."""
@@ -354,6 +350,12 @@ class Analysis:
     table2: tuple[Table2Row, ...]
     directory: Path = Path()
 
+    @property
+    def p_floor(self) -> float:
+        """The least p-value that Table 2's permutations can give, the observed one being one of them; 0 if unknown."""
+        table2 = self.settings.get("table2")
+        return 1 / (1 + int(table2["permutations"])) if table2 else 0.0
+
     def response(self, name: str) -> ResponseResult:
         """Read one response back."""
         return read_json(ResponseResult, response_path(self.directory, name))
@@ -361,30 +363,6 @@ class Analysis:
     def responses(self) -> Iterator[ResponseResult]:
         """All responses, one at a time in memory."""
         return map(self.response, self.names)
-
-    def table1_frame(self) -> pd.DataFrame:
-        """One row: Table 1; empty without counterfactuals."""
-        return _frame([] if self.table1 is None else [table1_row(self.table1)])
-
-    def table2_frame(self) -> pd.DataFrame:
-        """One row a coupling."""
-        return _frame(table2_rows(self.table2))
-
-    def heads_frame(self) -> pd.DataFrame:
-        """One row a head: layer, head, span, kurtoses, whether in each set, share of responses that chose it."""
-        return _frame(head_rows(self.heads))
-
-    def tokens_frame(self) -> pd.DataFrame:
-        """One row a token of all responses; see `token_rows`."""
-        return _frame([row for response in self.responses() for row in token_rows(response)])
-
-    def trials_frame(self) -> pd.DataFrame:
-        """One row a counterfactual of all responses."""
-        return _frame([row for response in self.responses() for row in trial_rows(response)])
-
-    def responses_frame(self) -> pd.DataFrame:
-        """One row a response: its sizes, peak counts and means."""
-        return _frame([response_row(response) for response in self.responses()])
 
 
 def response_path(directory: Path, name: str) -> Path:
@@ -408,9 +386,3 @@ def read_json(kind: type[T], path: Path) -> T:
 def read_analysis(directory: Path) -> Analysis:
     """The analysis in a directory that rhythm-analyze wrote."""
     return replace(read_json(Analysis, directory / "results.json"), directory=directory)
-
-
-def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(list(rows))

@@ -1,15 +1,16 @@
-"""Rows of the CSV files and pandas frames, as dictionaries."""
+"""An analysis as rows: dictionaries for its CSV files, and pandas frames of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rhythm.analysis.results import Heads, Numbers, ResponseResult, Table1, Table2Row
+from rhythm.analysis.results import Analysis, Heads, Numbers, ResponseResult, Table1, Table2Row
 
+if TYPE_CHECKING:
+    import pandas as pd
 
 _RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -17,6 +18,36 @@ _RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r")
 def not_run(cell: Any) -> Any:
     """`cell` of a CSV file; text that a spreadsheet would take for a formula gets an apostrophe in front."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_RUN_BY_SPREADSHEETS) else cell
+
+
+def table1_frame(analysis: Analysis) -> pd.DataFrame:
+    """One row: Table 1; empty without counterfactuals."""
+    return _frame([] if analysis.table1 is None else [table1_row(analysis.table1)])
+
+
+def table2_frame(analysis: Analysis) -> pd.DataFrame:
+    """One row per coupling."""
+    return _frame(table2_rows(analysis.table2))
+
+
+def heads_frame(analysis: Analysis) -> pd.DataFrame:
+    """One row per head: layer, head, span, kurtoses, whether in each set, share of responses that chose it."""
+    return _frame(head_rows(analysis.heads))
+
+
+def tokens_frame(analysis: Analysis) -> pd.DataFrame:
+    """One row per token of all responses; see `token_rows`."""
+    return _frame(row for response in analysis.responses() for row in token_rows(response))
+
+
+def trials_frame(analysis: Analysis) -> pd.DataFrame:
+    """One row per counterfactual of all responses."""
+    return _frame(row for response in analysis.responses() for row in trial_rows(response))
+
+
+def responses_frame(analysis: Analysis) -> pd.DataFrame:
+    """One row per response: its sizes, peak counts and means."""
+    return _frame(response_row(response) for response in analysis.responses())
 
 
 def table1_row(table: Table1) -> dict[str, Any]:
@@ -92,6 +123,12 @@ def response_row(response: ResponseResult) -> dict[str, Any]:
         **{f"{name}_peaks": len(indices) for name, indices in vars(response.peaks).items()},
         **{f"{name}_mean": _mean(getattr(tokens, name)) for name in ("waad", "fai", "entropy", "gamma")},
     }
+
+
+def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(list(rows))
 
 
 def _mean(values: Numbers) -> float:

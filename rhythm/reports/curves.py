@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from rhythm.reports.format import format_number, format_percent
+
 Record = Mapping[str, float]
 Floats = NDArray[np.float64]
 
@@ -143,27 +145,6 @@ def draw_seconds(records: Sequence[Record]) -> Curve | None:
     legend = tuple((name, name) for name, _, _ in layers)
     last = f"{format_number(float(sum(seconds[-1] for _, _, seconds in layers)))} s"
     return Curve("seconds", "Seconds per step", "", last, svg, legend)
-
-
-def format_number(value: float) -> str:
-    """Three significant digits, commas at thousands, very small and large ones as 1.23e-06; NaN is "–"."""
-    if not math.isfinite(value):
-        return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
-    size = abs(value)
-    if value == int(value) and size < 1e6:
-        text = f"{int(value):,}"
-    elif size >= 1e6 or size < 1e-3:
-        text = f"{value:.2e}"
-    elif size >= 100:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:.{2 - math.floor(math.log10(size))}f}"
-    return text.replace("-", "−") if "e" not in text else text
-
-
-def format_percent(value: float) -> str:
-    """A share as percent with one decimal; "–" when undefined."""
-    return "–" if not math.isfinite(value) else f"{100 * value:.1f}%"
 
 
 def _draw_curve(records: Sequence[Record], spec: CurveSpec, peak_alpha: float) -> Curve | None:

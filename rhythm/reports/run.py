@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import jinja2
-
 from rhythm.reports.curves import (
     FURTHER_CURVES,
     MAIN_CURVES,
     Record,
     draw_curves,
     draw_seconds,
-    format_number,
-    format_percent,
     running_peak_average,
 )
+from rhythm.reports.format import format_number, format_percent, template_environment, token_strengths
 from rhythm.system.writing import replace_file
 
 __all__ = ["Run", "headlines", "load_run", "running_peak_average", "write_report"]
@@ -39,18 +36,21 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal of the tokens: its key in the samples, and the CSS variable that carries its strength."""
+    """A signal of the tokens: its key in the samples, the CSS variable that carries its strength, and where its scale
+    begins (None: at the response's smallest value).
+    """
 
     key: str
     name: str
     variable: str
     meaning: str
+    low: float | None = None
 
 
 SIGNALS = (
     Signal("waad", "WAAD", "--w", "how far back the local heads look, in tokens, clipped at the window"),
     Signal("fai", "FAI", "--f", "mean attention the token receives from later ones, global heads"),
-    Signal("gamma", "γ", "--g", "the factor on the token's advantage; 1 is no amplification"),
+    Signal("gamma", "γ", "--g", "the factor on the token's advantage; 1 is no amplification", low=1.0),
     Signal("entropy", "entropy", "--e", "of the distribution the token was drawn from, in nats"),
 )
 
@@ -127,13 +127,7 @@ def load_run(run_dir: Path) -> Run:
 
 def render(run: Run) -> str:
     """The page of a run as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment(TEMPLATES)
     curves = draw_curves(run.records, MAIN_CURVES, PEAK_ALPHA)
     seconds = draw_seconds(run.records)
     sampled = {
@@ -192,7 +186,7 @@ def format_duration(seconds: float) -> str:
 def _response(row: Mapping[str, Any]) -> Response:
     texts = [str(token) for token in row["tokens"][:MAX_TOKENS_PER_SAMPLE]]
     signals = {signal: _signal_values(row, signal.key) for signal in SIGNALS}
-    strengths = {signal: _strengths(signal.key, values) for signal, values in signals.items()}
+    strengths = {signal: token_strengths(values, signal.low) for signal, values in signals.items()}
     tokens = []
     for i, text in enumerate(texts):
         style = ";".join(
@@ -225,23 +219,6 @@ def _signal_values(row: Mapping[str, Any], key: str) -> list[float]:
     if len(values) != len(row["tokens"]):
         raise ValueError(f"a sample has {len(row['tokens'])} tokens but {len(values)} values of {key}")
     return [float(value) if _finite(value) else math.nan for value in values]
-
-
-def _strengths(key: str, values: Sequence[float]) -> list[float]:
-    """Values → strength of the colour in [0, 1]; NaN stays NaN.
-
-    γ runs from 1 (none) to the response's largest. The others run from the response's smallest value to its
-    95th percentile, because a few tokens, the first of a response above all, have many times the others' FAI.
-    """
-    defined = sorted(value for value in values if not math.isnan(value))
-    if not defined:
-        return list(values)
-    low, high = (1.0 if key == "gamma" else defined[0]), defined[-1]
-    percentile_95 = defined[math.ceil(0.95 * len(defined)) - 1]
-    if key != "gamma" and percentile_95 > low:
-        high = percentile_95
-    width = high - low if high > low else 1.0
-    return [value if math.isnan(value) else min(max((value - low) / width, 0.0), 1.0) for value in values]
 
 
 def _format_signal(value: float) -> str:

@@ -22,7 +22,6 @@ from rhythm.analysis.figures import (
     heads_figure,
     rhythm_figure,
     shown,
-    strength,
     table1_latex,
     table2_latex,
     tokens_figure,
@@ -188,24 +187,12 @@ def test_latex_tables_hold_the_papers_numbers(invented: Invented) -> None:
     first = table1_latex(analysis.table1)
     assert r"Mean Jaccard similarity & 0.534 & 0.631 \\" in first
     assert r"Pr(Top $<$ Bottom) & 87.1\% &  \\" in first
-    second = table2_latex(analysis.table2)
+    second = table2_latex(analysis.table2, analysis.p_floor)
     assert r"\toprule" in second
     row = r"FAI peak follows or coincides with WAAD peak & 36.9\% & 38.0\% & 52.5\% & +42.5\% & $-$10.0\% to 60.0\% & "
-    assert row + r"+38.2\% & 0.0340 \\" in second
+    assert row + r"+38.2\% & 0.034 \\" in second
+    assert r"+49.6\% & $\le$ 0.001 \\" in second  # the floor of 999 permutations
     assert "−" not in first + second
-
-
-def test_strength_by_hand() -> None:
-    # Of 40 values 0…39 the 95th percentile is the 38th, 37; what is above is full.
-    values = [float(i) for i in range(40)]
-    drawn = strength([*values, math.nan])
-    assert drawn[0] == 0.0
-    assert drawn[37] == drawn[39] == 1.0
-    assert drawn[1] == pytest.approx(1 / 37)
-    assert math.isnan(drawn[40])
-    assert strength([1.0, 1.0, 1.5], low=1.0) == [0.0, 0.0, 1.0]
-    assert strength([2.0, 2.0]) == [0.0, 0.0]
-    assert [math.isnan(x) for x in strength([math.nan])] == [True]
 
 
 def test_unknown_keys_are_named(response: ResponseResult) -> None:

@@ -19,6 +19,7 @@ from rhythm.analysis import AnalysisConfig, analyze
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.observation import Observation, observe_response
 from rhythm.analysis.results import Analysis
+from rhythm.analysis.rows import heads_frame, tokens_frame, trials_frame
 from rhythm.credit.gamma import credit_weights
 from rhythm.tiny.model import build_tokenizer
 
@@ -242,13 +243,13 @@ def test_everything_is_written(analysis: Analysis) -> None:
     tables = {"tokens", "heads", "responses", "table1", "table2", "counterfactuals"}
     assert {f"{name}.csv" for name in tables} | {"report.html", "results.json", "figures/heads.pdf"} <= written
     assert not any(name.endswith(".part") for name in written)
-    tokens = analysis.tokens_frame()
+    tokens = tokens_frame(analysis)
     assert len(tokens) == 9 * sum(OF_ALL)
     onsets = tokens[tokens["waad_peak"]]
     assert (onsets["text"] == ONSET).all()
-    assert len(analysis.trials_frame()) == 3 * 2 * 3 * 2  # responses, groups, positions, candidates
+    assert len(trials_frame(analysis)) == 3 * 2 * 3 * 2  # responses, groups, positions, candidates
     assert analysis.table1 is not None
     assert (analysis.table1.top_trials, analysis.table1.bottom_trials) <= (18, 18)
-    heads = analysis.heads_frame()
+    heads = heads_frame(analysis)
     assert heads["global"].sum() == 3
     assert len(heads) == LAYERS * HEADS

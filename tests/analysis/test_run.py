@@ -17,7 +17,7 @@ import rhythm.analysis.run as run_module
 from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, read_analysis
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.results import read_json, response_path, write_json
-from rhythm.analysis.rows import not_run
+from rhythm.analysis.rows import not_run, table1_frame, table2_frame, tokens_frame
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 CONFIG = AnalysisConfig.model_validate(
@@ -75,7 +75,7 @@ def test_interrupted_and_resumed_it_comes_out_the_same(
     passes.clear()
     again = analyze(model, tokenizer, PROBLEMS, out=out, config=CONFIG, page=False)
     assert len(passes) == 1
-    assert again.table2_frame().equals(whole.table2_frame())
+    assert table2_frame(again).equals(table2_frame(whole))
     assert read_analysis(out).names == NAMES
 
 
@@ -145,7 +145,7 @@ def test_a_spreadsheet_runs_nothing_of_the_csv_files(
     with (found.directory / "counterfactuals.csv").open(newline="", encoding="utf-8") as file:
         trials = [row for row in csv.DictReader(file) if row["response"] == "00003-0"]
     assert {(row["continuation"], row["replacement_token"]) for row in trials} == {("'@SUM(1)", "'\t=1")}
-    assert found.tokens_frame().query("response == '00003-0'").text.tolist()[:3] == ["=", "1", "+"]
+    assert tokens_frame(found).query("response == '00003-0'").text.tolist()[:3] == ["=", "1", "+"]
     assert not_run(hostile) == f"'{hostile}"
     assert [not_run(cell) for cell in (-1.5, -2, None, True, "", "a=b")] == [-1.5, -2, None, True, "", "a=b"]
 
@@ -235,7 +235,7 @@ def test_without_counterfactuals(model: Any, tokenizer: Any, tmp_path: Path) -> 
     config = CONFIG.model_copy(update={"counterfactuals": None})
     found = analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=config, page=False)
     assert found.table1 is None
-    assert found.table1_frame().empty
+    assert table1_frame(found).empty
     assert not (found.directory / "table1.csv").exists()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from rhythm.reports.curves import format_number
 from rhythm.reports.run import MAX_TOKENS_PER_SAMPLE, headlines, running_peak_average, write_report
 
 SAMPLE_SIGNALS = ("waad", "fai", "gamma", "entropy")
@@ -336,14 +335,3 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert write_report(run).read_bytes() == first
     names = sorted(path.name for path in run.iterdir())
     assert names == ["config.yaml", "metrics.jsonl", "report.html", "samples"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.0, "0"), (1234.0, "1,234"), (1234.5, "1,234"), (12.34, "12.3"), (0.012345, "0.0123"),
-        (-0.5, "−0.500"), (1.23e-6, "1.23e-06"), (2.5e7, "2.50e+07"), (math.nan, "–"), (math.inf, "∞"),
-    ],
-)  # fmt: skip
-def test_format_number(value: float, text: str) -> None:
-    assert format_number(value) == text

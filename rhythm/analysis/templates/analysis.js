@@ -14,12 +14,12 @@ function element(tag, options = {}, ...children) {
 }
 const svg = (tag, options = {}, ...children) => element(tag, { svg: true, ...options }, ...children);
 
-function number(value) {
+function number(value) { // as format_number of rhythm.reports.format
   if (value === null || value === undefined) return "–";
-  if (value === 0) return "0";
-  const size = Math.abs(value);
-  const text = Number.isInteger(value) && size < 1e6 ? value.toLocaleString("en") : size < 1e-3 || size >= 1e6 ? value.toExponential(1) : value.toPrecision(3);
-  return text.replace("-", "−");
+  const size = Math.abs(value), rounded = Number(size.toPrecision(3)), sign = value < 0 ? "−" : "";
+  if (Number.isInteger(value) && size < 1e6) return sign + size.toLocaleString("en");
+  if (rounded < 1e-3 || rounded >= 1e6) return sign + size.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2");
+  return sign + (rounded >= 1000 ? Math.round(size).toLocaleString("en") : size.toPrecision(3));
 }
 const INSIDE = "·"; // a token that ends inside a character
 const visible = text => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣") || INSIDE;
@@ -28,13 +28,15 @@ function quantile(values, q) { // below the largest, however few there are
   const sorted = Float64Array.from(values).sort();
   return sorted[Math.max(0, Math.min(Math.ceil(q * sorted.length) - 1, sorted.length - 2))];
 }
-// Colour and height run from `low` to `high`: a few tokens, the first above all, have many times the others' FAI.
-function range(key, values, q) {
-  const all = defined(values);
-  if (!all.length) return null;
-  const low = signalOf[key].low ?? all.reduce((a, b) => Math.min(a, b)), top = all.reduce((a, b) => Math.max(a, b));
-  const usual = quantile(all, q);
+// A curve's height runs from `low` to `high`: a few tokens, the first above all, have many times the others' FAI.
+function heights(signal, values) {
+  const all = defined(values), top = all.reduce((a, b) => Math.max(a, b)), low = signal.low ?? 0, usual = quantile(all, .98);
   return { low, high: usual > low && top - low > 2.5 * (usual - low) ? usual : top > low ? top : low + 1, top };
+}
+// A token's colour, by token_scale of rhythm.reports.format.
+function colours(response, key) {
+  const scale = response.scales[key];
+  return scale && { low: scale[0], high: scale[1], top: scale[2] };
 }
 const share = (value, { low, high }) => Math.min(1, Math.max(0, (value - low) / (high - low)));
 
@@ -72,7 +74,7 @@ function showResponse(index) {
 function showSignal(key) {
   state.signal = key;
   const signal = signalOf[key], response = data.responses[state.response], values = response.values[key] ?? [];
-  const to = range(key, values, .95);
+  const to = colours(response, key);
   byId("coloured").style.setProperty("--hue", `var(--${signal.hue})`);
   drawn.forEach((token, i) => {
     const value = values[i] ?? null;
@@ -149,8 +151,7 @@ function caption(hue, name, note) {
 }
 
 function curve(signal, values, peaks) {
-  const to = range(signal.key, values, .98), height = ROW_PX, pad = 5;
-  to.low = signal.low ?? 0;
+  const to = heights(signal, values), height = ROW_PX, pad = 5;
   const x = i => ((i + .5) * layout.step).toFixed(1), y = value => (height - pad - share(value, to) * (height - 2 * pad)).toFixed(1);
   let line = "", area = "", start = null;
   values.forEach((value, i) => {

@@ -1,0 +1,85 @@
+"""What the HTML pages of a run and of an analysis share: templates, how numbers are written, colors of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+OUTLIER = 2.5  # a largest value this many times as far from the lowest as the 95th percentile leaves the scale
+
+
+def template_environment(templates: Path) -> jinja2.Environment:
+    """Templates of a directory: what they print is escaped, and an unknown name is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, of which those before the point are never cut: 0.0123, 1.50, 12.3, 1,234.
+
+    Whole numbers below a million have no point; from a million on, and below a thousandth, 1.23e-06. A negative
+    number begins with "−". NaN is "–".
+    """
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    size = abs(value)
+    rounded = float(f"{size:.2e}")  # 9.996 is 10.0, and not 10.00
+    if size == int(size) and size < 1e6:
+        text = f"{int(size):,}"
+    elif not 1e-3 <= rounded < 1e6:
+        text = f"{size:.2e}"
+    else:
+        text = f"{size:,.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
+    return f"−{text}" if value < 0 else text
+
+
+def format_percent(share: float) -> str:
+    """A share as percent with one decimal; "–" when undefined or infinite."""
+    return f"{100 * share:.1f}%".replace("-", "−") if math.isfinite(share) else "–"
+
+
+def format_p_value(p: float, floor: float = 0.0) -> str:
+    """ "0.034", "< 0.0001"; "–" when undefined.
+
+    Args:
+        floor: the least p-value that the test can give; one that reaches it may be any smaller: "≤ 0.001".
+    """
+    if math.isnan(p):
+        return "–"
+    if p <= floor * (1 + 1e-9):
+        return f"≤ {floor:.2g}"
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def token_scale(values: Sequence[float], low: float | None = None) -> tuple[float, float] | None:
+    """(low, high): the values between which a token's color grows, None if no value is defined (NaN is undefined).
+
+    From `low`, by default the smallest, to the largest. Where the largest is more than OUTLIER times as far from
+    `low` as the 95th percentile, the scale ends at that percentile: a few tokens, the first of a response above all,
+    have many times the others' FAI. The percentile is below the largest value, however few there are.
+    """
+    defined = sorted(value for value in values if not math.isnan(value))
+    if not defined:
+        return None
+    low, high = (defined[0] if low is None else low), defined[-1]
+    usual = defined[max(0, min(math.ceil(0.95 * len(defined)) - 1, len(defined) - 2))]
+    if usual > low and high - low > OUTLIER * (usual - low):
+        high = usual
+    return low, high if high > low else low + 1.0
+
+
+def token_strengths(values: Sequence[float], low: float | None = None) -> list[float]:
+    """Strength of each token's color in [0, 1], by `token_scale`; NaN stays NaN."""
+    scale = token_scale(values, low)
+    if scale is None:
+        return list(values)
+    start, end = scale
+    return [value if math.isnan(value) else min(max((value - start) / (end - start), 0.0), 1.0) for value in values]
