@@ -18,7 +18,7 @@ from typing import Any
 from rhythm.analysis.content_words import content_words
 from rhythm.analysis.counterfactual import CounterfactualConfig
 from rhythm.analysis.page_data import SETS, SIGNALS, heads_data, response_data
-from rhythm.analysis.results import Analysis, Interval, ResponseResult, Table2Row, Trial
+from rhythm.analysis.results import Analysis, Heads, Interval, ResponseResult, Table2Row, Trial
 from rhythm.reports.format import format_number, format_p_value, format_percent, template_environment
 from rhythm.system.writing import replace_file
 
@@ -30,9 +30,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Headline:
+    """A card: what was found, in how many, and what it does not show."""
+
     label: str
     value: str
     note: str
+    caveat: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,15 +115,17 @@ def facts(analysis: Analysis) -> list[str]:
 def headlines(analysis: Analysis) -> list[Headline]:
     """The findings a reader looks for first: the lifts of Table 2, and Table 1's Pr(Top < Bottom)."""
     labels = {
-        "entropy": "Entropy at WAAD peaks, in nats, over chance",
-        "cooccurrence": "Receiver and global FAI peaks together, over chance",
-        "follows": "FAI peaks at or just after WAAD peaks, over chance",
+        "entropy": "Entropy at WAAD peaks, in nats, over permuted ones",
+        "cooccurrence": "Receiver and global FAI peaks together, over permuted ones",
+        "follows": "FAI peaks at or just after WAAD peaks, over permuted ones",
     }
     shown = [
         Headline(
             labels[row.key],
             format_lift(row.permuted_lift),
-            f"{_observed(row, row.observed)} against {_observed(row, row.permuted)}; p {_compared(row.p_value, analysis.p_floor)}",
+            f"{_observed(row, row.observed)} against {_observed(row, row.permuted)} permuted; "
+            f"{_compared(row.p_value, analysis.p_floor)}",
+            shared_heads_caveat(analysis.heads) if row.key == "cooccurrence" else "",
         )
         for row in analysis.table2
     ]
@@ -129,11 +134,21 @@ def headlines(analysis: Analysis) -> list[Headline]:
             Headline(
                 "Problems where replacing high-FAI tokens changes more",
                 format_percent(table.top_below_bottom),
-                f"Jaccard {format_number(table.top)} against {format_number(table.bottom)}; "
-                f"p {_compared(table.p_value)}",
+                f"Jaccard {format_number(table.top)} against {format_number(table.bottom)}; {_compared(table.p_value)}",
+                "Partly made by position: FAI is higher early in a response, where more is left to change.",
             )
         )
     return shown
+
+
+def shared_heads_caveat(heads: Heads) -> str:
+    """Why receiver and global heads have peaks in common whatever the model has learned; docs/analysis.md has more."""
+    overlap = next(each for each in heads.overlaps if each.name == "receiver")
+    return (
+        "The lift is mostly made by the method: both sets come from one pool and share heads by chance "
+        f"({format_percent(overlap.random)}; here {format_percent(overlap.share)}), and a shared head has the same "
+        "peaks. A small model with random weights shows +50%, too."
+    )
 
 
 def lift_bars(rows: Sequence[Table2Row]) -> list[LiftBar | None]:
@@ -209,8 +224,9 @@ def _observed(row: Table2Row, value: float) -> str:
 
 
 def _compared(p: float, floor: float = 0.0) -> str:
+    """ "p = 0.034", on one line."""
     text = format_p_value(p, floor)
-    return text if text.startswith(("<", "≤")) else f"= {text}"
+    return ("p " if text.startswith(("<", "≤")) else "p = ").replace(" ", "\u00a0") + text.replace(" ", "\u00a0")
 
 
 def _example(response: ResponseResult, trial: Trial, config: CounterfactualConfig) -> Example:

@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const signals = data.signals, signalOf = Object.fromEntries(signals.map(signal => [signal.key, signal]));
 const byId = id => document.getElementById(id);
 const state = { response: 0, signal: signals[0].key, token: null, held: false };
+const TOUCH = matchMedia("(pointer: coarse)");
 const STEP_PX = [3.5, 72], LABEL_PX = 11, LETTER_PX = 6.7, ROW_PX = 58, NONE = 255;
 
 function element(tag, options = {}, ...children) {
@@ -49,6 +50,8 @@ function showResponse(index) {
   byId("previous").disabled = index === 0;
   byId("next").disabled = index === data.responses.length - 1;
   byId("prompt").textContent = response.prompt;
+  byId("prompt").classList.remove("all");
+  foldPrompt();
   byId("outcome").textContent = response.facts.join(" · ");
   const tokens = byId("tokens");
   tokens.replaceChildren();
@@ -71,6 +74,23 @@ function showResponse(index) {
   inspect(null);
 }
 
+// A long prompt fades out after six lines, above a button.
+function foldPrompt() {
+  const prompt = byId("prompt"), all = prompt.classList.contains("all");
+  const cut = !all && prompt.scrollHeight > prompt.clientHeight + 1;
+  prompt.classList.toggle("cut", cut);
+  byId("show-prompt").hidden = !cut && !all;
+  byId("show-prompt").textContent = all ? "show less" : "show all";
+  byId("show-prompt").setAttribute("aria-expanded", all);
+}
+
+// On a phone the buttons scroll sideways, and fade out where there are more.
+function hintAtMore() {
+  const picks = byId("signal-picks"), most = picks.scrollWidth - picks.clientWidth;
+  picks.classList.toggle("more-left", picks.scrollLeft > 1);
+  picks.classList.toggle("more-right", picks.scrollLeft < most - 1);
+}
+
 function showSignal(key) {
   state.signal = key;
   const signal = signalOf[key], response = data.responses[state.response], values = response.values[key] ?? [];
@@ -78,12 +98,14 @@ function showSignal(key) {
   byId("coloured").style.setProperty("--hue", `var(--${signal.hue})`);
   drawn.forEach((token, i) => {
     const value = values[i] ?? null;
+    token.classList.toggle("undefined", value === null);
     if (value === null) token.removeAttribute("style");
     else token.setAttribute("style", `--x:${share(value, to).toFixed(3)}`);
     if (token.style.getPropertyValue("--a")) token.style.removeProperty("--a");
   });
   for (const button of document.querySelectorAll("#signal-picks button")) button.setAttribute("aria-pressed", button.dataset.signal === key);
-  byId("meaning").textContent = `${signal.name}: ${signal.meaning}. No colour: undefined.`;
+  const from = signal.low === null ? "the response's smallest value" : number(signal.low);
+  byId("meaning").textContent = `${signal.name}: ${signal.meaning}.` + (to ? ` The colour grows from ${from} to its ${to.top > to.high ? "95th percentile" : "largest"}.` : "");
   const ramp = byId("ramp");
   ramp.hidden = !to;
   if (to) { ramp.dataset.low = number(to.low); ramp.dataset.high = number(to.high) + (to.top > to.high ? " and above" : ""); }
@@ -97,8 +119,9 @@ function inspect(i, scroll = false) {
   state.token = i;
   const cross = byId("cross"), numbers = byId("numbers"), who = byId("who");
   cross.hidden = i === null;
+  byId("inspector").classList.toggle("chosen", i !== null);
   if (i === null) {
-    numbers.replaceChildren(element("span", { class: "marks" }, "Point at a token or at the curves, or tap, for the numbers. Arrow keys step; a click holds."));
+    numbers.replaceChildren(element("span", { class: "marks" }, TOUCH.matches ? "Tap a token or the curves for the numbers; tap it again to put them away." : "Point at a token or at the curves for the numbers. Arrow keys step; a click holds."));
     who.replaceChildren();
     return;
   }
@@ -107,7 +130,7 @@ function inspect(i, scroll = false) {
   for (const signal of signals) if (response.peaks[signal.key]?.includes(i)) marks.push(`peak of ${signal.name}`);
   if (response.chunks.includes(i)) marks.push("begins a chunk");
   if (response.trials[i]) marks.push(response.trials[i]);
-  if (state.held) marks.push("held");
+  if (state.held && !TOUCH.matches) marks.push("held");
   numbers.replaceChildren(
     element("span", { class: "token" }, visible(response.tokens[i])),
     ...signals.filter(signal => response.values[signal.key]).map(signal =>
@@ -286,9 +309,18 @@ function start() {
   const tokens = byId("tokens"), strip = byId("strip");
   const tokenAt = event => { const token = event.target.closest("i[data-i]"); return token ? Number(token.dataset.i) : null; };
   const positionAt = event => Math.min(drawn.length - 1, Math.max(0, Math.floor((event.clientX - strip.getBoundingClientRect().left) / layout.step)));
-  const click = i => { if (i === null) return; state.held = !(state.held && state.token === i); inspect(i, true); };
+  const click = i => {
+    if (i === null) return;
+    state.held = !(state.held && state.token === i);
+    inspect(state.held || !TOUCH.matches ? i : null, true);
+  };
   tokens.addEventListener("pointerover", event => { const i = tokenAt(event); if (i !== null && !state.held) inspect(i, true); });
-  tokens.addEventListener("click", event => click(tokenAt(event)));
+  tokens.addEventListener("click", event => {
+    click(tokenAt(event));
+    if (state.token === null) return;
+    const hidden = drawn[state.token].getBoundingClientRect().bottom + 8 - byId("inspector").getBoundingClientRect().top;
+    if (hidden > 0) scrollBy(0, hidden); // the numbers don't cover their token
+  });
   strip.addEventListener("pointermove", event => { if (!state.held && event.pointerType === "mouse") inspect(positionAt(event), true); });
   strip.addEventListener("click", event => click(positionAt(event)));
   for (const box of [tokens, byId("plots")]) box.addEventListener("keydown", event => {
@@ -297,13 +329,16 @@ function start() {
     event.preventDefault();
     inspect(Math.min(drawn.length - 1, Math.max(0, (state.token ?? (by > 0 ? -1 : drawn.length)) + by)), true);
   });
+  byId("show-prompt").addEventListener("click", () => { byId("prompt").classList.toggle("all"); foldPrompt(); });
+  byId("signal-picks").addEventListener("scroll", hintAtMore, { passive: true });
   for (const kind of ["local", "global"]) {
     byId(`map-${kind}`).addEventListener("pointermove", event => pointAtMap(event, kind));
     byId(`map-${kind}`).addEventListener("pointerleave", () => { byId(`caption-${kind}`).textContent = mapNote(data.responses[state.response].maps[kind]); });
   }
   showResponse(0);
+  hintAtMore();
   let width = byId("plots").clientWidth;
-  new ResizeObserver(() => { if (byId("plots").clientWidth !== width) { width = byId("plots").clientWidth; drawCurves(); } }).observe(byId("plots"));
+  new ResizeObserver(() => { if (byId("plots").clientWidth !== width) { width = byId("plots").clientWidth; drawCurves(); foldPrompt(); hintAtMore(); } }).observe(byId("plots"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawCurves(); drawMaps(); });
 }
 start();
