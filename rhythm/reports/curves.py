@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from rhythm.reports.format import format_number, format_percent
+from rhythm.reports.intervals import wilson
 
 Record = Mapping[str, float]
 Floats = NDArray[np.float64]
@@ -33,13 +34,13 @@ _PAGE_COLOURS = {
     _OTHER: "var(--other)",
 }
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "rhythm", "font.size": 9, "text.color": _INK}
-_WIDTH_IN, _HEIGHT_IN = 4.4, 2.2
+_WIDTH_IN, _HEIGHT_IN = 3.3, 1.9  # four fit beside one another, in letters that can be read
 
 
 @dataclass(frozen=True)
 class CurveSpec:
-    """One metric and how to draw it. `percent`: it is a share, from 0 to 1. `peak` draws the running-peak average over
-    the values.
+    """One metric and how to draw it. `percent`: it is a share, from 0 to 1. `peak` draws the running-peak average as
+    a thin line over the values.
     """
 
     key: str
@@ -161,23 +162,33 @@ def _draw_curve(records: Sequence[Record], spec: CurveSpec, peak_alpha: float) -
             steps,
             values,
             color=_SERIES,
-            linewidth=1.0 if spec.peak else 1.5,
-            alpha=0.45 if spec.peak else 1.0,
+            linewidth=2.0 if spec.peak else 1.5,
             marker=marker,
             markersize=3,
             markeredgewidth=0,
         )
         if spec.peak:
-            axes.plot(steps, running_peak_average(values, peak_alpha), color=_SERIES, linewidth=2)
+            axes.plot(steps, running_peak_average(values, peak_alpha), color=_SERIES, linewidth=0.8, alpha=0.7)
+        if interval := _interval(records, spec.key, steps, values):
+            axes.fill_between(steps, *interval, color=_SERIES, alpha=0.16, linewidth=0)
         if spec.percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{_tick(100 * value)}%"))
             _stay_within_shares(axes, values[np.isfinite(values)])
         svg = _svg(figure, f"{spec.title} by step")
     last = float(values[np.isfinite(values)][-1])
     each = "each evaluation" if spec.key == "accuracy" else "each step"
-    legend = (("values", each), ("peak", "running peak")) if spec.peak else ()
+    legend: tuple[tuple[str, str], ...] = (("values", each), ("peak", "running peak")) if spec.peak else ()
+    if interval:
+        legend += (("interval", "95% interval"),)
     text = format_percent(last) if spec.percent else format_number(last)
     return Curve(spec.key, spec.title, spec.unit, text, svg, legend)
+
+
+def _interval(records: Sequence[Record], key: str, steps: Floats, values: Floats) -> tuple[Floats, Floats] | None:
+    """Wilson's interval at every step, where the records say of how many instances the metric is the share."""
+    counts = {record["step"]: record.get(f"{key}_instances", math.nan) for record in records}
+    bounds = np.array([wilson(value, counts[step]) for step, value in zip(steps, values, strict=True)])
+    return (bounds[:, 0], bounds[:, 1]) if np.isfinite(bounds).any() else None
 
 
 def _series(records: Sequence[Record], key: str) -> tuple[Floats, Floats]:
@@ -211,7 +222,7 @@ def _stay_within_shares(axes: Axes, shares: Floats) -> None:
 
 
 def _tick(value: float) -> str:
-    return f"{value:.6g}".replace("-", "−")
+    return f"−{-value:.6g}" if value < 0 else f"{value:.6g}"
 
 
 def _svg(figure: Figure, label: str) -> str:
@@ -225,6 +236,7 @@ def _svg(figure: Figure, label: str) -> str:
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # matplotlib's names repeat from figure to figure
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)  # as newer matplotlibs write it
     view_box = re.search(r'viewBox="[^"]*"', svg)
     if view_box is None:
         raise ValueError("matplotlib wrote an SVG without a viewBox")

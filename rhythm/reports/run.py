@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -23,6 +23,7 @@ from rhythm.reports.curves import (
     running_peak_average,
 )
 from rhythm.reports.format import format_number, format_percent, template_environment, token_strengths
+from rhythm.reports.intervals import difference, wilson
 from rhythm.system.writing import replace_file
 
 __all__ = ["Run", "headlines", "load_run", "running_peak_average", "write_report"]
@@ -147,28 +148,49 @@ def render(run: Run) -> str:
 
 def headlines(records: Sequence[Record]) -> list[Headline]:
     """The numbers a reader looks for first; one that the records do not hold is "–"."""
-    evaluated = [(int(row["step"]), row["accuracy"]) for row in records if _defined(row, "accuracy")]
-    start = evaluated[0][1] if evaluated and evaluated[0][0] == 0 else math.nan
-    last_step, final = evaluated[-1] if evaluated and evaluated[-1][0] > 0 else (0, math.nan)
-    best_step, best = max(evaluated, key=lambda pair: pair[1], default=(0, math.nan))
+    evaluated = [row for row in records if _defined(row, "accuracy")]
+    first = evaluated[0] if evaluated and evaluated[0]["step"] == 0 else {}
+    last = evaluated[-1] if evaluated and evaluated[-1]["step"] > 0 else {}
+    best = max(evaluated, key=lambda row: row["accuracy"], default={})
+    start, final = (row.get("accuracy", math.nan) for row in (first, last))
+    counts = [row.get("accuracy_instances", math.nan) for row in (first, last)]
     phases = {phase: _total(records, f"seconds_{phase}") for phase in ("rollout", "attention", "training")}
     wall = _total(records, "seconds_total")
     if math.isnan(wall):
         wall = sum(seconds for seconds in phases.values() if not math.isnan(seconds)) or math.nan
-    lift = 100 * (final - start)
-    lift_text = "–" if math.isnan(lift) else f"{lift:+.1f}".replace("-", "−")
     return [
-        Headline("Accuracy at the start", format_percent(start), "held out, step 0"),
+        Headline("Accuracy at the start", format_percent(start), _note("held out, step 0", first)),
         Headline(
             "Final accuracy",
             format_percent(final),
-            f"best {format_percent(best)} at step {best_step}" if last_step else "",
+            _note(f"best {format_percent(best['accuracy'])} at step {int(best['step'])}", last) if last else "",
         ),
-        Headline("Lift", lift_text, "points over the start"),
+        Headline(
+            "Lift",
+            _points(final - start),
+            "; ".join(["points over the start", *_interval(difference(start, final, *counts), _points)]),
+        ),
         Headline("Steps", format_number(max(record["step"] for record in records))),
         Headline("Wall time", format_duration(wall), "sum over the steps"),
         Headline("Attention", format_percent(phases["attention"] / wall), "share of the wall time"),
     ]
+
+
+def _note(text: str, record: Record) -> str:
+    """What to say below an accuracy: its 95 % interval, if the record says of how many instances it is the share."""
+    count = record.get("accuracy_instances", math.nan)
+    interval = _interval(wilson(record.get("accuracy", math.nan), count), format_percent)
+    return "; ".join([text, *(f"{each} of {format_number(count)} instances" for each in interval)])
+
+
+def _interval(interval: tuple[float, float], form: Callable[[float], str]) -> list[str]:
+    """["95% interval 1 to 2"]; empty where undefined."""
+    return [] if math.isnan(sum(interval)) else [f"95% interval {form(interval[0])} to {form(interval[1])}"]
+
+
+def _points(share: float) -> str:
+    """A difference of shares in points: +3.1, −10.0; "–" when undefined."""
+    return "–" if math.isnan(share) else f"{100 * share:+.1f}".replace("-", "−")
 
 
 def format_duration(seconds: float) -> str:

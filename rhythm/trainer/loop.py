@@ -212,6 +212,7 @@ class _Trainer:
             step=state.step,
         )
         record["accuracy"] = scored.accuracy
+        record["accuracy_instances"] = float(len(scored.rewards))
         if config.evaluation.samples:
             lines = sample_lines(
                 self.engines,

@@ -159,6 +159,59 @@ def test_the_accuracys_axis_stays_within_0_and_100_percent(accuracy: float, tmp_
     assert all(0 <= tick <= 100 for tick in ticks)
 
 
+def test_accuracies_have_intervals_where_their_instances_are_known() -> None:
+    """Wilson's for 25 and 50 of 100, and Newcombe's for the lift; runs of older versions don't say how many."""
+    metrics: list[dict[str, Any]] = [
+        {"step": 0, "accuracy": 0.25, "accuracy_instances": 100.0},
+        {"step": 1, "accuracy": 0.6, "accuracy_instances": 100.0},
+        {"step": 2, "accuracy": 0.5, "accuracy_instances": 100.0},
+    ]
+    notes = {headline.label: headline.note for headline in headlines(metrics)}
+    assert notes["Accuracy at the start"] == "held out, step 0; 95% interval 17.5% to 34.3% of 100 instances"
+    assert notes["Final accuracy"] == "best 60.0% at step 1; 95% interval 40.4% to 59.6% of 100 instances"
+    assert notes["Lift"] == "points over the start; 95% interval +11.6 to +37.2"
+    without = {headline.label: headline.note for headline in headlines(METRICS)}
+    assert without["Accuracy at the start"] == "held out, step 0"
+    assert without["Lift"] == "points over the start"
+
+
+def test_letters_of_curves_are_the_pages(page: Page) -> None:
+    styles = [element.attributes["style"] or "" for element in page.all("text")]
+    assert len(styles) > 20
+    assert all("DejaVu" not in style and "system-ui" in style for style in styles)
+
+
+def test_the_measured_line_is_bold_and_its_running_peak_thin(tmp_path: Path) -> None:
+    metrics = [
+        {"step": step, "accuracy": value, "accuracy_instances": 50.0} for step, value in enumerate([0.2, 0.8, 0.1])
+    ]
+    path = write_report(write_run(tmp_path / "run", metrics, []))
+    html = path.read_text()
+    lines = drawn_lines(html)
+    widths = [float(x) for x in re.findall(r"stroke: var\(--series\)[^\"]*?stroke-width: ([\d.]+)", html)]
+    assert lines[0][2] > lines[0][0] > lines[0][1]  # the measured values come first, and fall; y points down
+    assert lines[1][0] > lines[1][1] >= lines[1][2]
+    assert widths[0] == 2
+    assert widths[1] < 1
+    legend = [element for element in read_page(path).all("span") if element.classes() in (["values"], ["peak"])]
+    assert [(element.classes()[0], element.text) for element in legend] == [
+        ("values", "each evaluation"),
+        ("peak", "running peak"),
+    ]
+
+
+def test_the_accuracys_band_is_its_interval(tmp_path: Path) -> None:
+    """Read back from the SVG, on the scale that the line gives: 0.2 and 0.8 of 50 instances."""
+    metrics = [{"step": step, "accuracy": value, "accuracy_instances": 50.0} for step, value in enumerate([0.2, 0.8])]
+    html = write_report(write_run(tmp_path / "run", metrics, [])).read_text()
+    line = drawn_lines(html)[0]
+    ((name, offset),) = re.findall(r'href="#(\w+)" x="0" y="([\d.]+)" style="fill: var\(--series\); fill-opacity', html)
+    (band,) = re.findall(rf'<path id="{name}" d="([^"]*)"', html)
+    ys = [float(offset) + float(y) for _, y in re.findall(r"([-\d.]+) ([-\d.]+)", band)]
+    shares = sorted({round(0.2 + 0.6 * (line[0] - y) / (line[0] - line[1]), 3) for y in ys})
+    assert shares == pytest.approx([0.1124, 0.3304, 0.6696, 0.8876], abs=2e-3)
+
+
 def test_headlines_without_an_evaluation_are_dashes() -> None:
     values = {headline.label: headline.value for headline in headlines([{"step": 1, "reward": 0.5}])}
     assert values["Accuracy at the start"] == values["Final accuracy"] == values["Lift"] == "–"

@@ -36,11 +36,13 @@ def test_inline_and_separate_give_the_same_run(small_config: Configure, tmp_path
     """γ from the old-log-prob pass and γ from a pass of its own: same γ, so the same losses and rewards."""
     results = []
     for source in ("inline", "separate"):
-        summary = run(small_config(f"runs_dir={tmp_path}", f"name={source}", f"signals.source={source}", "steps=3"))
+        names = (f"runs_dir={tmp_path}", f"name={source}", f"signals.source={source}")
+        summary = run(small_config(*names, "steps=3", "evaluation.instances=9"))
         results.append(rows(summary.run_dir))
     for inline, separate in zip(*results, strict=True):
         for key in ("reward", "loss", "gamma_mean", "gamma_share", "waad_mean", "fai_mean", "accuracy"):
             assert inline.get(key) == separate.get(key), key
+    assert [row.get("accuracy_instances") for row in results[0]] == [9, None, 9, 9]  # where it was evaluated
     assert 0 < results[0][1]["amplified_fraction"] < 1
     assert results[0][1]["gamma_mean"] > 1
 
