@@ -115,6 +115,8 @@ def test_the_page_colours_tokens_by_the_shared_scale(browser: webdriver.Chrome, 
 def test_a_column_of_lines_has_a_title(browser: webdriver.Chrome, invented: Invented) -> None:
     open_page(browser, invented())
     assert texts(browser, "#table-2 th")[3:6] == ["lift", "no lift = line", "permuted"]
+    # A phone shows no head of the table, but each cell's own.
+    assert attributes(browser, "#table-2 td:has(.lift)", "data-of") == ["no lift = line"] * 3
 
 
 def test_buttons_on_a_phone_fade_where_there_are_more(browser: webdriver.Chrome, invented: Invented) -> None:
