@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -10,6 +11,8 @@ from rhythm.analysis.counterfactual import CounterfactualConfig
 from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.system.renamed import renamed_keys
+
+SAMPLING = SamplingConfig(temperature=0.7)
 
 
 class PeaksConfig(BaseModel, extra="forbid", frozen=True):
@@ -44,11 +47,9 @@ class Table2Config(BaseModel, extra="forbid", frozen=True):
 
 
 class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
-    """Settings of rhythm-analyze."""
+    """What decides the results of an analysis; a directory is continued with the same alone."""
 
-    sampling: SamplingConfig = Field(
-        default=SamplingConfig(temperature=0.7), description="how responses are generated, where a row has none"
-    )
+    sampling: SamplingConfig = Field(default=SAMPLING, description="how responses are generated, where a row has none")
     responses_per_problem: int = Field(default=1, ge=1, description="responses generated to each problem")
     problems_at_once: int = Field(default=8, ge=1, description="problems whose responses are generated together")
     signals: SignalsConfig = Field(
@@ -74,6 +75,12 @@ class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
         if said := renamed_keys(values, {"pool": "signals.layers"}):
             raise ValueError(said)
         return values
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _keeps_our_temperature(cls, value: object) -> object:
+        """A section that sets other keys alone has the temperature above, not training's."""
+        return {"temperature": SAMPLING.temperature, **value} if isinstance(value, Mapping) else value
 
     @field_validator("signals")
     @classmethod

@@ -1,19 +1,23 @@
-"""A configuration file and `key=value` overrides → a checked TrainConfig, or an error that names the key."""
+"""A configuration file and `key=value` overrides → a checked configuration, or an error that names the key."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import reprlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rhythm.cli.config_keys import Key, config_keys, sections
-from rhythm.trainer.config import TaskConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from rhythm.trainer.config import TrainConfig
+
+C = TypeVar("C", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -78,31 +82,72 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """`read_config` for a training run; the keys of `task.options` are those of the task that is named."""
+    from rhythm.trainer.config import TaskConfig, TrainConfig  # here: an analysis is configured without the trainer
+
+    def with_the_task(values: Mapping[str, Any]) -> TrainConfig:
+        task = values.get("task")
+        name = task.get("name", "countdown") if isinstance(task, Mapping) else "countdown"
+        try:
+            return TrainConfig(task=TaskConfig(name=name))
+        except ValidationError:
+            return TrainConfig()
+
+    return read_config(TrainConfig, path, overrides, like=with_the_task)
+
+
+def read_config(
+    kind: type[C],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    given: Mapping[str, Any] | None = None,
+    like: Callable[[Mapping[str, Any]], C] | None = None,
+    placeholders: bool = False,
+) -> C:
     """The file's configuration with `key=value` overrides (dotted keys, values in YAML), checked as a whole.
 
+    Args:
+        kind: the configuration's class.
+        path: a YAML file; None: the overrides alone.
+        given: top-level keys and their values as they are, over all else.
+        like: of the values as they were read, a configuration with all keys that can be set; None: they are those of
+            `kind`, whatever the values.
+        placeholders: keys that have no default and no value are `…`, for --help.
+
     Raises ConfigError: no such file, not YAML, an override without `=`, an unknown key (the nearest known one
-    is named), a value that is not allowed.
+    is named), a value that is not allowed, a key that must be given and is not.
     """
-    values = _parse(_read(path), str(path))
+    values = {} if path is None else _parse(_read(path), str(path))
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path}: must hold keys and values, got {type(values).__name__}")
     values = values or {}
     for override in overrides:
         key, separator, value = override.partition("=")
         if not (separator and key):
-            raise ConfigError(f"{override!r}: an override is written key=value, for example optimizer.lr=1e-5")
+            raise ConfigError(f"{override!r}: an override is written key=value, for example seed=1")
         _put(values, key, _parse(value, _cut(override)))
-    keys = _known_keys(values)
+    values |= given or {}
+    keys = list(config_keys(example(kind) if like is None else like(values)))
     if wrong := list(_wrong_numbers(values, keys)):
         raise ConfigError("\n".join(wrong))
     try:
-        return TrainConfig.model_validate(values)
+        return example(kind, values) if placeholders else kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error, keys))) from error
 
 
-def dump_config(config: TrainConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+def example(kind: type[C], values: Mapping[str, Any] | None = None) -> C:
+    """A configuration of these values and of defaults; keys that have neither are `…`.
+
+    Raises pydantic's ValidationError for values that are not allowed.
+    """
+    needed = {name: "…" for name, field in kind.model_fields.items() if field.is_required()}
+    return kind.model_validate(needed | dict(values or {}))
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved configuration as YAML that `read_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -141,16 +186,6 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _known_keys(values: Mapping[str, Any]) -> list[Key]:
-    """All keys; the options are those of the task that `values` names, if there is such a task."""
-    task = values.get("task")
-    name = task.get("name", "countdown") if isinstance(task, Mapping) else "countdown"
-    try:
-        return list(config_keys(TrainConfig(task=TaskConfig(name=name))))
-    except ValidationError:
-        return list(config_keys())
-
-
 def _wrong_numbers(values: Mapping[str, Any], keys: list[Key]) -> Iterator[str]:
     """A line for each number that pydantic would take as another: true is no 1; or that no tensor can hold."""
     for key in keys:
@@ -181,6 +216,8 @@ def _explain(error: ValidationError, keys: list[Key]) -> list[str]:
             line = f"{_cut(dotted)}: unknown key{_nearest(dotted, keys) if suggestions <= MAX_SUGGESTIONS else ''}"
         elif path is not None and len(parts) > path.count(".") + 1:
             line = f"{path}: must be {kinds[path]}"
+        elif fault["type"] == "missing":
+            line = f"{dotted}: must be given: {dotted}=… ({kinds.get(dotted, 'a section')})"
         elif path is not None and fault["type"] != "value_error":
             line = f"{path} is {_short.repr(fault['input'])}: {message[0].lower()}{message[1:]} ({kinds[path]})"
         else:

@@ -1,7 +1,8 @@
-"""Every key of a run's configuration with its type, default and meaning, taken from the typed models."""
+"""Every key of a configuration with its type, default and meaning, taken from the typed models."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 import types
 import typing
@@ -12,8 +13,6 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel
-
-from rhythm.trainer.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,8 @@ class Key:
     meaning: str
 
 
-def config_keys(config: BaseModel | None = None, prefix: str = "") -> Iterator[Key]:
-    """Every key, section by section; the defaults, and the task whose options count, are `config`'s."""
-    config = TrainConfig() if config is None else config
+def config_keys(config: BaseModel, prefix: str = "") -> Iterator[Key]:
+    """Every key, section by section; the defaults, and the class of each section, are `config`'s."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if (section := _section(field.annotation)) is not None:
@@ -45,10 +43,11 @@ def sections(keys: list[Key]) -> list[str]:
 
 
 def describe(keys: list[Key], width: int = 100) -> str:
-    """Two lines a key: `path  kind = default`, and its meaning below."""
+    """Two lines a key: `path  kind = default`, and its meaning below. A default of more characters is cut off."""
     lines = []
     for key in keys:
-        lines.append(f"  {key.path}  {key.kind} = {key.default}")
+        default = key.default if len(key.default) <= width else f"{key.default[:width]} …"
+        lines.append(f"  {key.path}  {key.kind} = {default}")
         lines += textwrap.wrap(key.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
@@ -83,4 +82,5 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 def _inline(config: BaseModel, name: str) -> str:
     value = config.model_dump(mode="json", include={name})[name]
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()

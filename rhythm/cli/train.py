@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
+from rhythm.cli.arguments import command_parser, config_and_overrides
 from rhythm.cli.config_file import ConfigError, dump_config, load_config
 from rhythm.cli.config_keys import config_keys, describe
-from rhythm.cli.failures import EXIT_CODES, ErrorConsole, ExitCode, command, show
+from rhythm.cli.failures import ErrorConsole, ExitCode, command, show
 from rhythm.engines.parity import ParityError
 from rhythm.trainer.checkpoint import DamagedCheckpointError
 from rhythm.trainer.cluster_engines import plan
@@ -40,14 +41,15 @@ _FAILURES: dict[type[Exception], ExitCode] = {
 @command("rhythm-train", _FAILURES)
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code, as `ExitCode` says."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
+    path, overrides = config_and_overrides(arguments.words)
     sys.path.append(str(Path.cwd()))  # for a task of one's own; last, so that nothing there shadows an installed module
     if arguments.help:
-        show(_help(arguments.config, arguments.overrides))
+        show(_help(path, overrides))
         return ExitCode.DONE
-    if arguments.config is None:
+    if path is None:
         raise ConfigError("no configuration given: rhythm-train CONFIG, or rhythm-train --help")
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(path, overrides)
     if arguments.dry_run:
         show(_dry_run(config))
         return ExitCode.DONE
@@ -74,16 +76,17 @@ def _train(config: TrainConfig, *, resume: bool) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rhythm-train",
-        usage="rhythm-train CONFIG [key=value …] [--resume] [--dry-run]",
-        description="Train a policy with GRPO, its token credit taken from attention statistics.",
-        add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EXIT_CODES,
+    parser = command_parser(
+        "rhythm-train",
+        "CONFIG [key=value …] [--resume] [--dry-run]",
+        "Train a policy with GRPO, its token credit taken from attention statistics.",
     )
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, for example optimizer.lr=1e-5")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG key=value",
+        help="a YAML file; overrides, for example optimizer.lr=1e-5",
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in its directory, or start it there")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, batch sizes and a cluster's plan"
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _help(path: Path | None, overrides: Sequence[str]) -> str:
     """With a configuration: its values as defaults, and the options of its task."""
-    config = None if path is None else load_config(path, overrides)
+    config = TrainConfig() if path is None else load_config(path, overrides)
     source = "defaults" if path is None else f"values of {path}"
     keys = describe(list(config_keys(config)))
     return f"{_parser().format_help()}\nkeys of the configuration, their types and {source}:\n{keys}"

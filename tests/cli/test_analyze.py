@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import transformers
 
+from rhythm.analysis import AnalysisConfig
 from rhythm.cli import analyze as command
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 SHAPE = {"hidden_size": 32, "mlp_size": 32, "query_heads": 4, "key_heads": 2, "head_size": 8, "max_positions": 128}
-QUICK = ["--permutations", "19", "--positions", "1", "--candidates", "1", "--horizon", "2,6", "--max-new-tokens", "14"]
+QUICK = """
+table2: {permutations: 19}
+counterfactuals: {positions: 1, candidates: 1}
+signals: {horizon: [2, 6]}
+sampling: {max_new_tokens: 14}
+"""
 
 
 def checkpoint(directory: Path, layers: int = 3) -> str:
@@ -28,7 +34,9 @@ def prompts(directory: Path, *rows: dict[str, str]) -> str:
 
 
 def run(model: str, prompts: str, out: Path, *options: str) -> int:
-    return command.main(["--model", model, "--prompts", prompts, "--out", str(out), *QUICK, *options])
+    quick = out.parent / "quick.yaml"
+    quick.write_text(QUICK, encoding="utf-8")
+    return command.main([str(quick), f"model={model}", f"prompts={prompts}", f"out={out}", *options])
 
 
 def test_a_report_and_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,10 +48,18 @@ def test_a_report_and_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     settings = json.loads((out / "settings.json").read_text())
     assert settings["signals"]["horizon"] == [2, 6]
     assert settings["counterfactuals"]["positions"] == 1
+    assert settings["sampling"]["temperature"] == 0.7, "the section sets another key alone"
+    assert set(settings) == {"version", "weights", "model", *AnalysisConfig.model_fields}
     assert json.loads((out / "results.json").read_text())["names"] == ["00001-0", "00002-0"]
     before = (out / "report.html").read_bytes()
     assert run(model, file, out) == 0
     assert (out / "report.html").read_bytes() == before
+    assert run(model, file, out, "signals.window=7", "seed=3") == command.BAD_INPUT
+    errors = capsys.readouterr().err
+    assert "which holds an analysis with another seed, signals.window; name another directory" in errors
+    assert f"2 finished responses stay in {out}" in errors
+    # What decides no result may change from one call to the next.
+    assert run(model, file, out, "device=cpu", "keep_going=true") == 0
 
 
 def test_what_can_not_go_on_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,22 +83,19 @@ def test_what_can_not_go_on_says_why(tmp_path: Path, capsys: pytest.CaptureFixtu
     transformers.BertLMHeadModel(bert_config).save_pretrained(bert)
     build_tokenizer().save_pretrained(bert)
     assert "bidirectional attention" in refused(str(bert), good)
-    assert "sampling.temperature: Input should be greater than or equal to 0" in refused(
-        model, good, "--temperature", "-1"
-    )
-    assert "device" in refused(model, good, "--device", "tpu9")
+    assert "device" in refused(model, good, "device=tpu9")
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_rows_and_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoint(tmp_path / "model")
     file = prompts(tmp_path, {"prompt": "1,2,3>6:"}, {"prompt": "1>1:", "response": "1=1," * 40})
-    options = ["--problems-at-once", "1"]
+    options = ["problems_at_once=1"]
     assert run(model, file, tmp_path / "out", *options) == command.BAD_INPUT
     errors = capsys.readouterr().err
     assert "rhythm-analyze: row 2: the prompt and response 1 have 165 tokens together" in errors
     assert f"1 finished response stays in {tmp_path / 'out'}" in errors
-    assert run(model, file, tmp_path / "out", *options, "--keep-going") == 0
+    assert run(model, file, tmp_path / "out", *options, "keep_going=true") == 0
     assert "left out: row 2:" in capsys.readouterr().err
 
 
@@ -91,7 +104,7 @@ def test_vllm_is_asked_for_by_name(
 ) -> None:
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     file = prompts(tmp_path, {"prompt": "1,2,3>6:"})
-    assert run(checkpoint(tmp_path / "model"), file, tmp_path / "out", "--engine", "vllm") == command.BAD_INPUT
+    assert run(checkpoint(tmp_path / "model"), file, tmp_path / "out", "engine=vllm") == command.BAD_INPUT
     assert "vLLM is not installed" in capsys.readouterr().err
 
 
@@ -102,9 +115,9 @@ def test_vllm_generates_what_transformers_would(tmp_path: Path) -> None:
     shape = TinyModelConfig(layers=3, hidden_size=64, mlp_size=64, query_heads=4, key_heads=2, head_size=32)
     save_checkpoint(build_model(shape, tokenizer), tokenizer, tmp_path / "model")
     file = prompts(tmp_path, {"prompt": "1,2,3>6:"}, {"prompt": "4,5>9:"})
-    options = ["--temperature", "0", "--engine"]
-    assert run(str(tmp_path / "model"), file, tmp_path / "transformers", *options, "transformers") == 0
-    assert run(str(tmp_path / "model"), file, tmp_path / "vllm", *options, "vllm", "--vllm-kv-cache", "0.0625") == 0
+    greedy = "sampling.temperature=0"
+    assert run(str(tmp_path / "model"), file, tmp_path / "transformers", greedy) == 0
+    assert run(str(tmp_path / "model"), file, tmp_path / "vllm", greedy, "engine=vllm", "vllm.kv_cache_gib=0.0625") == 0
     texts = [
         [
             json.loads(path.read_text())["tokens"]["texts"]
@@ -115,24 +128,3 @@ def test_vllm_generates_what_transformers_would(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
     assert len(texts[0]) == 2
     assert all(texts[0])
-
-
-@pytest.mark.parametrize(
-    ("text", "horizon"),
-    [("2,10", [2, 10]), ("5,", [5, None]), ("end", [1, None]), ("paper", [10, 50]), ("revised", [10, 100])],
-)
-def test_horizons(text: str, horizon: list[int | None]) -> None:
-    arguments = command._parser().parse_args(["--model", "m", "--prompts", "p", "--out", "o", "--horizon", text])
-    assert list(command._config(arguments).signals.horizon) == horizon
-
-
-@pytest.mark.parametrize("text", ["2", "a,b", "2,x"])
-def test_bad_horizons(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        command._parser().parse_args(["--model", "m", "--prompts", "p", "--out", "o", "--horizon", text])
-    assert "argument --horizon" in capsys.readouterr().err
-
-
-def test_defaults_are_those_of_the_configuration() -> None:
-    arguments = command._parser().parse_args(["--model", "m", "--prompts", "p", "--out", "o"])
-    assert command._config(arguments) == command.AnalysisConfig()

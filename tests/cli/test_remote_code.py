@@ -1,4 +1,4 @@
-"""A checkpoint with Python code of its own: it runs only where the key or flag says so, whatever stdin answers."""
+"""A checkpoint with Python code of its own: it runs only where the key says so, whatever stdin answers."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def train(checkpoint: Path, *overrides: str, cwd: Path) -> subprocess.CompletedP
 
 def analyze(checkpoint: Path, *options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     (cwd / "prompts.jsonl").write_text('{"prompt": "1,2,3>6:", "response": "1+2=3,3+3=6"}\n')
-    quick = ("--prompts", "prompts.jsonl", "--out", "out", "--no-counterfactuals", "--permutations", "9")
-    return with_yes_on_stdin("analyze", "--model", str(checkpoint), *quick, *options, cwd=cwd)
+    quick = ("prompts=prompts.jsonl", "out=out", "counterfactuals=null", "table2.permutations=9")
+    return with_yes_on_stdin("analyze", f"model={checkpoint}", *quick, *options, cwd=cwd)
 
 
 def test_training_runs_it_only_where_the_key_is_on(checkpoint: Path, mark: Path, tmp_path: Path) -> None:
@@ -98,15 +98,15 @@ def test_training_runs_it_only_where_the_key_is_on(checkpoint: Path, mark: Path,
     assert len((tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_analysis_runs_it_only_where_the_flag_is_given(checkpoint: Path, mark: Path, tmp_path: Path) -> None:
+def test_analysis_runs_it_only_where_the_key_is_on(checkpoint: Path, mark: Path, tmp_path: Path) -> None:
     refused = analyze(checkpoint, cwd=tmp_path)
     assert not mark.exists()
     assert refused.returncode == 2, refused.stderr
     line = refused.stderr.strip()
     assert line.startswith(f"rhythm-analyze: {checkpoint} needs Python code that it brings along")
-    assert "--trust-remote-code" in line
+    assert "set trust_remote_code=true" in line
     assert "\n" not in line
 
-    done = analyze(checkpoint, "--trust-remote-code", cwd=tmp_path)
+    done = analyze(checkpoint, "trust_remote_code=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert mark.read_text() == "executed"

@@ -53,6 +53,12 @@ def test_dry_run_prints_the_resolved_configuration_and_batch_sizes(
     assert list(config.parent.iterdir()) == [config]  # nothing was started
 
 
+def test_options_may_stand_between_the_overrides(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(config), "seed=3", "--dry-run", "steps=7"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert (resolved["seed"], resolved["steps"]) == (3, 7)
+
+
 def test_the_default_batch_is_the_papers() -> None:
     batch = TrainConfig().batch
     assert (batch.batch_size, batch.mini_batch_size, batch.gradient_steps) == (512, 32, 16)
@@ -100,8 +106,9 @@ def test_unreadable_configurations(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert main([str(tmp_path / "list.yaml")]) == 2
     assert "must hold keys and values" in capsys.readouterr().err
-    assert main([]) == 2
-    assert "no configuration given" in capsys.readouterr().err
+    for none in ([], ["steps=3"]):
+        assert main(none) == 2
+        assert "no configuration given" in capsys.readouterr().err
 
 
 def test_a_task_that_cannot_be_built_leaves_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
