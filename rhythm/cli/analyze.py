@@ -197,6 +197,7 @@ def _vllm(config: CommandConfig, model: Any, tokenizer: Any) -> Infer:
         end_ids=ends,
         pad_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         dtype=model.dtype,
+        trust_remote_code=config.trust_remote_code,
     )
 
 
@@ -239,14 +240,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-    _check_checkpoint(directory, trust_remote_code)
-    device, dtype = _placed(device, dtype)
-    loading = loading_options(trust_remote_code)
-    model = load_model(
-        directory,
-        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-        device=device,
-        trust_remote_code=trust_remote_code,
+def _help(arguments: argparse.Namespace) -> str:
+    """With a configuration or overrides: their values as defaults."""
+    config = _config(arguments, placeholders=True)
+    path, _ = config_and_overrides(arguments.words)
+    source = "defaults" if path is None else f"values of {path}"
+    return (
+        f"{_parser().format_help()}\nkeys of the configuration, their types and {source} (… must be given; "
+        f"counterfactuals=null leaves Table 1 out):\n{describe(list(config_keys(config)))}"
+    )
+
+
+def _dry_run(config: CommandConfig) -> str:
+    """YAML, what follows from it in comments. Reads neither weights nor a pipe, and writes nothing."""
+    with refusal_names("set trust_remote_code=true", config.model):
+        model = _check_checkpoint(config.model, config.trust_remote_code)
+    device, dtype = _placed(config.device, config.dtype)
+    return (
+        f"{dump_config(config)}"
+        "# derived\n"
+        f"# model: {model.model_type} on {device}, dtype {dtype}\n"
+        f"# problems: {_problems(config)}\n"
+        f"# out: {_kept(config.out) or f'nothing finished yet in {config.out}'}"
+    )
+
+
+def _problems(config: CommandConfig) -> str:
+    """How many, and of how many responses. Raises ValueError for a row that is none, but with keep_going."""
+    if config.prompts.exists() and not config.prompts.is_file() and not config.prompts.is_dir():
+        return "of a pipe, which is read only once"
+    failures: list[str] = []
+    on_error = (lambda error: failures.append(str(error))) if config.keep_going else None
+    given = [len(problem.responses) for problem in read_problems(config.prompts, on_error)]
+    generated = given.count(0)
+    left_out = f"; left out: {len(failures)}" if failures else ""
+    return (
+        f"{len(given)}; responses: {sum(given)} given, {generated} × {config.responses_per_problem}"
+        f" = {generated * config.responses_per_problem} generated{left_out}"
+    )
 
 
 def _kept(directory: Path) -> str:

@@ -5,7 +5,6 @@ Exit code 0 if the core works: the CPU op runs and agrees with the reference. Ev
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from rhythm.cli.failures import EXIT_CODES, ExitCode, command, show
+from rhythm.cli.arguments import command_parser
+from rhythm.cli.failures import ExitCode, command, show
 from rhythm.ops import backends, reference
 from rhythm.ops.statistics import attention_with_statistics
 
@@ -242,19 +242,22 @@ def _table(findings: Sequence[Finding]) -> Table:
 
 
 @command("rhythm-doctor")
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the findings; exit code 0 if the core works, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="rhythm-doctor",
-        description="What this machine can run, and why not. Exit code 0 if the core works.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EXIT_CODES,
+    parser = command_parser(
+        "rhythm-doctor",
+        "[--json]",
+        "What this machine can run, and why not. Exit code 0 if the core works. There is nothing to configure.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    as_json = parser.parse_args(arguments).json
+    parser.add_argument("--dry-run", action="store_true", help="refused: this command only looks, and changes nothing")
+    parser.add_argument("-h", "--help", action="help", help="print this")
+    arguments = parser.parse_args(argv)
+    if arguments.dry_run:
+        parser.error("--dry-run: this command only looks, and changes nothing; run it without")
     findings = diagnose()
     healthy = is_healthy(findings)
-    if as_json:
+    if arguments.json:
         show(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         console = Console(highlight=False)

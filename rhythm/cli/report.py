@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rhythm.cli.failures import EXIT_CODES, ExitCode, command, show
-from rhythm.reports.run import write_report
+from rhythm.cli.arguments import command_parser
+from rhythm.cli.failures import ExitCode, command, show
+from rhythm.reports.run import load_run, write_report
 
 
 @command("rhythm-report", {ValueError: ExitCode.BAD_INPUT})
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 with the report's path on stdout, or another with the reason on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="rhythm-report",
-        description="Write report.html into a run's directory: curves, and sampled responses with signals.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EXIT_CODES,
+    parser = command_parser(
+        "rhythm-report",
+        "RUN_DIR [--dry-run]",
+        "Write report.html into a run's directory: curves, and sampled responses with signals. It has no\n"
+        "configuration of its own, and draws what the run recorded.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what rhythm-train wrote: runs/<name>")
-    run_dir = parser.parse_args(arguments).run_dir
-    show(str(write_report(run_dir)))
+    parser.add_argument("--dry-run", action="store_true", help="read the run and print what it holds; write nothing")
+    parser.add_argument("-h", "--help", action="help", help="print this")
+    arguments = parser.parse_args(argv)
+    show(_dry_run(arguments.run_dir) if arguments.dry_run else str(write_report(arguments.run_dir)))
     return ExitCode.DONE
+
+
+def _dry_run(run_dir: Path) -> str:
+    """Raises ValueError where there is no run to report on."""
+    run = load_run(run_dir)
+    path = run_dir / "report.html"
+    steps = [int(record["step"]) for record in run.records]
+    responses = sum(map(len, run.samples.values()))
+    return (
+        f"# steps: {steps[0]} to {steps[-1]}, {len(steps)} recorded\n"
+        f"# sampled responses: {responses}, of {len(run.samples)} steps\n"
+        f"# configuration: {'config.yaml' if run.config is not None else 'none'}\n"
+        f"# report: {path} ({'there is one; it would be replaced' if path.exists() else 'new'})"
+    )
 
 
 if __name__ == "__main__":

@@ -99,6 +99,20 @@ def test_json_holds_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(report["findings"][0]) == {"section", "name", "found", "reason", "needed"}
 
 
+def test_a_dry_run_is_refused_with_the_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda: pytest.fail("it looked all the same"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["--dry-run"])
+    assert "rhythm-doctor: error: --dry-run: this command only looks, and changes nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: rhythm-doctor [--json]\n")
+    assert "refused: this command only looks, and changes nothing" in " ".join(shown.split())
+
+
 def test_table_shows_marks_and_reasons(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(
