@@ -14,12 +14,17 @@ from torch import Tensor
 MAX_INT = 2**63 - 1
 
 
-def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> tuple[int, ...]:
-    """The tensor's shape, if it is `shape` (None: any size); else ValueError naming the argument."""
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> tuple[int, ...]:
+    """The tensor's shape, if it is `shape`: numbers must be equal, names ("B", "T") stand for any size.
+
+    Raises ValueError naming the argument: "input_ids has shape [44]; it must be [B, T]".
+    """
     actual = tuple(tensor.shape)
-    if len(actual) != len(shape) or any(want not in (None, have) for want, have in zip(shape, actual, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(actual)}; it must be [{wanted}]")
+    fits = len(actual) == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, actual, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {list(actual)}; it must be [{', '.join(map(str, shape))}]")
     return actual
 
 

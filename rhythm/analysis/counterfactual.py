@@ -125,7 +125,7 @@ def counterfactuals(
     """
     config = config or CounterfactualConfig()
     ids_N = torch.as_tensor(input_ids)
-    (length,) = check_shape("input_ids", ids_N, (None,))
+    (length,) = check_shape("input_ids", ids_N, ("N",))
     check_shape("fai", fai, (length,))
     if not 1 <= prompt_len < length:
         raise ValueError(

@@ -50,7 +50,7 @@ def group_advantages(rewards_B: Tensor, group_B: Tensor, config: AdvantageConfig
         ValueError: shapes that are not [B] each; group_B not of integers; a reward that is not finite.
     """
     config = config or AdvantageConfig()
-    (B,) = check_shape("rewards", rewards_B, (None,))
+    (B,) = check_shape("rewards", rewards_B, ("B",))
     check_shape("group", group_B, (B,))
     if group_B.is_floating_point() or group_B.is_complex():
         raise ValueError(f"group is {group_B.dtype}; it must hold integers")
@@ -94,7 +94,7 @@ def token_advantages(
     """
     if apply_to not in ("nonnegative", "all"):
         raise ValueError(f"apply_to is {apply_to!r}; it must be 'nonnegative' or 'all'")
-    B, T = check_shape("response_mask", response_mask_BT, (None, None))
+    B, T = check_shape("response_mask", response_mask_BT, ("B", "T"))
     check_shape("advantages", advantages_B, (B,))
     check_shape("gamma", gamma_BT, (B, T))
     advantage_B1 = advantages_B.detach().float()[:, None]

@@ -64,7 +64,7 @@ def credit_weights(
     )
     for name, x in (("waad", waad), ("fai", fai), ("entropy", waad if entropy is None else entropy)):
         check_dense(name, x)
-    shape = check_shape("waad", waad, (None,))
+    shape = check_shape("waad", waad, ("T",))
     check_shape("fai", fai, shape)
     if entropy is not None:
         check_shape("entropy", entropy, shape)
@@ -101,7 +101,7 @@ def batch_credit_weights(
     Raises:
         ValueError: a shape that is not [B, T]; signals or entropy missing though the strategy reads them.
     """
-    shape = check_shape("response_mask", response_mask_BT, (None, None))
+    shape = check_shape("response_mask", response_mask_BT, ("B", "T"))
     attention: tuple[Tensor, ...] = ()
     if signals is not None:
         check_shape("signals.waad", signals.waad, shape)

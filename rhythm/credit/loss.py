@@ -122,7 +122,7 @@ def policy_loss(
         ValueError: a shape that is not [B, T]; ref_logprobs or entropy missing.
     """
     config = config or LossConfig()
-    shape = check_shape("response_mask", response_mask_BT, (None, None))
+    shape = check_shape("response_mask", response_mask_BT, ("B", "T"))
     response_BT = response_mask_BT.bool()
     totals = totals or BatchTotals.of(response_BT)
 

@@ -124,7 +124,7 @@ def aggregate(
     Raises:
         ValueError: shapes that do not go together.
     """
-    B, n, T = check_shape("waad", waad_BnT, (None, None, None))
+    B, n, T = check_shape("waad", waad_BnT, ("B", "n", "T"))
     check_shape("fai", fai_BnT, (B, n, T))
     check_shape("span", span_Bn, (B, n))
     check_shape("response_mask", response_mask_BT, (B, T))

@@ -53,11 +53,17 @@ class Layout:
 
 def prompt_lens_tensor(prompt_lens: object, device: torch.device) -> Tensor:
     """prompt_lens as a tensor: tensors as they are, a sequence of integers as int64 on the device."""
-    if isinstance(prompt_lens, Tensor):
+    if isinstance(prompt_lens, Tensor) and prompt_lens.ndim:
         return prompt_lens
-    numbers = list(prompt_lens) if isinstance(prompt_lens, Iterable) and not isinstance(prompt_lens, str) else None
+    several = isinstance(prompt_lens, Iterable) and not isinstance(prompt_lens, (str, Tensor))
+    numbers = list(prompt_lens) if several else None  # type: ignore[call-overload]  # an Iterable
     if numbers is None:
-        raise ValueError(f"prompt_lens is {prompt_lens!r}; it must be int32 or int64 [B], or a sequence of integers")
+        one, example = index(prompt_lens), ""
+        if one is not None:
+            prompt_lens, example = one, f" ([{one}] for one sequence)"
+        raise ValueError(
+            f"prompt_lens is {prompt_lens!r}; it must be int32 or int64 [B], or a sequence of integers{example}"
+        )
     # An entry too low or too high for its sequence is refused by `check_values`, which knows the sequence.
     checked = [integer(f"prompt_lens[{i}]", number, -MAX_INT) for i, number in enumerate(numbers)]
     return torch.tensor(checked, dtype=torch.int64, device=device)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from rhythm.tap.padding import PaddedBatch
 
@@ -73,8 +74,8 @@ class AttentionCall:
         query: [B, H, T, D]; like key, after projection, norm and position embedding.
         key: [B, G, T, D].
         value: [B, V, T, E].
-        mask: None, a 4D mask (bool, or float to be added to the scores), or flash attention's 2D padding
-            mask.
+        mask: None, a 4D mask (bool, or float to be added to the scores), flash attention's 2D padding mask, or
+            flex attention's BlockMask.
         options: keyword arguments of the call.
     """
 
@@ -157,7 +158,7 @@ class MaskReader:
         self._verdicts = verdicts
         self._elsewhere: dict[torch.device, PaddedBatch] = {}
         # The mask is kept with its window: an id is only good as long as its object lives.
-        self._windows: dict[tuple[int, int | None], tuple[Tensor, int | None]] = {}
+        self._windows: dict[tuple[int, int | None], tuple[object, int | None]] = {}
 
     def on(self, device: torch.device) -> PaddedBatch:
         """The batch on a device, copied there once."""
@@ -172,10 +173,11 @@ class MaskReader:
             UnsupportedAttention: tokens see anything else; from the verdicts, where there are some.
         """
         mask = call.mask
-        if isinstance(mask, Tensor) and mask.ndim == 4:
+        if (isinstance(mask, Tensor) and mask.ndim == 4) or isinstance(mask, BlockMask):
             named = None if self._verdicts is None else _named_window(call)
             if (id(mask), named) not in self._windows:
-                self._windows[id(mask), named] = (mask, self._window_of_mask(call, mask, named))
+                dense = self._dense(call, mask) if isinstance(mask, BlockMask) else mask
+                self._windows[id(mask), named] = (mask, self._window_of_mask(call, dense, named))
             return self._windows[id(mask), named][1]
         if isinstance(mask, Tensor) and mask.ndim == 2 and "flash" in call.implementation:
             batch, refusal = self.on(mask.device), call.refusal("a padding mask other than the attention_mask given")
@@ -193,6 +195,14 @@ class MaskReader:
             raise call.refusal("bidirectional attention")
         window = call.heeded("sliding_window")
         return None if window is None else int(window)
+
+    def _dense(self, call: AttentionCall, mask: BlockMask) -> Tensor:
+        """A BlockMask as the bool [B, 1, T, T] that it stands for, T² bytes per sequence while it is checked."""
+        batches, heads, queries, keys = mask.shape
+        B, T = self.batch.real.shape
+        if heads != 1 or batches not in (1, B) or (queries, keys) != (T, T):
+            raise call.refusal(f"a BlockMask of shape {list(mask.shape)} for {B} sequences of {T} positions")
+        return create_mask(mask.mask_mod, batches, 1, T, T, device=str(call.query.device))
 
     def _window_of_mask(self, call: AttentionCall, mask: Tensor, named: int | None) -> int | None:
         """The window of a 4D mask, which must be the causal mask of the batch, perhaps with a sliding window."""
@@ -292,6 +302,16 @@ def _check_mask(
         ahead = ahead | (seen_BHRT & key_B11T & (distance_RT < 0)).any()
         other = other | (seen_BHRT != (visible_RT & key_B11T & query_B1R1)).any()
     verdicts.refuse_if(ahead, call.refusal("bidirectional attention"))
+    # Told apart only to be named: tokens that see themselves, but not each other, belong to two texts.
+    after_B1T = batch.real[:, None, 1:] & batch.real[:, None, :-1]
+    itself_BHT = visible.diagonal(0, -2, -1)
+    begins_BHT = itself_BHT[..., 1:] & itself_BHT[..., :-1] & ~visible.diagonal(-1, -2, -1)
+    verdicts.refuse_if(
+        other & (begins_BHT & after_B1T).any() if window != 1 else torch.zeros_like(other),
+        call.refusal(
+            "packed rows, or chunks (position_ids or the mask start again within a row; give each text its own row)"
+        ),
+    )
     verdicts.refuse_if(
         other, call.refusal("a mask other than the causal or sliding-window mask of the attention_mask given")
     )

@@ -197,7 +197,10 @@ class AttentionTap:
         if call.layer not in self.layers:
             return call.run()
         if call.layer in self._statistics:
-            raise RuntimeError(f"{call.where}: ran twice in one tap; open one for each forward pass")
+            raise RuntimeError(
+                f"{call.where}: ran twice in one tap; open one for each forward pass (generate() runs many: generate "
+                "before the tap, then run the whole text inside)"
+            )
         if self._masks is None:
             B, _, T, _ = call.query.shape
             batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)

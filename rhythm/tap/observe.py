@@ -141,7 +141,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor | None]:
     """attention_mask, of ones if there is none, and response_mask, both [B, T] where the ids are."""
     check_dense("input_ids", input_ids)
-    B, T = check_shape("input_ids", input_ids, (None, None))
+    B, T = check_shape("input_ids", input_ids, ("B", "T"))
     if B == 0 or T == 0:
         raise ValueError(f"input_ids has shape [{B}, {T}]; it must hold at least one token")
     if input_ids.dtype not in (torch.int32, torch.int64):

@@ -147,7 +147,7 @@ def padded_batch(
             another shape, or that doesn't mark the last tokens of each row; both of them, or neither.
     """
     check_one_of(prompt_lens, response_mask_BT)
-    B, T = check_shape("attention_mask", attention_mask_BT, (None, None))
+    B, T = check_shape("attention_mask", attention_mask_BT, ("B", "T"))
     real_BT = attention_mask_BT.bool()
     response_BT = None
     if response_mask_BT is not None:

@@ -123,7 +123,7 @@ class RhythmCredit:
             ValueError: an argument is not as described; the message names it.
             UnsupportedAttention (a ValueError): see `observe`.
         """
-        shape = check_shape("input_ids", input_ids, (None, None))
+        shape = check_shape("input_ids", input_ids, ("B", "T"))
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_shape("attention_mask", mask_BT, shape)
         check_shape("response_mask", response_mask, shape)

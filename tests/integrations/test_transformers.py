@@ -302,10 +302,10 @@ def test_what_sdpa_would_ignore_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("chunked mask", "a mask other than the causal or sliding-window mask"),
+        ("chunked mask", "packed rows, or chunks"),
         ("bidirectional mask", "bidirectional attention"),
         ("bidirectional layer", "bidirectional attention"),
-        ("packed", "a mask other than the causal or sliding-window mask"),
+        ("packed", "packed rows, or chunks"),
         ("dropout", "attention dropout, active in train mode"),
         ("another padding", "qwen3, layer 1: a padding mask other than that of the layers before"),
         ("nameless", "qwen3, layer None: a Qwen3Attention without layer_idx"),

@@ -210,16 +210,16 @@ def test_the_forward_pass_must_have_the_masks_of_the_tap() -> None:
     with refused("no mask on the padding"), AttentionTap(model, attention_mask=left, prompt_lens=[2, 2]):
         model(input_ids)
     packed = torch.cat([torch.arange(9), torch.arange(T - 9)]).expand(2, T)
-    for of_tap, of_pass in (
-        (None, {"attention_mask": left}),
-        (None, {"attention_mask": right}),
-        (left, {"attention_mask": right}),
-        (None, {"position_ids": packed, "use_cache": False}),
+    for of_tap, of_pass, message in (
+        (None, {"attention_mask": left}, MASK_REFUSAL),
+        (None, {"attention_mask": right}, MASK_REFUSAL),
+        (left, {"attention_mask": right}, MASK_REFUSAL),
+        (None, {"position_ids": packed, "use_cache": False}, PACKED_REFUSAL),
     ):
         with AttentionTap(model, attention_mask=of_tap, prompt_lens=[2, 2], stop=True) as tap:
             model(input_ids, **of_pass)
         for _ in range(2):  # what was refused once is never given
-            with refused(f"llama, layer 1: {MASK_REFUSAL}"):
+            with refused(f"llama, layer 1: {message}"):
                 tap.signals()
     # Tokens don't see the padding after them, so its mask is not missed.
     with torch.no_grad(), AttentionTap(model, attention_mask=right, prompt_lens=[2, 2]) as tap:
@@ -256,6 +256,7 @@ def test_attention_of_a_file_without_the_interface() -> None:
         AttentionInterface()[model.config._attn_implementation](foreign, x, x, x, None)
 
 
+PACKED_REFUSAL = "packed rows, or chunks (position_ids or the mask start again within a row"
 MASK_REFUSAL = "a mask other than the causal or sliding-window mask of the attention_mask given"
 
 
@@ -273,7 +274,8 @@ def additive(mask: Tensor, bias: float = 0.0) -> Tensor:
     ("mask", "message"),
     [
         (mask4d(lambda m: m[..., 5, 6].fill_(True)), "bidirectional attention"),
-        (mask4d(lambda m: m[..., 9:, :9].fill_(False)), MASK_REFUSAL),  # two sequences packed
+        (mask4d(lambda m: m[..., 9:, :9].fill_(False)), PACKED_REFUSAL),
+        (mask4d(lambda m: m[..., 9, 9].fill_(False)), MASK_REFUSAL),
         (mask4d(lambda m: m[..., 9, 4].fill_(False)), MASK_REFUSAL),
         (mask4d(lambda m: m[..., -1, :-3].fill_(False)), MASK_REFUSAL),
         (mask4d(lambda m: m.fill_(False)), MASK_REFUSAL),

@@ -130,6 +130,15 @@ def test_recomputing_inside_the_tap_is_refused() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generating_inside_the_tap_is_refused(use_cache: bool) -> None:
+    model, (input_ids, _) = qwen3(), batch()
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
+    message = r"ran twice in one tap; open one for each forward pass \(generate\(\) runs many: generate before the tap"
+    with AttentionTap(model, prompt_lens=PROMPT_LENS), pytest.raises(RuntimeError, match=message):
+        model.generate(input_ids, **options)
+
+
 def test_micro_batches_one_tap_each() -> None:
     model, (input_ids, _) = qwen3(), batch()
     signals = []

@@ -366,13 +366,32 @@ def test_base_model_without_a_head() -> None:
         observe(model.model, input_ids, prompt_lens=[2], entropy=True)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("build", [qwen3, gemma3], ids=["qwen3", "gemma3, window bites"])
+@torch.no_grad()
+def test_flex_attention(build: Callable[[], Any], side: str) -> None:
+    """The signals of its BlockMask are those of sdpa's mask; a packed row is refused like any other."""
+    input_ids, mask = padded([tokens(24), tokens(17)], side)
+    arguments: dict[str, Any] = {"attention_mask": mask, "prompt_lens": [4, 3], "window": WINDOW, "horizon": HORIZON}
+    flex, expected = made(build, "flex_attention"), observe(made(build), input_ids, **arguments)
+    with torch.compiler.set_stance("force_eager"):  # compiling it takes a minute
+        found = observe(flex, input_ids, **arguments)
+        with tap.AttentionTap(flex, prompt_lens=[2, 2], stop=True) as packed:
+            flex(tokens(2, 24), position_ids=torch.arange(24).remainder(10).expand(2, 24), use_cache=False)
+    for name in ("waad", "fai", "span"):
+        x, y = getattr(found, name), getattr(expected, name)
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4, equal_nan=True)
+    with pytest.raises(UnsupportedAttention, match="packed rows"):
+        packed.signals()
+
+
 HOLE = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_ids": tokens(6)}, "input_ids has shape [6]; it must be [any, any]"),
+        ({"input_ids": tokens(6)}, "input_ids has shape [6]; it must be [B, T]"),
         ({"input_ids": tokens(2, 0)}, "input_ids has shape [2, 0]"),
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask has shape [2, 5]; it must be [2, 6]"),
         ({"attention_mask": torch.ones(2, 1, 6, 6)}, "attention_mask has shape [2, 1, 6, 6]"),
@@ -381,6 +400,8 @@ HOLE = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
         ({"prompt_lens": [1, 7]}, "prompt_lens[1] is 7; its sequence allows 0 to 6"),
         ({"prompt_lens": [-1, 2]}, "prompt_lens[0] is -1; its sequence allows 0 to 6"),
         ({"prompt_lens": [1]}, "prompt_lens has shape [1]; it must be [2]"),
+        ({"prompt_lens": 3}, "prompt_lens is 3; it must be int32 or int64 [B], or a sequence of integers ([3] for one"),
+        ({"prompt_lens": torch.tensor(3)}, "prompt_lens is 3; it must be int32 or int64 [B]"),
         ({"prompt_lens": [1.0, 2.0]}, "prompt_lens[0] is 1.0; it must be an integer"),
         ({"prompt_lens": torch.tensor([1.0, 2.0])}, "prompt_lens has dtype torch.float32"),
         ({"prompt_lens": [1, None]}, "prompt_lens[1] is None; it must be an integer"),
