@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rhythm.cli.config_keys import Key, config_keys, sections
+from rhythm.tasks.countdown import CountdownConfig
 
 if TYPE_CHECKING:
     from rhythm.trainer.config import TrainConfig
@@ -28,6 +29,9 @@ MAX_BYTES = 1 << 18  # of a configuration file; one with every key has a fiftiet
 MAX_DEPTH = 32  # of lists and sections in one another; the keys have 4
 MAX_LINES, MAX_SUGGESTIONS, MAX_LINE = 20, 5, 500  # of a message: lines, keys whose nearest is looked for, characters
 MAX_INTEGER = 2**63 - 1
+
+_OPTIONS = "task.options."
+_COUNTDOWNS = {f"{_OPTIONS}{name}" for name in CountdownConfig.model_fields}  # of the task that files are written for
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 80, 40, 80
@@ -205,13 +209,19 @@ def _explain(error: ValidationError, keys: list[Key]) -> list[str]:
     kinds = {key.path: key.kind for key in keys}
     lines: dict[str, str] = {}
     suggestions = 0
+    countdowns: list[str] = []
     for fault in error.errors(include_url=False, include_context=False):
         # A fault inside a value ({quantile: 2}, [1, x]) is a fault of its key.
         parts = [str(part) for part in fault["loc"]]
         path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in kinds), None)
         dotted = path or ".".join(parts)
         message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden" and path is None:
+        if fault["type"] == "extra_forbidden" and dotted in _COUNTDOWNS:
+            countdowns.append(dotted.removeprefix(_OPTIONS))
+            dotted = _OPTIONS
+            line = f"task.options: {', '.join(countdowns)} belong{'s' * (len(countdowns) == 1)} to task countdown"
+            lines.pop(dotted, None)
+        elif fault["type"] == "extra_forbidden" and path is None:
             suggestions += 1
             line = f"{_cut(dotted)}: unknown key{_nearest(dotted, keys) if suggestions <= MAX_SUGGESTIONS else ''}"
         elif path is not None and len(parts) > path.count(".") + 1:
@@ -232,13 +242,16 @@ def _cut(text: str) -> str:
 
 
 def _nearest(dotted: str, keys: list[Key]) -> str:
-    """`; did you mean …?`: by the whole name, or by its last part in some other section."""
+    """`; did you mean …?`: a key of the same section by its last part; for a key that stands in no section also one of
+    that name within another.
+    """
+    section, _, last = dotted.rpartition(".")
     known = [key.path for key in keys] + sections(keys)
     if len(dotted) > 2 * max(map(len, known)):
         return ""  # difflib would take its time
-    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.7)
-    if not near:
-        by_last = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}
-        last = difflib.get_close_matches(dotted.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.7)
-        near = [by_last[name] for name in last]
-    return f"; did you mean {near[0]}?" if near else ""
+    by_last = {name: path for path in known for parent, _, name in [path.rpartition(".")] if parent == section}
+    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
+    if not near and section not in known:
+        by_last = {path.rpartition(".")[2]: path for path in reversed(known)}
+        near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)
+    return f"; did you mean {by_last[near[0]]}?" if near else ""

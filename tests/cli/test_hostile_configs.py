@@ -83,6 +83,52 @@ def test_many_unknown_keys_take_bounded_time_and_message(tmp_path: Path) -> None
     assert sum("did you mean" in line for line in lines) == 5
 
 
+OWN_TASK = """
+from pydantic import BaseModel
+from rhythm.tasks.countdown import Countdown
+
+class Config(BaseModel, extra="forbid"):
+    length: int = 5
+
+class Sort(Countdown):
+    config_class = Config
+"""
+
+
+def test_keys_of_another_task_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_sort_task.py").write_text(OWN_TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / "own.yaml"
+    config.write_text("task: {options: {numbers: 3, max_number: 20, train_size: 9, lenght: 4}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(config, ["task.name=own_sort_task:Sort"])
+    assert str(caught.value).splitlines() == [
+        "task.options: numbers, max_number, train_size belong to task countdown",
+        "task.options.lenght: unknown key; did you mean task.options.length?",
+    ]
+    config.write_text("task: {options: {numbers: 3}}\n")
+    with pytest.raises(ConfigError, match=r"^task\.options: numbers belongs to task countdown$"):
+        load_config(config, ["task.name=own_sort_task:Sort"])
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("batch.max_num_seqs=1", ""),  # a key of cluster.infer
+        ("batch.mini_batchsize=1", "; did you mean batch.mini_batch_size?"),
+        ("task.options.max_numbr=1", "; did you mean task.options.max_number?"),
+        ("lr=1", "; did you mean optimizer.lr?"),  # no section is written: any may be meant
+        ("optimizr.lr=1", "; did you mean optimizer?"),
+    ],
+)
+def test_suggestions_stay_within_the_section(override: str, suggestion: str, tmp_path: Path) -> None:
+    config = tmp_path / "it.yaml"
+    config.write_text("name: it\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(config, [override])
+    assert str(caught.value).partition(": unknown key")[2] == suggestion
+
+
 def test_aliases_that_double_make_a_short_message(tmp_path: Path) -> None:
     doubling = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
     config = tmp_path / "bomb.yaml"
