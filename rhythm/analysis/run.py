@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.counterfactual import counterfactuals
@@ -29,6 +28,7 @@ from rhythm.analysis.generation import PendingResponse, ResponseSource, response
 from rhythm.analysis.observation import observe_response
 from rhythm.analysis.page import write_page
 from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
+from rhythm.analysis.progress import AnalysisProgress
 from rhythm.analysis.results import Analysis, ResponseResult, Trial, read_json, response_path, write_json
 from rhythm.analysis.summary import summarize
 from rhythm.checkpoints import model_end_tokens
@@ -122,14 +122,17 @@ def analyze(
 
         names: list[str] = []
         attempted = 0
-        with _progress(console) as progress:
-            bar = progress.add_task("analysing", total=total)
+        with AnalysisProgress(console, problems=total) as progress:
             for index, batch in enumerate(_batches(read_problems(source, on_error), config.problems_at_once)):
                 wanted = [(problem, sample) for problem in batch for sample in responses.samples(problem)]
                 finished = {(problem.row, sample): is_finished(problem, sample) for problem, sample in wanted}
                 place = {response_name(*each): attempted + i for i, each in enumerate(wanted)}
                 attempted += len(wanted)
+                progress.batch(len(batch))
+                progress.phase(_generating(infer, config), share=0)
                 for response in responses.pending(batch, index, finished, on_error):
+                    share = sum(finished.values()) / len(finished)
+                    progress.phase(f"observing response {response.name}, and its counterfactuals", share)
                     maps = place[response.name] < config.maps
                     write_json(
                         _result(model, tokenizer, observer, response, config, ends, maps=maps),
@@ -137,7 +140,7 @@ def analyze(
                     )
                     finished[response.problem.row, response.sample] = True
                 names += [response_name(*each) for each in wanted if finished[each[0].row, each[1]]]
-                progress.advance(bar, len(batch))
+                progress.end_batch()
         if not names:
             raise ValueError("\n".join(["problems: no response is left to analyse", *failures]))
         analysis = summarize(
@@ -154,6 +157,14 @@ def analyze(
             with naming(directory / "figures"):
                 write_figures(analysis)
         return analysis
+
+
+def _generating(infer: Infer, config: AnalysisConfig) -> str | Callable[[], str]:
+    """For the progress: with transformers it also counts the tokens."""
+    if not isinstance(infer, GenerateInfer):
+        return "generating responses"
+    most = config.sampling.max_new_tokens
+    return lambda: f"generating responses ({infer.sampled} of at most {most} tokens each)"
 
 
 def _observer(model: Any, config: AnalysisConfig) -> Observer:
@@ -281,15 +292,3 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=console is None,
-    )

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
+from rhythm.system.progress import Heartbeat, Rate, duration
 from rhythm.system.writing import naming
 from rhythm.tasks.base import Task
 from rhythm.tiny import model as tiny_model
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+
+log = logging.getLogger(__name__)
 
 _RECORD = "warm_start.json"
 
@@ -152,9 +157,21 @@ def train(
     )
     model.train()
     losses: list[float] = []
-    with _progress(console) as progress:
+    start, rate = time.perf_counter(), Rate("step")
+
+    def status() -> str:
+        done, seconds = len(losses), time.perf_counter() - start
+        if not done:
+            return f"warm start: 0/{config.steps} steps"
+        left = duration((config.steps - done) * seconds / done)
+        return (
+            f"warm start: {done}/{config.steps} steps, {rate.text(seconds / done)}, loss {losses[-1]:.3f}, {left} left"
+        )
+
+    # On a terminal the bar shows as much.
+    signs = nullcontext() if console is None or console.is_terminal else Heartbeat(status, log.info)
+    with _progress(console) as progress, signs:
         bar = progress.add_task("warm start", total=config.steps, rate=0.0, loss=math.nan)
-        start = time.perf_counter()
         batches = _batches(examples, config)
         for step in range(config.steps):
             input_ids_BT, response_mask_BT = collate(next(batches), pad)

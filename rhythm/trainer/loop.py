@@ -158,6 +158,7 @@ class _Trainer:
         if not measured:
             state = self._measure_start(state)
         notices = Notices(self.config.steps - state.step)
+        self.progress.begin_steps()
         while state.step < self.config.steps and not self.stop_asked():
             watch = Stopwatch()
             try:

@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ import torch
 import rhythm.analysis.run as run_module
 from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, read_analysis
 from rhythm.analysis.forward import Observer
+from rhythm.analysis.progress import AnalysisProgress
 from rhythm.analysis.results import read_json, response_path, write_json
 from rhythm.analysis.rows import not_run, table1_frame, table2_frame, tokens_frame
+from rhythm.engines.local.infer import _LogProbRecorder
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 CONFIG = AnalysisConfig.model_validate(
@@ -77,6 +79,36 @@ def test_interrupted_and_resumed_it_comes_out_the_same(
     assert len(passes) == 1
     assert table2_frame(again).equals(table2_frame(whole))
     assert read_analysis(out).names == NAMES
+
+
+def test_progress_within_generation_and_counterfactuals(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a sign of life would say, at every token sampled and before every counterfactual."""
+    opened: list[AnalysisProgress] = []
+    seen: list[str] = []
+
+    class Noted(AnalysisProgress):
+        def __enter__(self) -> Self:
+            opened.append(self)
+            return super().__enter__()
+
+    def noting(function: Any) -> Any:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            seen.append(opened[0].status())
+            return function(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(run_module, "AnalysisProgress", Noted)
+    monkeypatch.setattr(run_module, "counterfactuals", noting(run_module.counterfactuals))
+    monkeypatch.setattr(_LogProbRecorder, "__call__", noting(_LogProbRecorder.__call__))
+    analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
+    assert seen[0].startswith("0/4 problems; generating responses (0 of at most 14 tokens each) for 0 s; none is done")
+    assert seen[3].startswith("0/4 problems; generating responses (3 of at most 14 tokens each) for ")
+    observing = [line.partition(" problems")[0] for line in seen if "observing response" in line]
+    assert observing == ["0/4", "0.5/4", "1/4", "1.5/4", "2/4", "2.67/4", "3.33/4"]
+    assert "left; observing response 00004-1, and its counterfactuals for" in seen[-1]
 
 
 def _counted(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:

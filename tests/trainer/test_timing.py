@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rhythm.tap import attention_tap as tap
+from rhythm.trainer import loop
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import run
 from rhythm.trainer.metrics import Stopwatch, read_metrics
+from rhythm.trainer.progress import RunProgress
 
 SLOW = 0.2  # seconds that the op is made to take more
 
@@ -65,3 +69,29 @@ def test_seconds_move_between_phases() -> None:
     assert watch.seconds == {"training": 2.0, "attention": 1.5}
     watch.move(9.0, of="training", to="attention")
     assert watch.seconds == {"training": 0.0, "attention": 3.5}
+
+
+def test_the_evaluation_of_the_start_is_no_part_of_the_rate(
+    small_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    now, evaluate, train_step = [0.0], loop.evaluate, loop.train_step
+
+    def slow(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def taken(*arguments: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return function(*arguments, **options)
+
+        return taken
+
+    monkeypatch.setattr(loop, "evaluate", slow(1000, evaluate))
+    monkeypatch.setattr(loop, "train_step", slow(12, train_step))
+    monkeypatch.setattr(loop, "RunProgress", partial(RunProgress, clock=lambda: now[0]))
+    run(small_config(f"runs_dir={tmp_path}", "name=rate", "steps=2"))
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert lines[0].startswith("step 1/2: 12.0 s/step, ")
+    assert lines[0].endswith(", 12 s left")
+    assert lines[1].startswith("step 2/2: 512.0 s/step, ")  # with the evaluation after it

@@ -38,6 +38,13 @@ class GenerateInfer:
         self._end_ids = list(end_ids)
         self._pad_id = pad_id
         self._version = 0
+        self._recorder: _LogProbRecorder | None = None
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that each of the responses now being generated has, for whoever shows progress; 0 in between."""
+        recorder = self._recorder
+        return 0 if recorder is None else recorder.calls
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
         """`n` responses to each prompt, on the model's device.
@@ -68,7 +75,7 @@ class GenerateInfer:
         ids_BP = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
         prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
         mask_BP = torch.arange(width, device=model.device) >= width - prompt_lens_B[:, None]
-        recorder = _LogProbRecorder(sampling.temperature or 1.0)
+        recorder = self._recorder = _LogProbRecorder(sampling.temperature or 1.0)
         was_training = model.training
         model.eval()
         with _own_generation_config(model), exact_head(model):
@@ -79,6 +86,7 @@ class GenerateInfer:
                 logits_processor=LogitsProcessorList([recorder]),
             )
         model.train(was_training)
+        self._recorder = None
         return _right_padded(
             sequences,
             recorder.logprobs(sequences[:, width:]),
@@ -111,8 +119,10 @@ class _LogProbRecorder(LogitsProcessor):  # type: ignore[misc]  # transformers i
         self._temperature = temperature
         self._log_softmax_BV: Tensor | None = None
         self._picked: list[Tensor] = []
+        self.calls = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
         self._pick(input_ids[:, -1])
         self._log_softmax_BV = torch.log_softmax(scores.float() / self._temperature, dim=-1)
         return scores
