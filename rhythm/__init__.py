@@ -13,6 +13,7 @@ from rhythm.system.lazy import lazy
 if TYPE_CHECKING:
     from rhythm.credit.config import SignalsConfig
     from rhythm.credit.gamma import credit_weights
+    from rhythm.system.version import __version__ as __version__
     from rhythm.tap.attention_form import UnsupportedAttention
     from rhythm.tap.attention_tap import AttentionTap
     from rhythm.tap.observe import observe
@@ -43,6 +44,7 @@ __getattr__, __dir__ = lazy(
         "RhythmCredit": "rhythm.tap.rhythm_credit",
         "SignalsConfig": "rhythm.credit.config",
         "UnsupportedAttention": "rhythm.tap.attention_form",
+        "__version__": "rhythm.system.version",
         "credit_weights": "rhythm.credit.gamma",
         "observe": "rhythm.tap.observe",
     },

@@ -320,3 +320,22 @@ except RuntimeError as error:
     said = [line for line in done.stderr.splitlines() if line.startswith("rhythm: backend auto")]
     assert len(said) == 1
     assert said[0].startswith(f"rhythm: backend auto: reference for torch.float32 tensors on cpu; not cpu: {gone}")
+
+
+def test_the_version_is_that_of_the_package_or_of_the_tree(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    said = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    shown = "import rhythm; print(rhythm.__version__)"
+    assert output(shown, tmp_path).strip() == said
+    hidden = """
+import importlib.metadata
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = version
+from rhythm.system.version import _version, _PYPROJECT
+print(_version())
+import rhythm.system.version
+rhythm.system.version._PYPROJECT = _PYPROJECT.with_name("none.toml")
+print(_version())
+"""
+    assert output(hidden, tmp_path).splitlines() == [f"{said}+unknown", "0+unknown"]
