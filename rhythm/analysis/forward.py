@@ -22,6 +22,7 @@ from rhythm.ops.column_scores import column_scores
 from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
 from rhythm.tap.attention_form import check_output as check_attention
+from rhythm.tap.attention_tap import check_reference
 from rhythm.tap.interception import ATTENTION_LAYERS, Output, described, diverted, layer_kinds, text_config
 from rhythm.tap.padding import padded_batch
 
@@ -145,6 +146,7 @@ class Observer:
                 backend=backend,
             )
         else:
+            check_reference(call, backend, self.config.model_type)
             where: dict[str, Any] = {"bounds": [0, n], "prompt_lens": [prompt_len], "scale": form.scale}
             masked: dict[str, Any] = {"sliding_window": form.window, "softcap": form.softcap}
             span_1H, waad_HN, fai_HN, lse_HN, _ = reference.attention_statistics(

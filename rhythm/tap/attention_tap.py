@@ -237,12 +237,7 @@ class AttentionTap:
                 return _LayerStatistics(fused.span.float(), fused.waad.float(), fused.fai.float())
             span_BH, waad_HT, fai_HT = fused.span, fused.waad, fused.fai
         else:
-            if self._options.backend not in ("auto", "reference"):
-                raise ValueError(
-                    f"backend is {self._options.backend!r}; it must be 'auto' or 'reference' for {call.where}, "
-                    "because of its sliding window or capped scores"
-                )
-            _say_reference(self._config.model_type)
+            check_reference(call, self._options.backend, self._config.model_type)
             span_BH, waad_HT, fai_HT, _, _ = reference.attention_statistics(
                 batch.packed(q_BTHD),
                 batch.packed(k_BTGD),
@@ -256,6 +251,16 @@ class AttentionTap:
             )
         waad_BHT, fai_BHT = (batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (waad_HT, fai_HT))
         return _LayerStatistics(span_BH.float(), waad_BHT, fai_BHT)
+
+
+def check_reference(call: AttentionCall, backend: str, model_type: str) -> None:
+    """The call's layer is for the reference alone: ValueError for another backend, and a warning once of its memory."""
+    if backend not in ("auto", "reference"):
+        raise ValueError(
+            f"backend is {backend!r}; it must be 'auto' or 'reference' for {call.where}, "
+            "because of its sliding window or capped scores"
+        )
+    _say_reference(model_type)
 
 
 @cache

@@ -14,6 +14,7 @@ from rhythm.analysis.forward import Observer
 from rhythm.analysis.observation import observe_response
 from rhythm.analysis.receivers import excess_kurtosis
 from rhythm.ops import reference
+from rhythm.tap import attention_tap
 from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
 from rhythm.tap.interception import diverted, text_config
 from rhythm.tap.observe import observe
@@ -100,6 +101,21 @@ def test_spans_and_kurtosis_of_every_layer(kind: str) -> None:
         torch.testing.assert_close(found.kurtosis, kurtosis, rtol=1e-3, atol=1e-4, equal_nan=True)
         assert found.kurtosis_sentence.isnan().all()  # of a single sentence
         assert (found.attention is None) == (call.layer not in (2, 3, 4))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma2"])
+def test_windows_and_capped_scores_are_for_the_reference_alone(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As in AttentionTap: another backend is refused by name, and the memory it takes is said once."""
+    model = build(kind)
+    asked = CONFIG.signals.model_copy(update={"backend": "cpu"})
+    with pytest.raises(
+        ValueError, match=rf"backend is 'cpu'; it must be 'auto' or 'reference' for {kind}_?\w*, layer 0"
+    ):
+        Observer(model, asked).observe(IDS, PROMPT, [0] * (N - PROMPT))
+    attention_tap._say_reference.cache_clear()
+    for _ in range(2):
+        Observer(model, CONFIG.signals).observe(IDS, PROMPT, [0] * (N - PROMPT))
+    assert caplog.text.count("take O(heads · T²) memory") == 1
 
 
 def test_the_logits_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
