@@ -19,7 +19,6 @@ class Benchmark:
     Attributes:
         make: inputs → a callable that computes the op once and returns its results by name.
         flops, bytes: what the computation needs at least, whatever this op spends; `counted` says how.
-        ours: whether it is rhythm's.
     """
 
     name: str
@@ -27,7 +26,6 @@ class Benchmark:
     flops: Callable[[Shape], int]
     bytes: Callable[[Shape, torch.dtype], int]
     counted: str
-    ours: bool = False
 
 
 _SCORES = "FLOPs: 2·D a causal pair and query head. Bytes: q, k read once; waad, fai, lse written"
@@ -63,9 +61,9 @@ REGISTRY: dict[str, Benchmark] = {
             for block in BLOCKS
         ),
         Benchmark("sdpa", contestants.sdpa, _forward_flops, _forward_bytes, _FORWARD),
-        Benchmark("statistics", contestants.statistics, score_flops, _score_bytes, _SCORES, ours=True),
-        Benchmark("with_output", contestants.with_output, _forward_flops, _both_bytes, _BOTH, ours=True),
-        Benchmark("bands", contestants.bands, band_flops, _score_bytes, _BANDS, ours=True),
+        Benchmark("statistics", contestants.statistics, score_flops, _score_bytes, _SCORES),
+        Benchmark("with_output", contestants.with_output, _forward_flops, _both_bytes, _BOTH),
+        Benchmark("bands", contestants.bands, band_flops, _score_bytes, _BANDS),
     )
 }
 

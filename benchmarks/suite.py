@@ -1,4 +1,4 @@
-"""The parts of a run: what races against what, and the issue's aims for it."""
+"""The parts of a run: what races against what, and the aims for it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ struct Problem {
   float* lse = nullptr;
   void* out = nullptr;  // [T, Hq, D], of the inputs' type
 
-  // Packed copies, shared among the query heads of a group: 32-bit words, see pack.hpp.
+  // Packed copies, shared among the query heads of a group: 32-bit words, see tile.hpp.
   float* packed_k = nullptr;
   float* packed_v = nullptr;            // 0 in place of elements that are not finite
   uint8_t* not_finite = nullptr;        // [Hkv, panels]: whether a panel of v has such elements

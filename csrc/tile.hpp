@@ -17,7 +17,6 @@ namespace {
 
 constexpr int key_block = 256;                  // keys whose scores a row block keeps in the first-level cache
 constexpr int row_stride = 256 + 16;            // words between rows of a tile operand; no power of two
-constexpr int64_t max_head_size = 256;
 
 inline void clear(float* words, int64_t count) { std::memset(words, 0, static_cast<size_t>(count) * sizeof(float)); }
 // The scale of products in units of log2. Finite for a finite scale: a difference of 0 must stay 0.

@@ -50,7 +50,7 @@ def attention_statistics(
     backend: str = "auto",
     span_rows: int | None = None,
 ) -> AttentionStatistics:
-    """Span, WAAD and FAI of causal attention, without the attention maps (DESIGN §2; paper eqs. 7, 9, 10).
+    """Span, WAAD and FAI of causal attention, without the attention maps (paper eqs. 7, 9, 10).
 
     Memory is O(Hq·T) beyond a packed copy of k. With `lse` given (from any flash forward) and `span=False` only the
     bands near the diagonal are visited, O(T·(window + H_hi)·D). Inputs that require grad are treated as detached.

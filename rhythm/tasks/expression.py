@@ -23,7 +23,6 @@ from fractions import Fraction
 MAX_LENGTH = 256
 """Longest text, in characters, that is parsed at all. Six numbers of two digits need about forty."""
 
-OPERATORS = ("+", "-", "*", "/")
 
 _TOKEN = re.compile(r"[ \t\n]*(0|[1-9][0-9]*|[-+*/()])")
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}

@@ -14,7 +14,7 @@ from rhythm.ops.reference import attention_statistics, attention_weights, sequen
 def by_the_definition(
     weights: Tensor, prompt_len: int, window: int, lo: int, hi: int | None
 ) -> tuple[list, list, list]:
-    """DESIGN §2, one head, an index at a time."""
+    """The definitions of docs/numbers.md, one head, an index at a time."""
     n = len(weights)
     a = weights.tolist()
     rows = range(prompt_len, n)
