@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -97,10 +99,13 @@ class AttnSpec:
 class Host:
     """A process of the cluster. Ray calls its methods one at a time."""
 
-    def __init__(self, gpus: tuple[int, ...], bind_address: str | None) -> None:
+    def __init__(self, gpus: tuple[int, ...], bind_address: str | None, log: Path | None = None) -> None:
         """`gpus`: those of this node that the process may see; none leaves it the CPU. `bind_address`: where it
-        listens; None for the address that Ray knows its node by.
+        listens; None for the address that Ray knows its node by. `log`: what the process, and those that it starts,
+        write to stdout and stderr is added to this file; None leaves it to Ray.
         """
+        if log is not None:
+            _write_to(log)
         # Before anything asks CUDA how many GPUs there are.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         self._bind_address: str = bind_address or ray.util.get_node_ip_address()
@@ -112,8 +117,23 @@ class Host:
     def call(self, method: str, *arguments: Any) -> Reply:
         """Run a method of this object."""
         started = time.perf_counter()
-        value = getattr(self, method)(*arguments)
+        try:
+            value = getattr(self, method)(*arguments)
+        except Exception:
+            traceback.print_exc()  # into the log
+            raise
         return Reply(value, time.perf_counter() - started)
+
+
+def _write_to(log: Path) -> None:
+    """Stdout and stderr, also those of libraries in C and of processes started from here."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab", buffering=0) as file:
+        file.write(f"--- process {os.getpid()} on {socket.gethostname()}, {time.strftime('%F %T')}\n".encode())
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 class TrainHost(Host):

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,13 +28,16 @@ _COLOR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(eq=False)
 class Worker:
-    """A process. name: in messages; node and pid: once it is known where it runs."""
+    """A process. name: in messages; role: train, infer or attn; node and pid: once it is known where it runs; log: the
+    file that it writes to, None for Ray's own.
+    """
 
     name: str
     role: Role
     actor: Any
     pid: int | None = None
     node: str = ""
+    log: Path | None = None
 
     def submit(self, method: str, *arguments: Any) -> Any:
         """Start a method; the reference to wait for with `collect`."""
@@ -79,7 +83,7 @@ def collect(pending: Mapping[Worker, Any], seconds: float, task: str, *, togethe
         except (RayActorError, TaskUnschedulableError) as error:
             outcome.lost[worker] = f"died: {_short(error)}"
         except RayTaskError as error:
-            errors.append((worker, _trace(error)))
+            errors.append((worker, _told(worker, error)))
             if together:
                 end = min(end, time.monotonic() + GRACE_SECONDS)
     if not together or not (errors or outcome.lost):
@@ -87,7 +91,7 @@ def collect(pending: Mapping[Worker, Any], seconds: float, task: str, *, togethe
             worker.kill()
             outcome.lost[worker] = f"did not answer within {seconds:g} s, and was killed"
     if errors and not (together and outcome.lost):
-        raise RemoteError("\n".join(f"{task}: {worker.name} failed:\n{trace}" for worker, trace in errors))
+        raise RemoteError("\n".join(f"{task}: {worker.name} failed: {told}" for worker, told in errors))
     return outcome
 
 
@@ -115,6 +119,14 @@ def identify(workers: Sequence[Worker], seconds: float) -> Outcome:
 def _short(error: Exception) -> str:
     """Ray's reason without its advice."""
     return " ".join(str(error).split()).partition(" Some common causes")[0]
+
+
+def _told(worker: Worker, error: RayTaskError) -> str:
+    """The exception itself, then where its traceback is: in the process's log, or below."""
+    cause = error.cause
+    trace = _trace(error)
+    what = trace.splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
+    return f"{what}\n{trace}" if worker.log is None else f"{what}\n(the traceback is in {worker.log})"
 
 
 def _trace(error: RayTaskError) -> str:

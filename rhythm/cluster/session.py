@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -40,6 +41,8 @@ class Session:
     def __init__(self, config: ClusterConfig, *, separate_attn: bool) -> None:
         """Nothing is started yet. Raises ValueError as `assign`."""
         self.config = config
+        # Where processes started from now on write their logs, on a file system of all machines; None: to Ray's.
+        self.logs: Path | None = None
         places = assign(config, separate_attn=separate_attn)
         self._slots = {Role.TRAIN: places.train, Role.INFER: places.infer, Role.ATTN: places.attn}
         self._workers: list[Worker] = []
@@ -69,7 +72,7 @@ class Session:
                 job_config=_OwnPath(),
                 runtime_env={"env_vars": environment},
             )
-        log.info("Ray %s; logs of its processes in %s", ray.__version__, _log_folder(context))
+        log.info("Ray %s; its own logs in %s", ray.__version__, _log_folder(context))
         try:
             self._check_address()
             self._reserve()
@@ -96,6 +99,13 @@ class Session:
         Raises LostError for those that don't come up in time.
         """
         chosen = range(self.places(role)) if indices is None else indices
+        log.info(
+            "starting %s: %d of %d processes; then the model is loaded, within cluster.deadlines.start = %g s",
+            role.actor,
+            len(chosen),
+            self.places(role),
+            self.config.deadlines.start,
+        )
         workers = [self._spawn(role, index) for index in chosen]
         self._workers += workers
         outcome = identify(workers, self.config.deadlines.start)
@@ -121,6 +131,7 @@ class Session:
     def _spawn(self, role: Role, index: int) -> Worker:
         slot = self._slots[role][index]
         gpus = tuple(self._gpus[slot.node][i] for i in slot.gpus)
+        log_file = None if self.logs is None else self.logs / f"{role.actor}-{index}.log"
         actor = (
             ray.remote(_HOSTS[role])
             .options(
@@ -130,9 +141,9 @@ class Session:
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, slot.node),
             )
-            .remote(gpus, self.config.bind_address if self.config.on_loopback else None)
+            .remote(gpus, self.config.bind_address if self.config.on_loopback else None, log_file)
         )
-        return Worker(f"{role.actor}[{index}]", role, actor)
+        return Worker(f"{role.actor}[{index}]", role, actor, log=log_file)
 
     def _check_address(self) -> None:
         address = ray.util.get_node_ip_address()

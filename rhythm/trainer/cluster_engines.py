@@ -26,6 +26,7 @@ from rhythm.tasks import Task
 from rhythm.tiny.model import CHARACTERS, TinyModelConfig
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.metrics import Record
+from rhythm.trainer.run_dir import LOGS
 from rhythm.trainer.step import Engines
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _build(
 
     cluster, checkpoint, trust = session.config, checkpoint.resolve(), config.model.trust_remote_code
     session.stop_all()
+    session.logs = (config.run_dir / LOGS).resolve()
     rates = Rates({role: session.places(role) for role in (Role.TRAIN, Role.INFER)})
     rates.restarts[Role.TRAIN] = restarts
     train = ClusterTrain(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from rhythm.engines.interfaces import NonFiniteError
 from rhythm.reports.run import write_report
 from rhythm.seeds import generator
 from rhythm.system.directory_lock import lock_directory
+from rhythm.system.progress import Heartbeat, duration
 from rhythm.system.writing import naming
 from rhythm.tasks import Task
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
@@ -99,13 +101,20 @@ def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -
     with open_reward_worker(config, task) as isolated, open_engines(config, task, vocabulary) as build:
         while True:
             try:
-                engines = build(start, restarts)
+                with _saying("building engines"):
+                    engines = build(start, restarts)
                 state, stopped_by = _train(config, engines, isolated, vocabulary.tokenizer, console, found)
                 break
             except TrainLostError as error:
                 restarts += 1
                 found = _go_back(config, error, restarts)
     return _summary(config, state, stopped_by)
+
+
+def _saying(what: str) -> Heartbeat:
+    """So that building engines, minutes for a large model, is not silent."""
+    began = time.monotonic()
+    return Heartbeat(lambda: f"{what} for {duration(time.monotonic() - began)}", log.info)
 
 
 def _train(

@@ -17,7 +17,7 @@ from rhythm.trainer.config import RENAMED, TrainConfig
 
 log = logging.getLogger(__name__)
 
-CONFIG, CHECKPOINTS, SAMPLES = "config.yaml", "checkpoints", "samples"
+CONFIG, CHECKPOINTS, SAMPLES, LOGS = "config.yaml", "checkpoints", "samples", "logs"
 
 # What may differ between a run and its continuation: how long, how often, where, in pieces of which size.
 _FREE = ("steps", "runs_dir", "tensorboard", "evaluation.", "checkpoint.", "warm_start.cache_dir", "cluster.")

@@ -95,6 +95,7 @@ def cluster(checkpoint: Path) -> Iterator[Cluster]:
     )
     tokenizer = build_tokenizer()
     with Session(config, separate_attn=True) as session:
+        session.logs = checkpoint / "logs"
         rates = Rates({Role.TRAIN: 1, Role.INFER: 2, Role.ATTN: 2})
         train = ClusterTrain(
             session,
@@ -189,9 +190,13 @@ def test_an_exception_there_comes_with_its_traceback(cluster: Cluster) -> None:
     with pytest.raises(RemoteError) as caught:
         cluster.infer.generate([[1], []], 2, SAMPLING, seed=0)
     message = str(caught.value)
-    assert "actor_infer.generate: actor_infer[1] failed" in message
-    assert "prompts: must hold at least one prompt, and no empty one" in message
-    assert "rhythm/engines/local/infer.py" in message
+    said = "ValueError: prompts: must hold at least one prompt, and no empty one"
+    log = cluster.session.logs / "actor_infer-1.log"
+    assert message == f"actor_infer.generate: actor_infer[1] failed: {said}\n(the traceback is in {log})"
+    written = log.read_text()
+    assert written.startswith("--- process ")
+    assert said in written
+    assert 'infer.py", line ' in written
     cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=0)  # and it still serves
 
 

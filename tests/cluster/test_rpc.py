@@ -76,13 +76,12 @@ def test_exceptions_come_back_with_the_name_and_the_traceback(workers: list[Any]
     with pytest.raises(RemoteError) as caught:
         collect({w: w.submit("raise", f"key {i}") for i, w in enumerate(workers[:2])}, 10.0, "trial")
     for line in (
-        "trial: actor[0] failed",
-        "KeyError: 'key 0'",
-        "trial: actor[1] failed",
-        "KeyError: 'key 1'",
+        "trial: actor[0] failed: KeyError: 'key 0'\n",
+        "trial: actor[1] failed: KeyError: 'key 1'\n",
         ", line ",
     ):
         assert line in str(caught.value)
+    assert str(caught.value).splitlines()[0] == "trial: actor[0] failed: KeyError: 'key 0'"
     assert "\x1b" not in str(caught.value)
 
 

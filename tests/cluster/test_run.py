@@ -82,7 +82,9 @@ def whole(start: Callable[..., tuple[Any, Path]]) -> Path:
     addresses = listening(launched.processes())
     assert addresses
     assert all(ip.startswith("127.") or ip in ("::1", "::ffff:127.0.0.1") for ip in addresses), addresses
-    launched.finish()
+    said = launched.finish()
+    for line in ("starting actor_train: 2 of 2 processes", "starting actor_infer: 1 of 1 processes;"):
+        assert line in said
     assert launched.nothing_left()
     return run
 
@@ -105,6 +107,10 @@ def test_the_whole_loop(whole: Path) -> None:
         assert (row["restarts_train"], row["restarts_infer"], row["rewards_late"]) == (0, 0, 0)
         assert row["gamma_mean"] > 1
     assert (whole / "report.html").is_file()
+    logs = {path.name: path.read_text() for path in (whole / "logs").iterdir()}
+    assert set(logs) == {"actor_train-0.log", "actor_train-1.log", "actor_infer-0.log"}
+    assert all(text.startswith("--- process ") for text in logs.values())
+    assert "vllm" in logs["actor_infer-0.log"]
 
 
 def test_a_killed_megatron_rank_sends_the_run_back_to_its_checkpoint(
