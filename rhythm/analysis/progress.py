@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +19,7 @@ class AnalysisProgress:
 
     def __init__(self, console: Console | None, *, problems: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`problems`: of the whole analysis. `clock`: seconds."""
-        shows_bars = console is not None and (console.is_terminal or console.is_jupyter)
+        shows_bars = console is not None and _shows_bars(console)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -80,4 +80,24 @@ class AnalysisProgress:
 
     def _say(self, line: str) -> None:
         if self._lines is not None:
-            self._lines.print(f"rhythm-analyze: {line}", soft_wrap=True, markup=False, highlight=False)
+            _print(self._lines, line)
+
+
+def finishing(console: Console | None, clock: Callable[[], float] = time.monotonic) -> Heartbeat | nullcontext[None]:
+    """Signs of life for what comes after the last problem: tables, figures and the page."""
+    if console is None or _shows_bars(console):
+        return nullcontext()
+    began = clock()
+    return Heartbeat(
+        lambda: f"all problems done; writing tables, figures and the page for {duration(clock() - began)}",
+        lambda line: _print(console, line),
+        clock=clock,
+    )
+
+
+def _shows_bars(console: Console) -> bool:
+    return console.is_terminal or console.is_jupyter
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(f"rhythm-analyze: {line}", soft_wrap=True, markup=False, highlight=False)

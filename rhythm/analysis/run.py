@@ -28,7 +28,7 @@ from rhythm.analysis.generation import PendingResponse, ResponseSource, response
 from rhythm.analysis.observation import observe_response
 from rhythm.analysis.page import write_page
 from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
-from rhythm.analysis.progress import AnalysisProgress
+from rhythm.analysis.progress import AnalysisProgress, finishing
 from rhythm.analysis.results import Analysis, ResponseResult, Trial, read_json, response_path, write_json
 from rhythm.analysis.summary import summarize
 from rhythm.checkpoints import model_end_tokens
@@ -141,6 +141,7 @@ def analyze(
                     finished[response.problem.row, response.sample] = True
                 names += [response_name(*each) for each in wanted if finished[each[0].row, each[1]]]
                 progress.end_batch()
+        stack.enter_context(finishing(console))
         if not names:
             raise ValueError("\n".join(["problems: no response is left to analyse", *failures]))
         analysis = summarize(

@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from rhythm.analysis.progress import AnalysisProgress
+from rhythm.analysis.progress import AnalysisProgress, finishing
 from rhythm.system.progress import Heartbeat, Rate, duration
 from rhythm.trainer.progress import RunProgress
 
@@ -122,3 +122,15 @@ def test_an_analysis_says_how_far_it_is_within_a_batch() -> None:
         "rhythm-analyze: 2/40 problems, 30.5 s/problem, 19 min left; observing response 0-0 for 30 s",
         "rhythm-analyze: 4/40 problems, 25.0 s/problem, 15 min left; generating for 39 s",
     ]
+
+
+def test_an_analysis_says_that_it_writes_its_report() -> None:
+    clock, shown = Clock(), io.StringIO()
+    signs = finishing(Console(file=shown), clock=clock)
+    assert isinstance(signs, Heartbeat)
+    clock.now += 45
+    signs.beat()
+    said = "rhythm-analyze: all problems done; writing tables, figures and the page for 45 s\n"
+    assert shown.getvalue() == said
+    assert not isinstance(finishing(Console(force_terminal=True)), Heartbeat)
+    assert not isinstance(finishing(None), Heartbeat)
