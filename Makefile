@@ -1,4 +1,4 @@
-# make train | make test | make test-cluster | make lint | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+# make train | make test | make test-{fast,slow,browser,cluster} | make werror | make lint | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
 PYTHON ?= python3
 TORCH  ?= cpu
 VENV   ?= .venv
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 RUN_PYTHON ?= $(BIN)/python
 
-.PHONY: install cluster train test test-fast test-cluster wheel-test lint bench gpu gpu-check gpu-race gpu-record gpu-tree compile-ahead clean
+.PHONY: install cluster train test test-fast test-slow test-browser test-cluster werror wheel-test lint bench gpu gpu-check gpu-race gpu-record gpu-tree compile-ahead clean
 
 install: $(STAMP)
 
@@ -37,14 +37,38 @@ $(CLUSTER_STAMP): $(STAMP) $(CLUSTER)
 train: install
 	$(BIN)/rhythm-train $(CONFIG)
 
-test: cluster
-	$(BIN)/pytest
+# Lines are counted in the fast part alone: the tracer of Python 3.11 makes tests a third slower, that of 3.12 costs next to nothing.
+# What asserts seconds comes last and by itself.
+FAST := not slow and not cluster and not timing
+COVERED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 
+test: cluster
+	$(COVERED) $(BIN)/pytest -m "$(FAST)" --cov --cov-report=
+	$(BIN)/pytest -m "(slow or cluster) and not timing"
+	$(BIN)/pytest -m timing
+	@echo "Lines of rhythm/ (without kernels) that the fast tests ran: $$($(BIN)/coverage report --format=total) %"
+
+# Without what needs a browser, more than ten seconds, the cluster's stack or an idle machine.
 test-fast: install
-	$(BIN)/pytest -m "not slow and not cluster"
+	$(BIN)/pytest -m "$(FAST) and not browser"
+
+test-slow: install
+	$(BIN)/pytest -m "slow and not cluster and not timing"
+
+test-browser: install
+	$(BIN)/pytest -m browser
 
 test-cluster: cluster
-	$(BIN)/pytest -m cluster
+	$(BIN)/pytest -m "cluster and not timing"
+	$(BIN)/pytest -m "cluster and timing"
+
+# The C++ code with warnings as errors, by $(CXX): make werror CXX=clang++
+werror: install
+	rm -rf build/werror
+	CXX="$(CXX)" $(BIN)/cmake -G Ninja -S . -B build/werror -DRHYTHM_WERROR=ON -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/werror
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,29 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# `import corner_cases` or `in_browser` from any test, without this folder on sys.path.
-for _name in ("corner_cases", "in_browser"):
-    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
-    assert _spec is not None
-    assert _spec.loader is not None
-    sys.modules[_name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules[_name])
+
+class _Helpers(MetaPathFinder):
+    """`import corner_cases`, `in_browser`, `models` and `tensors` from any test, without this folder on sys.path.
+
+    On sys.path it would make tests/kernels importable as `kernels`, which is another package's name.
+    """
+
+    names = ("corner_cases", "in_browser", "models", "tensors")
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        if fullname not in self.names:
+            return None
+        return importlib.util.spec_from_file_location(fullname, Path(__file__).with_name(f"{fullname}.py"))
+
+
+sys.meta_path.insert(0, _Helpers())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for Chromium is a test of the marker `browser`."""
+    for item in items:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,6 +73,12 @@ def browser(chromium: Any) -> Iterator[Any]:
     colour_scheme(chromium, "light")
     yield chromium
     assert chromium.get_log("browser") == []
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws without a seed of its own is the same in any order of tests."""
+    torch.manual_seed(0)
 
 
 # The error against fp64 may be twice that of a plain torch computation in the same type, plus this floor (for results

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from in_browser import PHONE, attributes, colour_scheme, point_at, resize, texts
+
+pytest.importorskip("selenium", reason="needs the extra dev")
+
 from selenium import webdriver
 from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By

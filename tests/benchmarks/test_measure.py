@@ -32,6 +32,7 @@ def test_rounds_are_interleaved_on_the_threads_asked_for() -> None:
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3}
 
 
+@pytest.mark.timing
 def test_short_calls_are_repeated_and_the_time_is_that_of_one() -> None:
     calls = 0
 

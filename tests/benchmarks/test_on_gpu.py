@@ -21,6 +21,7 @@ def test_our_contestants_replay_what_the_reference_computes() -> None:
     assert {row["op"] for row in part.rows} == set(suite.OURS)
 
 
+@pytest.mark.timing
 def test_the_hosts_time_is_no_part_of_the_devices() -> None:
     """A call that keeps the host busy for 5 ms and the device for next to nothing."""
     x, clock = torch.zeros(1, device="cuda"), CudaClock()

@@ -53,6 +53,7 @@ def workers(ray: Any) -> list[Any]:
     return made
 
 
+@pytest.mark.timing
 def test_each_fate_is_told_apart(workers: list[Any]) -> None:
     from rhythm.cluster.rpc import collect
 
@@ -85,6 +86,7 @@ def test_exceptions_come_back_with_the_name_and_the_traceback(workers: list[Any]
     assert "\x1b" not in str(caught.value)
 
 
+@pytest.mark.timing
 def test_together_a_loss_explains_the_others_exceptions(workers: list[Any]) -> None:
     """As with ranks in a collective: one dies, its peers see a closed connection, sooner than Ray sees the death."""
     from rhythm.cluster.rpc import collect
@@ -97,6 +99,7 @@ def test_together_a_loss_explains_the_others_exceptions(workers: list[Any]) -> N
     assert set(found.lost) == {second}
 
 
+@pytest.mark.timing
 def test_together_an_exception_alone_is_an_error(workers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from rhythm.cluster import rpc as calls
 

@@ -10,6 +10,7 @@ import torch
 from rhythm.engines.watch import DeviceWatch
 
 
+@pytest.mark.timing
 def test_blocks_on_the_cpu_add_up() -> None:
     watch = DeviceWatch(torch.device("cpu"))
     for _ in range(3):

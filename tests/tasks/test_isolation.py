@@ -95,27 +95,34 @@ def test_everything_else_is_the_tasks_own(isolated: IsolatedTask) -> None:
     assert isolated.reward("a", "b") == Reward(score=1.0, correct=False, format_ok=True)
 
 
-@pytest.mark.parametrize(
-    ("response", "fault"),
-    [
-        ("sleep", "late"),
-        ("backtrack", "late"),
-        ("raise", "raised"),
-        ("exit", "raised"),
-        ("interrupt", "raised"),
-        ("die", "raised"),
-    ],
-)
+FAULTS = {
+    "sleep": "late",
+    "backtrack": "late",
+    "raise": "raised",
+    "exit": "raised",
+    "interrupt": "raised",
+    "die": "raised",
+}
+
+
+@pytest.mark.parametrize(("response", "fault"), FAULTS.items())
 def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
     response: str, fault: str, isolated: IsolatedTask, caplog: pytest.LogCaptureFixture
 ) -> None:
     isolated.reward("a", "a")  # the judge is up
-    started = time.monotonic()
     assert isolated.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault=fault)
-    assert time.monotonic() - started < 3
     assert f"prompt 'a?', response {response!r}" in caplog.text
     assert ("KeyError: 'no such key'" in caplog.text) == (response == "raise")
     assert isolated.reward("b", "b").score == 1.0
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("response", FAULTS)
+def test_a_fault_costs_little_more_than_its_second(response: str, isolated: IsolatedTask) -> None:
+    isolated.reward("a", "a")  # the judge is up
+    started = time.monotonic()
+    isolated.reward("a", response)
+    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize(

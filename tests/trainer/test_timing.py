@@ -21,6 +21,7 @@ from rhythm.trainer.progress import RunProgress
 SLOW = 0.2  # seconds that the op is made to take more
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("source", ["inline", "separate"])
 @pytest.mark.parametrize("grouping", ["sequence", "batch"])
 def test_the_share_is_that_of_the_statistics(
