@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import models
 import pytest
 import torch
 import transformers
@@ -20,16 +21,7 @@ from rhythm.tap.interception import diverted, text_config
 from rhythm.tap.observe import observe
 from rhythm.tiny.model import build_tokenizer
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-}
+SIZES = models.SIZES | models.GQA | {"vocab_size": 100, "num_hidden_layers": 6}
 CONFIG = AnalysisConfig()
 N, PROMPT = 80, 11
 IDS = torch.randint(4, 100, (N,), generator=torch.Generator().manual_seed(0)).tolist()

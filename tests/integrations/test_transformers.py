@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 import transformers
@@ -20,16 +21,7 @@ from rhythm.integrations.transformers import LayerStatistics, collect_statistics
 from rhythm.ops import reference
 from rhythm.tap.attention_form import UnsupportedAttention
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-}
+SIZES = models.SIZES | models.GQA | {"num_hidden_layers": 4}
 WINDOW, HORIZON = 4, (2, 9)
 OPTIONS: dict[str, Any] = {"window": WINDOW, "horizon": HORIZON}
 T, PROMPT_LENS = 40, [6, 3]

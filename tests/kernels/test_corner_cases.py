@@ -11,11 +11,16 @@ import pytest
 import torch
 from corner_cases import CASES, Case, assert_agrees, by_name
 
+pytest.importorskip("triton", reason="needs the extra triton")
+
 from rhythm import attention_statistics
 from rhythm.kernels import Sequences, column_sweep, row_sweep, undefined_results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on inf and NaN
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, on inf and NaN
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=by_name)

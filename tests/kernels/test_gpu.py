@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs the extra triton")
+
 from rhythm import attention_statistics, attention_with_statistics
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 NAMES = ("span", "waad", "fai", "lse")
 
 

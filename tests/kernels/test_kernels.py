@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+import tensors
 import torch
-from torch import Tensor
+
+pytest.importorskip("triton", reason="needs the extra triton")
 
 from rhythm.ops import reference
 from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on rows beyond the end
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, on rows beyond the end
+]
 NAMES = ("span", "waad", "fai", "lse")
+random_qkv = partial(tensors.random_qkv, device=DEVICE)
 
 # (lengths, prompt lengths, query heads, key heads, head size, window, horizon)
 SHAPES = [
@@ -26,12 +33,6 @@ SHAPES = [
     ([200, 7], [40, 6], 4, 2, 96, 150, (3, 120)),
     ([70], [9], 2, 1, 200, 10, (2, 30)),
 ]
-
-
-def random_qkv(tokens: int, heads: int, key_heads: int, size: int, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens * 1000 + heads * 10 + size)
-    q, k, v = (torch.randn(tokens, h, size, generator=generator) for h in (heads, key_heads, key_heads))
-    return [(1.5 * q).to(DEVICE, dtype), k.to(DEVICE, dtype), v.to(DEVICE, dtype)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

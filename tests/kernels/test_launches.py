@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs the extra triton")
+
 from rhythm import attention_statistics, attention_with_statistics
 from rhythm.kernels import Sequences, mean_span, undefined_results
 from rhythm.kernels.launch import start
 from rhythm.kernels.mean_span import BlockSums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on rows beyond the end
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, on rows beyond the end
+]
 
 
 @pytest.fixture

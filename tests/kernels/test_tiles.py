@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import tensors
 import torch
 from torch import Tensor
+
+pytest.importorskip("triton", reason="needs the extra triton")
 
 from rhythm.kernels.configurations import Kind, Tile
 from rhythm.kernels.launch import forced
@@ -14,18 +19,13 @@ from rhythm.ops.backends import triton as backend
 from rhythm.ops.statistics import attention_statistics, attention_with_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, on rows beyond the end
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, on rows beyond the end
+]
 NAMES = ("span", "waad", "fai", "lse")
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def assert_same(actual: object, expected: object) -> None:
-    for name in NAMES:
-        one, other = getattr(actual, name), getattr(expected, name)
-        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6, equal_nan=True, check_dtype=False, msg=name)
+normal = partial(tensors.normal, device=DEVICE)
+assert_same = partial(tensors.assert_same, rtol=2e-5, atol=2e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize("horizon", [(10, 50), (3, None)], ids=str)

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
+
+pytest.importorskip("triton", reason="needs the extra triton")
+
+import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from rhythm import attention_statistics, attention_with_statistics
@@ -19,6 +22,8 @@ from rhythm.kernels import tuning
 from rhythm.kernels.configurations import SWEEPS, TABLES, Kind, Tile, architecture, candidates, needed_memory
 from rhythm.kernels.launch import launch, options
 from rhythm.kernels.tuning import Sample
+
+pytestmark = pytest.mark.triton
 
 ROW = Kind("row", 2, 128)
 KB = 1024

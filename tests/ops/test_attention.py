@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensors import TRITON, normal
 from torch import Tensor
 
 from rhythm import attention_statistics, attention_with_statistics
@@ -24,10 +25,6 @@ from rhythm.ops.reference import attention_weights
 ROOT = Path(__file__).parents[2]
 NAMES = ("span", "waad", "fai", "lse")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, in Triton's interpreter
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def inputs(packed: bool, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Any]]:
@@ -42,7 +39,7 @@ def inputs(packed: bool, dtype: torch.dtype = torch.float32) -> tuple[list[Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "batched"])
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", TRITON])
 def test_sdpa_flash(backend: str, packed: bool, dtype: torch.dtype) -> None:
     (q, k, v), arguments = inputs(packed, dtype)
     exact = attention_with_statistics(q.double(), k.double(), v.double(), backend="reference", **arguments)
@@ -189,7 +186,7 @@ def test_sampled_rows() -> None:
     assert sampled_rows(0, 4, cpu).tolist() == []
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", TRITON])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "batched"])
 @pytest.mark.parametrize("count", [1, 9, 45, 1000])
 def test_sampled_span(backend: str, packed: bool, count: int) -> None:

@@ -6,13 +6,14 @@ import logging
 
 import pytest
 import torch
+from tensors import normal
 
 from rhythm import _C
 from rhythm.ops import backends
 from rhythm.ops.backends import cpu
 from rhythm.ops.statistics import attention_statistics
 
-Q = torch.randn(5, 2, 8)
+Q = normal(5, 2, 8)
 
 
 @pytest.fixture(autouse=True)

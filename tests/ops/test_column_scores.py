@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensors import TRITON, normal
 from torch import Tensor
 
 from rhythm import column_scores
@@ -15,10 +16,6 @@ from rhythm.ops.reference import attention_weights
 
 DOC = Path(__file__).parents[2] / "docs" / "column_scores.md"
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, in Triton's interpreter
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def defined(
@@ -44,7 +41,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", TRITON])
 @pytest.mark.parametrize(
     ("rows", "begin_end"),
     [(None, [(0, 9), (0, 0), (0, 40)]), ((-6, None), [(3, 9), (0, 0), (34, 40)]), ((2, -3), [(2, 6), (0, 0), (2, 37)])],

@@ -10,7 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tensors
 import torch
+from tensors import assert_same
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import cpp_extension
@@ -21,14 +23,8 @@ SOURCE = Path(__file__).with_name("cpp_dispatch.cpp")
 LENGTHS = (24, 37, 64, 1000)
 
 
-def random_qkv(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    q_THD, k_TGD, v_TGD = (torch.randn((tokens, heads, 16), generator=generator) for heads in (4, 2, 2))
-    return 2 * q_THD, k_TGD, v_TGD
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+def random_qkv(tokens: int) -> list[Tensor]:
+    return tensors.random_qkv(tokens, 4, 2, 16, sharp=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +58,7 @@ def test_cpp_gets_what_python_gets(caller: torch._ops._OpNamespace, hi: int | No
     assert expected.span is not None
     for actual, wanted in zip(results, (expected.span, expected.waad, expected.fai, expected.lse), strict=True):
         assert not wanted.isnan().all()
-        assert_same_bits(actual, wanted)
+        assert_same(actual, wanted)
 
 
 def test_cpp_gets_the_errors_that_python_gets(caller: torch._ops._OpNamespace) -> None:
@@ -100,7 +96,7 @@ def test_one_compilation_serves_every_length(backend: str) -> None:
         expected = statistics(q, k, v, cu_seqlens, prompt_lens)
         for actual, wanted in zip(compiled(q, k, v, cu_seqlens, prompt_lens), expected, strict=True):
             assert actual.shape == wanted.shape
-            assert_same_bits(actual, wanted)
+            assert_same(actual, wanted)
     assert counter.frame_count == 1
 
 
@@ -118,7 +114,7 @@ def test_one_compilation_serves_every_batch() -> None:
             torch._dynamo.mark_dynamic(x, 1)
         actual = compiled(q, k)
         assert actual.shape == (batch, 4, tokens)
-        assert_same_bits(actual, rhythm.attention_statistics(q, k, horizon=(0, None)).waad * 2)
+        assert_same(actual, rhythm.attention_statistics(q, k, horizon=(0, None)).waad * 2)
     assert counter.frame_count == 1
 
 

@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from tensors import assert_same, normal, random_qkv
 from torch import Tensor
 
 from rhythm import _C
@@ -23,14 +24,6 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("RHYTHM_CPU_ISA", request.param)
     assert _C.selected_isa() == request.param
     return request.param
-
-
-def random_qkv(
-    tokens: int, heads: int, key_heads: int, size: int, dtype: torch.dtype, sharp: float = 1.5
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens * 1000 + heads * 10 + size)
-    q, k, v = (torch.randn(tokens, h, size, generator=generator) for h in (heads, key_heads, key_heads))
-    return [(q * sharp).to(dtype), k.to(dtype), v.to(dtype)]
 
 
 @cache
@@ -69,12 +62,6 @@ def exact_and_plain(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], prompts:
 
 def fields(statistics: AttentionStatistics) -> dict[str, Tensor]:
     return {name: getattr(statistics, name) for name in ("span", "waad", "fai", "lse")}
-
-
-def assert_same(a: AttentionStatistics, b: AttentionStatistics) -> None:
-    """Bit for bit, NaN included."""
-    for name, x in fields(a).items():
-        torch.testing.assert_close(x, fields(b)[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 # (lengths, prompt lengths, query heads, key heads, head size, window, horizon)
@@ -209,7 +196,7 @@ def test_invariants(isa: str) -> None:
     out, _ = attention_with_statistics(q, k, torch.ones_like(v))
     torch.testing.assert_close(out, torch.ones_like(out))
     # A constant added to every key moves all scores of a row alike.
-    shifted = attention_statistics(q, k + torch.randn(48), horizon=(0, None))
+    shifted = attention_statistics(q, k + normal(48), horizon=(0, None))
     for name in ("span", "waad", "fai"):
         torch.testing.assert_close(fields(shifted)[name], fields(statistics)[name], rtol=1e-4, atol=1e-5)
     # A window as long as the sequence cuts nothing: the mean of WAAD over the rows is the span.
@@ -333,6 +320,7 @@ def test_registered_ops_are_sound() -> None:
     )
 
 
+@pytest.mark.timing
 def test_other_python_threads_run_meanwhile() -> None:
     """The GIL is released: a counting thread gets on while the op runs."""
     q, k, _ = random_qkv(6000, 4, 1, 64, torch.float32)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import models
 import pytest
 import torch
 import transformers
@@ -20,14 +21,7 @@ from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.observe import observe
 from rhythm.tap.padding import PaddedBatch, padded_batch
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,  # of which 1 and 2 are sampled
-    "num_attention_heads": 4,
-    "initializer_range": 0.3,
-}
+SIZES = models.SIZES | {"num_hidden_layers": 4}  # of which 1 and 2 are sampled
 GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 MOE: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 LINEAR: dict[str, Any] = {

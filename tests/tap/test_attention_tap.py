@@ -5,30 +5,22 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import models
 import pytest
 import torch
 import transformers
+from tensors import assert_same
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.credit.gamma import batch_credit_weights
-from rhythm.credit.signals import RhythmSignals
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.observe import observe
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-}
+SIZES = models.SIZES | models.GQA | {"num_hidden_layers": 6}
 
 
 def qwen3(implementation: str = "sdpa", seed: int = 0) -> Any:
@@ -65,14 +57,6 @@ def batch(side: str = "right") -> tuple[Tensor, Tensor]:
 
 def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def assert_same(actual: RhythmSignals, expected: RhythmSignals) -> None:
-    """Bit for bit."""
-    for name in ("waad", "fai", "span"):
-        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
-    assert actual.groups.local.equal(expected.groups.local)
-    assert actual.groups.global_.equal(expected.groups.global_)
 
 
 @pytest.mark.parametrize("grad", [False, True])

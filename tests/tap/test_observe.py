@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import models
 import pytest
 import torch
 import transformers
+from models import GQA
+from tensors import assert_same
 from torch import Tensor
 
 from rhythm.credit.config import SignalsConfig
@@ -25,16 +28,8 @@ from rhythm.tap.observe import observe
 WINDOW, HORIZON = 4, (2, 9)
 LAYERS = 6  # of which 2, 3 and 4 are sampled
 # Weights large enough for attention far from uniform.
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "initializer_range": 0.3,
-}
+SIZES = models.SIZES | {"num_hidden_layers": LAYERS}
 ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
-GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
 
 
 def qwen3() -> Any:
@@ -129,14 +124,6 @@ def assert_close(actual: Tensor | None, expected: Tensor | None, atol: float = 1
     assert actual is not None
     assert expected is not None
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol, equal_nan=True)
-
-
-def assert_same(actual: RhythmSignals, expected: RhythmSignals) -> None:
-    """Bit for bit."""
-    for name in ("waad", "fai", "span"):
-        assert_close(getattr(actual, name), getattr(expected, name), atol=0)
-    assert actual.groups.local.equal(expected.groups.local)
-    assert actual.groups.global_.equal(expected.groups.global_)
 
 
 # sdpa ignores Gemma 2's softcap: see test_softcap_only_where_the_implementation_heeds_it.

@@ -11,9 +11,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import models
 import pytest
 import torch
 import transformers
+from tensors import assert_same
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rhythm import attention_statistics
 from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import select_heads
-from rhythm.credit.signals import RhythmSignals, aggregate
+from rhythm.credit.signals import aggregate
 from rhythm.tap import attention_form
 from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
@@ -32,15 +34,7 @@ from rhythm.tap.padding import padded_batch
 T, PROMPT_LENS = 40, [6, 3]
 WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "_unique2", "unique_dim"}
 READING = {Tensor.tolist, Tensor.numpy, Tensor.cpu}  # these need no dispatcher for tensors on the CPU
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-}
+SIZES = models.SIZES | models.GQA
 
 
 class Dispatched(TorchDispatchMode):
@@ -270,14 +264,6 @@ def test_signals_are_those_of_packed_tensors(side: str) -> None:
         observe(model, input_ids, **mask, signals=SignalsConfig(layers=layers), prompt_lens=PROMPT_LENS),
         aggregate(waad, fai, span, select_heads(span), response),
     )
-
-
-def assert_same(actual: RhythmSignals, expected: RhythmSignals) -> None:
-    """Bit for bit."""
-    for name in ("waad", "fai", "span"):
-        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
-    assert actual.groups.local.equal(expected.groups.local)
-    assert actual.groups.global_.equal(expected.groups.global_)
 
 
 def test_places_are_those_of_the_mask() -> None:

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tensors import assert_same
 
 import rhythm
 from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.loss import LossConfig
-from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
@@ -34,13 +34,6 @@ def trainer(model: Any, tokenizer: Any, micro_batch_size: int = 2) -> TorchTrain
         temperature=1.0,
         micro_batch_size=micro_batch_size,
     )
-
-
-def assert_same(a: RhythmSignals, b: RhythmSignals, tolerance: float = 0.0) -> None:
-    for name in ("waad", "fai", "span"):
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), equal_nan=True, rtol=tolerance, atol=tolerance)
-    assert a.groups.local.equal(b.groups.local)
-    assert a.groups.global_.equal(b.groups.global_)
 
 
 @pytest.mark.parametrize("grouping", ["sequence", "batch", "calibrated"])
@@ -70,7 +63,7 @@ def test_signals_are_those_of_observe(model: Any, make_rollout: MakeRollout) -> 
     )
     for size in (1, 3, 4):
         found = ObserveAttn(model, tap(), micro_batch_size=size).signals(rollout)
-        assert_same(found, expected, tolerance=1e-5)
+        assert_same(found, expected, rtol=1e-5, atol=1e-5)
     assert expected.waad[rollout.response_mask].isfinite().all()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensors import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rhythm.credit.config import SignalsConfig
@@ -45,15 +46,6 @@ def batch(model: Any, make_rollout: Callable[..., Rollout]) -> TrainBatch:
 
 def state(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        if tolerance:
-            torch.testing.assert_close(a[name], b[name], **tolerance)
-        else:
-            assert a[name].equal(b[name]), name
 
 
 def test_a_step_is_the_loss_the_clip_and_adamw(model: Any, make: Make, batch: TrainBatch) -> None:

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("triton", reason="needs the extra triton")
+
 import triton
 
 from rhythm.kernels.inspect.compile_ahead import MULTIPROCESSORS
+
+pytestmark = pytest.mark.triton
 
 RECORDS = Path(__file__).parents[3] / "benchmarks/records/compile_ahead"
 RECORD = RECORDS / f"triton-{triton.__version__}.json"

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("triton", reason="needs the extra triton")
+
 from rhythm.kernels.inspect.sass import AMD_KINDS, NVIDIA_KINDS, Binary, Loop, amd_line, nvidia_line, parse
+
+pytestmark = pytest.mark.triton
 
 NVIDIA = """
 .text.kernel:
