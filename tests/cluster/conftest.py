@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psutil
@@ -139,3 +141,45 @@ def launch(request: pytest.FixtureRequest) -> Callable[..., Launched]:
         return launched
 
     return start
+
+
+def _cpu_seconds(pid: int) -> float:
+    process = psutil.Process(pid)
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+@pytest.fixture(scope="session")
+def cpu_seconds() -> Callable[[int], float]:
+    """cpu_seconds(pid): what a process and its children have used of the processor so far."""
+    return _cpu_seconds
+
+
+@pytest.fixture(scope="session")
+def lost_midway() -> Callable[..., AbstractContextManager[None]]:
+    """lost_midway(pid, how, work): meanwhile the signal `how` reaches the process once it has done a third of `work`,
+    in seconds of the processor: in the middle of a call that needs so much, on a fast machine and on a busy one.
+    """
+
+    @contextmanager
+    def meanwhile(pid: int, how: int, work: float) -> Iterator[None]:
+        over, sent = threading.Event(), threading.Event()
+        enough = _cpu_seconds(pid) + work / 3
+
+        def watch() -> None:
+            while not over.wait(0.01):
+                if _cpu_seconds(pid) >= enough:
+                    os.kill(pid, how)
+                    sent.set()
+                    return
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+        assert sent.is_set(), f"process {pid} ended its call before it had done a third of its work"
+
+    return meanwhile

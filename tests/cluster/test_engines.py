@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -28,6 +29,12 @@ from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
+if TYPE_CHECKING:  # they import Ray, whose environment has to be prepared first
+    from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
+    from rhythm.cluster.session import Session
+    from rhythm.cluster.utilization import Rates
+    from rhythm.cluster.weight_sync import ClusterWeightSync
+
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 TAP = SignalsConfig(horizon=(1, 6), grouping="batch")
@@ -35,21 +42,27 @@ SAMPLING = SamplingConfig(max_new_tokens=10)
 PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cluster:
     """The roles, what pushes between them, the checkpoint they started from, and its tokens."""
 
-    session: object
-    train: object
-    infer: object
-    attn: object
-    weight_sync: object
-    rates: object
+    session: Session
+    rates: Rates
+    train: ClusterTrain
+    infer: ClusterInfer
+    attn: ClusterAttn
+    weight_sync: ClusterWeightSync
     checkpoint: Path
     end_ids: tuple[int, ...]
     pad_id: int
 
-    def model(self) -> object:
+    def push(self) -> int:
+        """The trainer's weights to every replica, as the next version, which is returned."""
+        version = max(self.infer.version, self.attn.version) + 1
+        self.weight_sync.sync(version)
+        return version
+
+    def model(self) -> Any:
         """The trainer's weights as of now, in this process."""
         model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
         model.load_state_dict(self.train.weights())
@@ -73,13 +86,38 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def start_train(session: Session, rates: Rates, checkpoint: Path) -> ClusterTrain:
+    from rhythm.cluster.engines import ClusterTrain
+    from rhythm.cluster.hosts import TrainSpec
+
+    spec = TrainSpec(
+        role=session.config.train,
+        checkpoint=checkpoint,
+        optimizer=OptimizerConfig(lr=1e-2),
+        loss=LossConfig(),
+        temperature=1.0,
+        micro_batch_size=4,
+        precision="float32",
+        reference=False,
+        bucket_bytes=20_000,  # many buckets
+        collective_seconds=60,
+    )
+    return ClusterTrain(session, spec, rates)
+
+
+def start_weight_sync(train: ClusterTrain, infer: ClusterInfer, attn: ClusterAttn, rates: Rates) -> ClusterWeightSync:
+    from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
+
+    receivers = [WeightReceiver("object_store", infer), WeightReceiver("object_store", attn)]
+    return ClusterWeightSync(train, receivers, rates=rates, gpus_of_replica=1, seconds=60)
+
+
 @pytest.fixture(scope="module")
-def cluster(checkpoint: Path) -> Iterator[Cluster]:
-    from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
-    from rhythm.cluster.hosts import AttnSpec, InferSpec, TrainSpec
+def running(checkpoint: Path) -> Iterator[Cluster]:
+    from rhythm.cluster.engines import ClusterAttn, ClusterInfer
+    from rhythm.cluster.hosts import AttnSpec, InferSpec
     from rhythm.cluster.session import Session
     from rhythm.cluster.utilization import Rates
-    from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 
     config = ClusterConfig.model_validate(
         {
@@ -97,41 +135,30 @@ def cluster(checkpoint: Path) -> Iterator[Cluster]:
     with Session(config, separate_attn=True) as session:
         session.logs = checkpoint / "logs"
         rates = Rates({Role.TRAIN: 1, Role.INFER: 2, Role.ATTN: 2})
-        train = ClusterTrain(
-            session,
-            TrainSpec(
-                role=config.train,
-                checkpoint=checkpoint,
-                optimizer=OptimizerConfig(lr=1e-2),
-                loss=LossConfig(),
-                temperature=1.0,
-                micro_batch_size=4,
-                precision="float32",
-                reference=False,
-                bucket_bytes=20_000,  # many buckets
-                collective_seconds=60,
-            ),
-            rates,
-        )
+        train = start_train(session, rates, checkpoint)
         end_ids, pad_id = (tokenizer.eos_token_id,), tokenizer.pad_token_id
         infer = ClusterInfer(
             session, InferSpec(None, checkpoint, 1024, end_ids, pad_id, "float32"), rates, takes_turns=False
         )
         attn = ClusterAttn(session, AttnSpec(checkpoint, TAP, 4, "float32"), rates)
-        weight_sync = ClusterWeightSync(
-            train,
-            [WeightReceiver("object_store", infer), WeightReceiver("object_store", attn)],
-            rates=rates,
-            gpus_of_replica=1,
-            seconds=60,
-        )
-        yield Cluster(session, train, infer, attn, weight_sync, rates, checkpoint, end_ids, pad_id)
-        mine = [worker.pid for role in (train.ranks, infer.workers, attn.workers) for worker in role]
+        weight_sync = start_weight_sync(train, infer, attn, rates)
+        cluster = Cluster(session, rates, train, infer, attn, weight_sync, checkpoint, end_ids, pad_id)
+        yield cluster
+        mine = [worker.pid for role in (cluster.train.ranks, infer.workers, attn.workers) for worker in role]
     deadline = time.monotonic() + 10
     while any(psutil.pid_exists(pid) for pid in mine if pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not [p for p in psutil.Process().children(recursive=True) if "ray" in " ".join(p.cmdline())]
+
+
+@pytest.fixture
+def cluster(running: Cluster) -> Cluster:
+    """Whole, with the trainer's weights in every replica and no restarts counted, whatever another test did to it."""
+    running.rates.restarts.clear()
+    running.push()
+    running.rates.restarts.clear()
+    return running
 
 
 def equal(a: Rollout, b: Rollout) -> bool:
@@ -164,14 +191,14 @@ def test_a_push_reaches_every_replica(cluster: Cluster) -> None:
     stale = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=2)
     gap = (stale.logprobs - cluster.train.log_probs(stale)[0].logprobs)[stale.response_mask].abs()
     assert gap.mean() > 1e-3
-    cluster.weight_sync.sync(1)
-    assert cluster.infer.version == cluster.attn.version == 1
+    version = cluster.push()
+    assert cluster.infer.version == cluster.attn.version == version
     fresh = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=2)
     gap_B = (fresh.logprobs - cluster.train.log_probs(fresh)[0].logprobs).nan_to_num().abs().amax(dim=1)
     assert gap_B.max() < 1e-4  # over the rows of all replicas
-    with pytest.raises(RemoteError, match="version is 0: must not fall below the 1"):
-        cluster.weight_sync.sync(0)
-    cluster.weight_sync.sync(2)
+    with pytest.raises(RemoteError, match=f"version is {version - 1}: must not fall below the {version}"):
+        cluster.weight_sync.sync(version - 1)
+    assert cluster.push() == version + 1
 
 
 def test_signals_and_shared_head_groups_are_those_of_one_engine(cluster: Cluster) -> None:
@@ -210,18 +237,19 @@ def test_a_loss_that_is_not_finite_is_the_drivers_to_report(cluster: Cluster) ->
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_replica_lost_mid_rollout_is_started_again_with_the_weights_of_the_version(
-    how: signal.Signals, cluster: Cluster
+    how: signal.Signals,
+    cluster: Cluster,
+    cpu_seconds: Callable[[int], float],
+    lost_midway: Callable[..., AbstractContextManager[None]],
 ) -> None:
     """Killed, or stopped so that it misses its deadline."""
     long = SamplingConfig(max_new_tokens=400)
-    honest = cluster.infer.generate(PROMPTS, 8, long, seed=5)
     lost, kept = cluster.infer.workers[1], cluster.infer.workers[0]
-    before = cluster.rates.restarts.get(Role.INFER, 0)
-    timer = threading.Timer(0.3, os.kill, (lost.pid, how))
-    timer.start()
-    found = cluster.infer.generate(PROMPTS, 8, long, seed=5)
-    timer.join()
-    assert cluster.rates.restarts[Role.INFER] == before + 1
+    spent = cpu_seconds(lost.pid)
+    honest = cluster.infer.generate(PROMPTS, 8, long, seed=5)
+    with lost_midway(lost.pid, how, cpu_seconds(lost.pid) - spent):
+        found = cluster.infer.generate(PROMPTS, 8, long, seed=5)
+    assert cluster.rates.restarts[Role.INFER] == 1
     assert cluster.infer.workers[0] is kept
     assert cluster.infer.workers[1] is not lost
     assert equal(found, honest)
@@ -231,7 +259,7 @@ def test_a_replica_lost_before_a_push_gets_the_new_weights(cluster: Cluster) -> 
     rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=6)
     cluster.train.step(cluster.batch(rollout))
     os.kill(cluster.attn.workers[0].pid, signal.SIGKILL)
-    cluster.weight_sync.sync(3)
+    cluster.push()
     assert cluster.rates.restarts[Role.ATTN] == 1
     found = cluster.attn.signals(rollout)
     alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)
@@ -243,6 +271,7 @@ def test_a_replica_lost_before_a_push_gets_the_new_weights(cluster: Cluster) -> 
 
 def test_rates_of_a_step(cluster: Cluster) -> None:
     cluster.rates.clear()
+    cluster.rates.restarted("attn")
     started = time.perf_counter()
     rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=8)
     cluster.train.log_probs(rollout)
@@ -262,8 +291,15 @@ def test_restarts_have_an_end(cluster: Cluster) -> None:
         cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=0)
 
 
-def test_a_lost_trainer_is_an_error_of_its_own(cluster: Cluster) -> None:
-    """The last of this file: nothing of the group is left."""
-    os.kill(cluster.train.ranks[0].pid, signal.SIGKILL)
+def test_a_lost_trainer_is_an_error_of_its_own_and_another_takes_its_place(cluster: Cluster) -> None:
+    (lost,) = cluster.train.ranks
+    os.kill(lost.pid, signal.SIGKILL)
     with pytest.raises(TrainLostError, match=r"actor_train\.weights: actor_train\[0\] died"):
         cluster.train.weights()
+    cluster.train = start_train(cluster.session, cluster.rates, cluster.checkpoint)
+    cluster.weight_sync = start_weight_sync(cluster.train, cluster.infer, cluster.attn, cluster.rates)
+    cluster.push()
+    assert cluster.train.ranks[0].pid != lost.pid
+    rollout = cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=9)
+    gap = (rollout.logprobs - cluster.train.log_probs(rollout)[0].logprobs)[rollout.response_mask].abs()
+    assert gap.max() < 1e-4

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
 
 
-def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone(tmp_path: Path) -> None:
+def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone(
+    tmp_path: Path, cpu_seconds: Callable[[int], float], lost_midway: Callable[..., AbstractContextManager[None]]
+) -> None:
     from rhythm.cluster.engines import ClusterInfer, ClusterTrain
     from rhythm.cluster.hosts import InferSpec, TrainSpec
     from rhythm.cluster.session import Session
@@ -62,13 +64,12 @@ def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone
         weight_sync.sync(1)
 
         long = SamplingConfig(max_new_tokens=500)
-        honest = infer.generate(PROMPTS, 8, long, seed=2)
         lost = infer.workers[0].pid
         assert lost is not None
-        timer = threading.Timer(0.3, os.kill, (lost, signal.SIGKILL))
-        timer.start()
-        found = infer.generate(PROMPTS, 8, long, seed=2)
-        timer.join()
+        spent = cpu_seconds(lost)
+        honest = infer.generate(PROMPTS, 8, long, seed=2)
+        with lost_midway(lost, signal.SIGKILL, cpu_seconds(lost) - spent):
+            found = infer.generate(PROMPTS, 8, long, seed=2)
 
         assert rates.restarts == {Role.INFER: 1}
         assert infer.workers[0].pid != lost

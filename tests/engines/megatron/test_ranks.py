@@ -37,7 +37,7 @@ LAYOUTS = {
     "data": ParallelConfig(data=2),
     "both": ParallelConfig(tensor=2, pipeline=2),
 }
-# Whose checkpoints a layout loads; they are saved by layouts before it, with the same kind of optimizer.
+# Whose checkpoints a layout loads, saved with the same kind of optimizer.
 LOADS = {"one": (), "tensor": (), "pipeline": ("tensor",), "data": ("pipeline",), "both": ("data", "pipeline")}
 OPTIONS: dict[str, Any] = {
     "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5, token_chunk=16),
@@ -90,6 +90,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A Qwen3 of six layers, so that both stages have sampled ones, with 8 query and 4 key heads."""
     checkpoint = tmp_path_factory.mktemp("qwen3")
     shape = TinyModelConfig(layers=6, hidden_size=48, mlp_size=80, query_heads=8, key_heads=4, head_size=16)
+    torch.manual_seed(0)
     model = build_model(shape, build_tokenizer())
     with torch.no_grad():  # a fresh model is nearly uniform: sharper weights tell right from wrong
         for parameter in model.parameters():
@@ -122,30 +123,49 @@ def run_ranks(scratch: Path, timeout: float = 180, **spec: Any) -> list[dict[str
     return [torch.load(scratch / f"out.{rank}", weights_only=False) for rank in range(spec["parallel"].ranks)]
 
 
+class Layouts:
+    """Runs a layout when it is first asked for, and those before it whose checkpoints it loads."""
+
+    def __init__(self, case: Case, directory: Path) -> None:
+        self._case = case
+        self._directory = directory
+        self._found: dict[str, list[dict[str, Any]]] = {}
+
+    def saved(self, name: str) -> Path:
+        """Where a layout leaves its checkpoint."""
+        return self._directory / "saved" / name
+
+    def found(self, name: str) -> list[dict[str, Any]]:
+        """What each rank of a layout found."""
+        if name not in self._found:
+            for other in LOADS[name]:
+                self.found(other)
+            scratch = self._directory / name
+            scratch.mkdir()
+            self.saved(name).parent.mkdir(exist_ok=True)
+            self._found[name] = run_ranks(
+                scratch,
+                scenario="everything",
+                parallel=LAYOUTS[name],
+                checkpoint=self._case.checkpoint,
+                options=OPTIONS,
+                rollout=self._case.rollout,
+                batches=self._case.batches,
+                save_to=str(self.saved(name)),
+                load_from=[str(self.saved(other)) for other in LOADS[name]],
+            )
+        return self._found[name]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each layout leaves its checkpoint."""
-    return tmp_path_factory.mktemp("saved")
+def layouts(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    return Layouts(case, tmp_path_factory.mktemp("layouts"))
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def ranks(request: pytest.FixtureRequest, case: Case, saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(params=LAYOUTS)
+def ranks(request: pytest.FixtureRequest, layouts: Layouts) -> Any:
     """(name of the layout, what each of its ranks found)."""
-    name = request.param
-    for needed in LOADS[name]:
-        assert (saved / needed).is_dir(), "layouts run in their order"
-    found = run_ranks(
-        tmp_path_factory.mktemp(name),
-        scenario="everything",
-        parallel=LAYOUTS[name],
-        checkpoint=case.checkpoint,
-        options=OPTIONS,
-        rollout=case.rollout,
-        batches=case.batches,
-        save_to=str(saved / name),
-        load_from=[str(saved / other) for other in LOADS[name]],
-    )
-    return name, found
+    return request.param, layouts.found(request.param)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
@@ -216,10 +236,9 @@ def test_a_saved_run_continues_bit_for_bit(ranks: Any, case: Case) -> None:
         assert_weights(found["last_weights"], case.found["last_weights"], atol=3e-4)
 
 
-def test_a_new_process_continues_bit_for_bit(ranks: Any, case: Case, saved: Path, tmp_path: Path) -> None:
-    name, found = ranks
-    if name not in ("one", "pipeline"):  # without and with the distributed optimizer
-        return
+@pytest.mark.parametrize("name", ["one", "pipeline"])  # without and with the distributed optimizer
+def test_a_new_process_continues_bit_for_bit(name: str, layouts: Layouts, case: Case, tmp_path: Path) -> None:
+    found = layouts.found(name)
     again = run_ranks(
         tmp_path,
         scenario="resumed",
@@ -227,24 +246,23 @@ def test_a_new_process_continues_bit_for_bit(ranks: Any, case: Case, saved: Path
         checkpoint=case.checkpoint,
         options=OPTIONS,
         batches=case.batches,
-        load_from=str(saved / name),
+        load_from=str(layouts.saved(name)),
     )
     assert_weights(again[0]["last_weights"], found[0]["last_weights"], atol=0.0)
 
 
-def test_a_checkpoint_loads_under_another_layout(ranks: Any, case: Case, saved: Path) -> None:
-    name, ranks_found = ranks
-    for other in LOADS[name]:
-        for found in ranks_found:
-            # The optimizer's state came along: without it the step would be another.
-            assert_weights(found[f"loaded {saved / other}"], case.found["last_weights"], atol=3e-4)
+@pytest.mark.parametrize(("name", "other"), [(name, other) for name in LOADS for other in LOADS[name]])
+def test_a_checkpoint_loads_under_another_layout(name: str, other: str, layouts: Layouts, case: Case) -> None:
+    for found in layouts.found(name):
+        # The optimizer's state came along: without it the step would be another.
+        assert_weights(found[f"loaded {layouts.saved(other)}"], case.found["last_weights"], atol=3e-4)
 
 
-def test_the_saved_weights_are_an_ordinary_checkpoint(ranks: Any, saved: Path) -> None:
+def test_the_saved_weights_are_an_ordinary_checkpoint(ranks: Any, layouts: Layouts) -> None:
     name, ranks_found = ranks
-    model = AutoModelForCausalLM.from_pretrained(saved / name, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(layouts.saved(name), local_files_only=True)
     assert_weights(ranks_found[0]["weights"], model.state_dict(), atol=0.0)
-    assert (saved / name / "tokenizer.json").is_file()
+    assert (layouts.saved(name) / "tokenizer.json").is_file()
 
 
 def test_logits_exist_a_chunk_at_a_time_and_time_is_kept(ranks: Any) -> None:
