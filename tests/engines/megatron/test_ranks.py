@@ -28,7 +28,8 @@ from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+# A test that is the first to ask for "both" runs four layouts.
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LAYOUTS = {
     "one": ParallelConfig(distributed_optimizer=False),
@@ -113,7 +114,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(checkpoint, rollout, batches, found)
 
 
-def run_ranks(scratch: Path, timeout: float = 180, **spec: Any) -> list[dict[str, Any]]:
+def run_ranks(scratch: Path, timeout: float = 400, **spec: Any) -> list[dict[str, Any]]:
     """Run a scenario of ranks.py; what each rank found."""
     torch.save(spec, scratch / "spec.pt")
     script = Path(__file__).with_name("ranks.py")
