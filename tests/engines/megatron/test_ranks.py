@@ -131,6 +131,7 @@ class Layouts:
         self._case = case
         self._directory = directory
         self._found: dict[str, list[dict[str, Any]]] = {}
+        self._begun: set[str] = set()
 
     def saved(self, name: str) -> Path:
         """Where a layout leaves its checkpoint."""
@@ -139,6 +140,8 @@ class Layouts:
     def found(self, name: str) -> list[dict[str, Any]]:
         """What each rank of a layout found."""
         if name not in self._found:
+            assert name not in self._begun, f"layout {name} failed when another test asked for it"
+            self._begun.add(name)
             for other in LOADS[name]:
                 self.found(other)
             scratch = self._directory / name
