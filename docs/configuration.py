@@ -1,0 +1,57 @@
+"""python docs/configuration.py [--write]: prints the configuration's keys, or puts them into docs/configuration.md.
+
+They are read off the typed models, as rhythm-train --help does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rhythm.cli.config_keys import Key, config_keys
+from rhythm.cluster.config import ClusterConfig
+
+DOC = Path(__file__).with_suffix(".md")
+HEAD = """# Configuration keys
+
+Made by `python docs/configuration.py --write` from the typed models; `rhythm-train --help` prints the same. A key is set in the YAML
+file, section by section, or on the command line as `section.key=value`. A key that is not listed is an error which names the nearest.
+"""
+
+
+def document() -> str:
+    """The whole page."""
+    keys = [key for key in config_keys() if not key.path.startswith("cluster.")]
+    keys += config_keys(ClusterConfig(), "cluster.")
+    sections = groupby(keys, key=lambda key: key.path.rpartition(".")[0])
+    return HEAD + "".join(_table(name, list(members)) for name, members in sections)
+
+
+def _table(section: str, keys: list[Key]) -> str:
+    rows = "".join(
+        f"| `{key.path}` | {_code(key.kind)} | {_code(key.default)} | {_cell(key.meaning)} |\n" for key in keys
+    )
+    return f"\n## {section or 'run'}\n\n| key | type | default | meaning |\n|---|---|---|---|\n{rows}"
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python docs/configuration.py", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put them into docs/configuration.md instead of printing")
+    if parser.parse_args(arguments).write:
+        DOC.write_text(document(), encoding="utf-8")
+    else:
+        print(document())
+
+
+if __name__ == "__main__":
+    main()
