@@ -88,6 +88,18 @@ wheel-test: install
 	  --rootdir ../.. -p no:cacheprovider ../../tests/wheel ../../tests/ops/test_statistics.py ../../tests/credit/test_gamma.py \
 	  ../../tests/ops/test_cpp_dispatch.py
 
+# The ops' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, in an environment of its own
+# that borrows only the dependencies. Python itself leaks by design, so leaks are not looked for.
+sanitize: install
+	$(PYTHON) -m venv build/sanitize-venv
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(build/sanitize-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	build/sanitize-venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
+	  -C cmake.define.RHYTHM_SANITIZE=ON -C cmake.define.RHYTHM_WERROR=ON -C build-dir=build/sanitize .
+	mkdir -p build/scratch && cd build/scratch && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ../sanitize-venv/bin/python -m pytest \
+	  -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q -m "not slow" ../../tests/ops
+
 bench: install
 	$(BIN)/python -m benchmarks.run --device cpu
 
