@@ -10,6 +10,7 @@ STAMP := $(VENV)/.installed-$(TORCH)
 # The stack of the cluster's tests: its versions where there are no GPUs; else what pip finds for the extra.
 CLUSTER := $(wildcard constraints/cluster-$(TORCH).txt)
 CLUSTER_STAMP := $(VENV)/.installed-cluster-$(TORCH)
+DOCS_STAMP := $(VENV)/.installed-docs-$(TORCH)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 RUN_PYTHON ?= $(BIN)/python
@@ -99,6 +100,15 @@ sanitize: install
 	mkdir -p build/scratch && cd build/scratch && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ../sanitize-venv/bin/python -m pytest \
 	  -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q -m "not slow" ../../tests/ops
+
+# The site, in build/site; links, anchors and generated pages are checked. RHYTHM_REPOSITORY: the address that source files are linked to.
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m pytest -q tests/docs/test_pages.py tests/test_signatures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) --no-build-isolation --editable ".[docs]"
+	touch $@
 
 bench: install
 	$(BIN)/python -m benchmarks.run --device cpu

@@ -16,8 +16,9 @@ from rhythm.cluster.config import ClusterConfig
 DOC = Path(__file__).with_suffix(".md")
 HEAD = """# Configuration keys
 
-Made by `python docs/configuration.py --write` from the typed models; `rhythm-train --help` prints the same. A key is set in the YAML
-file, section by section, or on the command line as `section.key=value`. A key that is not listed is an error which names the nearest.
+Made by `python docs/configuration.py --write` from the typed models; `rhythm-train --help` prints the same. A key is
+set in the YAML file, section by section, or on the command line as `section.key=value`. An unknown key is an error that
+names the nearest known one.
 """
 
 

@@ -1,0 +1,90 @@
+"""The site's pages against the code and against each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def module(name: str) -> ModuleType:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert text == module("configuration").document(), "run python docs/configuration.py --write"
+
+
+def test_write_makes_the_configuration_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = module("configuration")
+    monkeypatch.setattr(script, "DOC", tmp_path / "configuration.md")
+    script.main(["--write"])
+    assert (tmp_path / "configuration.md").read_text(encoding="utf-8") == script.document()
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    def pages(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        inner = entry.values() if isinstance(entry, dict) else entry
+        return [page for part in inner for page in pages(part)]  # type: ignore[attr-defined]
+
+    # A line of its own, since the file has a tag that only mkdocs knows.
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert sorted(pages(yaml.safe_load(nav))) == PAGES
+
+
+def test_links_of_pages_and_readme_lead_somewhere() -> None:
+    checked = 0
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(DOCS / page for page in PAGES)]:
+        for target in re.findall(r"(?:\]\(|src=\")([^)#\s\"]+)", path.read_text(encoding="utf-8")):
+            if not re.match(r"https?://", target):
+                assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
+                checked += 1
+    assert checked > 50
+
+
+@pytest.mark.parametrize(
+    ("repository", "expected"),
+    [
+        (
+            "https://host/us/rhythm/",
+            "see [the op](https://host/us/rhythm/blob/main/rhythm/ops/statistics.py) and [ops](../ops.md)",
+        ),
+        ("", "see the op and [ops](../ops.md)"),
+    ],
+)
+def test_links_to_source_files_go_to_the_repository_or_become_text(repository: str, expected: str) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    files = SimpleNamespace(documentation_pages=lambda: [SimpleNamespace(src_uri="ops.md")])
+    text = "see [the op](../rhythm/ops/statistics.py) and [ops](../ops.md)"
+    on_page_markdown = module("hooks").on_page_markdown
+    assert on_page_markdown(text, page=page, config={"repo_url": repository}, files=files) == expected
+
+
+def test_every_environment_variable_of_ours_is_on_its_page() -> None:
+    page = (DOCS / "environment.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(RHYTHM_\w+)`", page, re.MULTILINE))
+    used: set[str] = set()
+    sources = [ROOT / "mkdocs.yml", *(ROOT / "csrc").glob("*.cpp")]
+    sources += [path for folder in ("rhythm", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    for path in sources:
+        used |= set(
+            re.findall(r"(?:getenv\(|environ\.get\(|environ\[|!ENV \[)\"?(RHYTHM_\w+)", path.read_text("utf-8"))
+        )
+    assert listed == used
