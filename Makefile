@@ -104,7 +104,7 @@ sanitize: install
 # The site, in build/site; links, anchors and generated pages are checked. RHYTHM_REPOSITORY: the address that source files are linked to.
 docs: $(DOCS_STAMP)
 	$(BIN)/python -m pytest -q tests/docs/test_pages.py tests/test_signatures.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would not count warnings
 
 $(DOCS_STAMP): $(STAMP)
 	$(PIP) --no-build-isolation --editable ".[docs]"
