@@ -228,7 +228,7 @@ def _rates() -> str:
         row("issue", H200.issue, "slot"),
         ("memory", "", *(f"{gpu.memory / 1e12:.2f} TB/s" for gpu in GPUS)),
     ]
-    return _table("Rates", ("unit", "an SM per clock", *(gpu.name for gpu in GPUS)), rows)
+    return _table("Rates", ("unit", "per SM and clock", *(gpu.name for gpu in GPUS)), rows)
 
 
 def _counts() -> str:
@@ -249,7 +249,7 @@ def _counts() -> str:
                 f"{work.memory / shape.tokens:,.0f}",
             )
         )
-    header = ("kernel", "distances", "tile", "FLOPs a score", "exp2 a score", "slots a score", "bytes a token")
+    header = ("kernel", "distances", "tile", "FLOPs per score", "exp2 per score", "slots per score", "bytes per token")
     return _table("Work", header, rows)
 
 
