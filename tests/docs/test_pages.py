@@ -10,6 +10,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import yaml
 
+import rhythm
+import rhythm.credit
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -47,6 +50,13 @@ def test_every_page_is_in_the_navigation_once() -> None:
     # A line of its own, since the file has a tag that only mkdocs knows.
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     assert sorted(pages(yaml.safe_load(nav))) == PAGES
+
+
+def test_the_api_pages_have_every_public_name() -> None:
+    listed = set(re.findall(r"^::: (\S+)$", "".join((DOCS / page).read_text("utf-8") for page in PAGES), re.MULTILINE))
+    public = {f"rhythm.{name}" for name in rhythm.__all__} | {f"rhythm.credit.{name}" for name in rhythm.credit.__all__}
+    # Its fields are those of the configuration page; the other name is rhythm.credit_weights.
+    assert public - listed == {"rhythm.credit.CreditConfig", "rhythm.credit.credit_weights"}
 
 
 def test_links_of_pages_and_readme_lead_somewhere() -> None:
