@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rhythm.cli.config_keys import Key, config_keys
 from rhythm.cluster.config import ClusterConfig
+from rhythm.trainer.config import TrainConfig
 
 DOC = Path(__file__).with_suffix(".md")
 HEAD = """# Configuration keys
@@ -24,7 +25,7 @@ names the nearest known one.
 
 def document() -> str:
     """The whole page."""
-    keys = [key for key in config_keys() if not key.path.startswith("cluster.")]
+    keys = [key for key in config_keys(TrainConfig()) if not key.path.startswith("cluster.")]
     keys += config_keys(ClusterConfig(), "cluster.")
     sections = groupby(keys, key=lambda key: key.path.rpartition(".")[0])
     return HEAD + "".join(_table(name, list(members)) for name, members in sections)
