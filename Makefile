@@ -1,4 +1,4 @@
-# make train | make test | make test-{fast,slow,browser,cluster} | make werror | make lint | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+# make train | make test | make test-{fast,slow,browser,cluster} | make werror | make sanitize | make lint | make docs | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
 PYTHON ?= python3
 TORCH  ?= cpu
 VENV   ?= .venv
@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 RUN_PYTHON ?= $(BIN)/python
 
-.PHONY: install cluster train test test-fast test-slow test-browser test-cluster werror wheel-test lint bench gpu gpu-check gpu-race gpu-record gpu-tree compile-ahead clean
+.PHONY: install cluster train test test-fast test-slow test-browser test-cluster werror sanitize wheel-test lint docs bench gpu gpu-check gpu-race gpu-record gpu-tree compile-ahead clean
 
 install: $(STAMP)
 

@@ -42,7 +42,7 @@ __getattr__, __dir__ = lazy(
     {
         "AttentionTap": "rhythm.tap.attention_tap",
         "RhythmCredit": "rhythm.tap.rhythm_credit",
-        "SignalsConfig": "rhythm.credit.config",
+        "SignalsConfig": "rhythm.credit.signals_config",
         "UnsupportedAttention": "rhythm.tap.attention_form",
         "__version__": "rhythm.system.version",
         "credit_weights": "rhythm.credit.gamma",

@@ -16,9 +16,9 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
+from rhythm.credit.signals_config import SignalsConfig
 from rhythm.ops import arguments, reference
 from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import (

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
+from rhythm.credit.signals_config import SignalsConfig
 from rhythm.shapes import check_dense, check_shape
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.padding import PaddedBatch, padded_batch

@@ -117,7 +117,7 @@ def test_short_options_and_their_keys(tmp_path: Path, capsys: pytest.CaptureFixt
         ("model=m prompts=p out=o signals.horizon=[2,x]", "signals.horizon: must be [int, int | null]"),
         ("model=m prompts=p out=o signals.horizon=far", "must be [low, high] or one of ['paper', 'revised']"),
         ("model=m prompts=p out=o signals.grouping=batch", "signals: grouping must be sequence"),
-        ("model=m prompts=p out=o credit.strategy=x", "credit.strategy is 'x'"),
+        ("model=m prompts=p out=o credit.strategy=x", "credit.strategy: must be one of none, random, entropy"),
         ("model=m prompts=p out=o seed", "'seed': an override is written key=value"),
         ("none.yaml model=m", "cannot read none.yaml"),
     ],

@@ -116,7 +116,7 @@ def test_padding_and_company_do_not_change_a_bit(n: int) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"waad_BnT": torch.ones(2, 5)}, r"waad has shape \[2, 5\]; it must be \[any, any, any\]"),
+        ({"waad_BnT": torch.ones(2, 5)}, r"waad has shape \[2, 5\]; it must be \[B, n, T\]"),
         ({"fai_BnT": torch.ones(2, 3, 4)}, r"fai has shape \[2, 3, 4\]; it must be \[2, 3, 5\]"),
         ({"span_Bn": torch.ones(2, 4)}, "span has shape"),
         ({"response_mask_BT": torch.ones(2, 6)}, "response_mask has shape"),

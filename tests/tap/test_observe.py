@@ -359,7 +359,8 @@ def test_base_model_without_a_head() -> None:
 def test_flex_attention(build: Callable[[], Any], side: str) -> None:
     """The signals of its BlockMask are those of sdpa's mask; a packed row is refused like any other."""
     input_ids, mask = padded([tokens(24), tokens(17)], side)
-    arguments: dict[str, Any] = {"attention_mask": mask, "prompt_lens": [4, 3], "window": WINDOW, "horizon": HORIZON}
+    options = SignalsConfig(window=WINDOW, horizon=HORIZON)
+    arguments: dict[str, Any] = {"attention_mask": mask, "prompt_lens": [4, 3], "signals": options}
     flex, expected = made(build, "flex_attention"), observe(made(build), input_ids, **arguments)
     with torch.compiler.set_stance("force_eager"):  # compiling it takes a minute
         found = observe(flex, input_ids, **arguments)

@@ -55,7 +55,7 @@ def test_the_share_is_that_of_the_statistics(
     assert attention is not None
     assert seconds is not None
     # A pass of their own counts as a whole.
-    assert statistics <= attention <= 1.5 * statistics
+    assert statistics <= attention <= 3 * statistics  # room for a busy machine
     total = sum(row[f"seconds_{phase}"] or 0.0 for phase in ("rollout", "attention", "training", "push"))
     assert row["attention_share"] == pytest.approx(attention / total, rel=0.05)
     assert total <= 1.05 * seconds

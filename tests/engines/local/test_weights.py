@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from rhythm.credit.config import SignalsConfig
 from rhythm.credit.loss import LossConfig
-from rhythm.engines.interfaces import Rollout, SamplingConfig, TapConfig
+from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
@@ -50,7 +51,7 @@ def test_a_sync_gives_the_trainers_weights_to_every_engine(
         model, tokenizer, optimizer=OptimizerConfig(), loss=LossConfig(), temperature=1.0, micro_batch_size=4
     )
     infer = GenerateInfer(copy.deepcopy(model), end_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id)
-    tap = TapConfig(layers=2, horizon=(2, 6), backend="reference")
+    tap = SignalsConfig(layers=2, horizon=(2, 6), backend="reference")
     attn = ObserveAttn(copy.deepcopy(model), tap, micro_batch_size=4)
     sync = LocalWeightSync(train, infer, attn)
     rollout, sampling = make_rollout(), SamplingConfig(max_new_tokens=8, temperature=0)
