@@ -13,6 +13,15 @@ CLUSTER_STAMP := $(VENV)/.installed-cluster-$(TORCH)
 DOCS_STAMP := $(VENV)/.installed-docs-$(TORCH)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
+EXTRAS := train,analyze,dev
+
+# An editable install of the tree with the given extras. scikit-build-core's finder needs no path entry; the one that comes with
+# it would make kernels/ importable as `kernels`, another project's name.
+define editable
+$(PIP) --no-build-isolation --editable ".[$(1)]"
+sed -i.orig '/^\//d' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/_editable_skbc_rhythm.pth
+endef
+
 RUN_PYTHON ?= $(BIN)/python
 
 .PHONY: install cluster train test test-fast test-slow test-browser test-cluster werror sanitize wheel-test lint docs bench gpu gpu-check gpu-race gpu-record gpu-tree compile-ahead clean
@@ -25,7 +34,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
-	$(PIP) --no-build-isolation --editable ".[train,analyze,dev]"
+	$(call editable,$(EXTRAS))
 	touch $@
 
 cluster: $(CLUSTER_STAMP)
@@ -107,7 +116,7 @@ docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would not count warnings
 
 $(DOCS_STAMP): $(STAMP)
-	$(PIP) --no-build-isolation --editable ".[docs]"
+	$(call editable,docs)
 	touch $@
 
 bench: install
