@@ -1,4 +1,4 @@
-"""Tasks: instances, prompts, worked solutions and rewards."""
+"""Tasks: problem instances, their prompts, worked solutions and rewards."""
 
 from __future__ import annotations
 

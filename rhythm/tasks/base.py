@@ -1,7 +1,7 @@
-"""What a task is, and how the trainer finds one by name.
+"""The interface of a task, and the lookup of tasks by name.
 
-A task of your own is a class with a pydantic `config_class` and the other members of `Task`. This one asks
-for a word backwards:
+Your own task is a class with a pydantic `config_class` and the other members of `Task`. This one asks
+for a word spelled backwards:
 
     class ReverseConfig(BaseModel, extra="forbid", frozen=True):
         length: int = Field(default=6, ge=1, description="letters per word")
@@ -24,8 +24,8 @@ for a word backwards:
             correct = response == instance[::-1]
             return Reward(score=float(correct), correct=correct, format_ok=len(response) == len(instance))
 
-In `mypackage/reverse.py` it goes by `mypackage.reverse:Reverse` in a run's configuration; the tasks that come
-with rhythm go by the short names of `TASKS`.
+If it is in `mypackage/reverse.py`, a run's configuration names it `mypackage.reverse:Reverse`. The tasks included
+in rhythm have short names, the keys of `TASKS`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from pydantic import BaseModel
 Instance = TypeVar("Instance")
 
 TASKS: dict[str, str] = {"countdown": "rhythm.tasks.countdown:Countdown"}
-"""Short names, and the `module:Class` each stands for."""
+"""Short name → `module:Class`."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """The judgement of one response.
+    """The reward of one response.
 
-    score: what GRPO maximises; correct: what accuracy counts; format_ok: the answer could be read at all. fault:
-    why there is no judgement, where the judge raised, missed its deadline, or returned something else than a Reward
-    with a finite score; the score is 0 then.
+    score: what GRPO maximizes; correct: counted by accuracy; format_ok: the answer could be read. fault: set, with a
+    score of 0, where the reward function missed its deadline ("late"), raised, or returned anything but a Reward with
+    a finite score ("invalid").
     """
 
     score: float
@@ -60,9 +60,9 @@ class Reward:
 
 
 class Task(Protocol[Instance]):
-    """Problems in a fixed train and test set, their text, and the judge of a response.
+    """Problems in a fixed train and test set, their prompts, and the reward of a response.
 
-    Two tasks built from equal configurations hold equal instances, on any machine and in any process.
+    Two tasks built from equal configurations must have equal instances, on any machine and in any process.
     """
 
     config_class: ClassVar[type[BaseModel]]
@@ -72,20 +72,20 @@ class Task(Protocol[Instance]):
 
     @property
     def test(self) -> Sequence[Instance]:
-        """Held out: shares no instance with `train`."""
+        """Held-out instances; none is in `train`."""
 
     def prompt(self, instance: Instance) -> str:
-        """What the model reads."""
+        """The text given to the model."""
 
     def solution(self, instance: Instance) -> str:
-        """A response with `reward(instance, response).correct`, for the supervised warm start."""
+        """A correct response, for the supervised warm start: `reward(instance, solution(instance)).correct` is true."""
 
     def reward(self, instance: Instance, response: str) -> Reward:
-        """The judgement of `response`: never raises, whatever the text, and costs little."""
+        """The reward of `response`. Must be fast, and must not raise whatever the text."""
 
 
 def task_class(name: str) -> type[Any]:
-    """The class behind a short name of `TASKS` or behind `module:Class`.
+    """The class for a short name of `TASKS` or for `module:Class`.
 
     Raises ValueError for an unknown short name or a class without `config_class`; ImportError and
     AttributeError from the module propagate.
@@ -96,17 +96,17 @@ def task_class(name: str) -> type[Any]:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"task is {name!r}: must be one of {sorted(TASKS)}, or 'module:Class'{hint}")
-    found = getattr(importlib.import_module(module), attribute)
-    if not (isinstance(found, type) and hasattr(found, "config_class")):
+    task = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(task, type) and hasattr(task, "config_class")):
         raise ValueError(f"task is {name!r}: must name a class with a config_class (see rhythm.tasks.base)")
-    return found
+    return task
 
 
 def load_task(name: str, options: Mapping[str, object] | None = None) -> Task[Any]:
     """The task `name`, configured by `options`.
 
-    Raises pydantic.ValidationError (a ValueError) for options that the task does not know or allow.
+    Raises pydantic.ValidationError (a ValueError) for options that the task doesn't have, or values it doesn't allow.
     """
-    found = task_class(name)
-    task: Task[Any] = found(found.config_class.model_validate(dict(options or {})))
+    class_ = task_class(name)
+    task: Task[Any] = class_(class_.config_class.model_validate(dict(options or {})))
     return task

@@ -1,12 +1,12 @@
-"""Countdown: combine all the given numbers with + - * / so that they make the target (TinyZero's protocol).
+"""Countdown: combine all the given numbers with + - * / to make the target (TinyZero's protocol).
 
-Two formats of text:
+Prompts and responses have one of two formats:
 
 `answer`, for language models: an English prompt, and a response that ends in `<answer>(25-3)*4</answer>`.
 
-`steps`, for a model of a million parameters that has never seen English. Prompt `25,3,4>88:`, response
-`25-3=22,22*4=88`: every step takes two of the numbers still unused, given or made by an earlier step, and
-writes what they make; the last step makes the target. All numbers there are whole and not negative.
+`steps`, for a model with a million parameters that has never seen English. Prompt `25,3,4>88:`, response
+`25-3=22,22*4=88`: each step combines two numbers that are still unused, either given or the result of an
+earlier step; the last step makes the target. All its numbers are non-negative integers.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ _OPEN, _CLOSE = "<answer>", "</answer>"
 _STEP = re.compile(r"(0|[1-9][0-9]*)([-+*/])(0|[1-9][0-9]*)=(0|[1-9][0-9]*)")
 _DRAWS_PER_INSTANCE = 50
 MAX_SIZE = 1_000_000
-"""Of a set of instances: all of it is drawn before the run begins, a minute for so many."""
+"""Largest training or test set. All instances are drawn before the run begins, which takes a minute at this size."""
 
 
 class CountdownConfig(BaseModel, extra="forbid", frozen=True):
-    """Which instances there are, and how they are written and judged."""
+    """Which instances are drawn, and how they are written and scored."""
 
     train_size: int = Field(default=20_000, ge=1, le=MAX_SIZE, description="training instances")
     test_size: int = Field(default=512, ge=1, le=MAX_SIZE, description="held-out instances, none in the training set")
     seed: int = Field(default=0, ge=0, description="seed of the instances")
     numbers: int | tuple[int, int] = Field(
-        default=4, description="how many numbers an instance has: a count, or [fewest, most]"
+        default=4, description="how many numbers each instance has: a count, or [fewest, most]"
     )
     max_number: int = Field(default=99, ge=1, description="largest given number; the smallest is 1")
     max_target: int = Field(default=100, ge=1, description="largest target; the smallest is 1")
     format: Literal["answer", "steps"] = Field(
-        default="answer", description="text: `answer` for language models, `steps` for the tiny model"
+        default="answer", description="format of prompts and responses: answer (language models), steps (tiny model)"
     )
     format_score: float = Field(
-        default=0.0, ge=0, lt=1, description="score of a wrong answer that can be read (TinyZero gives 0.1)"
+        default=0.0, ge=0, lt=1, description="score of a wrong answer in the right format (0.1 in TinyZero)"
     )
 
     @model_validator(mode="after")
     def _check_numbers(self) -> CountdownConfig:
         fewest, most = self.counts
         if not 2 <= fewest <= most <= 8:
-            raise ValueError(f"numbers is {self.numbers}: must be a count from 2 to 8, or [fewest, most] of them")
+            raise ValueError(f"numbers is {self.numbers}: must be a count from 2 to 8, or [fewest, most] in that range")
         return self
 
     @property
     def counts(self) -> tuple[int, int]:
-        """The fewest and the most numbers an instance has."""
+        """(fewest, most) numbers in an instance."""
         return (self.numbers, self.numbers) if isinstance(self.numbers, int) else self.numbers
 
 
@@ -76,7 +76,7 @@ class Step:
 
 @dataclass(frozen=True)
 class CountdownInstance:
-    """The numbers as shown, the target, and one way to make it: a step fewer than there are numbers."""
+    """The numbers in the order shown, the target, and one solution, which has one step fewer than there are numbers."""
 
     numbers: tuple[int, ...]
     target: int
@@ -89,14 +89,14 @@ class Countdown:
     config_class: ClassVar[type[BaseModel]] = CountdownConfig
 
     def __init__(self, config: CountdownConfig) -> None:
-        """Builds the instances. Raises ValueError where fewer exist than the configuration asks for."""
+        """Draws the instances. Raises ValueError where too few different ones are found."""
         self.config = config
         instances = make_instances(config)
         self.test: Sequence[CountdownInstance] = instances[: config.test_size]
         self.train: Sequence[CountdownInstance] = instances[config.test_size :]
 
     def prompt(self, instance: CountdownInstance) -> str:
-        """What the model reads: the numbers and the target."""
+        """The numbers and the target, in the configured format."""
         if self.config.format == "steps":
             return f"{','.join(map(str, instance.numbers))}>{instance.target}:"
         numbers = ", ".join(map(str, instance.numbers))
@@ -115,15 +115,15 @@ class Countdown:
 
     def reward(self, instance: CountdownInstance, response: str) -> Reward:
         """1 for a right answer, `format_score` for a wrong one that can be read, else 0. Never raises."""
-        judge = judge_steps if self.config.format == "steps" else judge_answer
-        readable, correct = judge(instance, response)
+        grade = grade_steps if self.config.format == "steps" else grade_answer
+        readable, correct = grade(instance, response)
         return Reward(1.0 if correct else self.config.format_score * readable, correct, readable)
 
 
-def judge_answer(instance: CountdownInstance, response: str) -> tuple[bool, bool]:
-    """(readable, correct) for the last `<answer>…</answer>` of the response; linear in its length."""
+def grade_answer(instance: CountdownInstance, response: str) -> tuple[bool, bool]:
+    """(readable, correct) for the last `<answer>…</answer>` of the response. Takes time linear in its length."""
     end = response.rfind(_CLOSE)
-    # An answer longer than the parser's cap is wrong whatever it says, so its opening tag is not looked for.
+    # An answer longer than the parser allows is wrong anyway, so the opening tag is searched only within that length.
     start = response.rfind(_OPEN, max(0, end - expression.MAX_LENGTH - len(_OPEN)), end) if end >= 0 else -1
     if start < 0:
         return False, False
@@ -135,11 +135,11 @@ def judge_answer(instance: CountdownInstance, response: str) -> tuple[bool, bool
         return False, False
 
 
-def judge_steps(instance: CountdownInstance, response: str) -> tuple[bool, bool]:
-    """(readable, correct) for a response that is nothing but steps between commas.
+def grade_steps(instance: CountdownInstance, response: str) -> tuple[bool, bool]:
+    """(readable, correct) for a response of comma-separated steps.
 
-    Readable: as many steps as it takes, each `a+b=c` or the like. Correct: each step holds and takes numbers
-    that are there and not yet used, and the last one makes the target.
+    Readable: one step fewer than there are numbers, each of the form `a+b=c`. Correct: each equation is true and uses
+    numbers that are still unused, and the last result is the target.
     """
     if len(response) > expression.MAX_LENGTH:
         return False, False
@@ -168,14 +168,14 @@ def _holds(left: int, operator: str, right: int, result: int) -> bool:
 
 
 def as_expression(instance: CountdownInstance) -> str:
-    """The instance's solution as one expression, every compound operand in brackets: `(25-3)*4`."""
+    """The instance's solution as one expression, with every compound operand in brackets: `(25-3)*4`."""
     texts = [(number, str(number)) for number in instance.numbers]
     for step in instance.solution:
         operands = []
         for value in (step.left, step.right):
-            found = next(pair for pair in texts if pair[0] == value)
-            texts.remove(found)
-            operands.append(found[1] if found[1].isdigit() else f"({found[1]})")
+            operand = next(pair for pair in texts if pair[0] == value)
+            texts.remove(operand)
+            operands.append(operand[1] if operand[1].isdigit() else f"({operand[1]})")
         texts.append((step.result, step.operator.join(operands)))
     return texts[0][1]
 
@@ -183,10 +183,10 @@ def as_expression(instance: CountdownInstance) -> str:
 def make_instances(config: CountdownConfig) -> tuple[CountdownInstance, ...]:
     """`test_size + train_size` instances, no two with the same numbers (in any order) and target.
 
-    They come shuffled: what many paths lead to is drawn early, and a cut of that order would be no random
-    split. Raises ValueError where drawing finds too few.
+    They are shuffled after drawing: instances with many solutions tend to be drawn early, so splitting in drawing
+    order would not be a random split. Raises ValueError where too few are found.
     """
-    # Only Random.random() is promised to give the same numbers in every version of Python.
+    # Only Random.random() is guaranteed to return the same sequence in every version of Python.
     rng = random.Random(config.seed)
     wanted = config.test_size + config.train_size
     instances: dict[tuple[tuple[int, ...], int], CountdownInstance] = {}
@@ -199,12 +199,12 @@ def make_instances(config: CountdownConfig) -> tuple[CountdownInstance, ...]:
     raise ValueError(
         f"train_size + test_size is {wanted}, but only {len(instances)} different instances were found with "
         f"numbers={config.numbers}, max_number={config.max_number}, max_target={config.max_target}: ask for "
-        "fewer, or widen these"
+        "fewer, or increase these limits"
     )
 
 
 def _draw(rng: random.Random, config: CountdownConfig) -> CountdownInstance | None:
-    """Numbers, and a random order of combining them; None where the result is no allowed target."""
+    """Random numbers, combined in a random order; None where the result exceeds max_target."""
     fewest, most = config.counts
     count = fewest + _below(rng, most - fewest + 1)
     numbers = tuple(1 + _below(rng, config.max_number) for _ in range(count))
@@ -219,7 +219,7 @@ def _draw(rng: random.Random, config: CountdownConfig) -> CountdownInstance | No
 
 
 def _random_step(rng: random.Random, larger: int, smaller: int) -> Step:
-    """One of the steps that make a whole positive number; the larger operand comes first."""
+    """A random step among those whose result is a positive integer; the larger operand comes first."""
     results = {"+": larger + smaller, "*": larger * smaller}
     if larger > smaller:
         results["-"] = larger - smaller

@@ -1,16 +1,15 @@
-"""Arithmetic over exact fractions: the parser behind Countdown's rewards.
+"""Parses and evaluates arithmetic expressions in exact fractions, for Countdown's rewards.
 
-Grammar (ASCII only; blanks may stand between tokens):
+Grammar (ASCII only; blanks are allowed between tokens):
 
     sum     = product { ("+" | "-") product }
     product = factor  { ("*" | "/") factor }
     factor  = literal | "(" sum ")"
     literal = "0" | nonzero digit { digit }
 
-There are no signs, no powers, no decimal points, and nothing is ever handed to Python's own parser. A model's
-answer is hostile input: its length is capped before anything else looks at it, the parser keeps its own stack
-instead of recursing, and callers check `Expression.literals` before any arithmetic is done, so that no answer
-costs more than a fraction of a millisecond.
+There are no signs, powers or decimal points, and Python's own parser is never used. A model's answer is untrusted
+input: its length is limited before parsing, the parser keeps its own stack instead of recursing, and callers check
+`Expression.literals` before computing the value, so that no answer takes more than a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 MAX_LENGTH = 256
-"""Longest text, in characters, that is parsed at all. Six numbers of two digits need about forty."""
+"""Longest text, in characters, that is parsed. An expression of six two-digit numbers has about forty."""
 
 
 _TOKEN = re.compile(r"[ \t\n]*(0|[1-9][0-9]*|[-+*/()])")
@@ -29,7 +28,7 @@ _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
 class ExpressionError(ValueError):
-    """The text is no expression of the grammar, or its value does not exist (a division by zero)."""
+    """The text does not match the grammar, or its value is undefined (a division by zero)."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,17 @@ def apply(left: Fraction, operator: str, right: Fraction) -> Fraction:
 
 
 def parse(text: str) -> Expression:
-    """The expression that `text` spells. Raises ExpressionError if it spells none.
+    """Parse `text`. Raises ExpressionError if it does not match the grammar.
 
-    Dijkstra's shunting yard: `operators` holds the operators and brackets that wait for their right side.
+    Dijkstra's shunting-yard algorithm: `operators` is the stack of operators whose right operand is not complete yet,
+    and of open brackets.
     """
     postfix: list[int | str] = []
     operators: list[str] = []
     operand_next = True
     for token in _tokens(text):
         if operand_next != (token == "(" or token.isdigit()):
-            raise ExpressionError(f"{token!r} stands where {'a number' if operand_next else 'an operator'} belongs")
+            raise ExpressionError(f"{token!r} is where {'a number' if operand_next else 'an operator'} is expected")
         if token.isdigit():
             postfix.append(int(token))
             operand_next = False
@@ -87,14 +87,14 @@ def parse(text: str) -> Expression:
         elif token == ")":
             _unwind(operators, postfix, above=0)
             if not operators:
-                raise ExpressionError("')' closes nothing")
+                raise ExpressionError("')' has no matching '('")
             operators.pop()
         else:
             _unwind(operators, postfix, above=_PRECEDENCE[token])
             operators.append(token)
             operand_next = True
     if operand_next:
-        raise ExpressionError("the expression ends where a number belongs")
+        raise ExpressionError("the expression ends where a number is expected")
     _unwind(operators, postfix, above=0)
     if operators:
         raise ExpressionError("'(' is never closed")
@@ -104,7 +104,7 @@ def parse(text: str) -> Expression:
 def evaluate(text: str, numbers: Iterable[int]) -> Fraction:
     """The value of `text`, which must use each of `numbers` exactly once and no other number.
 
-    Raises ExpressionError where it does not, where it is no expression, and on a division by zero.
+    Raises ExpressionError where it does not, where it does not match the grammar, and on a division by zero.
     """
     expression = parse(text)
     if sorted(expression.literals) != sorted(numbers):
@@ -128,6 +128,6 @@ def _tokens(text: str) -> list[str]:
 
 
 def _unwind(operators: list[str], postfix: list[int | str], above: int) -> None:
-    """Move waiting operators that bind at least as tightly as `above` to the output, up to a bracket."""
+    """Pop operators of precedence `above` or higher from the stack to the output, down to an open bracket."""
     while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= above:
         postfix.append(operators.pop())

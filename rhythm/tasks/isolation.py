@@ -1,4 +1,4 @@
-"""A task whose rewards are computed in a process of their own, which is killed when one takes too long."""
+"""Computes a task's rewards in a child process, which is killed when a reward takes too long."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel
 
 from rhythm.tasks.base import Reward, Task, load_task
-from rhythm.tasks.judging import Fault, JudgeError, ask, settled
+from rhythm.tasks.scoring import Fault, RewardWorkerError, call_reward, reward_or_zero
 
 _SPAWN = multiprocessing.get_context("spawn")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -26,20 +26,24 @@ _SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class IsolatedTask:
-    """The task `name` with `options`, judged by a copy of it in a child process.
+    """A task whose rewards are computed by a copy of it in a child process.
 
-    A reward that raises, misses its deadline or makes no judgement is a score of 0 with its `fault` named; after a
-    missed deadline the child is killed and a new one started. The child ends with this process, even where this one
-    is killed.
+    A reward that raises, misses its deadline or isn't a valid Reward becomes a score of 0 with its `fault` set. After a
+    missed deadline the child is killed and a new one started. On Linux the child ends with this process, even if this
+    one is killed.
     """
 
-    config_class: ClassVar[type[BaseModel]] = BaseModel  # of the task within: this one is made from another
+    config_class: ClassVar[type[BaseModel]] = BaseModel  # unused: this task wraps one that is already built
 
     def __init__(
         self, task: Task[Any], name: str, options: Mapping[str, object], *, seconds: float, start_seconds: float
     ) -> None:
-        """`task`: the same task, for everything but rewards; `seconds`: for one reward; `start_seconds`: for the
-        child to come up.
+        """
+        Args:
+            task: gives instances, prompts and solutions in this process.
+            name, options: the same task, as the child loads it to compute rewards.
+            seconds: deadline of one reward.
+            start_seconds: deadline for the child to start.
         """
         self._task = task
         self._name, self._options = name, dict(options)
@@ -58,7 +62,7 @@ class IsolatedTask:
 
     @property
     def pid(self) -> int | None:
-        """The judging process; None while there is none."""
+        """Process id of the child; None while there is none."""
         return None if self._child is None else self._child[0].pid
 
     @property
@@ -80,25 +84,25 @@ class IsolatedTask:
         return self._task.solution(instance)
 
     def reward(self, instance: Any, response: str) -> Reward:
-        """The judgement of `response`. Raises JudgeError where the child can't be started."""
+        """The reward of `response`. Raises RewardWorkerError where the child can't be started."""
         connection = self._connection()
         try:
             connection.send((instance, response))
             answered = connection.poll(self._seconds)
             answer: Reward | Fault | None = connection.recv() if answered else None
-        except (EOFError, BrokenPipeError, ConnectionResetError):  # the judge took its process down with it
+        except (EOFError, BrokenPipeError, ConnectionResetError):  # the reward function ended its process
             answer = Fault("raised", "its process ended")
             self._kill()
         if answer is None:
             answer = Fault("late", f"given up after {self._seconds:g} s")
             self._kill()
-        return settled(answer, self._task.prompt(instance), response)
+        return reward_or_zero(answer, self._task.prompt(instance), response)
 
     def _start(self) -> None:
-        """Start a child; that it is ready is waited for when the first reward is asked."""
+        """Start a child without waiting for it; the first reward waits until it is ready."""
         ours, theirs = _SPAWN.Pipe()
         arguments = (theirs, self._name, self._options, os.environ.get(_SAFE_PATH))
-        process = _SPAWN.Process(target=_judge, args=arguments, daemon=True)
+        process = _SPAWN.Process(target=_serve_rewards, args=arguments, daemon=True)
         with _safe_path():
             process.start()
         theirs.close()
@@ -113,7 +117,9 @@ class IsolatedTask:
         if not self._ready:
             if not connection.poll(self._start_seconds) or connection.recv() is not None:
                 self._kill()
-                raise JudgeError(f"the judge of task {self._name} did not come up in {self._start_seconds:g} s")
+                raise RewardWorkerError(
+                    f"the reward worker of task {self._name} did not start within {self._start_seconds:g} s"
+                )
             self._ready = True
         return connection
 
@@ -129,8 +135,8 @@ class IsolatedTask:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """Until the block is left, a Python that is started looks for no module in the working directory before this
-    process's sys.path reaches it: it would take a pickle.py there for the standard library's.
+    """Set PYTHONSAFEPATH until the block is left, so that a Python started in it does not import modules from the
+    working directory first: a pickle.py there would shadow the standard library's.
     """
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
@@ -147,14 +153,14 @@ def _restore_safe_path(value: str | None) -> None:
         os.environ[_SAFE_PATH] = value
 
 
-def _judge(connection: Connection, name: str, options: dict[str, object], safe_path: str | None) -> None:
-    """The child: None once it is ready, then for each (instance, response) a Reward or a Fault.
+def _serve_rewards(connection: Connection, name: str, options: dict[str, object], safe_path: str | None) -> None:
+    """Main function of the child: sends None once it is ready, then a Reward or a Fault per (instance, response).
 
-    `safe_path`: PYTHONSAFEPATH for what the judge itself may start.
+    `safe_path`: the value of PYTHONSAFEPATH for processes that the reward function starts.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _restore_safe_path(safe_path)
     task = load_task(name, options)
     connection.send(None)
@@ -164,7 +170,7 @@ def _judge(connection: Connection, name: str, options: dict[str, object], safe_p
         except EOFError:
             return
         try:
-            answer = ask(task, instance, response)
-        except BaseException:  # KeyboardInterrupt and the like: whatever a judge does, the run goes on
+            answer = call_reward(task, instance, response)
+        except BaseException:  # also KeyboardInterrupt and the like: no reward function may end the run
             answer = Fault("raised", traceback.format_exc())
-        connection.send(answer)  # plain values only, so this can't fail for what the judge returned
+        connection.send(answer)  # holds only plain values, so pickling can't fail

@@ -1,4 +1,4 @@
-"""Asking a task for a reward: what it answers is checked, and a fault is that reward's alone, not the run's."""
+"""Calls a task's reward function and checks what it returns; a fault costs that response its score, not the run."""
 
 from __future__ import annotations
 
@@ -12,63 +12,63 @@ from rhythm.tasks.base import Reward, Task
 
 log = logging.getLogger(__name__)
 
-LARGEST_SCORE = 3.4028234663852886e38  # of float32, in which advantages are computed
+LARGEST_SCORE = 3.4028234663852886e38  # the largest float32, the type in which advantages are computed
 
-_HAPPENED = {"late": "took too long", "raised": "raised", "invalid": "is no judgement"}
+_HAPPENED = {"late": "took too long", "raised": "raised", "invalid": "is not valid"}
 
 
-class JudgeError(RuntimeError):
-    """There is no judge to ask: the end of the run, unlike a fault of one reward."""
+class RewardWorkerError(RuntimeError):
+    """The process that computes rewards can't be started. Unlike a fault of one reward, this ends the run."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why there is no judgement of a response; `why` is for people to read."""
+    """Why a response has no valid reward; `why` is a message for people."""
 
     kind: Literal["late", "raised", "invalid"]
     why: str
 
 
-def checked(found: object) -> Reward | Fault:
-    """`found` as a Reward of plain Python values, or what is wrong with it: it must be a Reward, its score a finite
-    number, correct and format_ok true or false.
+def check_reward(returned: object) -> Reward | Fault:
+    """`returned` as a Reward of plain Python values, or what is wrong with it: it must be a Reward whose score is a
+    finite number and whose correct and format_ok are true or false.
     """
-    if not isinstance(found, Reward):
-        return Fault("invalid", f"reward returned {reprlib.repr(found)}: must be a rhythm.tasks.Reward")
+    if not isinstance(returned, Reward):
+        return Fault("invalid", f"reward returned {reprlib.repr(returned)}: must be a rhythm.tasks.Reward")
     try:
-        score = float(found.score) if isinstance(found.score, SupportsFloat) else None
-        flags = [bool(flag) if flag in (True, False) else None for flag in (found.correct, found.format_ok)]
-        fault = found.fault if found.fault in (None, *_HAPPENED) else None
-    except Exception as error:  # whatever a judge's own types do when they are looked at
+        score = float(returned.score) if isinstance(returned.score, SupportsFloat) else None
+        flags = [bool(flag) if flag in (True, False) else None for flag in (returned.correct, returned.format_ok)]
+        fault = returned.fault if returned.fault in (None, *_HAPPENED) else None
+    except Exception as error:  # the values may be of any type, whose methods may raise
         return Fault("invalid", f"reward returned a Reward that can't be read: {type(error).__name__}: {error}")
     if score is None or not abs(score) <= LARGEST_SCORE:  # NaN compares false
-        return Fault("invalid", f"score is {reprlib.repr(found.score)}: must be a finite number")
+        return Fault("invalid", f"score is {reprlib.repr(returned.score)}: must be a finite number")
     correct, format_ok = flags
     if correct is None or format_ok is None:
         return Fault(
             "invalid",
-            f"correct is {reprlib.repr(found.correct)}, format_ok {reprlib.repr(found.format_ok)}: "
+            f"correct is {reprlib.repr(returned.correct)}, format_ok is {reprlib.repr(returned.format_ok)}: "
             "must be True or False",
         )
     return Reward(score, correct, format_ok, fault)
 
 
-def ask(task: Task[Any], instance: Any, response: str) -> Reward | Fault:
-    """The task's checked judgement, or the fault where it raised or made none.
+def call_reward(task: Task[Any], instance: Any, response: str) -> Reward | Fault:
+    """The task's reward, checked, or the fault if it raised or returned something invalid.
 
-    Raises KeyboardInterrupt and JudgeError.
+    Raises KeyboardInterrupt and RewardWorkerError.
     """
     try:
-        found = task.reward(instance, response)
-    except (KeyboardInterrupt, JudgeError):
+        returned = task.reward(instance, response)
+    except (KeyboardInterrupt, RewardWorkerError):
         raise
     except (Exception, SystemExit):
         return Fault("raised", traceback.format_exc())
-    return checked(found)
+    return check_reward(returned)
 
 
-def settled(answer: Reward | Fault, prompt: str, response: str) -> Reward:
-    """The judgement; a fault is logged with its prompt and response, shortened, and is a score of 0."""
+def reward_or_zero(answer: Reward | Fault, prompt: str, response: str) -> Reward:
+    """The Reward itself; a Fault is logged with the prompt and response, shortened, and becomes a score of 0."""
     if isinstance(answer, Reward):
         return answer
     log.warning(
@@ -81,6 +81,6 @@ def settled(answer: Reward | Fault, prompt: str, response: str) -> Reward:
     return Reward(0.0, correct=False, format_ok=False, fault=answer.kind)
 
 
-def judge(task: Task[Any], instance: Any, prompt: str, response: str) -> Reward:
-    """The judgement of `response` to `prompt`; whatever the task's reward does, a Reward that can be trained on."""
-    return settled(ask(task, instance, response), prompt, response)
+def score_response(task: Task[Any], instance: Any, prompt: str, response: str) -> Reward:
+    """The reward of `response` to `prompt`: always a valid Reward, whatever the task's reward function does."""
+    return reward_or_zero(call_reward(task, instance, response), prompt, response)

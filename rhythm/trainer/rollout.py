@@ -1,4 +1,4 @@
-"""Prompts → judged responses."""
+"""Generates responses to prompts and scores them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from rhythm.engines.interfaces import Infer, Rollout, SamplingConfig
 from rhythm.seeds import generator
 from rhythm.tasks import Reward, Task
-from rhythm.tasks.judging import judge
+from rhythm.tasks.scoring import score_response
 
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """Responses and what the task says of them.
+    """B responses and their rewards.
 
-    rollout: B responses; prompts: the text each of them answers; responses: their texts; rewards: their
-    judgements.
+    rollout: the responses as tokens; prompts: the prompt text of each response (so a prompt appears once per
+    response); responses: their texts; rewards: one per response.
     """
 
     rollout: Rollout
@@ -30,24 +30,24 @@ class ScoredRollout:
 
     @property
     def scores(self) -> Tensor:
-        """fp32 [B]."""
+        """The rewards' scores, fp32 [B]."""
         return torch.tensor([r.score for r in self.rewards], device=self.rollout.input_ids.device)
 
     @property
     def accuracy(self) -> float:
-        """Share of correct responses."""
+        """Fraction of responses that are correct."""
         return sum(r.correct for r in self.rewards) / len(self.rewards)
 
     @property
     def format_share(self) -> float:
-        """Share of responses whose answer could be read."""
+        """Fraction of responses whose answer could be read."""
         return sum(r.format_ok for r in self.rewards) / len(self.rewards)
 
 
 def batch_instances(train: Sequence[Any], count: int, *, seed: int, step: int) -> list[Any]:
-    """The `count` training instances of step 1, 2, …: shuffled passes over the whole set, without a gap.
+    """The `count` training instances of `step` (from 1). The steps go through shuffled epochs of the training set.
 
-    Pass e is a permutation seeded by (seed, e), so a step's instances do not depend on the steps before it.
+    The order of epoch e is seeded by (seed, e), so a step's instances do not depend on the steps before it.
     """
     first, end = (step - 1) * count, step * count
     epochs = range(first // len(train), -(-end // len(train)))
@@ -65,9 +65,10 @@ def roll_out(
     sampling: SamplingConfig,
     seed: int,
 ) -> ScoredRollout:
-    """Answers to each instance, judged by the task, which sees their text without special tokens.
+    """Generate `responses_per_prompt` responses per instance and score them by the task's reward.
 
-    A reward that raises, or returns something else than a Reward with a finite score, is a fault of that one.
+    The reward gets the response text without special tokens. If it raises, or returns anything but a Reward with a
+    finite score, that response scores 0 and its Reward names the fault.
     """
     prompts = [task.prompt(instance) for instance in instances]
     rollout = infer.generate([tokenizer.encode(p) for p in prompts], responses_per_prompt, sampling, seed)
@@ -76,10 +77,12 @@ def roll_out(
         tokenizer.decode([i for i, inside in zip(ids, mask, strict=True) if inside], skip_special_tokens=True)
         for ids, mask in rows
     ]
-    asked = rollout.group.tolist()
+    groups = rollout.group.tolist()
     return ScoredRollout(
         rollout=rollout,
-        prompts=[prompts[g] for g in asked],
+        prompts=[prompts[g] for g in groups],
         responses=responses,
-        rewards=[judge(task, instances[g], prompts[g], text) for g, text in zip(asked, responses, strict=True)],
+        rewards=[
+            score_response(task, instances[g], prompts[g], text) for g, text in zip(groups, responses, strict=True)
+        ],
     )

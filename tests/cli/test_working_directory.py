@@ -79,7 +79,7 @@ def test_training_finds_a_task_there_and_executes_nothing_else(mark: Path) -> No
     assert list((directory / "runs" / "run" / "tensorboard").iterdir())
 
 
-def test_the_judges_process_takes_nothing_from_there(mark: Path) -> None:
+def test_the_reward_workers_process_takes_nothing_from_there(mark: Path) -> None:
     directory = directory_of(["pickle", "socket", "signal", "tempfile"], mark)
     program = mark.parent / "elsewhere" / "program.py"
     program.parent.mkdir()

@@ -1,4 +1,4 @@
-"""A run whose judge hangs on some responses, raises on others or makes no judgement goes on, and counts them."""
+"""A run whose reward hangs on some responses, raises on others or returns nothing goes on, and counts them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Faulty(Countdown):
         if instance == self.train[0]:
             time.sleep(600)
         if instance == self.train[1]:
-            raise RuntimeError("this judge gives up")
+            raise RuntimeError("no reward for this")
         if instance == self.train[2]:
             return None
         return super().reward(instance, response)
@@ -42,7 +42,7 @@ def test_faulty_rewards_are_counted(small_cluster: Path, launch: Callable[..., A
     row = json.loads((tmp_path / "faulty" / "metrics.jsonl").read_text().splitlines()[1])
     assert (row["rewards_late"], row["rewards_raised"], row["rewards_invalid"]) == (2, 2, 2)
     assert "given up after 0.5 s" in output
-    assert "RuntimeError: this judge gives up" in output
+    assert "RuntimeError: no reward for this" in output
     assert "reward returned None" in output
     assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
     assert launched.nothing_left()

@@ -17,7 +17,7 @@ from rhythm.tasks.countdown import Countdown
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The example of the module's docstring, as a user would write it."""
     assert base.__doc__ is not None
-    example = textwrap.dedent(base.__doc__.split("backwards:\n")[1].split("In `mypackage")[0])
+    example = textwrap.dedent(base.__doc__.split("backwards:\n")[1].split("If it is in `mypackage")[0])
     head = "import random\nfrom pydantic import BaseModel, Field\nfrom rhythm.tasks import Reward\nnumber = 3\n"
     (tmp_path / "own_task_example.py").write_text(head + example)
     monkeypatch.syspath_prepend(tmp_path)

@@ -244,8 +244,8 @@ LONG = [
 HOSTILE = [*NUMBERS.split(), *SYNTAX.split(), *NOT_ASCII.split(), *BLANKS, *LONG]
 
 
-def hostile_judgements(text: str) -> list[tuple[Countdown, str]]:
-    """Tasks and responses that give `text` for an answer."""
+def hostile_responses(text: str) -> list[tuple[Countdown, str]]:
+    """Tasks, and a response for each whose answer is `text`."""
     return [
         (answers(format_score=0.1), f"<answer>{text}</answer>"),
         (steps(format_score=0.1), text.replace("=6", "")),
@@ -258,7 +258,7 @@ def test_hostile_answers_score_nothing(text: str) -> None:
     instance = CountdownInstance((1, 5), 6, ())
     assert answers().reward(instance, "<answer>1+5</answer>") == RIGHT
     assert steps().reward(instance, "1+5=6") == RIGHT
-    for task, response in hostile_judgements(text):
+    for task, response in hostile_responses(text):
         reward = task.reward(instance, response)
         assert not reward.correct
         assert reward.score in ((0.0, 0.1) if reward.format_ok else (0.0,))
@@ -268,7 +268,7 @@ def test_hostile_answers_score_nothing(text: str) -> None:
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:24]))
 def test_hostile_answers_cost_nothing(text: str) -> None:
     instance = CountdownInstance((1, 5), 6, ())
-    for task, response in hostile_judgements(text):
+    for task, response in hostile_responses(text):
         seconds = []
         for _ in range(3):
             start = time.perf_counter()

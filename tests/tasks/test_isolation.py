@@ -1,4 +1,4 @@
-"""Rewards that hang, raise, or end their process: each is a score of 0 with a reason, and the next one is judged."""
+"""Rewards that hang, raise, or end their process: each is a score of 0 with a reason, and the next one is computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Unpicklable(Reward):
     def __reduce__(self):
         raise TypeError("no pickle of this")
 
-NO_JUDGEMENT = {
+INVALID = {
     "none": None,
     "float": 1.0,
     "str": "1.0",
@@ -66,26 +66,26 @@ class Awkward:
             return Reward(score=open(os.devnull), correct=True, format_ok=True)
         if response == "unpicklable":
             return Unpicklable(score=0.25, correct=False, format_ok=True)
-        if response in NO_JUDGEMENT:
-            return NO_JUDGEMENT[response]
+        if response in INVALID:
+            return INVALID[response]
         return Reward(score=1.0, correct=response == instance, format_ok=True)
 """
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    found = tmp_path_factory.mktemp("task")
-    (found / "awkward.py").write_text(MODULE)
-    sys.path.insert(0, str(found))
-    yield found
-    sys.path.remove(str(found))
+    path = tmp_path_factory.mktemp("task")
+    (path / "awkward.py").write_text(MODULE)
+    sys.path.insert(0, str(path))
+    yield path
+    sys.path.remove(str(path))
 
 
 @pytest.fixture(scope="module")
 def isolated(directory: Path) -> Iterator[IsolatedTask]:
     task = load_task("awkward:Awkward")
-    with IsolatedTask(task, "awkward:Awkward", {}, seconds=1.0, start_seconds=60) as found:
-        yield found
+    with IsolatedTask(task, "awkward:Awkward", {}, seconds=1.0, start_seconds=60) as isolated_task:
+        yield isolated_task
 
 
 def test_everything_else_is_the_tasks_own(isolated: IsolatedTask) -> None:
@@ -109,7 +109,7 @@ FAULTS = {
 def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
     response: str, fault: str, isolated: IsolatedTask, caplog: pytest.LogCaptureFixture
 ) -> None:
-    isolated.reward("a", "a")  # the judge is up
+    isolated.reward("a", "a")  # the child has started
     assert isolated.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault=fault)
     assert f"prompt 'a?', response {response!r}" in caplog.text
     assert ("KeyError: 'no such key'" in caplog.text) == (response == "raise")
@@ -119,7 +119,7 @@ def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
 @pytest.mark.timing
 @pytest.mark.parametrize("response", FAULTS)
 def test_a_fault_costs_little_more_than_its_second(response: str, isolated: IsolatedTask) -> None:
-    isolated.reward("a", "a")  # the judge is up
+    isolated.reward("a", "a")  # the child has started
     started = time.monotonic()
     isolated.reward("a", response)
     assert time.monotonic() - started < 3
@@ -138,22 +138,22 @@ def test_a_fault_costs_little_more_than_its_second(response: str, isolated: Isol
         ("unpicklable score", "score is <_io.TextIOWr"),
     ],
 )
-def test_no_judgement_is_a_fault_at_once_and_the_judge_stays(
+def test_an_invalid_reward_is_a_fault_at_once_and_the_child_stays(
     response: str, why: str, isolated: IsolatedTask, caplog: pytest.LogCaptureFixture
 ) -> None:
     isolated.reward("a", "a")
-    judge = isolated.pid
+    child = isolated.pid
     assert isolated.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault="invalid")
-    assert f"a reward is no judgement: its score is 0; prompt 'a?', response {response!r}: {why}" in caplog.text
+    assert f"a reward is not valid: its score is 0; prompt 'a?', response {response!r}: {why}" in caplog.text
     assert isolated.reward("b", "b").score == 1.0
-    assert isolated.pid == judge
+    assert isolated.pid == child
 
 
 def test_a_reward_that_cannot_be_pickled_comes_as_its_values(isolated: IsolatedTask) -> None:
     assert isolated.reward("a", "unpicklable") == Reward(0.25, correct=False, format_ok=True)
 
 
-def test_the_judge_ends_with_a_parent_that_is_killed(directory: Path) -> None:
+def test_the_child_ends_with_a_parent_that_is_killed(directory: Path) -> None:
     script = textwrap.dedent("""
         import os, signal, sys
         from rhythm.tasks import load_task
@@ -166,8 +166,8 @@ def test_the_judge_ends_with_a_parent_that_is_killed(directory: Path) -> None:
     """)
     (directory / "parent.py").write_text(script)
     done = subprocess.run([sys.executable, "parent.py"], cwd=directory, capture_output=True, text=True, timeout=120)
-    judge = int(done.stdout)
+    child = int(done.stdout)
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{judge}").exists() and "State:\tZ" not in Path(f"/proc/{judge}/status").read_text():
-        assert time.monotonic() < deadline, "the judge outlived its parent"
+    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.05)

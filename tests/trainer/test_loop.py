@@ -108,7 +108,7 @@ def test_faulty_rewards_are_counted_and_the_run_goes_on(
     def reward(self: Any, instance: Any, response: str) -> Any:
         place = task.train.index(instance) if instance in task.train else -1
         if place == 2:
-            raise RuntimeError("this judge gives up")
+            raise RuntimeError("no reward for this")
         return answers[place] if place in answers else real(self, instance, response)
 
     monkeypatch.setattr(type(task), "reward", reward)
