@@ -1,4 +1,4 @@
-"""The trainer: everything between a configuration and a finished run."""
+"""Runs GRPO training from a configuration to a finished run directory."""
 
 from rhythm.system.extras import require
 

@@ -1,5 +1,5 @@
-"""Checkpoints that are whole or not there: written aside, checksummed, renamed; a damaged one is passed
-over.
+"""Writes and finds checkpoints. Each is written under a temporary name, checksummed and renamed; damaged ones are
+skipped.
 """
 
 from __future__ import annotations
@@ -26,33 +26,35 @@ _NAME = re.compile(r"step_[0-9]{6,18}")
 
 
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
-    """When a checkpoint is written, and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every_steps: int = Field(
         default=50, ge=1, description="training steps between checkpoints; the last step always gets one"
     )
-    keep: int = Field(default=2, ge=1, description="newest checkpoints kept; with 1 there is none before a damaged one")
+    keep: int = Field(
+        default=2, ge=1, description="newest checkpoints kept; with 1, a damaged one leaves nothing to resume from"
+    )
 
 
 class RunState(BaseModel, extra="forbid", frozen=True):
-    """What the trainer has to remember beside the engine's weights and optimizer."""
+    """The trainer's own state in a checkpoint, in addition to the engine's weights and optimizer."""
 
     step: int = Field(ge=0, description="training steps done")
     best_accuracy: float | None = Field(default=None, description="best held-out accuracy so far")
-    best_step: int | None = Field(default=None, description="the step it was measured after")
-    local_heads: list[bool] | None = Field(default=None, description="calibrated: heads that are local")
-    global_heads: list[bool] | None = Field(default=None, description="calibrated: heads that are global")
+    best_step: int | None = Field(default=None, description="step after which best_accuracy was measured")
+    local_heads: list[bool] | None = Field(default=None, description="grouping=calibrated: which heads are local")
+    global_heads: list[bool] | None = Field(default=None, description="grouping=calibrated: which heads are global")
 
 
 class DamagedCheckpointError(RuntimeError):
-    """Checkpoints are there, and none of them is whole."""
+    """There are checkpoints, but all of them are damaged."""
 
 
 def save_checkpoint(directory: Path, state: RunState, write: Callable[[Path], None], keep: int) -> Path:
-    """Write `directory`/step_N and drop all but the newest `keep`; returns the new checkpoint.
+    """Write `directory`/step_N and delete all but the newest `keep` checkpoints; returns the new one's path.
 
-    `write` fills the folder it is given. The folder gets its name only when all of it is on the disk, so a
-    checkpoint that can be seen is complete, whenever the process or the machine stops.
+    `write` fills the folder it is given. The folder gets its final name only once all of it is on disk, so every
+    step_N is complete, even if the process or the machine stops while writing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step_{state.step:06d}"
@@ -68,13 +70,13 @@ def save_checkpoint(directory: Path, state: RunState, write: Callable[[Path], No
             (aside / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
             for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
                 _sync(path)
-        except OSError:  # what is there takes room that a full disk hasn't got
+        except OSError:  # on a full disk, free the space that the unfinished checkpoint takes
             shutil.rmtree(aside, ignore_errors=True)
             raise
-    remove(final)  # damaged, if it is there, and passed over on resume: the whole one takes its place
+    remove(final)  # if it exists it is damaged and was skipped on resume: replace it
     aside.rename(final)
     _sync(directory)
-    # Newer ones were damaged and passed over on resume: they must not count among those kept.
+    # Newer ones are damaged and were skipped on resume: they must not count among those kept.
     newer = [path for path in _checkpoints(directory) if _step(path) > state.step]
     for path in newer + _checkpoints(directory)[len(newer) + keep :]:
         remove(path)
@@ -82,13 +84,13 @@ def save_checkpoint(directory: Path, state: RunState, write: Callable[[Path], No
 
 
 def latest_checkpoint(directory: Path) -> tuple[Path, RunState] | None:
-    """The newest whole checkpoint and its state; None if there has never been one.
+    """The newest undamaged checkpoint and its state; None if there are no checkpoints.
 
-    A damaged one is logged with the file at fault, and the one before it is tried.
+    For each damaged one the bad file is logged, and the checkpoint before it is tried.
 
     Raises:
-        DamagedCheckpointError: there are checkpoints, all of them damaged.
-        OSError: one can't be read.
+        DamagedCheckpointError: all checkpoints are damaged.
+        OSError: a checkpoint can't be read.
     """
     checkpoints = _checkpoints(directory)
     for path in checkpoints:
@@ -102,9 +104,9 @@ def latest_checkpoint(directory: Path) -> tuple[Path, RunState] | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint can't be used, naming the file; None if it is whole."""
+    """Why a checkpoint can't be used, naming the file; None if it is undamaged."""
     if not checkpoint.is_dir():
-        return "it is no directory"
+        return "it is not a directory"
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_bytes())
     except FileNotFoundError:
@@ -117,16 +119,16 @@ def find_damage(checkpoint: Path) -> str | None:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _sha256(checkpoint / name) != expected:
-            return f"{name} does not have the content its checksum was taken from"
+            return f"{name} does not match its checksum"
     try:
         state = RunState.model_validate_json((checkpoint / STATE).read_bytes())
     except ValueError:
-        return f"{STATE} holds no state of this version"
-    return None if state.step == _step(checkpoint) else f"{STATE} is that of step {state.step}"
+        return f"{STATE} is not a state of this version"
+    return None if state.step == _step(checkpoint) else f"{STATE} is from step {state.step}"
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """Newest first; what has another name than a checkpoint's is none."""
+    """Newest first; entries whose name is not step_N are ignored."""
     return sorted((path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
 
 
@@ -135,7 +137,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """What a killed run was writing."""
+    """Remove what a killed run left half-written."""
     for path in directory.glob(f"{_ASIDE}*"):
         remove(path)
 

@@ -1,6 +1,7 @@
-"""Engines of a cluster run, from its configuration; checked before anything is started.
+"""Builds the engines of a cluster run from its configuration, which is checked before anything is started.
 
-`plan` and `check_cluster` need neither Ray nor vLLM nor Megatron; `open_cluster` needs what the configuration names.
+`plan` and `check_cluster` need neither Ray nor vLLM nor Megatron; `open_cluster` needs the engines that the
+configuration names.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from rhythm.trainer.step import Engines
 if TYPE_CHECKING:
     from rhythm.cluster.session import Session
 
-_SPECIAL_TOKENS = 4  # of the tiny model, beside its characters
+_SPECIAL_TOKENS = 4  # in the tiny model's vocabulary, in addition to its characters
 
 
 def model_dimensions(config: TrainConfig, *, known: bool = False) -> tuple[Dimensions, str]:
-    """The model's dimensions and where they come from; with `known`, a directory that isn't there may be one of
-    the models known by name.
+    """The model's dimensions, and a description of where they come from.
+
+    With `known`, model.path may be a directory that doesn't exist if its name is that of a model in KNOWN.
 
     Raises ValueError naming model.path.
     """
@@ -48,12 +50,12 @@ def model_dimensions(config: TrainConfig, *, known: bool = False) -> tuple[Dimen
         return read_dimensions(path), f"config.json in {path}"
     name = path.name.lower().removesuffix("-base")
     if name not in KNOWN:
-        raise ValueError(f"model.path is {path}: no such directory, and not the name of one of {', '.join(KNOWN)}")
-    return KNOWN[name], f"known by its name: no {path} here"
+        raise ValueError(f"model.path is {path}: no such directory, and its name is not one of {', '.join(KNOWN)}")
+    return KNOWN[name], f"known by name: there is no directory {path}"
 
 
 def workload(config: TrainConfig) -> Workload:
-    """What of a run's configuration the cluster's checks and plan want to know."""
+    """The run settings used by the cluster's checks and plan."""
     return Workload(
         prompts_per_batch=config.batch.prompts_per_batch,
         responses_per_prompt=config.batch.responses_per_prompt,
@@ -69,14 +71,14 @@ def workload(config: TrainConfig) -> Workload:
 
 
 def plan(config: TrainConfig, cluster: ClusterConfig) -> str:
-    """The plan of a run. Raises ValueError naming the keys of what would not run."""
+    """The plan of a run. Raises ValueError naming the keys that would not work."""
     model, source = model_dimensions(config, known=True)
     check(cluster, workload(config), model)
     return describe_plan(cluster, workload(config), model, source)
 
 
 def check_cluster(config: TrainConfig, cluster: ClusterConfig) -> None:
-    """Raise ValueError, naming the keys, for what would not run here."""
+    """Raise ValueError, naming the keys, for settings that would not work on this machine."""
     wanted = {"cluster": "ray"}
     if cluster.infer.engine == "vllm":
         wanted["cluster.infer.engine"] = "vllm"
@@ -93,7 +95,7 @@ def check_cluster(config: TrainConfig, cluster: ClusterConfig) -> None:
 
 
 def check_prompts(config: TrainConfig, cluster: ClusterConfig, task: Task[Any], tokenizer: Any) -> None:
-    """Raise ValueError if a prompt leaves too little of the engines' length for a response."""
+    """Raise ValueError if the longest prompt and its response would not fit into cluster.max_length."""
     instances: Sequence[Any] = [*task.train, *task.test]
     lens = [len(ids) for ids in tokenizer([task.prompt(instance) for instance in instances]).input_ids]
     needed = max(lens) + config.sampling.max_new_tokens
@@ -108,10 +110,11 @@ def check_prompts(config: TrainConfig, cluster: ClusterConfig, task: Task[Any], 
 def open_cluster(
     config: TrainConfig, cluster: ClusterConfig
 ) -> Iterator[Callable[[tuple[int, ...], int, Path, int], Engines]]:
-    """Ray, until the block is left; yields what builds engines on it, as often as it takes.
+    """Start Ray until the block is left; yields a function that builds engines on it and may be called repeatedly.
 
-    build(end_ids, pad_id, checkpoint, restarts): engines on that checkpoint's weights, the earlier ones killed;
-    replicas lost later start from it again, so it must stay. `restarts`: of the training ranks so far.
+    build(end_ids, pad_id, checkpoint, restarts) stops the previous engines and builds new ones with that checkpoint's
+    weights. Replicas lost later start from that checkpoint again, so it must not be deleted. `restarts`: how often the
+    training ranks have been restarted so far.
     """
     prepare_environment(cluster)
     from rhythm.cluster.session import Session
@@ -182,14 +185,14 @@ def _build(
 
 
 class ParityCheck:
-    """Compares what actor_infer and actor_train say of a rollout, at the first one and at every so many steps."""
+    """Compares the log-probs of actor_infer and actor_train on the first rollout, then every `every_steps` steps."""
 
     def __init__(self, config: ParityConfig) -> None:
         self._config = config
         self._checked = False
 
     def __call__(self, rollout: Rollout, log_probs: LogProbs, step: int) -> Record:
-        """parity_mean and parity_max, nats; nothing where no check is due. Raises ParityError."""
+        """parity_mean and parity_max in nats; empty where no check is due. Raises ParityError."""
         if self._checked and step % self._config.every_steps:
             return {}
         self._checked = True

@@ -1,4 +1,4 @@
-"""The configuration of a run: every section stands beside its owner and is composed here."""
+"""The configuration of a run, composed of sections that are defined beside the code they configure."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rhythm.trainer.evaluation import EvalConfig
 
 
 class _NoOptions(BaseModel):
-    """Of a task that can't be found."""
+    """Stands in for the options of a task that can't be imported."""
 
 
 class TaskConfig(BaseModel, extra="forbid", frozen=True):
-    """Which task, and its own keys under `options`."""
+    """The task's name, and its own keys under `options`."""
 
-    name: str = Field(default="countdown", description="countdown, or module:Class for a task of your own")
+    name: str = Field(default="countdown", description="countdown, or module:Class for your own task")
     options: SerializeAsAny[BaseModel] = Field(
         default_factory=dict, validate_default=True, description="the task's own keys"
     )
@@ -44,50 +44,50 @@ class TaskConfig(BaseModel, extra="forbid", frozen=True):
     @field_validator("options", mode="wrap")
     @classmethod
     def _of_the_task(cls, value: object, handler: object, info: ValidationInfo) -> BaseModel:
-        if "name" not in info.data:  # reported already; a task that can't be found has no options to check
+        if "name" not in info.data:  # its error is reported already, and without the task no option can be checked
             return _NoOptions()
         options: BaseModel = task_class(info.data["name"]).config_class.model_validate(value)
         return options
 
 
 class ModelConfig(BaseModel, extra="forbid", frozen=True):
-    """The policy."""
+    """The policy model."""
 
     path: Path | None = Field(
         default=None,
         description="directory of a transformers checkpoint; null: the tiny model, warm-started on the task",
     )
-    device: str = Field(default="auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1 …")
+    device: str = Field(default="auto", description="auto (CUDA if available, else cpu), cpu, cuda, cuda:1 …")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="type of the forward and backward pass; weights and optimizer stay float32",
+        description="dtype of the forward and backward pass; weights and optimizer stay float32",
     )
-    trust_remote_code: bool = Field(default=False, description="run Python code that the checkpoint brings along")
+    trust_remote_code: bool = Field(default=False, description="run Python code contained in the checkpoint")
 
 
 class BatchConfig(BaseModel, extra="forbid", frozen=True):
-    """Sizes of a training step. The defaults are the paper's 512 / 32 → 16 gradient steps."""
+    """Batch sizes. The defaults are the paper's: 512 responses in mini-batches of 32, so 16 gradient steps."""
 
-    prompts_per_batch: int = Field(default=64, ge=1, description="prompts of a training step")
-    responses_per_prompt: int = Field(default=8, ge=2, description="responses to each prompt: the group of GRPO")
-    mini_batch_size: int = Field(default=32, ge=1, description="responses of one gradient step")
+    prompts_per_batch: int = Field(default=64, ge=1, description="prompts per training step")
+    responses_per_prompt: int = Field(default=8, ge=2, description="responses per prompt (GRPO's group size)")
+    mini_batch_size: int = Field(default=32, ge=1, description="responses per gradient step")
     micro_batch_size: int = Field(
-        default=8, ge=1, description="responses of one forward and backward pass; a limit on memory"
+        default=8, ge=1, description="responses per forward and backward pass; limits memory, not the result"
     )
 
     @property
     def batch_size(self) -> int:
-        """Responses of a training step."""
+        """Responses per training step."""
         return self.prompts_per_batch * self.responses_per_prompt
 
     @property
     def gradient_steps(self) -> int:
-        """Gradient steps of a training step."""
+        """Gradient steps per training step."""
         return self.batch_size // self.mini_batch_size
 
     @property
     def micro_batches(self) -> int:
-        """Passes accumulated into one gradient step."""
+        """Forward and backward passes accumulated into one gradient step."""
         return self.mini_batch_size // self.micro_batch_size
 
     @model_validator(mode="after")
@@ -106,26 +106,26 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class RunSignalsConfig(SignalsConfig, frozen=True):
-    """How attention statistics become WAAD and FAI, and which forward pass gives them."""
+    """How attention statistics become WAAD and FAI, and which forward pass they are computed in."""
 
     source: Literal["inline", "separate"] = Field(
         default="inline",
-        description="where signals come from: the old-log-prob pass, or a forward pass of their own",
+        description="inline: signals are computed in the old-log-prob pass; separate: in a forward pass of their own",
     )
 
 
 RENAMED = {"attn": "signals.source", "credit.q": "credit.top_fraction"}
-"""Old key → today's."""
+"""Old key → current key."""
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
-    """A whole run."""
+    """The configuration of a training run."""
 
     name: str = Field(
         default="run", pattern=r"^[A-Za-z0-9._-]+$", max_length=255, description="the run's directory under runs_dir"
     )
-    runs_dir: Path = Field(default=Path("runs"), description="where runs are kept")
-    seed: int = Field(default=0, ge=0, description="of prompts, sampling, shuffling and the random control")
+    runs_dir: Path = Field(default=Path("runs"), description="directory that contains the run directories")
+    seed: int = Field(default=0, ge=0, description="seed of prompt order, sampling, shuffling and the random control")
     steps: int = Field(default=500, ge=0, description="training steps")
     tensorboard: bool = Field(default=True, description="also write TensorBoard events")
     task: TaskConfig = TaskConfig()
@@ -141,19 +141,20 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig | None = Field(
-        default=None, description="engines in processes of their own, on one machine or many; null: all in this one"
+        default=None,
+        description="run the engines in separate processes, on one machine or several; null: in this process",
     )
 
     @property
     def run_dir(self) -> Path:
-        """Where the run keeps everything."""
+        """Directory of the run's files."""
         return self.runs_dir / self.name
 
     @field_validator("name")
     @classmethod
     def _is_a_directory_of_its_own(cls, name: str) -> str:
         if not name.strip("."):
-            raise ValueError(f"must name a directory in runs_dir, not runs_dir or the one above, got {name!r}")
+            raise ValueError(f"must name a directory in runs_dir, not runs_dir itself or its parent, got {name!r}")
         return name
 
     @model_validator(mode="before")

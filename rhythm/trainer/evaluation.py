@@ -1,4 +1,4 @@
-"""Held-out accuracy."""
+"""Measures held-out accuracy."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from rhythm.trainer.rollout import ScoredRollout, roll_out
 
 
 class EvalConfig(BaseModel, extra="forbid", frozen=True):
-    """When and how held-out accuracy is measured; always before the first step and after the last."""
+    """When and how held-out accuracy is measured. It is always measured before the first and after the last step."""
 
     every_steps: int = Field(default=20, ge=1, description="training steps between evaluations")
     instances: int | None = Field(
-        default=None, ge=1, description="test instances used, from the first on; null for all"
+        default=None, ge=1, description="evaluate the first so many test instances; null: all"
     )
     temperature: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="of the responses; 0 takes the likeliest token"
+        default=0.0, ge=0, allow_inf_nan=False, description="sampling temperature; 0: the most likely token (greedy)"
     )
     samples: int = Field(
-        default=4, ge=0, description="responses written to samples/ with their WAAD, FAI, γ and entropy"
+        default=4,
+        ge=0,
+        description="responses per evaluation that are written to samples/ with WAAD, FAI, γ and entropy per token",
     )
 
 
@@ -37,7 +39,7 @@ def evaluate(
     seed: int,
     step: int,
 ) -> ScoredRollout:
-    """One response to each test instance, judged; `step` seeds the sampling, where there is any."""
+    """One scored response per test instance. `step` seeds the sampling if the temperature is positive."""
     instances = task.test[: config.instances]
     return roll_out(
         infer,

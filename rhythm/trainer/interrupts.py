@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first asks the run to save and leave, the second ends it at once."""
+"""Handles SIGTERM and Ctrl-C: the first makes the run save and stop, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Notes the first SIGINT or SIGTERM while the block runs; a second one has its usual effect.
+    """Context that records the first SIGINT or SIGTERM; a second one has its usual effect.
 
-    Works in the main thread only, as Python's signal handlers do.
+    Works only in the main thread, because Python allows signal handlers only there.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Whether the run should save and leave."""
+        """Whether the run should save and stop."""
         return self.received is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -43,4 +43,4 @@ class Interrupts:
             os.kill(os.getpid(), number)
             return
         self.received = signal.Signals(number)
-        log.warning("%s: saving at the end of this step, then leaving (again: leave at once)", self.received.name)
+        log.warning("%s: will save and stop as soon as possible (send it again to stop at once)", self.received.name)

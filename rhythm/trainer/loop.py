@@ -1,4 +1,4 @@
-"""A run from its first to its last step: evaluate, step, log, checkpoint; leave when asked, stop on NaN."""
+"""The training loop: evaluates, steps, logs and writes checkpoints; stops when asked and on NaN."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ log = logging.getLogger(__name__)
 class RunSummary:
     """How a run ended.
 
-    step: training steps done. start_accuracy, final_accuracy, best_accuracy: held-out, before the first and
-    after the last of them, and the best, which was after best_step; NaN if not measured. stopped_by: the
-    signal that ended it early. report: its report.html.
+    step: training steps done. start_accuracy, final_accuracy: held-out accuracy before the first and after the last
+    step; best_accuracy: the best one, measured after best_step. NaN where not measured. stopped_by: the signal that
+    ended the run early. report: path of report.html.
     """
 
     run_dir: Path
@@ -66,7 +66,7 @@ class RunSummary:
 
 
 class NonFiniteRunError(RuntimeError):
-    """The run stopped at a loss or gradient that is not finite; the message names the file with the batch."""
+    """The run stopped because a loss or gradient is not finite; the message names the file with the batch."""
 
 
 def run(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> RunSummary:
@@ -75,13 +75,13 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     The first SIGINT or SIGTERM saves a checkpoint and returns early; a second one ends the process.
 
     Raises:
-        SetupError, RunDirectoryError, DirectoryLockedError: the run can't start so, or another process works in its
-            directory; nothing has been written.
-        OSError: a file can't be written, the disk is full; what was finished stays.
-        DamagedCheckpointError: on resume, no checkpoint is whole.
+        SetupError, RunDirectoryError, DirectoryLockedError: the run can't start with this configuration or in this
+            directory, or another process is using the directory; nothing has been written.
+        OSError: a file can't be written, for example because the disk is full; finished files are kept.
+        DamagedCheckpointError: on resume, all checkpoints are damaged.
         NonFiniteRunError: a loss or gradient is NaN or infinite.
-        LostError, RemoteError, ParityError: of a cluster: processes were lost too often, one of them failed, or
-            its engines don't hold the same weights.
+        LostError, RemoteError, ParityError: in a cluster, processes were lost too often, a process raised, or the
+            engines don't hold the same weights.
     """
     console = console or Console(stderr=True)
     check_machine(config)
@@ -91,11 +91,12 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
 
 
 def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -> RunSummary:
-    """In the locked directory."""
-    found = open_run_dir(config, resume=resume)
-    # A cluster builds engines again whenever it loses processes, and the run drops its own checkpoints on the way.
+    """`run`, with the directory locked."""
+    resumed = open_run_dir(config, resume=resume)
+    # Lost processes restart from the checkpoint that the engines were built with, and the KL reference is the model
+    # that the run began with. The run's own checkpoints can't serve: old ones are deleted as it goes on.
     keeps_start = config.cluster is not None or config.loss.kl_coef > 0
-    start = found[0] if found and not keeps_start else initial_checkpoint(config, task, console)
+    start = resumed[0] if resumed and not keeps_start else initial_checkpoint(config, task, console)
     vocabulary = load_vocabulary(start, config.model)
     restarts = 0
     with open_reward_worker(config, task) as isolated, open_engines(config, task, vocabulary) as build:
@@ -103,16 +104,16 @@ def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -
             try:
                 with _saying("building engines"):
                     engines = build(start, restarts)
-                state, stopped_by = _train(config, engines, isolated, vocabulary.tokenizer, console, found)
+                state, stopped_by = _train(config, engines, isolated, vocabulary.tokenizer, console, resumed)
                 break
             except TrainLostError as error:
                 restarts += 1
-                found = _go_back(config, error, restarts)
+                resumed = _go_back(config, error, restarts)
     return _summary(config, state, stopped_by)
 
 
 def _saying(what: str) -> Heartbeat:
-    """So that building engines, minutes for a large model, is not silent."""
+    """Logs that `what` is still going on: building engines takes minutes for a large model."""
     began = time.monotonic()
     return Heartbeat(lambda: f"{what} for {duration(time.monotonic() - began)}", log.info)
 
@@ -123,32 +124,34 @@ def _train(
     task: Task[Any],
     tokenizer: Any,
     console: Console,
-    found: tuple[Path, RunState] | None,
+    resumed: tuple[Path, RunState] | None,
 ) -> tuple[RunState, signal.Signals | None]:
-    """From the checkpoint `found`, or from the beginning, to the end; and the signal that ended it early."""
+    """Train to the end from `resumed`, a checkpoint and its state, or from the beginning. Returns the last state, and
+    the signal that ended the run early.
+    """
     state = RunState(step=0)
-    if found is not None:
-        checkpoint, state = found
+    if resumed is not None:
+        checkpoint, state = resumed
         engines.train.load(checkpoint)
         engines.weight_sync.sync(state.step)
         log.info("continuing after step %d, from %s", state.step, checkpoint)
-    metrics = MetricsLog(config.run_dir, tensorboard=config.tensorboard, after_step=state.step if found else None)
+    metrics = MetricsLog(config.run_dir, tensorboard=config.tensorboard, after_step=state.step if resumed else None)
     progress = RunProgress(console, steps=config.steps, done=state.step)
     with closing(metrics), Interrupts() as interrupts, progress:
         trainer = _Trainer(config, engines, task, tokenizer, metrics, progress, interrupts.asked)
-        return trainer.train(state, measured=found is not None), interrupts.received
+        return trainer.train(state, measured=resumed is not None), interrupts.received
 
 
 def _go_back(config: TrainConfig, error: TrainLostError, restarts: int) -> tuple[Path, RunState] | None:
-    """The last whole checkpoint, if there is any yet. Raises `error` once that has been done often enough."""
-    assert config.cluster is not None  # nobody else loses ranks
+    """The latest undamaged checkpoint, if there is one. Raises `error` after cluster.max_restarts restarts."""
+    assert config.cluster is not None  # only a cluster raises TrainLostError
     if restarts > config.cluster.max_restarts:
         raise error
-    found = latest_checkpoint(config.run_dir / CHECKPOINTS)
-    step = found[1].step if found else 0
+    latest = latest_checkpoint(config.run_dir / CHECKPOINTS)
+    step = latest[1].step if latest else 0
     log.warning("%s", error)
     log.warning("going back to step %d: restart %d of at most %d", step, restarts, config.cluster.max_restarts)
-    return found
+    return latest
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,9 @@ class _Trainer:
     stop_asked: Callable[[], bool]
 
     def train(self, state: RunState, *, measured: bool) -> RunState:
-        """Steps until the last one or until asked to stop. `measured`: the start is, by the run continued."""
+        """Run the remaining steps, or until asked to stop. `measured`: `state` is from a checkpoint, so it has been
+        evaluated and saved already.
+        """
         saved = state.step if measured else -1
         if not measured:
             state = self._measure_start(state)
@@ -209,7 +214,7 @@ class _Trainer:
         return state
 
     def _measure(self, state: RunState, record: Record) -> RunState:
-        """Evaluate, write samples, add both to the record, and remember the best."""
+        """Evaluate, write samples, add accuracy and time to the record; returns the state with the best accuracy."""
         self.progress.phase("evaluation")
         config, watch = self.config, Stopwatch()
         scored = evaluate(
@@ -253,13 +258,13 @@ class _Trainer:
         with naming(path):
             torch.save({"step": step, "what": error.what, "batch": asdict(error.batch)}, path)
         return NonFiniteRunError(
-            f"step {step}: {error}. The mini-batch that caused it is in {path} (torch.load) and changed no "
-            f"weight; the checkpoints in {self.config.run_dir / CHECKPOINTS} are from before"
+            f"step {step}: {error}. The mini-batch that caused it changed no weight and is saved in {path} "
+            f"(torch.load); the checkpoints in {self.config.run_dir / CHECKPOINTS} are from before it"
         )
 
 
 def _groups(state: RunState) -> HeadGroups | None:
-    """The calibrated head groups, one row; None before calibration and without it."""
+    """The calibrated head groups, one row; None before calibration and for other groupings."""
     if state.local_heads is None or state.global_heads is None:
         return None
     return HeadGroups(local=torch.tensor([state.local_heads]), global_=torch.tensor([state.global_heads]))

@@ -1,6 +1,4 @@
-"""The numbers of a run: a line a step in metrics.jsonl, the same as TensorBoard events, and the time by
-phase.
-"""
+"""Writes a run's metrics, one line per step in metrics.jsonl and as TensorBoard events, and measures time by phase."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ Record = dict[str, float]
 
 
 class Stopwatch:
-    """Seconds by phase of a step."""
+    """Measures the seconds a step spends in each phase."""
 
     def __init__(self) -> None:
         self._started = perf_counter()
@@ -41,26 +39,26 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
 
     def move(self, seconds: float, *, of: str, to: str) -> None:
-        """Count `seconds` of phase `of` as phase `to`, never more than it has; NaN moves none."""
+        """Move `seconds` from phase `of` to phase `to`, at most what `of` has; NaN moves nothing."""
         moved = min(seconds, self.seconds.get(of, 0.0)) if math.isfinite(seconds) else 0.0
         self.seconds[of] = self.seconds.get(of, 0.0) - moved
         self.seconds[to] = self.seconds.get(to, 0.0) + moved
 
     @property
     def total(self) -> float:
-        """Seconds since this stopwatch was made."""
+        """Seconds since this stopwatch was created."""
         return perf_counter() - self._started
 
 
 class MetricsLog:
-    """metrics.jsonl and, if wanted, TensorBoard events, both without the steps a resumed run does again."""
+    """Writes metrics.jsonl and, if wanted, TensorBoard events; removes from both the steps a resumed run repeats."""
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, after_step: int | None) -> None:
-        """Continue after `after_step`, or start anew for None.
+        """Continue after `after_step`, or start from nothing for None.
 
-        What is missing or damaged of the steps before is logged.
+        Missing or damaged lines of earlier steps are logged.
 
-        Raises ModuleNotFoundError, saying what to do, if TensorBoard is wanted and not installed.
+        Raises ModuleNotFoundError, with the command that installs it, if TensorBoard is wanted and not installed.
         """
         self._path = run_dir / "metrics.jsonl"
         self._events = run_dir / "tensorboard"
@@ -71,9 +69,9 @@ class MetricsLog:
                 self._writer = _summary_writer(self._events, after_step)
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Append a step's numbers, on the disk before this returns. Undefined ones are null in the file.
+        """Append a step's numbers and flush them to disk. NaN and infinity are null in the file.
 
-        Raises OSError naming the file; the line is cut then, and left out on resume.
+        Raises OSError naming the file; the line may then be incomplete, and is left out on resume.
         """
         step = int(record["step"])
         values = {k: v if math.isfinite(v) else None for k, v in record.items()} | {"step": step}
@@ -89,17 +87,16 @@ class MetricsLog:
                 self._writer.flush()
 
     def close(self) -> None:
-        """Finish the event file."""
+        """Close the TensorBoard event file."""
         if self._writer is not None:
             with naming(self._events):
                 self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The lines of a metrics.jsonl, one dictionary a step; a last line cut short by a killed run is left
-    out.
+    """The lines of a metrics.jsonl, one dictionary per step; a last line cut short by a killed run is left out.
 
-    Raises ValueError naming the first line that is something else.
+    Raises ValueError naming the first line that is not a step's numbers.
     """
     rows, damaged = _read(path)
     if damaged:
@@ -108,7 +105,7 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, float | None]], list[int]]:
-    """The rows, and the numbers of the finished lines that are none, from 1."""
+    """The rows, and the line numbers (from 1) of finished lines that are not rows."""
     rows, damaged = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
@@ -123,12 +120,12 @@ def _read(path: Path) -> tuple[list[dict[str, float | None]], list[int]]:
 
 
 def _keep_steps(path: Path, last: int) -> None:
-    """Drop the lines of later steps and a line that was never finished; the file is replaced in one go."""
+    """Remove the lines of steps after `last` and an unfinished line; the file is replaced atomically."""
     rows, damaged = _read(path)
     if damaged:
         copy = path.with_name(f"{path.name}.damaged")
         replace_file(copy, path.read_bytes())
-        log.warning("%s: left out what is not a step's numbers: %s; a copy is in %s", path, _lines(damaged), copy)
+        log.warning("%s: removed what is not a step's numbers: %s; the old file is in %s", path, _lines(damaged), copy)
     kept = [row for row in rows if row["step"] is not None and row["step"] <= last]
     if missing := sorted(set(range(last + 1)) - {int(row["step"] or 0) for row in kept}):
         what = "has lost" if rows or damaged else "is missing or empty: it has lost"
@@ -138,7 +135,7 @@ def _keep_steps(path: Path, last: int) -> None:
 
 
 def _lines(numbers: list[int]) -> str:
-    """A few of them."""
+    """Up to five line numbers, for a message."""
     shown = ", ".join(map(str, numbers[:5]))
     return f"{'line' if len(numbers) == 1 else 'lines'} {shown}{' …' if len(numbers) > 5 else ''}"
 

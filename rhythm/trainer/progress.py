@@ -1,4 +1,4 @@
-"""How far a run is: bars with rate and remaining time on a terminal, plain lines elsewhere."""
+"""Shows a run's progress: a bar with rate and remaining time on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class RunProgress:
-    """The training steps of a run, what the current one is doing, and the numbers of the last.
+    """Shows the step count, the current phase and the last step's numbers.
 
-    Where there is no terminal: a line after a step, no more than one in 10 s; and one of what is being done whenever
-    30 s have passed without any.
+    Where stderr is not a terminal: a line after a step, at most one every 10 s, and a line with the current phase
+    whenever 30 s have passed without a line.
     """
 
     def __init__(self, console: Console, *, steps: int, done: int, clock: Callable[[], float] = perf_counter) -> None:
-        """`done`: steps of the run that are behind it. `clock`: seconds."""
+        """`done`: steps finished before this process started. `clock`: returns the time in seconds."""
         self._bars = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -70,16 +70,16 @@ class RunProgress:
         self._bars.stop()
 
     def phase(self, name: str) -> None:
-        """What is being done now."""
+        """Set the name of the current phase."""
         self._phase, self._phase_began = name, self._clock()
         self._bars.update(self._bar, phase=name)
 
     def begin_steps(self) -> None:
-        """The first step begins: what came before it, such as the evaluation of the start, is no part of the rate."""
+        """Start measuring the rate: the time before the first step, such as the first evaluation, doesn't count."""
         self._started = self._clock()
 
     def step(self, step: int, record: Mapping[str, float]) -> None:
-        """A step is done, and these are its numbers."""
+        """Show the numbers of a finished step."""
         now = self._clock()
         self._done, self._seconds = step, (now - self._started) / (step - self._first)
         rate = self._rate.text(self._seconds)
@@ -99,5 +99,5 @@ class RunProgress:
     def _status(self) -> str:
         text = f"after step {self._done}/{self._steps}: {self._phase} for {duration(self._clock() - self._phase_began)}"
         if self._done == self._first:
-            return f"{text}; no step is done yet, so the remaining time is not known"
+            return f"{text}; no step is finished yet, so the remaining time is unknown"
         return f"{text}; {self._rate.text(self._seconds)}, {self._left()} left"

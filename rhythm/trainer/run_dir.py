@@ -1,4 +1,4 @@
-"""The directory of a run: whether it may be started or continued there, and the configuration kept in it."""
+"""Opens a run's directory: checks that a run may start or continue there, and writes its configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, CHECKPOINTS, SAMPLES, LOGS = "config.yaml", "checkpoints", "samples", "logs"
 
-# What may differ between a run and its continuation: how long, how often, where, in pieces of which size.
+# Keys that may change when a run is resumed: its length, intervals, directories and memory-related sizes.
 _FREE = ("steps", "runs_dir", "tensorboard", "evaluation.", "checkpoint.", "warm_start.cache_dir", "cluster.")
 _FREE_SIZES = ("batch.micro_batch_size", "optimizer.token_chunk", "model.device")
 _NOT_FREE = ("cluster.train.engine",)  # each trainer reads only its own checkpoints
@@ -30,40 +30,40 @@ class RunDirectoryError(ValueError):
 
 
 def open_run_dir(config: TrainConfig, *, resume: bool) -> tuple[Path, RunState] | None:
-    """Make the directory ready and write its config.yaml; returns the checkpoint to continue from, if any.
+    """Create the directory and write config.yaml; returns the checkpoint to continue from and its state, if any.
 
-    Whoever calls this holds the directory's lock (rhythm.system.directory_lock).
+    The caller must hold the directory's lock (rhythm.system.directory_lock).
 
     Raises:
-        RunDirectoryError: without `resume`, the directory holds something; with it, a run of another
-            configuration, or one whose configuration can't be read.
-        DamagedCheckpointError: with `resume`, no checkpoint is whole.
+        RunDirectoryError: without `resume`, the directory is not empty; with it, its run has another configuration,
+            or one that can't be read.
+        DamagedCheckpointError: with `resume`, all checkpoints are damaged.
         OSError: config.yaml can't be written.
     """
     directory = config.run_dir
-    found = None
+    resumed = None
     if content(directory):
         if not resume:
             raise RunDirectoryError(
                 f"{directory} holds a run: continue it with --resume, choose another name=…, or delete it"
             )
         _check_same(directory / CONFIG, config)
-        found = latest_checkpoint(directory / CHECKPOINTS)
+        resumed = latest_checkpoint(directory / CHECKPOINTS)
     directory.mkdir(parents=True, exist_ok=True)
-    if resume and found is None:
+    if resume and resumed is None:
         log.info("no checkpoint in %s: starting from the beginning", directory)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     replace_file(directory / CONFIG, text)
-    return found
+    return resumed
 
 
 def _check_same(path: Path, config: TrainConfig) -> None:
     if not path.is_file():
-        log.warning("%s is missing: nobody can tell whether the run began with the same configuration", path)
+        log.warning("%s is missing: can't check that the run began with the same configuration", path)
         return
     written = _read(path)
     if said := renamed_keys(written, RENAMED):
-        raise RunDirectoryError(f"{path} is of an older version: {said}. Start a run of another name")
+        raise RunDirectoryError(f"{path} is from an older version: {said}. Start a run with another name")
     before = dict(_flat(written))
     now = dict(_flat(config.model_dump(mode="json")))
     changed = [
@@ -77,7 +77,7 @@ def _check_same(path: Path, config: TrainConfig) -> None:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """Raises RunDirectoryError for what no run writes."""
+    """The keys of config.yaml. Raises RunDirectoryError for content that no run writes."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -87,8 +87,8 @@ def _read(path: Path) -> Mapping[str, Any]:
             return values
         problem = "is empty" if values is None else "holds no keys"
     raise RunDirectoryError(
-        f"{path} is damaged: it {problem}. Put back what the run began with, or delete the file to continue without "
-        "that check"
+        f"{path} is damaged: it {problem}. Restore the configuration that the run began with, or delete the file to "
+        "continue without checking it"
     )
 
 

@@ -1,4 +1,4 @@
-"""A few judged responses with the signals of every token, for the report and for reading."""
+"""Writes a few scored responses with each token's signals, for the report and for reading."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def sample_lines(
     generator: torch.Generator,
     step: int,
 ) -> list[dict[str, object]]:
-    """One dictionary a response: its text and reward; of each response token text, WAAD, FAI, γ and entropy.
+    """One dictionary per response: its text and reward, and per response token the text, WAAD, FAI, γ and entropy.
 
-    γ is that of the strategy in use, whether or not the response's advantage would have let it count.
-    Undefined is None.
+    γ is given even where it would not multiply the response's advantage because that is negative. Undefined values
+    are None.
     """
     rollout = scored.rollout
     credited = credit_tokens(
@@ -58,7 +58,7 @@ def sample_lines(
         always_signals=True,
     )
     if credited.signals is None:
-        raise RuntimeError("the engines gave no signals although they were asked for")
+        raise RuntimeError("the engines returned no signals although they were requested")
     lines: list[dict[str, object]] = []
     for row, reward in enumerate(scored.rewards):
         mask_T = rollout.response_mask[row]
@@ -80,7 +80,7 @@ def sample_lines(
 
 
 def write_samples(directory: Path, step: int, lines: list[dict[str, object]]) -> None:
-    """samples/step_N.jsonl, replaced in one go if it was there."""
+    """Write samples/step_N.jsonl, replacing an existing one atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step_{step:06d}.jsonl"
     aside = path.with_suffix(".part")

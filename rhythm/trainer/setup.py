@@ -1,4 +1,4 @@
-"""From a configuration to engines that are ready to work."""
+"""Builds a run's task, model and engines from its configuration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the tokens that matter to engines. end_ids: those that end a response; pad_id: padding."""
+    """A tokenizer with the token ids that engines need. end_ids: tokens that end a response; pad_id: padding."""
 
     tokenizer: Any
     end_ids: tuple[int, ...]
@@ -42,15 +42,15 @@ class Vocabulary:
 
 
 BuildEngines = Callable[[Path, int], Engines]
-"""Engines on the weights of a checkpoint; the second argument counts how often the training ranks were lost."""
+"""Builds engines with the weights of a checkpoint. Second argument: how often the training ranks were restarted."""
 
 
 class SetupError(ValueError):
-    """The configuration asks for something that isn't there; the message names the key."""
+    """The configuration names something that is missing or can't be used; the message names the key."""
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Raise SetupError for what is missing on this machine, before anything is built or written."""
+    """Raise SetupError for anything missing on this machine. Builds and writes nothing."""
     if config.model.path is not None and not config.model.path.is_dir():
         raise SetupError(f"model.path is {config.model.path}: no such directory")
     if config.cluster is not None:
@@ -61,7 +61,7 @@ def check_machine(config: TrainConfig) -> None:
     if config.model.path is not None:
         _check_code(config.model.path, config.model)
     if config.cluster is not None and config.cluster.gpus:
-        return  # the statistics run on other machines' GPUs
+        return  # the statistics run on the cluster's GPUs, not in this process
     device = pick_device("cpu" if config.cluster is not None else config.model.device)
     try:
         choose(config.signals.backend, torch.empty(0, device=device))
@@ -70,7 +70,9 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def _check_code(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise SetupError where configuration or tokenizer can't be read, or need code that is not to be run."""
+    """Raise SetupError where the checkpoint's configuration or tokenizer can't be read, or needs code that
+    model.trust_remote_code doesn't allow.
+    """
     try:
         with _refused(checkpoint):
             AutoConfig.from_pretrained(checkpoint, **loading_options(config.trust_remote_code))
@@ -82,7 +84,7 @@ def _check_code(checkpoint: Path, config: ModelConfig) -> None:
 
 
 def build_task(config: TrainConfig) -> Task[Any]:
-    """The task. Raises SetupError where its options or the sizes asked of it don't go together."""
+    """The task. Raises SetupError where its options don't fit together or it has too few instances."""
     try:
         task = load_task(config.task.name, config.task.options.model_dump())
     except ValueError as error:
@@ -94,19 +96,19 @@ def build_task(config: TrainConfig) -> Task[Any]:
 
 
 def initial_checkpoint(config: TrainConfig, task: Task[Any], console: Console) -> Path:
-    """Where the policy starts: the checkpoint given, or the tiny model warm-started on the task (cached)."""
+    """The checkpoint that training starts from: model.path, or the tiny model warm-started on the task (cached)."""
     if config.model.path is not None:
         return config.model.path
     start = warm_start(task, config.warm_start, console)
     how = "from the cache" if start.cached else f"trained in {start.seconds:.0f} s"
-    log.info("warm start: %s, loss %.3f nats a token, in %s", how, start.loss, start.directory)
+    log.info("warm start: %s, loss %.3f nats per token, in %s", how, start.loss, start.directory)
     return start.directory
 
 
 def load_vocabulary(checkpoint: Path, config: ModelConfig) -> Vocabulary:
-    """The tokenizer of a transformers checkpoint; a response ends with its end token or the checkpoint's own.
+    """The tokenizer of a transformers checkpoint, with the end tokens of tokenizer and generation config.
 
-    Raises SetupError if nothing ends a response, or the checkpoint needs code of its own that is not to be run.
+    Raises SetupError if there is no end token, or the checkpoint needs code that model.trust_remote_code doesn't allow.
     """
     with _refused(checkpoint):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading_options(config.trust_remote_code))
@@ -120,7 +122,7 @@ def load_vocabulary(checkpoint: Path, config: ModelConfig) -> Vocabulary:
 def load_model(checkpoint: Path, config: ModelConfig) -> Any:
     """The model of a transformers checkpoint, in float32 on its device.
 
-    Raises SetupError if the checkpoint needs code of its own that is not to be run.
+    Raises SetupError if the checkpoint needs code that model.trust_remote_code doesn't allow.
     """
     with _refused(checkpoint):
         return checkpoints.load_model(
@@ -132,23 +134,25 @@ def load_model(checkpoint: Path, config: ModelConfig) -> Any:
 
 
 def _refused(checkpoint: Path) -> AbstractContextManager[None]:
-    """SetupError where `checkpoint` needs code of its own that is not to be run."""
+    """Turns the refusal to run the checkpoint's code into a SetupError that names model.trust_remote_code."""
     return refusal_names("set model.trust_remote_code=true", checkpoint, SetupError)
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: CUDA where there is one. Raises SetupError for a device that this machine hasn't got."""
+    """The device of that name; `auto` is CUDA if available, else the CPU. Raises SetupError for a missing device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA answers with an assertion
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an AssertionError
         raise SetupError(f"model.device is {name!r}: {error}") from error
 
 
 @contextmanager
 def open_reward_worker(config: TrainConfig, task: Task[Any]) -> Iterator[Task[Any]]:
-    """The task, its rewards with a deadline where the configuration has one; until the block is left."""
+    """The task; in a cluster run its rewards are computed in a separate process with a deadline, until the block is
+    left.
+    """
     if config.cluster is None:
         yield task
         return
@@ -160,9 +164,9 @@ def open_reward_worker(config: TrainConfig, task: Task[Any]) -> Iterator[Task[An
 
 @contextmanager
 def open_engines(config: TrainConfig, task: Task[Any], vocabulary: Vocabulary) -> Iterator[BuildEngines]:
-    """What the engines run on, until the block is left: this process, or the cluster of `config.cluster`.
+    """Start the cluster of `config.cluster`, if there is one, until the block is left; yields what builds engines.
 
-    Raises SetupError where a cluster can't be had as configured.
+    Raises SetupError where the cluster can't be started as configured.
     """
     if config.cluster is None:
         yield partial(_local_engines, config, vocabulary)
@@ -177,8 +181,8 @@ def open_engines(config: TrainConfig, task: Task[Any], vocabulary: Vocabulary) -
 
 
 def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path, restarts: int) -> Engines:
-    """Engines of one process. In float32 rollouts come from the trainer's own model; bfloat16 takes a copy in
-    bfloat16. With a KL term the checkpoint's weights are its reference.
+    """Engines in this process. In float32, rollouts use the trainer's own model; in bfloat16, a bfloat16 copy of it.
+    With a KL term the checkpoint's weights are the reference.
     """
     precision = getattr(torch, config.model.precision)
     shared = precision == torch.float32

@@ -1,4 +1,4 @@
-"""One training step: rollouts → rewards → old log-probs and signals → γ → advantages → gradient steps.
+"""Runs one training step: rollouts → rewards → old log-probs and signals → γ → advantages → gradient steps.
 
 Shape suffixes: B responses, T positions.
 """
@@ -37,22 +37,22 @@ from rhythm.trainer.rollout import ScoredRollout, batch_instances, roll_out
 
 
 class Meter(Protocol):
-    """Counts what engines do."""
+    """Counts what the engines do during a step."""
 
     def clear(self) -> None:
-        """A step begins."""
+        """Reset the counts at the beginning of a step."""
 
     def pop_metrics(self, step_seconds: float) -> Record:
-        """The numbers since then; counts from zero again."""
+        """The metrics since the last reset; resets the counts."""
 
 
 @dataclass(frozen=True)
 class Engines:
     """The engines of a run.
 
-    attn: only where signals come from a forward pass of their own. weight_sync: brings the trainer's weights to
-    infer and attn. check: compares what Infer and Train say of a rollout's tokens; numbers to log, and an exception
-    where they differ too much. meter: who worked how much in a step.
+    attn: only with signals.source=separate. weight_sync: copies the trainer's weights to infer and attn. check:
+    compares the log-probs of Infer and Train for a rollout; returns metrics, raises where they differ too much. meter:
+    counts how long each role worked in a step.
     """
 
     infer: Infer
@@ -65,7 +65,10 @@ class Engines:
 
 @dataclass(frozen=True)
 class TokenCredit:
-    """What the weights that made a rollout say of it. signals: None where the strategy reads none."""
+    """Old log-probs, signals and γ of a rollout, under the weights that generated it.
+
+    signals: None where the strategy reads none. gamma: [B, T].
+    """
 
     log_probs: LogProbs
     signals: RhythmSignals | None
@@ -73,7 +76,7 @@ class TokenCredit:
 
 
 class StepAbandonedError(Exception):
-    """The run was asked to stop before the step changed a weight."""
+    """The run was asked to stop before the step's first gradient step, so no weight has changed."""
 
 
 def credit_tokens(
@@ -87,10 +90,10 @@ def credit_tokens(
     watch: Stopwatch,
     always_signals: bool = False,
 ) -> TokenCredit:
-    """Old log-probs, signals and γ. Signals come from the Attn engine if there is one, else from the same
-    pass.
+    """Old log-probs, signals and γ of a rollout. Signals come from the Attn engine if there is one, else from the
+    log-prob pass.
 
-    The phase "attention" of `watch` is what the method costs: statistics, wherever they are made, and γ.
+    The phase "attention" of `watch` is the method's extra cost: the statistics, in either pass, and γ.
     """
     wanted = always_signals or "attention" in credit.reads
     inline = tap if wanted and engines.attn is None else None
@@ -116,10 +119,11 @@ def train_step(
     stop_asked: Callable[[], bool] = lambda: False,
     phase: Callable[[str], None] = lambda name: None,
 ) -> tuple[Record, HeadGroups | None]:
-    """Step 1, 2, …: the numbers to log, and the head groups from now on (they change only when calibrated).
+    """Run training step `step` (from 1). Returns its metrics and the head groups to pass to the next step, which change
+    only in the step that calibrates them.
 
-    Raises StepAbandonedError if `stop_asked` before the first gradient step, NonFiniteError as the Train engine,
-    and what the engines' check raises.
+    Raises StepAbandonedError if `stop_asked()` before the first gradient step, NonFiniteError from the Train engine,
+    and what engines.check raises.
     """
     watch = Stopwatch()
     if engines.meter is not None:
@@ -175,7 +179,7 @@ def train_step(
 
 
 def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[TrainBatch]:
-    """The batch's rows, shuffled by (seed, step) and cut into gradient steps."""
+    """The batch's rows, shuffled by (seed, step) and split into the mini-batches of the gradient steps."""
     rows = len(batch.rollout.prompt_lens)
     order = torch.randperm(rows, generator=generator(config.seed, "mini-batches", step))
     return (take_rows(batch, index) for index in torch.split(order, config.batch.mini_batch_size))
@@ -197,8 +201,8 @@ def _leave_if(stop_asked: Callable[[], bool]) -> None:
 
 
 def _rollout_metrics(scored: ScoredRollout, credited: TokenCredit) -> Record:
-    """reward … response_length over responses, zero_variance_share over the prompts' groups; entropy, and the mean
-    |difference| between the log-probs that the Infer and the Train engine give a sampled token, over tokens."""
+    """Means over responses (reward … response_length), over groups (zero_variance_share) and over tokens (entropy, and
+    logprob_gap: |log-prob of the Infer engine − log-prob of the Train engine| of the sampled token)."""
     rollout, mask_BT = scored.rollout, scored.rollout.response_mask
     gap_BT = (rollout.logprobs - credited.log_probs.logprobs).abs()
     return {
@@ -218,9 +222,9 @@ def _rollout_metrics(scored: ScoredRollout, credited: TokenCredit) -> Record:
 
 
 def zero_variance_share(scores_B: Tensor, group_B: Tensor) -> float:
-    """Share of the groups in which all scores are equal: their advantages are 0. A group of one is such a group."""
-    scores = [scores_B[group_B == group] for group in set(group_B.tolist())]
-    return sum(bool((each == each[0]).all()) for each in scores) / len(scores)
+    """Fraction of groups in which all scores are equal, so that all advantages are 0. A group of one counts too."""
+    groups = [scores_B[group_B == group] for group in set(group_B.tolist())]
+    return sum(bool((scores == scores[0]).all()) for scores in groups) / len(groups)
 
 
 def _mean_metrics(step_metrics: list[StepMetrics]) -> Record:
@@ -232,9 +236,7 @@ def _mean_metrics(step_metrics: list[StepMetrics]) -> Record:
 
 
 def _credit_metrics(credited: TokenCredit, advantages_B: Tensor, mask_BT: Tensor, credit: CreditConfig) -> Record:
-    """γ over all response tokens and its share in the advantages; WAAD (tokens) and FAI where they are
-    defined.
-    """
+    """Mean γ over all response tokens, its share of the advantages, and mean WAAD (tokens) and FAI where defined."""
     share = gamma_share(advantages_B, credited.gamma, mask_BT, credit.apply_to)
     signals = credited.signals
     return {

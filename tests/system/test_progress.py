@@ -82,7 +82,7 @@ def test_a_run_says_what_it_does_and_the_start_is_no_part_of_its_rate(caplog: py
     clock.now -= 24
     progress.step(4, NUMBERS | {"accuracy": 0.5})
     assert caplog.messages == [
-        "after step 2/40: evaluation for 31 s; no step is done yet, so the remaining time is not known",
+        "after step 2/40: evaluation for 31 s; no step is finished yet, so the remaining time is unknown",
         "step 3/40: 14.0 s/step, 1,000 tokens/s, reward 0.250, 9 min left",
         "after step 3/40: training for 30 s; 14.0 s/step, 9 min left",
         "step 4/40: 10.0 s/step, 1,000 tokens/s, reward 0.250, accuracy 50.0%, 6 min left",

@@ -48,7 +48,7 @@ def test_what_is_no_checkpoint_is_passed_over(checkpoints: Path, caplog: pytest.
     (checkpoints / "step_000006").touch()
     found = latest_checkpoint(checkpoints)
     assert found == (checkpoints / "step_000004", RunState(step=4))
-    assert "step_000006 is damaged (it is no directory)" in caplog.text
+    assert "step_000006 is damaged (it is not a directory)" in caplog.text
     save_checkpoint(checkpoints, RunState(step=6), write, keep=2)
     assert find_damage(checkpoints / "step_000006") is None
     assert {path.name for path in checkpoints.iterdir()} == {"step_abc", "step_000004", "step_000006"}
@@ -57,10 +57,10 @@ def test_what_is_no_checkpoint_is_passed_over(checkpoints: Path, caplog: pytest.
 @pytest.mark.parametrize(
     ("state", "fault"),
     [
-        ("[]", "state.json holds no state of this version"),
-        ("\xff", "state.json holds no state of this version"),
-        ('{"step": "x"}', "state.json holds no state of this version"),
-        ('{"step": 1000000000}', "state.json is that of step 1000000000"),
+        ("[]", "state.json is not a state of this version"),
+        ("\xff", "state.json is not a state of this version"),
+        ('{"step": "x"}', "state.json is not a state of this version"),
+        ('{"step": 1000000000}', "state.json is from step 1000000000"),
     ],
 )
 def test_a_state_with_the_right_checksum_and_wrong_content(state: str, fault: str, checkpoints: Path) -> None:
@@ -129,7 +129,7 @@ def test_garbage_is_left_out_and_kept_aside(garbage: str, tmp_path: Path, caplog
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3, is not a step's numbers"):
         read_metrics(path)
     assert resume(tmp_path, caplog) == [0, 1, 2, 3, 4]
-    assert "left out what is not a step's numbers: line 3; a copy is in" in caplog.text
+    assert "removed what is not a step's numbers: line 3; the old file is in" in caplog.text
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_configuration_is_named(
     path.unlink()
     (config.run_dir / "samples").mkdir()
     assert open_run_dir(config, resume=True) is None
-    assert "config.yaml is missing: nobody can tell whether the run began with the same configuration" in caplog.text
+    assert "config.yaml is missing: can't check that the run began with the same configuration" in caplog.text
     assert path.read_bytes() == whole
 
 
@@ -201,7 +201,7 @@ def test_a_run_with_keys_of_another_name_is_not_continued(
     path = config.run_dir / "config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | old))
     before = path.read_bytes()
-    with pytest.raises(RunDirectoryError, match=re.escape(f"config.yaml is of an older version: {said}.")):
+    with pytest.raises(RunDirectoryError, match=re.escape(f"config.yaml is from an older version: {said}.")):
         open_run_dir(config, resume=True)
     assert path.read_bytes() == before
 

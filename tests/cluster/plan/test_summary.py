@@ -96,7 +96,7 @@ def test_the_way_of_weights_follows_the_placement() -> None:
         (
             "qwen3_4b_8gpu",
             [
-                "model         4.02 B parameters, 36 layers, 32 query and 8 key heads of 128 (known by its name",
+                "model         4.02 B parameters, 36 layers, 32 query and 8 key heads of 128 (known by name",
                 "actor_train   megatron, tensor 1 × pipeline 1 × data 8 = 8 ranks on node 0 GPUs 0–7",
                 "actor_infer   vllm, 8 replicas × tensor 1 on node 0 GPUs 0–7",
                 "actor_attn    inline",
@@ -158,5 +158,5 @@ def test_the_dry_run_prints_the_plan_or_what_is_wrong(capsys: pytest.CaptureFixt
     assert "cluster.train.tensor is 3: must divide the model's 32 query heads" in capsys.readouterr().err
     assert main([path, "model.path=elsewhere", "--dry-run"]) == 2
     assert (
-        "model.path is elsewhere: no such directory, and not the name of one of qwen3-0.6b" in capsys.readouterr().err
+        "model.path is elsewhere: no such directory, and its name is not one of qwen3-0.6b" in capsys.readouterr().err
     )
