@@ -1,4 +1,4 @@
-"""rhythm-analyze: a checkpoint and problems in, a report on its attention out."""
+"""rhythm-analyze: writes a report on a checkpoint's attention while it solves given problems."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rhythm.engines.interfaces import Infer
 from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
 
 BAD_INPUT = ExitCode.BAD_INPUT
-VLLM = VllmConfig(gpu_memory_utilization=0.5)  # the model needs the rest
+VLLM = VllmConfig(gpu_memory_utilization=0.5)  # leaves memory for the transformers model on the same GPU
 ALIASES = ("model", "prompts", "out")
 FORMER_OPTIONS = {
     "--engine": "engine=…",
@@ -62,47 +62,49 @@ FORMER_OPTIONS = {
     "--vllm-memory": "vllm.gpu_memory_utilization=…",
     "--vllm-kv-cache": "vllm.kv_cache_gib=…",
 }
-"""Options of before, and the key that each became."""
+"""Former option → the key that replaces it."""
 
 
 class InputConfig(BaseModel, extra="forbid", frozen=True):
     """What rhythm-analyze reads, where it writes, and how it computes."""
 
-    model: Path = Field(description="needed: directory of a causal transformers checkpoint with its tokenizer")
+    model: Path = Field(description="required: directory of a causal transformers checkpoint with its tokenizer")
     prompts: Path = Field(
-        description="needed: a JSONL file; a row has prompt, or question (GSM8K), and perhaps response, responses, "
-        "answer"
+        description="required: a JSONL file; each row has prompt or question (as GSM8K), and optionally response, "
+        "responses, answer"
     )
-    out: Path = Field(description="needed: directory of the results; finished ones stay")
-    engine: Literal["transformers", "vllm"] = Field(default="transformers", description="generates responses")
-    device: str = Field(default="auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1 …")
+    out: Path = Field(description="required: directory of the results; finished ones in it are kept")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="engine that generates responses"
+    )
+    device: str = Field(default="auto", description="auto (CUDA if available, else cpu), cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of the model's weights; auto: float32 on a CPU, elsewhere the checkpoint's own"
+        default="auto", description="dtype of the model's weights; auto: float32 on a CPU, else the checkpoint's own"
     )
-    trust_remote_code: bool = Field(default=False, description="run Python code that the checkpoint brings along")
-    keep_going: bool = Field(default=False, description="leave out rows that can't be analysed, and say which")
-    vllm: VllmConfig = Field(default=VLLM, description="with engine=vllm: its engine")
+    trust_remote_code: bool = Field(default=False, description="run Python code contained in the checkpoint")
+    keep_going: bool = Field(default=False, description="skip rows that can't be analyzed and report them at the end")
+    vllm: VllmConfig = Field(default=VLLM, description="settings of the engine with engine=vllm")
 
     @field_validator("vllm", mode="before")
     @classmethod
     def _leaves_memory_for_the_model(cls, value: object) -> object:
-        """In a section that sets other keys alone, too."""
+        """Keep this command's default gpu_memory_utilization where the section sets only other keys."""
         our_own = {"gpu_memory_utilization": VLLM.gpu_memory_utilization}
         return our_own | dict(value) if isinstance(value, Mapping) else value
 
 
 class CommandConfig(AnalysisConfig, InputConfig, extra="forbid", frozen=True):
-    """All that rhythm-analyze can be told."""
+    """The configuration of rhythm-analyze."""
 
     @property
     def analysis(self) -> AnalysisConfig:
-        """What decides the results: the settings that a directory is continued with."""
+        """The settings that determine the results; they must not change when a directory is continued."""
         return AnalysisConfig(**{name: getattr(self, name) for name in AnalysisConfig.model_fields})
 
 
 @command("rhythm-analyze", {ValueError: BAD_INPUT, RuntimeError: BAD_INPUT})
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code, as `ExitCode` says."""
+    """Run the command. Returns an `ExitCode`."""
     argv = sys.argv[1:] if argv is None else argv
     _refuse_former_options(argv)
     arguments = _parser().parse_intermixed_args(argv)
@@ -148,8 +150,8 @@ def _analyze(config: CommandConfig, console: Console) -> Analysis:
 
 
 def load(directory: Path, device: str, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of a transformers checkpoint. Raises ValueError for what is none, or not causal, or needs
-    code of its own without `trust_remote_code`.
+    """Model and tokenizer of a transformers checkpoint. Raises ValueError if the directory is not a checkpoint, the
+    model is not causal, or it needs code of its own and `trust_remote_code` is false.
     """
     _check_checkpoint(directory, trust_remote_code)
     device, dtype = _placed(device, dtype)
@@ -167,7 +169,7 @@ def _check_checkpoint(directory: Path, trust_remote_code: bool) -> Any:
     """Its configuration, without its weights. Raises ValueError as `load` does."""
     if not (directory / "config.json").is_file():
         raise ValueError(f"model is {directory}: no such checkpoint; it must be a directory with config.json")
-    # Left out, transformers would ask on stdin whether to run the checkpoint's code.
+    # Without trust_remote_code, transformers would ask on stdin whether to run the checkpoint's code.
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(f"model is {directory}: {config.model_type} is an encoder-decoder; the model must be causal")
@@ -178,7 +180,7 @@ def _check_checkpoint(directory: Path, trust_remote_code: bool) -> Any:
 
 
 def _placed(device: str, dtype: str) -> tuple[str, str]:
-    """Device and dtype with auto resolved; the dtype stays auto where it is the checkpoint's own."""
+    """Device and dtype with auto resolved; dtype stays auto where the checkpoint's own is to be used."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return device, "float32" if dtype == "auto" and device == "cpu" else dtype
@@ -187,7 +189,7 @@ def _placed(device: str, dtype: str) -> tuple[str, str]:
 def _vllm(config: CommandConfig, model: Any, tokenizer: Any) -> Infer:
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            "engine is vllm: vLLM is not installed; pip install '.[cluster]' in a clone of rhythm, or take transformers"
+            "engine is vllm: vLLM is not installed; pip install '.[cluster]' in a clone of rhythm, or use transformers"
         )
     ends = end_ids_of(model, tokenizer)
     return VllmInfer(
@@ -202,7 +204,7 @@ def _vllm(config: CommandConfig, model: Any, tokenizer: Any) -> Infer:
 
 
 def _refuse_former_options(argv: Sequence[str]) -> None:
-    """Raises ConfigError that names the key which an option of before became."""
+    """Raise ConfigError for a former option, naming the key that replaces it."""
     for word in argv:
         option = word.partition("=")[0]
         if option in FORMER_OPTIONS:
@@ -210,10 +212,10 @@ def _refuse_former_options(argv: Sequence[str]) -> None:
 
 
 def _config(arguments: argparse.Namespace, *, placeholders: bool = False) -> CommandConfig:
-    """Raises ConfigError naming the keys at fault."""
+    """The configuration of a command line. Raises ConfigError naming the wrong keys."""
     path, overrides = config_and_overrides(arguments.words)
     given = {name: value for name in ALIASES if (value := getattr(arguments, name)) is not None}
-    if twice := [name for name in given if any(each.startswith(f"{name}=") for each in overrides)]:
+    if twice := [name for name in given if any(override.startswith(f"{name}=") for override in overrides)]:
         raise ConfigError(f"{twice[0]} is given twice: --{twice[0]} {given[twice[0]]} is short for {twice[0]}=…")
     return read_config(CommandConfig, path, overrides, given=given, placeholders=placeholders)
 
@@ -222,37 +224,37 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "rhythm-analyze",
         "[CONFIG] model=DIR prompts=FILE out=DIR [key=value …] [--dry-run]",
-        "Generate (or take) responses, observe each in one forward pass, and write report.html, results.json, CSV\n"
-        "files and figures into out. The same command again goes on where it stopped.",
+        "Generate responses (or read them from the file), observe each in one forward pass, and write report.html,\n"
+        "results.json, CSV files and figures into out. The same command again continues where it stopped.",
     )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="CONFIG key=value",
-        help="a YAML file, which may be left out; overrides, for example sampling.temperature=0",
+        help="an optional YAML file, and overrides, for example sampling.temperature=0",
     )
     for name, metavar in zip(ALIASES, ("DIR", "FILE", "DIR"), strict=True):
         parser.add_argument(f"--{name}", metavar=metavar, help=f"short for {name}={metavar}")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration, and what there is to do"
+        "--dry-run", action="store_true", help="print the resolved configuration and the work to do, then exit"
     )
     parser.add_argument("-h", "--help", action="store_true", help="print this, with every key and its default")
     return parser
 
 
 def _help(arguments: argparse.Namespace) -> str:
-    """With a configuration or overrides: their values as defaults."""
+    """The text of --help; a given configuration and overrides replace the defaults it shows."""
     config = _config(arguments, placeholders=True)
     path, _ = config_and_overrides(arguments.words)
     source = "defaults" if path is None else f"values of {path}"
     return (
-        f"{_parser().format_help()}\nkeys of the configuration, their types and {source} (… must be given; "
-        f"counterfactuals=null leaves Table 1 out):\n{describe(list(config_keys(config)))}"
+        f"{_parser().format_help()}\nkeys of the configuration, their types and {source} (… is required; "
+        f"counterfactuals=null leaves out Table 1):\n{describe(list(config_keys(config)))}"
     )
 
 
 def _dry_run(config: CommandConfig) -> str:
-    """YAML, what follows from it in comments. Reads neither weights nor a pipe, and writes nothing."""
+    """The configuration as YAML, with derived values in comments. Reads no weights and no pipe; writes nothing."""
     with refusal_names("set trust_remote_code=true", config.model):
         model = _check_checkpoint(config.model, config.trust_remote_code)
     device, dtype = _placed(config.device, config.dtype)
@@ -266,9 +268,9 @@ def _dry_run(config: CommandConfig) -> str:
 
 
 def _problems(config: CommandConfig) -> str:
-    """How many, and of how many responses. Raises ValueError for a row that is none, but with keep_going."""
+    """The numbers of problems and responses. Raises ValueError for an invalid row, unless keep_going is set."""
     if config.prompts.exists() and not config.prompts.is_file() and not config.prompts.is_dir():
-        return "of a pipe, which is read only once"
+        return "unknown: prompts is a pipe, which can be read only once"
     failures: list[str] = []
     on_error = (lambda error: failures.append(str(error))) if config.keep_going else None
     given = [len(problem.responses) for problem in read_problems(config.prompts, on_error)]
@@ -281,9 +283,9 @@ def _problems(config: CommandConfig) -> str:
 
 
 def _kept(directory: Path) -> str:
-    """What is finished stays: a line that says so, or nothing."""
+    """A line that says how many finished responses are kept; empty if there are none."""
     if count := sum(1 for _ in (directory / "responses").glob("*.json")):
-        kept = "1 finished response stays" if count == 1 else f"{count} finished responses stay"
+        kept = "1 finished response is kept" if count == 1 else f"{count} finished responses are kept"
         return f"{kept} in {directory}"
     return ""
 

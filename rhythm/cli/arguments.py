@@ -1,4 +1,4 @@
-"""What the commands' argument parsers have in common: the look of --help, CONFIG and key=value."""
+"""Builds the commands' argument parsers and splits CONFIG from key=value overrides."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _OVERRIDE = re.compile(r"[^/]*=")
 
 
 def command_parser(name: str, usage: str, description: str) -> argparse.ArgumentParser:
-    """A parser whose help ends with the exit codes; the command adds -h. Parse with `parse_intermixed_args`: then
-    options may stand between the words.
+    """A parser whose help ends with the exit codes; the command adds -h itself. Parse with `parse_intermixed_args`,
+    which allows options between the positional words.
     """
     return argparse.ArgumentParser(
         prog=name,
@@ -28,7 +28,7 @@ def command_parser(name: str, usage: str, description: str) -> argparse.Argument
 
 
 def config_and_overrides(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """CONFIG, if the first word is one, and the key=value words: `a.b=c` is an override, `./a=b.yaml` a file."""
+    """CONFIG, if the first word is a file, and the overrides: `a.b=c` is an override, `./a=b.yaml` a file."""
     if not words or _OVERRIDE.match(words[0]):
         return None, list(words)
     return Path(words[0]), list(words[1:])

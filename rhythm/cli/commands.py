@@ -1,4 +1,4 @@
-"""The console scripts. Where a package that a command needs is not installed, it says in one line what to install."""
+"""The console scripts. If a required package is missing, they print in one line which extra to install."""
 
 from __future__ import annotations
 

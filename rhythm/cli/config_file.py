@@ -1,4 +1,4 @@
-"""A configuration file and `key=value` overrides → a checked configuration, or an error that names the key."""
+"""Reads a configuration from a YAML file and `key=value` overrides; errors name the file or the key."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ C = TypeVar("C", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration; the message names the file or the keys."""
+    """A configuration is invalid; the message names the file or the keys."""
 
 
-MAX_BYTES = 1 << 18  # of a configuration file; one with every key has a fiftieth of it
-MAX_DEPTH = 32  # of lists and sections in one another; the keys have 4
-MAX_LINES, MAX_SUGGESTIONS, MAX_LINE = 20, 5, 500  # of a message: lines, keys whose nearest is looked for, characters
+MAX_BYTES = 1 << 18  # size of a configuration file; one with every key needs a fiftieth of it
+MAX_DEPTH = 32  # nesting of lists and sections; the deepest key has 4 levels
+# Of an error message: lines, unknown keys for which a similar one is suggested, characters per line.
+MAX_LINES, MAX_SUGGESTIONS, MAX_LINE = 20, 5, 500
 MAX_INTEGER = 2**63 - 1
 
 _OPTIONS = "task.options."
-_COUNTDOWNS = {f"{_OPTIONS}{name}" for name in CountdownConfig.model_fields}  # of the task that files are written for
+_COUNTDOWNS = {f"{_OPTIONS}{name}" for name in CountdownConfig.model_fields}  # options of the default task
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 80, 40, 80
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses what YAML takes in silence: of a key written twice the last, of 1:30 the number 90; and
-    what takes no end: deep nesting, and merges, which double with every line.
+    """SafeLoader that rejects duplicate keys, deep nesting and merges (which can grow exponentially), and reads 1:30 as
+    text, not as the number 90.
     """
 
     depth = 0
@@ -64,7 +65,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise self._error(f"a {type(key).__name__} can't be a key", key_node)
             if key in seen:
-                raise self._error(f"the key {_short.repr(key)} stands there twice", key_node)
+                raise self._error(f"the key {_short.repr(key)} is there twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -86,8 +87,9 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """`read_config` for a training run; the keys of `task.options` are those of the task that is named."""
-    from rhythm.trainer.config import TaskConfig, TrainConfig  # here: an analysis is configured without the trainer
+    """`read_config` for a training run; the keys of `task.options` are those of the task named in it."""
+    # Imported here, because rhythm-analyze reads its configuration without the trainer.
+    from rhythm.trainer.config import TaskConfig, TrainConfig
 
     def with_the_task(values: Mapping[str, Any]) -> TrainConfig:
         task = values.get("task")
@@ -113,14 +115,14 @@ def read_config(
 
     Args:
         kind: the configuration's class.
-        path: a YAML file; None: the overrides alone.
-        given: top-level keys and their values as they are, over all else.
-        like: of the values as they were read, a configuration with all keys that can be set; None: they are those of
-            `kind`, whatever the values.
-        placeholders: keys that have no default and no value are `…`, for --help.
+        path: a YAML file; None: only the overrides.
+        given: values of top-level keys, which take precedence over file and overrides.
+        like: returns, for the values read, a configuration that has all keys that may be set; None: the keys are those
+            of `kind`, whatever the values.
+        placeholders: give required keys without a value the value `…`, for --help.
 
-    Raises ConfigError: no such file, not YAML, an override without `=`, an unknown key (the nearest known one
-    is named), a value that is not allowed, a key that must be given and is not.
+    Raises ConfigError: no such file, not YAML, an override without `=`, an unknown key (with the most similar known
+    key), a value that is not allowed, a missing required key.
     """
     values = {} if path is None else _parse(_read(path), str(path))
     if not isinstance(values, dict | None):
@@ -142,7 +144,7 @@ def read_config(
 
 
 def example(kind: type[C], values: Mapping[str, Any] | None = None) -> C:
-    """A configuration of these values and of defaults; keys that have neither are `…`.
+    """A configuration with these values, else defaults; required keys without a value are `…`.
 
     Raises pydantic's ValidationError for values that are not allowed.
     """
@@ -151,13 +153,13 @@ def example(kind: type[C], values: Mapping[str, Any] | None = None) -> C:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved configuration as YAML that `read_config` reads back to an equal one."""
+    """The resolved configuration as YAML, from which `read_config` gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as file:  # perhaps a pipe, of which nobody knows how long it is
+        with path.open("rb") as file:  # possibly a pipe of unknown length, so read no more than the limit
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ConfigError(f"{path} has more than {MAX_BYTES >> 10} KiB, too much for a configuration")
@@ -173,7 +175,10 @@ def _read(path: Path) -> str:
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: thousands of digits, the 45th of a month
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: an integer of thousands of digits, or a date such as 2024-01-45
         problem = "a number of thousands of digits" if "int_max_str_digits" in str(error) else error
         raise ConfigError(f"{source}: not valid YAML: {problem}") from error
 
@@ -181,7 +186,7 @@ def _parse(text: str, source: str) -> Any:
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for depth, name in enumerate(parents):
-        if values.get(name) is None:  # a section that is left out, or written as null
+        if values.get(name) is None:  # the section is missing or null
             values[name] = {}
         inner = values[name]
         if not isinstance(inner, dict):
@@ -191,27 +196,27 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _wrong_numbers(values: Mapping[str, Any], keys: list[Key]) -> Iterator[str]:
-    """A line for each number that pydantic would take as another: true is no 1; or that no tensor can hold."""
+    """One message per number that pydantic would convert (true to 1) or that is too large for a tensor."""
     for key in keys:
         value: Any = values
         for part in key.path.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         numbers = value if isinstance(value, list) else [value]
         kinds = set(re.findall(r"\w+", key.kind))
-        if kinds & {"int", "float"} and "bool" not in kinds and any(isinstance(each, bool) for each in numbers):
+        if kinds & {"int", "float"} and "bool" not in kinds and any(isinstance(number, bool) for number in numbers):
             yield f"{key.path} is {_short.repr(value)}: must be {key.kind}"
-        elif "int" in kinds and any(isinstance(each, int) and abs(each) > MAX_INTEGER for each in numbers):
+        elif "int" in kinds and any(isinstance(n, int) and abs(n) > MAX_INTEGER for n in numbers):
             yield f"{key.path} is {_short.repr(value)}: must be at most 2^63 - 1 ({key.kind})"
 
 
 def _explain(error: ValidationError, keys: list[Key]) -> list[str]:
-    """A line for each key at fault, for so many of them; the nearest known key of the first unknown ones."""
+    """One line per wrong key, at most MAX_LINES; the first MAX_SUGGESTIONS unknown keys come with a suggestion."""
     kinds = {key.path: key.kind for key in keys}
     lines: dict[str, str] = {}
     suggestions = 0
     countdowns: list[str] = []
     for fault in error.errors(include_url=False, include_context=False):
-        # A fault inside a value ({quantile: 2}, [1, x]) is a fault of its key.
+        # An error inside a value ({quantile: 2}, [1, x]) is reported for its key.
         parts = [str(part) for part in fault["loc"]]
         path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in kinds), None)
         dotted = path or ".".join(parts)
@@ -227,14 +232,14 @@ def _explain(error: ValidationError, keys: list[Key]) -> list[str]:
         elif path is not None and len(parts) > path.count(".") + 1:
             line = f"{path}: must be {kinds[path]}"
         elif fault["type"] == "missing":
-            line = f"{dotted}: must be given: {dotted}=… ({kinds.get(dotted, 'a section')})"
+            line = f"{dotted}: is required: {dotted}=… ({kinds.get(dotted, 'a section')})"
         elif path is not None and fault["type"] != "value_error":
             line = f"{path} is {_short.repr(fault['input'])}: {message[0].lower()}{message[1:]} ({kinds[path]})"
         else:
             line = f"{dotted}: {message}" if dotted else message
         lines.setdefault(dotted, _cut(line))
     shown = list(lines.values())
-    return shown if len(shown) <= MAX_LINES else [*shown[:MAX_LINES], f"… and {len(shown) - MAX_LINES:,} keys more"]
+    return shown if len(shown) <= MAX_LINES else [*shown[:MAX_LINES], f"… and {len(shown) - MAX_LINES:,} more keys"]
 
 
 def _cut(text: str) -> str:
@@ -242,13 +247,13 @@ def _cut(text: str) -> str:
 
 
 def _nearest(dotted: str, keys: list[Key]) -> str:
-    """`; did you mean …?`: a key of the same section by its last part; for a key that stands in no section also one of
-    that name within another.
+    """`; did you mean …?` with the key of the same section whose last part is most similar; for a key outside every
+    section, also keys of that name in other sections. Empty if none is similar.
     """
     section, _, last = dotted.rpartition(".")
     known = [key.path for key in keys] + sections(keys)
     if len(dotted) > 2 * max(map(len, known)):
-        return ""  # difflib would take its time
+        return ""  # difflib would be slow
     by_last = {name: path for path in known for parent, _, name in [path.rpartition(".")] if parent == section}
     near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
     if not near and section not in known:

@@ -1,4 +1,4 @@
-"""Every key of a configuration with its type, default and meaning, taken from the typed models."""
+"""Lists the keys of a configuration with type, default and meaning, taken from its pydantic models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class Key:
-    """A key that can be set: `batch.mini_batch_size`, `int`, `32`, "responses of one gradient step"."""
+    """A key that can be set: `batch.mini_batch_size`, `int`, `32`, "responses per gradient step"."""
 
     path: str
     kind: str
@@ -26,7 +26,7 @@ class Key:
 
 
 def config_keys(config: BaseModel, prefix: str = "") -> Iterator[Key]:
-    """Every key, section by section; the defaults, and the class of each section, are `config`'s."""
+    """Every key, section by section; defaults and the sections' classes are taken from `config`."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if (section := _section(field.annotation)) is not None:
@@ -43,7 +43,7 @@ def sections(keys: list[Key]) -> list[str]:
 
 
 def describe(keys: list[Key], width: int = 100) -> str:
-    """Two lines a key: `path  kind = default`, and its meaning below. A default of more characters is cut off."""
+    """Two lines per key: `path  kind = default`, and the meaning below. A default longer than `width` is cut off."""
     lines = []
     for key in keys:
         default = key.default if len(key.default) <= width else f"{key.default[:width]} …"
@@ -53,7 +53,7 @@ def describe(keys: list[Key], width: int = 100) -> str:
 
 
 def kind_of(annotation: Any) -> str:
-    """A type as its values are written: `int`, `std | mean`, `[int, int | null]`, `{quantile: float}`."""
+    """A type in the form its values have in YAML: `int`, `std | mean`, `[int, int | null]`, `{quantile: float}`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is None or annotation is type(None):
         return "null"
@@ -74,7 +74,7 @@ def kind_of(annotation: Any) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The model of a section, which may be left out (null); None for the type of a value."""
+    """The pydantic model if the annotation is a section (possibly optional); None for the type of a plain value."""
     kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
     only = kinds[0] if len(kinds) == 1 else None
     return only if isinstance(only, type) and issubclass(only, BaseModel) else None

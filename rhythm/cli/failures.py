@@ -1,6 +1,4 @@
-"""How every command ends: one line on stderr and an exit code for what a user can mend, a traceback for a fault of
-rhythm's own.
-"""
+"""Turns a command's exceptions into one line on stderr and an exit code; a bug in rhythm still gives a traceback."""
 
 from __future__ import annotations
 
@@ -19,13 +17,13 @@ from rhythm.system.directory_lock import DirectoryLockedError
 
 
 class Main(Protocol):
-    """The main function of a command: arguments, by default the process's, to an exit code."""
+    """The main function of a command. Takes arguments (None: those of the process), returns an exit code."""
 
     def __call__(self, argv: Sequence[str] | None = None, /) -> int: ...
 
 
 class ExitCode(IntEnum):
-    """What a command's exit code says; `meaning` is shown in --help."""
+    """Exit codes of all commands; `meaning` is shown in --help."""
 
     meaning: str
 
@@ -36,14 +34,14 @@ class ExitCode(IntEnum):
         return code
 
     DONE = 0, "done"
-    FAULT = 1, "a fault in rhythm, with a traceback (rhythm-doctor: the core does not work)"
-    BAD_INPUT = 2, "an argument, the configuration or a file given can't be used, or the directory is in use"
+    FAULT = 1, "a bug in rhythm, with a traceback (rhythm-doctor: the core does not work)"
+    BAD_INPUT = 2, "an argument, the configuration or an input file can't be used, or the directory is in use"
     NOT_FINITE = 3, "the loss or a gradient is not finite"
     LOST = 4, "processes of a cluster were lost or failed"
     NO_PARITY = 5, "the engines of a cluster don't hold the same weights"
     FILES = 6, "a file can't be read or written: disk full, no permission"
     INTERRUPTED = 130, "Ctrl-C"
-    NOBODY_READS = 141, "whoever read the output left"
+    BROKEN_PIPE = 141, "the reader of stdout closed it (broken pipe)"
     TERMINATED = 143, "SIGTERM"
 
 
@@ -55,17 +53,17 @@ _MEANINGS: Mapping[type[Exception], ExitCode | None] = {
     LostError: ExitCode.LOST,
     RemoteError: ExitCode.LOST,
     OSError: ExitCode.FILES,
-    # Of processes and connections, not of files: where nobody handles them something is wrong in rhythm.
+    # These OSErrors are about processes and connections, not files: if they get here, it is a bug in rhythm.
     **dict.fromkeys((ConnectionError, ChildProcessError, ProcessLookupError, TimeoutError)),
 }
 _REASONS = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full: the quota is used up"}
 
 
 def command(name: str, meanings: Mapping[type[Exception], ExitCode] | None = None) -> Callable[[Main], Main]:
-    """For the main function of a command: its exceptions in `meanings`, and those of all commands, become
-    `name: message`, the exception's notes and an exit code. Any other exception propagates.
+    """Decorator for the main function of a command. Exceptions in `meanings`, and those common to all commands, are
+    printed as `name: message` with the exception's notes, and give an exit code. Any other exception propagates.
 
-    What stdout's encoding does not have is written as `?`, and an error of stdout is an exit code too.
+    Characters that stdout's encoding lacks are written as `?`. An error in writing to stdout gives an exit code too.
     """
     known: dict[type[Exception], ExitCode | None] = {**_MEANINGS, **(meanings or {})}
 
@@ -76,7 +74,7 @@ def command(name: str, meanings: Mapping[type[Exception], ExitCode] | None = Non
             try:
                 try:
                     code = main(argv)
-                except SystemExit:  # argparse: --help, or a mistake
+                except SystemExit:  # from argparse: --help, or a wrong argument
                     flush()
                     raise
                 flush()
@@ -84,7 +82,7 @@ def command(name: str, meanings: Mapping[type[Exception], ExitCode] | None = Non
             except _StdoutError as error:
                 _discard(sys.stdout)
                 if isinstance(error.reason, BrokenPipeError):
-                    return ExitCode.NOBODY_READS
+                    return ExitCode.BROKEN_PIPE
                 _say(f"{name}: stdout: {_reason(error.reason)}")
                 return ExitCode.FILES
             except Exception as error:
@@ -103,7 +101,7 @@ def command(name: str, meanings: Mapping[type[Exception], ExitCode] | None = Non
 
 
 def message(error: BaseException) -> str:
-    """What to tell the user: for an OSError the path and the reason, a full disk by that name."""
+    """The message for the user: for an OSError, its paths and the reason."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
@@ -111,7 +109,7 @@ def message(error: BaseException) -> str:
 
 
 def show(text: str) -> None:
-    """Print a command's result on stdout, at once."""
+    """Print a command's result on stdout and flush it."""
     try:
         print(text)
     except OSError as error:
@@ -120,7 +118,7 @@ def show(text: str) -> None:
 
 
 def flush() -> None:
-    """Have stdout written, so that an error of it is seen here."""
+    """Flush stdout, so that its errors are raised here and not at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -129,13 +127,13 @@ def flush() -> None:
 
 
 class ErrorConsole(Console):
-    """On stderr; when nobody reads it any more, the work goes on."""
+    """A console on stderr; if stderr's reader is gone, the command continues."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True)
 
     def on_broken_pipe(self) -> None:
-        """Instead of ending the process."""
+        """Discard further output instead of ending the process, as rich would."""
         _discard(sys.stderr)
 
 
@@ -146,8 +144,8 @@ class _StdoutError(Exception):
 
 
 def _code(error: Exception, known: Mapping[type[Exception], ExitCode | None]) -> ExitCode | None:
-    """That of the exception's nearest class; None for a fault of rhythm's own."""
-    if isinstance(error, OSError) and error.errno is None:  # transformers' way to say that a checkpoint is none
+    """The exit code for the exception's most specific class; None for a bug in rhythm."""
+    if isinstance(error, OSError) and error.errno is None:  # transformers raises it for an invalid checkpoint
         return ExitCode.BAD_INPUT
     return next((known[kind] for kind in type(error).__mro__ if kind in known), None)
 
@@ -157,7 +155,7 @@ def _reason(error: OSError) -> str:
 
 
 def _say(text: str) -> None:
-    """On stderr, if anybody listens."""
+    """Print on stderr, ignoring errors."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -171,12 +169,12 @@ def _write_what_the_encoding_has(stream: TextIO | None) -> None:
 
 
 def _discard(stream: TextIO | None) -> None:
-    """Send what is still to be written to nowhere, or the interpreter complains of it when it ends."""
+    """Redirect the stream to /dev/null, else the interpreter prints an error when it flushes at exit."""
     try:
         number = stream.fileno() if stream is not None else None
-    except (OSError, ValueError):  # no file, as in tests
+    except (OSError, ValueError):  # the stream has no file descriptor, as in tests
         return
     if number is not None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, number)
+        os.close(devnull)

@@ -1,4 +1,4 @@
-"""rhythm-report RUN_DIR: writes the report of a run, finished or not, and prints where it is."""
+"""rhythm-report RUN_DIR: writes the report of a run, finished or not, and prints its path."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rhythm.reports.run import load_run, write_report
 
 @command("rhythm-report", {ValueError: ExitCode.BAD_INPUT})
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 with the report's path on stdout, or another with the reason on stderr."""
+    """Run the command: prints the report's path on stdout, or an error on stderr; returns an `ExitCode`."""
     parser = command_parser(
         "rhythm-report",
         "RUN_DIR [--dry-run]",
-        "Write report.html into a run's directory: curves, and sampled responses with signals. It has no\n"
-        "configuration of its own, and draws what the run recorded.",
+        "Write report.html into a run's directory: curves, and sampled responses with signals. It shows what the run\n"
+        "recorded; there is nothing to configure.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what rhythm-train wrote: runs/<name>")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory that rhythm-train wrote: runs/<name>")
     parser.add_argument("--dry-run", action="store_true", help="read the run and print what it holds; write nothing")
     parser.add_argument("-h", "--help", action="help", help="print this")
     arguments = parser.parse_args(argv)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dry_run(run_dir: Path) -> str:
-    """Raises ValueError where there is no run to report on."""
+    """What the report would contain. Raises ValueError if the directory holds no run."""
     run = load_run(run_dir)
     path = run_dir / "report.html"
     steps = [int(record["step"]) for record in run.records]

@@ -1,4 +1,4 @@
-"""rhythm-train: a configuration file and overrides in, a trained run out."""
+"""rhythm-train: trains a policy as a configuration file and overrides say."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _FAILURES: dict[type[Exception], ExitCode] = {
 
 @command("rhythm-train", _FAILURES)
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code, as `ExitCode` says."""
+    """Run the command. Returns an `ExitCode`, or 128 + the signal that stopped the run."""
     arguments = _parser().parse_intermixed_args(argv)
     path, overrides = config_and_overrides(arguments.words)
-    sys.path.append(str(Path.cwd()))  # for a task of one's own; last, so that nothing there shadows an installed module
+    sys.path.append(str(Path.cwd()))  # to find the user's own task; last, so that it shadows no installed module
     if arguments.help:
         show(_help(path, overrides))
         return ExitCode.DONE
@@ -62,14 +62,14 @@ def _train(config: TrainConfig, *, resume: bool) -> int:
     try:
         summary = run(config, resume=resume, console=console)
     except KeyboardInterrupt as error:
-        error.add_note("before training began; nothing to save")
+        error.add_note("training had not begun, so there is nothing to save")
         raise
     except OSError as error:
         if (config.run_dir / CONFIG).is_file():
             saved = max(
                 (path.name for path in config.run_dir.glob(f"{CHECKPOINTS}/step_*")), default="no checkpoint yet"
             )
-            error.add_note(f"what is finished stays ({saved}); once that is mended, continue with --resume")
+            error.add_note(f"finished files are kept ({saved}); solve the problem, then continue with --resume")
         raise
     show(_summary(summary))
     return ExitCode.DONE if summary.stopped_by is None else SIGNALLED + summary.stopped_by
@@ -79,24 +79,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "rhythm-train",
         "CONFIG [key=value …] [--resume] [--dry-run]",
-        "Train a policy with GRPO, its token credit taken from attention statistics.",
+        "Train a policy with GRPO, with token-level credit from attention statistics.",
     )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="CONFIG key=value",
-        help="a YAML file; overrides, for example optimizer.lr=1e-5",
+        help="a YAML file, and overrides, for example optimizer.lr=1e-5",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in its directory, or start it there")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration, batch sizes and a cluster's plan"
+        "--dry-run",
+        action="store_true",
+        help="print the configuration, batch sizes and a cluster's plan, then exit",
     )
     parser.add_argument("-h", "--help", action="store_true", help="print this, with every key and its default")
     return parser
 
 
 def _help(path: Path | None, overrides: Sequence[str]) -> str:
-    """With a configuration: its values as defaults, and the options of its task."""
+    """The text of --help; a given configuration replaces the defaults it shows, and names the task's options."""
     config = TrainConfig() if path is None else load_config(path, overrides)
     source = "defaults" if path is None else f"values of {path}"
     keys = describe(list(config_keys(config)))
@@ -104,15 +106,15 @@ def _help(path: Path | None, overrides: Sequence[str]) -> str:
 
 
 def _dry_run(config: TrainConfig) -> str:
-    """YAML, what follows from it in comments."""
+    """The configuration as YAML, with derived values and the cluster's plan in comments."""
     batch = config.batch
     return (
         f"{dump_config(config)}"
         "# derived\n"
         f"# batch size: {batch.prompts_per_batch} prompts × {batch.responses_per_prompt} responses"
         f" = {batch.batch_size} responses\n"
-        f"# gradient steps a batch: {batch.batch_size} / {batch.mini_batch_size} = {batch.gradient_steps}\n"
-        f"# passes a gradient step: {batch.mini_batch_size} / {batch.micro_batch_size}"
+        f"# gradient steps per batch: {batch.batch_size} / {batch.mini_batch_size} = {batch.gradient_steps}\n"
+        f"# passes per gradient step: {batch.mini_batch_size} / {batch.micro_batch_size}"
         f" = {batch.micro_batches}\n"
         f"# gradient steps of the run: {config.steps} × {batch.gradient_steps}"
         f" = {config.steps * batch.gradient_steps}\n"
@@ -122,7 +124,7 @@ def _dry_run(config: TrainConfig) -> str:
 
 
 def _plan(config: TrainConfig) -> str:
-    """What a cluster would do, in comments; nothing without one."""
+    """The cluster's plan as comments; empty without a cluster."""
     if config.cluster is None:
         return ""
     try:

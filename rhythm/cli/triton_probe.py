@@ -1,6 +1,6 @@
 """Runs one Triton kernel in the interpreter: `TRITON_INTERPRET=1 python -P rhythm/cli/triton_probe.py`.
 
-A process of its own, because Triton reads the variable when a kernel is defined.
+It runs in a separate process because Triton reads the variable when a kernel is defined.
 """
 
 from __future__ import annotations
@@ -24,4 +24,4 @@ if __name__ == "__main__":
     doubled = torch.full((5,), torch.nan)
     double_kernel[(1,)](numbers, doubled, 5, BLOCK=8)
     if not torch.equal(doubled, 2 * numbers):
-        raise SystemExit(f"the interpreter gave {doubled.tolist()} for the double of {numbers.tolist()}")
+        raise SystemExit(f"the interpreter computed {doubled.tolist()} as twice {numbers.tolist()}")

@@ -1,1 +1,1 @@
-"""Pages and curves of runs."""
+"""Builds HTML reports of training runs."""

@@ -1,4 +1,4 @@
-"""The curves of a run's report: metrics of every step in, inline SVG out, in the colours of the page."""
+"""Draws the curves of a run's report: takes the metrics of all steps, returns inline SVG in the page's colors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rhythm.reports.intervals import wilson
 Record = Mapping[str, float]
 Floats = NDArray[np.float64]
 
-# matplotlib wants real colours; the page wants its own variables, which follow light and dark.
+# matplotlib needs real colors. They are replaced by the page's CSS variables, which follow light and dark mode.
 _INK, _GRID, _SERIES = "#010101", "#020202", "#030303"
 _ROLLOUT, _ATTENTION, _TRAINING, _OTHER = "#040404", "#050505", "#060606", "#070707"
 _PAGE_COLOURS = {
@@ -34,13 +34,13 @@ _PAGE_COLOURS = {
     _OTHER: "var(--other)",
 }
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "rhythm", "font.size": 9, "text.color": _INK}
-_WIDTH_IN, _HEIGHT_IN = 3.3, 1.9  # four fit beside one another, in letters that can be read
+_WIDTH_IN, _HEIGHT_IN = 3.3, 1.9  # four fit side by side with readable text
 
 
 @dataclass(frozen=True)
 class CurveSpec:
-    """One metric and how to draw it. `percent`: it is a share, from 0 to 1. `peak` draws the running-peak average as
-    a thin line over the values.
+    """One metric and how to draw it. `percent`: the metric is a fraction from 0 to 1. `peak`: also draw the
+    running-peak average, as a thin line.
     """
 
     key: str
@@ -52,7 +52,7 @@ class CurveSpec:
 
 @dataclass(frozen=True)
 class Curve:
-    """One drawn curve. `legend` pairs a CSS class of the page with a label; empty for a single series."""
+    """One drawn curve. `legend`: (CSS class, label) per series; empty for a single series."""
 
     key: str
     title: str
@@ -90,8 +90,8 @@ _PHASES = (("rollout", _ROLLOUT), ("attention", _ATTENTION), ("training", _TRAIN
 def running_peak_average(values: Iterable[float], alpha: float) -> list[float]:
     """The paper's smoothing of its curves: EMA_t = α·max(x_t, EMA_{t−1}) + (1 − α)·EMA_{t−1}, EMA_0 = x_0.
 
-    It never falls: it moves towards new peaks and ignores what is below. An undefined value (NaN) stays
-    undefined in the result and leaves the average of the values around it as it was.
+    It never falls: it moves towards new peaks and ignores lower values. An undefined value (NaN) is NaN in the result
+    and doesn't change the average.
 
     Raises:
         ValueError: alpha outside (0, 1].
@@ -110,13 +110,13 @@ def running_peak_average(values: Iterable[float], alpha: float) -> list[float]:
 
 
 def draw_curves(records: Sequence[Record], specs: Iterable[CurveSpec], peak_alpha: float) -> list[Curve]:
-    """The curves of those specs that have at least one defined value in the records (one a step, by step)."""
+    """The curves of those specs that have a defined value in the records (one record per step, in order)."""
     curves = (_draw_curve(records, spec, peak_alpha) for spec in specs)
     return [curve for curve in curves if curve is not None]
 
 
 def draw_seconds(records: Sequence[Record]) -> Curve | None:
-    """Seconds of every step, stacked by phase; what no phase claims of `seconds_total` is "other"."""
+    """Seconds per step, stacked by phase; the part of `seconds_total` outside these phases is "other"."""
     timed = [record for record in records if any(f"seconds_{phase}" in record for phase, _ in _PHASES)]
     if not timed:
         return None
@@ -125,15 +125,15 @@ def draw_seconds(records: Sequence[Record]) -> Curve | None:
         (phase, colour, np.nan_to_num([record.get(f"seconds_{phase}", 0.0) for record in timed]))
         for phase, colour in _PHASES
     ]
-    claimed = np.sum([seconds for _, _, seconds in layers], axis=0)
+    in_phases = np.sum([seconds for _, _, seconds in layers], axis=0)
     total = np.array([record.get("seconds_total", math.nan) for record in timed])
-    other = np.nan_to_num(np.maximum(total - claimed, 0.0))
-    if other.sum() > 0.01 * claimed.sum():
+    other = np.nan_to_num(np.maximum(total - in_phases, 0.0))
+    if other.sum() > 0.01 * in_phases.sum():
         layers.append(("other", _OTHER, other))
 
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes()
-        edges = np.stack([steps - 0.5, steps + 0.5], axis=1).ravel()  # a bar a step, as one path
+        edges = np.stack([steps - 0.5, steps + 0.5], axis=1).ravel()  # one bar per step, drawn as one path
         axes.stackplot(
             edges,
             [np.repeat(seconds, 2) for _, _, seconds in layers],
@@ -176,8 +176,8 @@ def _draw_curve(records: Sequence[Record], spec: CurveSpec, peak_alpha: float) -
             _stay_within_shares(axes, values[np.isfinite(values)])
         svg = _svg(figure, f"{spec.title} by step")
     last = float(values[np.isfinite(values)][-1])
-    each = "each evaluation" if spec.key == "accuracy" else "each step"
-    legend: tuple[tuple[str, str], ...] = (("values", each), ("peak", "running peak")) if spec.peak else ()
+    label = "each evaluation" if spec.key == "accuracy" else "each step"
+    legend: tuple[tuple[str, str], ...] = (("values", label), ("peak", "running peak")) if spec.peak else ()
     if interval:
         legend += (("interval", "95% interval"),)
     text = format_percent(last) if spec.percent else format_number(last)
@@ -185,7 +185,7 @@ def _draw_curve(records: Sequence[Record], spec: CurveSpec, peak_alpha: float) -
 
 
 def _interval(records: Sequence[Record], key: str, steps: Floats, values: Floats) -> tuple[Floats, Floats] | None:
-    """Wilson's interval at every step, where the records say of how many instances the metric is the share."""
+    """Wilson's interval at every step; None if the records don't give the number of instances."""
     counts = {record["step"]: record.get(f"{key}_instances", math.nan) for record in records}
     bounds = np.array([wilson(value, counts[step]) for step, value in zip(steps, values, strict=True)])
     return (bounds[:, 0], bounds[:, 1]) if np.isfinite(bounds).any() else None
@@ -214,11 +214,11 @@ def _axes() -> tuple[Figure, Axes]:
 
 
 def _stay_within_shares(axes: Axes, shares: Floats) -> None:
-    """Cut the axis to 0–100 %, of which matplotlib's margins know nothing; values outside are still shown."""
+    """Limit the axis to 0–100 %, which matplotlib's margins would exceed; values outside are still shown."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, min(0.0, shares.min())), min(high, max(1.0, shares.max())))
     for line in axes.lines:
-        line.set_clip_on(False)  # a line along 0 % or 100 % keeps its width
+        line.set_clip_on(False)  # else a line along 0 % or 100 % would lose half its width
 
 
 def _tick(value: float) -> str:
@@ -226,17 +226,19 @@ def _tick(value: float) -> str:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """The figure as an <svg> that fits its box, takes the page's colours and font, and names no address."""
+    """The figure as an <svg> that fits its box, uses the page's colors and font, and refers to no URL."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # matplotlib's names repeat from figure to figure
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # matplotlib's ids repeat in every figure
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)  # as newer matplotlibs write it
+    svg = re.sub(
+        r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg
+    )  # the form of newer matplotlib versions
     view_box = re.search(r'viewBox="[^"]*"', svg)
     if view_box is None:
         raise ValueError("matplotlib wrote an SVG without a viewBox")

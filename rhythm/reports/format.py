@@ -1,4 +1,4 @@
-"""What the HTML pages of a run and of an analysis share: templates, how numbers are written, colors of tokens."""
+"""Shared by the HTML pages of runs and of analyses: templates, number formats and token colors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jinja2
 
-OUTLIER = 2.5  # a largest value this many times as far from the lowest as the 95th percentile leaves the scale
+OUTLIER = 2.5  # the color scale ends at the 95th percentile if the largest value is this many times as far above low
 
 
 def template_environment(templates: Path) -> jinja2.Environment:
-    """Templates of a directory: what they print is escaped, and an unknown name is an error."""
+    """A jinja2 environment for the templates of a directory; output is escaped, and an unknown name is an error."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates),
         autoescape=True,
@@ -23,9 +23,9 @@ def template_environment(templates: Path) -> jinja2.Environment:
 
 
 def format_number(value: float) -> str:
-    """Three significant digits, of which those before the point are never cut: 0.0123, 1.50, 12.3, 1,234.
+    """Format to three significant digits, but never round before the decimal point: 0.0123, 1.50, 12.3, 1,234.
 
-    Whole numbers below a million have no point; from a million on, and below a thousandth, 1.23e-06. A negative
+    Integers below a million have no decimal point. From a million on and below 0.001 the form is 1.23e-06. A negative
     number begins with "−". NaN is "–".
     """
     if not math.isfinite(value):
@@ -50,7 +50,8 @@ def format_p_value(p: float, floor: float = 0.0) -> str:
     """ "0.034", "< 0.0001"; "–" when undefined.
 
     Args:
-        floor: the least p-value that the test can give; one that reaches it may be any smaller: "≤ 0.001".
+        floor: the smallest p-value that the test can give. A p at the floor is written "≤ 0.001", since the true one
+            may be smaller.
     """
     if math.isnan(p):
         return "–"
@@ -60,11 +61,11 @@ def format_p_value(p: float, floor: float = 0.0) -> str:
 
 
 def token_scale(values: Sequence[float], low: float | None = None) -> tuple[float, float] | None:
-    """(low, high): the values between which a token's color grows, None if no value is defined (NaN is undefined).
+    """(low, high): values that get the palest and the strongest color; None if all values are NaN.
 
-    From `low`, by default the smallest, to the largest. Where the largest is more than OUTLIER times as far from
-    `low` as the 95th percentile, the scale ends at that percentile: a few tokens, the first of a response above all,
-    have many times the others' FAI. The percentile is below the largest value, however few there are.
+    `low` is by default the smallest value, high the largest. Where the largest is more than OUTLIER times as far above
+    `low` as the 95th percentile, high is that percentile: a few tokens, above all the first of a response, have many
+    times the FAI of the others. The percentile is always below the largest value, even for few values.
     """
     defined = sorted(value for value in values if not math.isnan(value))
     if not defined:

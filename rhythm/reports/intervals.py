@@ -1,4 +1,4 @@
-"""95 % intervals of shares and of their differences, by Wilson's score."""
+"""95 % confidence intervals of fractions and of their differences, by Wilson's score."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ Z = 1.959963984540054  # the normal distribution's 97.5th percentile
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
-    """Interval of a share of `count` independent instances; (NaN, NaN) where the share or the count is undefined.
+    """Interval of a fraction `share` of `count` independent instances; (NaN, NaN) where either is undefined.
 
-    Unlike share ± 1.96·√(share·(1 − share) / count) it stays within [0, 1], and has a width at 0 and at 1.
+    Unlike share ± 1.96·√(share·(1 − share) / count), it stays within [0, 1] and has a width above 0 at 0 and at 1.
     """
     if not (math.isfinite(share) and count > 0):
         return math.nan, math.nan
@@ -22,8 +22,8 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 def difference(before: float, after: float, count_before: float, count_after: float) -> tuple[float, float]:
     """Interval of after − before, from the Wilson intervals of both (Newcombe 1998, method 10).
 
-    It takes the two for independent. Evaluations of one run share their instances, which mostly makes the true
-    interval narrower, so this one errs on the wide side.
+    It assumes that the two are independent. Evaluations of one run use the same instances, which usually makes the true
+    interval narrower than this one.
     """
     (low_before, high_before), (low_after, high_after) = wilson(before, count_before), wilson(after, count_after)
     lift = after - before

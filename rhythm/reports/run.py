@@ -1,7 +1,7 @@
-"""runs/<name>/ → report.html: one file that opens from disk, with no network and no other file.
+"""Writes runs/<name>/report.html: a single file that needs neither network nor other files.
 
-Headline numbers, curves, and sampled responses with WAAD, FAI, γ and entropy as colour on the tokens. Draws
-what the run recorded: a metric that is absent has no curve, a signal that is undefined has no colour.
+It shows headline numbers, curves, and sampled responses whose tokens are colored by WAAD, FAI, γ or entropy. A metric
+that the run did not record has no curve; a token whose signal is undefined is hatched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rhythm.system.writing import replace_file
 __all__ = ["Run", "headlines", "load_run", "running_peak_average", "write_report"]
 
 PEAK_ALPHA = 0.3  # weight of a new peak in the running-peak average
-MAX_SAMPLE_STEPS = 6  # evenly over the run, the first and the last among them
+MAX_SAMPLE_STEPS = 6  # evenly spaced over the run, including the first and the last
 MAX_SAMPLES_PER_STEP = 6
 MAX_TOKENS_PER_SAMPLE = 2000
 TEMPLATES = Path(__file__).parent / "templates"
@@ -37,8 +37,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal of the tokens: its key in the samples, the CSS variable that carries its strength, and where its scale
-    begins (None: at the response's smallest value).
+    """A signal of the tokens. key: in the samples; variable: the CSS variable that holds the color strength; low: where
+    the color scale begins (None: at the response's smallest value).
     """
 
     key: str
@@ -49,16 +49,26 @@ class Signal:
 
 
 SIGNALS = (
-    Signal("waad", "WAAD", "--w", "how far back the local heads look, in tokens, clipped at the window"),
-    Signal("fai", "FAI", "--f", "mean attention the token receives from later ones, global heads"),
-    Signal("gamma", "γ", "--g", "the factor on the token's advantage; 1 is no amplification", low=1.0),
-    Signal("entropy", "entropy", "--e", "of the distribution the token was drawn from, in nats"),
+    Signal(
+        "waad",
+        "WAAD",
+        "--w",
+        "windowed average attention distance: how far back the local heads attend, in tokens, clipped at the window",
+    ),
+    Signal(
+        "fai",
+        "FAI",
+        "--f",
+        "future attention influence: mean attention that later tokens pay to the token, in the global heads",
+    ),
+    Signal("gamma", "γ", "--g", "factor on the token's advantage; 1 is no amplification", low=1.0),
+    Signal("entropy", "entropy", "--e", "entropy of the distribution the token was sampled from, in nats"),
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left on disk. `records` one a step, by step; `samples` the rows of every sampled step."""
+    """A run as read from disk. `records`: one per step, in order; `samples`: step → its sampled responses."""
 
     name: str
     config: str | None
@@ -75,7 +85,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a response: its text, the CSS variables of its defined signals, the numbers to read."""
+    """A token of a response: its text, CSS variables of its defined signals, and the numbers of its tooltip."""
 
     text: str
     style: str
@@ -112,8 +122,8 @@ def load_run(run_dir: Path) -> Run:
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        raise ValueError(f"run_dir is {run_dir}, which has no metrics.jsonl; name a directory that a run wrote")
-    # A resumed run may write a step again: the later line counts.
+        raise ValueError(f"run_dir is {run_dir}, which has no metrics.jsonl; give the directory of a run")
+    # A resumed run may write a step again: use the later line.
     by_step = {int(row["step"]): _numbers(row) for row in _json_lines(metrics)}
     if not by_step:
         raise ValueError(f"run_dir is {run_dir}, whose metrics.jsonl is empty: no step has finished")
@@ -147,7 +157,7 @@ def render(run: Run) -> str:
 
 
 def headlines(records: Sequence[Record]) -> list[Headline]:
-    """The numbers a reader looks for first; one that the records do not hold is "–"."""
+    """The most important numbers of a run; "–" where the records don't have one."""
     evaluated = [row for row in records if _defined(row, "accuracy")]
     first = evaluated[0] if evaluated and evaluated[0]["step"] == 0 else {}
     last = evaluated[-1] if evaluated and evaluated[-1]["step"] > 0 else {}
@@ -177,19 +187,19 @@ def headlines(records: Sequence[Record]) -> list[Headline]:
 
 
 def _note(text: str, record: Record) -> str:
-    """What to say below an accuracy: its 95 % interval, if the record says of how many instances it is the share."""
+    """The line below an accuracy: `text`, and the 95 % interval if the record has the number of instances."""
     count = record.get("accuracy_instances", math.nan)
-    interval = _interval(wilson(record.get("accuracy", math.nan), count), format_percent)
-    return "; ".join([text, *(f"{each} of {format_number(count)} instances" for each in interval)])
+    intervals = _interval(wilson(record.get("accuracy", math.nan), count), format_percent)
+    return "; ".join([text, *(f"{interval} of {format_number(count)} instances" for interval in intervals)])
 
 
 def _interval(interval: tuple[float, float], form: Callable[[float], str]) -> list[str]:
-    """["95% interval 1 to 2"]; empty where undefined."""
+    """["95% interval 1 to 2"]; empty where the interval is undefined."""
     return [] if math.isnan(sum(interval)) else [f"95% interval {form(interval[0])} to {form(interval[1])}"]
 
 
 def _points(share: float) -> str:
-    """A difference of shares in points: +3.1, −10.0; "–" when undefined."""
+    """A difference of fractions in percentage points: +3.1, −10.0; "–" when undefined."""
     return "–" if math.isnan(share) else f"{100 * share:+.1f}".replace("-", "−")
 
 
@@ -218,7 +228,7 @@ def _response(row: Mapping[str, Any]) -> Response:
         )
         numbers = [f"token {i}"]
         numbers += [f"{signal.name} {_format_signal(signals[signal][i])}" for signal in SIGNALS]
-        # A line break is shown as a sign, and then made.
+        # A line break is shown as ⏎, and the line then breaks.
         tokens.append(Token(text.replace("\n", "⏎"), style, " · ".join(numbers), breaks="\n" in text))
     reward, correct = row.get("reward"), row.get("correct")
     parts = [] if correct is None else ["correct" if correct else "wrong"]
@@ -234,7 +244,7 @@ def _response(row: Mapping[str, Any]) -> Response:
 
 
 def _signal_values(row: Mapping[str, Any], key: str) -> list[float]:
-    """One value a token, NaN where undefined; all NaN if the run did not record the signal."""
+    """One value per token, NaN where undefined; all NaN if the run did not record the signal."""
     values = row.get(key)
     if values is None:
         return [math.nan] * len(row["tokens"])
@@ -270,7 +280,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     return
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
             if not isinstance(row, dict) or not _finite(row.get("step")):
-                raise ValueError(f"{path}, line {number}, has to be an object with a step")
+                raise ValueError(f"{path}, line {number}, must be an object with a step")
             yield row
 
 
@@ -284,7 +294,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _finite(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number that a float can hold; JSON knows 1e999 and integers of any length."""
+    """Whether `value` is a number that a float can hold; JSON allows 1e999 and integers of any length."""
     return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
@@ -299,7 +309,7 @@ def _total(records: Sequence[Record], key: str) -> float:
 
 
 def _evenly(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the items at even distances, the first and the last among them."""
+    """At most `count` evenly spaced items, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

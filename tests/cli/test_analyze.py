@@ -57,7 +57,7 @@ def test_a_report_and_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run(model, file, out, "signals.window=7", "seed=3") == command.BAD_INPUT
     errors = capsys.readouterr().err
     assert "which holds an analysis with another seed, signals.window; name another directory" in errors
-    assert f"2 finished responses stay in {out}" in errors
+    assert f"2 finished responses are kept in {out}" in errors
     # What decides no result may change from one call to the next.
     assert run(model, file, out, "device=cpu", "keep_going=true") == 0
 
@@ -94,7 +94,7 @@ def test_bad_rows_and_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(model, file, tmp_path / "out", *options) == command.BAD_INPUT
     errors = capsys.readouterr().err
     assert "rhythm-analyze: row 2: the prompt and response 1 have 165 tokens together" in errors
-    assert f"1 finished response stays in {tmp_path / 'out'}" in errors
+    assert f"1 finished response is kept in {tmp_path / 'out'}" in errors
     assert run(model, file, tmp_path / "out", *options, "keep_going=true") == 0
     assert "left out: row 2:" in capsys.readouterr().err
 

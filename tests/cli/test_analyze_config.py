@@ -108,7 +108,7 @@ def test_short_options_and_their_keys(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("model=m out=o", "prompts: must be given: prompts=… (path)"),
+        ("model=m out=o", "prompts: is required: prompts=… (path)"),
         ("model=m prompts=p out=o temperature=0", "temperature: unknown key; did you mean sampling.temperature?"),
         ("model=m prompts=p out=o signals.windw=3", "signals.windw: unknown key; did you mean signals.window?"),
         ("model=m prompts=p out=o sampling.temperature=-1", "sampling.temperature is -1: input should be greater"),

@@ -106,12 +106,12 @@ def test_a_dry_run_is_refused_with_the_reason(
     monkeypatch.setattr(doctor, "diagnose", lambda: pytest.fail("it looked all the same"))
     with pytest.raises(SystemExit, match="2"):
         main(["--dry-run"])
-    assert "rhythm-doctor: error: --dry-run: this command only looks, and changes nothing" in capsys.readouterr().err
+    assert "rhythm-doctor: error: --dry-run: this command changes nothing" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     shown = capsys.readouterr().out
     assert shown.startswith("usage: rhythm-doctor [--json]\n")
-    assert "refused: this command only looks, and changes nothing" in " ".join(shown.split())
+    assert "rejected: this command changes nothing anyway" in " ".join(shown.split())
 
 
 def test_table_shows_marks_and_reasons(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

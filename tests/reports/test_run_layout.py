@@ -59,7 +59,7 @@ def test_undefined_tokens_are_hatched_and_the_least_value_is_not(browser: webdri
     for name, expected in (("fai", [False, True, True]), ("entropy", [True, True, True])):
         browser.find_element(By.CSS_SELECTOR, f"label[for=pick-{name}]").click()
         assert browser.execute_script(hatched) == expected
-    assert "palest token has the least value" in texts(browser, ".meanings")[0]
+    assert "palest color is the response's smallest value" in texts(browser, ".meanings")[0]
 
 
 def test_a_long_prompt_fades_after_four_lines_and_opens(browser: webdriver.Chrome, tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_a_run_stopped_by_a_full_disk_can_be_resumed(
     run = tmp_path / "full"
     shown = capsys.readouterr().err.splitlines()
     assert shown[-2] == f"rhythm-train: {run}/checkpoints/.writing-step_000004: disk full"
-    assert shown[-1] == "what is finished stays (step_000002); once that is mended, continue with --resume"
+    assert shown[-1] == "finished files are kept (step_000002); solve the problem, then continue with --resume"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
     assert ".lock" not in {path.name for path in run.iterdir()}
     monkeypatch.undo()
@@ -272,7 +272,7 @@ def test_no_room_for_a_warm_start(small_config: Configure, tmp_path: Path, monke
 def test_a_report_of_a_step_that_is_no_number(number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics(tmp_path, ['{"step": 1}\n', f'{{"step": {number}}}\n'])
     assert report([str(tmp_path)]) == 2
-    assert "metrics.jsonl, line 2, has to be an object with a step" in capsys.readouterr().err
+    assert "metrics.jsonl, line 2, must be an object with a step" in capsys.readouterr().err
 
 
 def test_a_report_of_numbers_no_float_holds(tmp_path: Path) -> None:
