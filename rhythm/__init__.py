@@ -1,4 +1,7 @@
-"""Attention statistics without attention maps, and token credit for reinforcement learning from them."""
+"""Attention statistics without attention maps, and token-level credit for reinforcement learning from them.
+
+WAAD is the windowed average attention distance of a token, FAI its future attention influence.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Checkpoints of transformers: loading a model, the tokens that end a response, and the refusal of Python code that a
-checkpoint brings along where no setting allows it.
+"""Loads transformers checkpoints and their end tokens. Python code contained in a checkpoint runs only if a setting
+allows it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 @contextmanager
 def refusal_names(setting: str, checkpoint: Path, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Around transformers' loading with trust_remote_code=False: for a checkpoint that needs code of its own,
-    raises `kind` with one line that says which `setting` would allow it. Other errors pass.
+    """Context for loading with transformers and trust_remote_code=False: if the checkpoint needs code of its own,
+    raises `kind` with one line that says which `setting` allows it. Other errors propagate.
     """
     try:
         yield
@@ -24,12 +24,12 @@ def refusal_names(setting: str, checkpoint: Path, kind: type[ValueError] = Value
         if "trust_remote_code" not in str(error):
             raise
         raise kind(
-            f"{checkpoint} needs Python code that it brings along, which is not run: {setting} if you trust it"
+            f"{checkpoint} needs Python code that it contains, which is not run: {setting} if you trust it"
         ) from error
 
 
 def loading_options(trust_remote_code: bool) -> dict[str, bool]:
-    """Arguments of every `from_pretrained`. Left out, transformers would ask for trust_remote_code on stdin."""
+    """Arguments for every `from_pretrained`. Without them, transformers would ask for trust_remote_code on stdin."""
     return {"local_files_only": True, "trust_remote_code": trust_remote_code}
 
 
@@ -40,10 +40,10 @@ def load_model(
     device: torch.device | str,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The causal model of a checkpoint on `device`; `dtype` "auto" is the type it was saved in.
+    """The causal model of a checkpoint on `device`; `dtype` "auto" is the dtype it was saved in.
 
-    Parameters are in memory that torch allocated: tensors mapped from a file may be aligned differently, and sums over
-    them ordered differently.
+    Parameters are copied into memory allocated by torch: tensors mapped from a file may be aligned differently, which
+    can change the order of sums.
     """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **loading_options(trust_remote_code))
     for parameter in model.parameters():
@@ -52,9 +52,9 @@ def load_model(
 
 
 def end_tokens(tokenizer: Any, configured: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The ids of the tokens that end a response, ascending: the tokenizer's end token, and those `configured`.
+    """Ids of the tokens that end a response, ascending: the tokenizer's end token and the `configured` ones.
 
-    Empty where neither names one.
+    Empty if there is neither.
     """
     listed = configured if isinstance(configured, Sequence) else [configured]
     return tuple(sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None}))
@@ -66,7 +66,7 @@ def model_end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def checkpoint_end_tokens(checkpoint: Path, tokenizer: Any, *, trust_remote_code: bool = False) -> tuple[int, ...]:
-    """`end_tokens` of the tokenizer and the checkpoint's generation config, or its model config where it has none."""
+    """`end_tokens` of the tokenizer and the checkpoint's generation config, or its model config if it has none."""
     if (checkpoint / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(checkpoint, local_files_only=True)
     else:

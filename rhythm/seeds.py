@@ -1,7 +1,7 @@
-"""Seeds by what they are for.
+"""Derives seeds from a run's seed, a purpose and a step.
 
-Everything random in a run is a function of its seed, a purpose and a step, and of nothing that ran before. So a resumed
-run draws what an uninterrupted one would have drawn, and no generator state is saved.
+Nothing random in a run depends on what ran before. So a resumed run draws the same numbers as an uninterrupted one, and
+no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import torch
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:
-    """A seed in [0, 2^63), different for every `parts`: a purpose and a step, a prompt and a sample, …"""
+    """A seed in [0, 2^63) that depends on `seed` and all `parts`, for example a purpose and a step."""
     digest = hashlib.sha256("/".join(map(str, (seed, *parts))).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def analysis_seed(seed: int, index: int) -> int:
-    """A seed in [0, 2^31) for each batch of problems, or row, of an analysis.
+    """A seed in [0, 2^31) per batch of problems, or per row, of an analysis.
 
-    Hashes another text than `derive_seed`, and less of it: an analysis that goes on where an earlier one stopped must
-    draw the responses that the earlier one would have drawn.
+    It differs from `derive_seed` so that a continued analysis draws the same responses as the version that began it.
     """
     digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

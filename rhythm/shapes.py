@@ -1,4 +1,4 @@
-"""Checks of arguments that every stage makes.
+"""Argument checks shared by all stages.
 
 Suffixes of tensor names: B sequences, T tokens, H query heads, G key heads, D head size.
 """
@@ -15,7 +15,7 @@ MAX_INT = 2**63 - 1
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> tuple[int, ...]:
-    """The tensor's shape, if it is `shape`: numbers must be equal, names ("B", "T") stand for any size.
+    """Check that the tensor has `shape`, where a name ("B", "T") allows any size; returns its shape.
 
     Raises ValueError naming the argument: "input_ids has shape [44]; it must be [B, T]".
     """
@@ -29,7 +29,7 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> tuple[
 
 
 def check_dense(name: str, x: object) -> None:
-    """A plain tensor: strides, one storage."""
+    """Raise ValueError unless `x` is an ordinary dense tensor, neither nested nor sparse."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is of type {type(x).__name__}; it must be a torch.Tensor")
     if x.is_nested:
@@ -39,7 +39,9 @@ def check_dense(name: str, x: object) -> None:
 
 
 def integer(name: str, value: object, least: int, most: int = MAX_INT) -> int:
-    """The value as an int, if it is an integer of any kind (Python's, numpy's, torch's; no bool) in least … most."""
+    """`value` as an int. Raises ValueError unless it is an integer (of Python, numpy or torch, not bool) from `least`
+    to `most`.
+    """
     number = index(value)
     if number is None or number < least or number > most:
         if number is not None and number > most:
@@ -51,14 +53,14 @@ def integer(name: str, value: object, least: int, most: int = MAX_INT) -> int:
 
 
 def index(value: object) -> int | None:
-    """None: it is no integer."""
+    """`value` as an int; None if it is not an integer."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return None
     if isinstance(value, int):
         return value
     if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # a number that torch.compile does not know yet
+        return value  # type: ignore[return-value]  # a symbolic integer of torch.compile
     try:
-        return operator.index(value)  # type: ignore[arg-type]  # a TypeError is an answer
+        return operator.index(value)  # type: ignore[arg-type]  # raises TypeError if it is not an integer
     except (TypeError, RuntimeError):
         return None

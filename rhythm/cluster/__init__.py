@@ -1,1 +1,1 @@
-"""Many machines, one trainer: which process does what, where it stands, and what happens when one is lost."""
+"""Runs the engines in separate processes on one machine or several: placement, remote calls, recovery from losses."""

@@ -1,4 +1,4 @@
-"""The `cluster` section of a run's configuration: who trains, who generates, on which GPUs, and for how long."""
+"""The `cluster` section of a run's configuration: roles and their engines, GPUs and deadlines."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from rhythm.engines.vllm.infer import VllmConfig
 
 LOOPBACK = "127.0.0.1"
 PushKind = Literal["shared_memory", "nccl", "ipc", "object_store"]
-"""How weights get from actor_train to a receiver: vLLM's three, and Ray's object store for transformers models."""
+"""How weights are sent from actor_train to a receiver: three ways into vLLM, and Ray's object store for transformers
+models."""
 
 
 class InferRole(VllmConfig, extra="forbid", frozen=True):
-    """actor_infer: replicas that share a batch's prompts."""
+    """actor_infer: replicas that split a batch's prompts among them."""
 
     engine: Literal["vllm", "transformers"] = Field(
-        default="vllm", description="vllm, or transformers' generate: slow, for tests and small models"
+        default="vllm", description="vllm, or transformers (its generate method: slow, for tests and small models)"
     )
-    replicas: int = Field(default=1, ge=1, description="engines, each with all weights; they share the prompts")
+    replicas: int = Field(
+        default=1, ge=1, description="number of engines, each with all weights; they split a batch's prompts"
+    )
 
     @property
     def vllm(self) -> VllmConfig | None:
-        """Of a replica; None where the engine is another."""
+        """The vLLM settings of a replica; None for another engine."""
         if self.engine != "vllm":
             return None
         return VllmConfig.model_validate(self.model_dump(include=set(VllmConfig.model_fields)))
@@ -36,12 +39,12 @@ class TrainRole(ParallelConfig, extra="forbid", frozen=True):
     """actor_train: tensor × pipeline × data ranks."""
 
     engine: Literal["megatron", "torch"] = Field(
-        default="megatron", description="megatron, or the one-machine engine in a process of its own: one rank"
+        default="megatron", description="megatron, or torch (the single-process engine, as one rank)"
     )
 
     @property
     def parallel(self) -> ParallelConfig:
-        """The layout alone."""
+        """Only the layout."""
         return ParallelConfig.model_validate(self.model_dump(include=set(ParallelConfig.model_fields)))
 
     @model_validator(mode="after")
@@ -52,32 +55,37 @@ class TrainRole(ParallelConfig, extra="forbid", frozen=True):
 
 
 class AttnRole(BaseModel, extra="forbid", frozen=True):
-    """actor_attn, where attn is `separate`."""
+    """actor_attn, used with signals.source=separate."""
 
-    replicas: int = Field(default=1, ge=1, description="models on a GPU each; they share a batch's responses")
+    replicas: int = Field(
+        default=1, ge=1, description="number of models, each on its own GPU; they split a batch's responses"
+    )
 
 
 class Deadlines(BaseModel, extra="forbid", frozen=True):
-    """Seconds after which a call counts as lost; what was called is killed and its work done again."""
+    """Deadlines of remote calls. A process that misses one is killed and restarted, and its work repeated."""
 
-    start: float = Field(default=900, gt=0, description="an engine comes up, its weights loaded")
-    generate: float = Field(default=3600, gt=0, description="a replica's part of a rollout")
-    log_probs: float = Field(default=1800, gt=0, description="log-probs or signals of a batch")
-    step: float = Field(default=1800, gt=0, description="one gradient step")
-    push: float = Field(default=600, gt=0, description="weights from the trainer to all that read them")
-    checkpoint: float = Field(default=1800, gt=0, description="a checkpoint is written or read")
-    reward: float = Field(default=10, gt=0, description="one response is judged; past it the score is 0")
+    start: float = Field(default=900, gt=0, description="seconds for an engine to start and load its weights")
+    generate: float = Field(default=3600, gt=0, description="seconds for a replica's part of a rollout")
+    log_probs: float = Field(default=1800, gt=0, description="seconds for log-probs or signals of a batch")
+    step: float = Field(default=1800, gt=0, description="seconds for one gradient step")
+    push: float = Field(default=600, gt=0, description="seconds for a weight sync to all receivers")
+    checkpoint: float = Field(default=1800, gt=0, description="seconds for writing or reading a checkpoint")
+    reward: float = Field(
+        default=10, gt=0, description="seconds for the reward of one response; after that it scores 0"
+    )
 
 
 class ClusterConfig(BaseModel, extra="forbid", frozen=True):
-    """Engines in processes of their own, on one machine or many."""
+    """Runs the engines in separate processes, on one machine or several."""
 
     placement: Literal["colocated", "separate"] = Field(
-        default="colocated", description="trainer and vLLM take turns on the same GPUs, or have GPUs of their own"
+        default="colocated",
+        description="colocated: trainer and vLLM take turns on the same GPUs; separate: each has its own GPUs",
     )
-    nodes: int = Field(default=1, ge=1, description="machines, each with the same number of GPUs")
-    gpus: int = Field(default=8, ge=0, description="GPUs of all machines together; 0: everything on CPUs")
-    gpu_memory_gib: float = Field(default=80, gt=0, description="memory of a GPU, for the plan")
+    nodes: int = Field(default=1, ge=1, description="number of machines, all with the same number of GPUs")
+    gpus: int = Field(default=8, ge=0, description="GPUs of all machines together; 0: everything runs on CPUs")
+    gpu_memory_gib: float = Field(default=80, gt=0, description="memory per GPU, for the plan")
     max_length: int = Field(default=1024, ge=2, description="longest prompt and response together, in tokens")
     infer: InferRole = InferRole()
     train: TrainRole = TrainRole()
@@ -87,25 +95,25 @@ class ClusterConfig(BaseModel, extra="forbid", frozen=True):
     max_restarts: int = Field(
         default=3,
         ge=0,
-        description="times the run goes back to its last checkpoint after a training rank was lost, and times "
-        "each other actor is started again, before it gives up",
+        description="how often the run may go back to its last checkpoint because a training rank was lost, and how "
+        "often processes of each other role may be restarted, before it stops with an error",
     )
     bind_address: str = Field(default=LOOPBACK, description="address that Ray and the engines listen on")
     ray_address: str | None = Field(
-        default=None, description="head of a Ray cluster to join, host:port; null starts Ray on this machine"
+        default=None, description="head of a Ray cluster to join, host:port; null: start Ray on this machine"
     )
-    object_store_mib: int = Field(default=512, ge=80, description="shared memory of a Ray started here")
-    push_bucket_mib: int = Field(default=64, ge=1, description="weights that are in flight at a time in a push")
-    threads: int = Field(default=1, ge=1, description="CPU threads of each process")
+    object_store_mib: int = Field(default=512, ge=80, description="size of the object store if Ray is started here")
+    push_bucket_mib: int = Field(default=64, ge=1, description="size of the buckets in which weights are sent")
+    threads: int = Field(default=1, ge=1, description="CPU threads per process")
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs of one machine."""
+        """GPUs per machine."""
         return self.gpus // self.nodes
 
     @property
     def on_loopback(self) -> bool:
-        """Nothing outside this machine can reach the run's processes."""
+        """Whether only this machine can reach the run's processes."""
         return ipaddress.ip_address(self.bind_address).is_loopback
 
     @field_validator("bind_address")
@@ -119,7 +127,9 @@ class ClusterConfig(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="after")
     def _one_loopback(self) -> ClusterConfig:
         if self.on_loopback and self.bind_address != LOOPBACK:
-            raise ValueError(f"bind_address is {self.bind_address}: the only loopback address Ray knows is {LOOPBACK}")
+            raise ValueError(
+                f"bind_address is {self.bind_address}: the only loopback address that Ray supports is {LOOPBACK}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -127,7 +137,7 @@ class ClusterConfig(BaseModel, extra="forbid", frozen=True):
         if self.gpus % self.nodes:
             raise ValueError(f"gpus is {self.gpus}: must divide among nodes={self.nodes}")
         if self.nodes > 1 and self.gpus == 0:
-            raise ValueError(f"nodes is {self.nodes}: without GPUs there is one machine")
+            raise ValueError(f"nodes is {self.nodes}: must be 1 without GPUs (gpus: 0)")
         if self.nodes > 1 and self.ray_address is None:
             raise ValueError(
                 f"nodes is {self.nodes}: ray_address must name the head of a Ray cluster (`ray start --head`)"

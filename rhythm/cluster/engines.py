@@ -1,4 +1,4 @@
-"""The three interfaces over groups of processes: what is lost is started again, with the weights it should have."""
+"""Implements Train, Infer and Attn over groups of processes; lost replicas are restarted with current weights."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ Spec = TypeVar("Spec")
 
 
 class ClusterTrain:
-    """actor_train: every rank is called with the same arguments, and rank 0 answers.
+    """actor_train: every rank is called with the same arguments; rank 0 returns the result.
 
-    Raises TrainLostError, whatever is asked, when a rank is lost; nothing of the group is left then.
+    Every method raises TrainLostError when a rank is lost; the other ranks are killed then.
     """
 
     def __init__(self, session: Session, spec: TrainSpec, rates: Rates) -> None:
@@ -63,18 +63,18 @@ class ClusterTrain:
         self, rollout: Rollout, tap: SignalsConfig | None = None, groups: HeadGroups | None = None
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """See rhythm.engines.interfaces.Train."""
-        (found, signals, seconds), *_ = self.ask(
+        (log_probs, signals, seconds), *_ = self.ask(
             "log_probs", rollout, tap, groups, seconds=self._deadlines.log_probs, tokens=int(rollout.lens.sum())
         )
         self._rates.statistics += seconds
         self.statistics_seconds = seconds
-        return found, signals
+        return log_probs, signals
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
         """See rhythm.engines.interfaces.Train."""
         tokens = int(rollout.lens.sum())
-        found: Tensor = self.ask("reference_log_probs", rollout, seconds=self._deadlines.log_probs, tokens=tokens)[0]
-        return found
+        logprobs: Tensor = self.ask("reference_log_probs", rollout, seconds=self._deadlines.log_probs, tokens=tokens)[0]
+        return logprobs
 
     def step(self, batch: TrainBatch) -> StepMetrics:
         """See rhythm.engines.interfaces.Train."""
@@ -85,12 +85,12 @@ class ClusterTrain:
         return metrics
 
     def weights(self) -> dict[str, Tensor]:
-        """See rhythm.engines.interfaces.Train. All of them come to the driver: a weight sync doesn't go this way."""
-        found: dict[str, Tensor] = self.ask("weights", seconds=self._deadlines.push)[0]
-        return found
+        """See rhythm.engines.interfaces.Train. Copies all weights to the driver, which a weight sync doesn't do."""
+        weights: dict[str, Tensor] = self.ask("weights", seconds=self._deadlines.push)[0]
+        return weights
 
     def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
-        """See rhythm.engines.interfaces.Train; as `weights`, all of them come to the driver."""
+        """See rhythm.engines.interfaces.Train. Copies all weights to the driver, like `weights`."""
         return iter(self.weights().items())
 
     def save(self, directory: Path) -> None:
@@ -104,7 +104,7 @@ class ClusterTrain:
     def ask(
         self, method: str, *arguments: Any, seconds: float, tokens: int = 0, ranks: Sequence[Worker] | None = None
     ) -> list[Any]:
-        """Call a method on all ranks, or on `ranks`; their results."""
+        """Call a method on all ranks, or on `ranks`; returns their results in order."""
         workers = self.ranks if ranks is None else ranks
         return self._each(
             [(method, *self._session.shared(arguments))] * len(workers),
@@ -125,7 +125,7 @@ class ClusterTrain:
     ) -> list[Any]:
         workers = self.ranks if workers is None else workers
         started = time.perf_counter()
-        pending = {worker: worker.submit(*each) for worker, each in zip(workers, calls, strict=True)}
+        pending = {worker: worker.submit(*arguments) for worker, arguments in zip(workers, calls, strict=True)}
         outcome = collect(pending, seconds, task, together=True)
         if outcome.lost:
             self.give_up(task, outcome.lost)
@@ -136,15 +136,15 @@ class ClusterTrain:
         return [outcome.replies[worker].value for worker in workers]
 
     def give_up(self, task: str, lost: Mapping[Worker, str]) -> None:
-        """Kill what is left of the group, and raise TrainLostError."""
+        """Kill the remaining ranks and raise TrainLostError."""
         self._session.stop(self.ranks)
         raise TrainLostError(task, {worker.name: why for worker, why in lost.items()})
 
 
 class Replicas(Generic[Spec]):
-    """Processes of a role that can each be lost and started again without the others.
+    """Processes of a role that can be lost and restarted independently of each other.
 
-    refill: pushes the trainer's weights, as of the version the role has, into a replica.
+    refill: sends the trainer's weights to the role's replicas again after a restart; set by the weight sync.
     """
 
     def __init__(self, session: Session, role: Role, spec: Spec, rates: Rates) -> None:
@@ -158,14 +158,14 @@ class Replicas(Generic[Spec]):
         self._build(range(len(self.workers)))
 
     def each(self, calls: Mapping[int, tuple[Any, ...]], *, seconds: float) -> dict[int, Any]:
-        """Call the replicas of these indices; a lost one is started again and its call repeated.
+        """Make these calls, by replica index; a lost replica is restarted and its call repeated.
 
-        Raises LostError once the run has restarted more of the role's replicas than it may.
+        Raises LostError once replicas of the role were restarted more than cluster.max_restarts times.
         """
         results: dict[int, Any] = {}
         while left := {index: calls[index] for index in calls if index not in results}:
             task = f"{self._role.actor}.{next(iter(left.values()))[0]}"
-            pending = {self.workers[index]: self.workers[index].submit(*each) for index, each in left.items()}
+            pending = {self.workers[index]: self.workers[index].submit(*call) for index, call in left.items()}
             outcome = collect(pending, seconds, task)
             for index in left:
                 reply: Reply | None = outcome.replies.get(self.workers[index])
@@ -178,13 +178,13 @@ class Replicas(Generic[Spec]):
         return results
 
     def replace(self, task: str, lost: Mapping[Worker, str], *, everyone: bool = False) -> None:
-        """Start the lost ones again, or with `everyone` the others too, on the weights the run started from.
+        """Restart the lost replicas, or all of them with `everyone`, with the weights the run started from.
 
-        Raises LostError once more were lost than cluster.max_restarts.
+        Raises LostError once replicas of the role were restarted more than cluster.max_restarts times.
         """
         allowed = self._session.config.max_restarts
         for worker in (worker for worker in self.workers if worker in lost):
-            log.warning("%s: %s %s; starting it again", task, worker.name, lost[worker])
+            log.warning("%s: %s %s; restarting it", task, worker.name, lost[worker])
             if self._rates.restarted(worker.role) > allowed:
                 raise LostError(f"{task}, after cluster.max_restarts = {allowed} restarts", {worker.name: lost[worker]})
         indices = [index for index, worker in enumerate(self.workers) if everyone or worker in lost]
@@ -204,17 +204,17 @@ class Replicas(Generic[Spec]):
 
 
 class ClusterInfer(Replicas[InferSpec]):
-    """actor_infer: replicas that share a batch's prompts, in order."""
+    """actor_infer: replicas that split a batch's prompts, in order."""
 
     def __init__(self, session: Session, spec: InferSpec, rates: Rates, *, takes_turns: bool) -> None:
-        """`takes_turns`: sleep whenever not generating, as the trainer needs the same GPUs."""
+        """`takes_turns`: sleep whenever not generating, because the trainer uses the same GPUs."""
         super().__init__(session, Role.INFER, spec, rates)
         self._takes_turns = takes_turns
         self._asleep = False
         self.sleep()
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
-        """See rhythm.engines.interfaces.Infer. The same call gives the same rollout with as many replicas."""
+        """See rhythm.engines.interfaces.Infer. The same call with the same number of replicas gives the same rollout."""
         self.wake()
         started = time.perf_counter()
         parts = [list(part) for part in torch.arange(len(prompts)).tensor_split(len(self.workers)) if len(part)]
@@ -222,19 +222,21 @@ class ClusterInfer(Replicas[InferSpec]):
             index: ("generate", [list(prompts[int(i)]) for i in part], n, sampling, part_seed(seed, index))
             for index, part in enumerate(parts)
         }
-        found = self.each(calls, seconds=self._session.config.deadlines.generate)
-        rollouts = [replace(found[index], group=found[index].group + int(part[0])) for index, part in enumerate(parts)]
+        results = self.each(calls, seconds=self._session.config.deadlines.generate)
+        rollouts = [
+            replace(results[index], group=results[index].group + int(part[0])) for index, part in enumerate(parts)
+        ]
         rollout = concatenate(rollouts, self._spec.pad_id)
         self._rates.processed(Role.INFER, int(rollout.response_mask.sum()), time.perf_counter() - started)
         self.sleep()
         return rollout
 
     def sleep(self) -> None:
-        """Leave the GPUs to the trainer, where they are shared."""
+        """Free the GPUs for the trainer, where they are shared."""
         self._turn("sleep", True)
 
     def wake(self) -> None:
-        """Take them back."""
+        """Use the GPUs again after `sleep`."""
         self._turn("wake", False)
 
     def _turn(self, method: str, asleep: bool) -> None:
@@ -246,37 +248,37 @@ class ClusterInfer(Replicas[InferSpec]):
 
 
 class ClusterAttn(Replicas[AttnSpec]):
-    """actor_attn: replicas that share a batch's responses."""
+    """actor_attn: replicas that split a batch's responses."""
 
     def __init__(self, session: Session, spec: AttnSpec, rates: Rates) -> None:
         super().__init__(session, Role.ATTN, spec, rates)
 
     def signals(self, rollout: Rollout, groups: HeadGroups | None = None) -> RhythmSignals:
-        """See rhythm.engines.interfaces.Attn. Groups that responses share are chosen over all of them."""
+        """See rhythm.engines.interfaces.Attn. Head groups shared by the batch are chosen over all its responses."""
         started = time.perf_counter()
-        found = self._signals(rollout, groups)
+        signals = self._signals(rollout, groups)
         tap = self._spec.tap
         if groups is None and tap.grouping != "sequence":
-            chosen = select_heads(found.span, tap.quantile, tap.per)
-            found = self._signals(rollout, HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1]))
+            chosen = select_heads(signals.span, tap.quantile, tap.per)
+            signals = self._signals(rollout, HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1]))
         seconds = time.perf_counter() - started
         self._rates.processed(Role.ATTN, int(rollout.lens.sum()), seconds)
         self._rates.statistics += seconds
-        return found
+        return signals
 
     def _signals(self, rollout: Rollout, groups: HeadGroups | None) -> RhythmSignals:
         rows = torch.arange(len(rollout.prompt_lens)).tensor_split(len(self.workers))
         calls = {index: ("signals", take_rows(rollout, part), groups) for index, part in enumerate(rows) if len(part)}
-        found = self.each(calls, seconds=self._session.config.deadlines.log_probs)
-        return RhythmSignals.cat([found[index] for index in calls])
+        parts = self.each(calls, seconds=self._session.config.deadlines.log_probs)
+        return RhythmSignals.cat([parts[index] for index in calls])
 
 
 def part_seed(seed: int, part: int) -> int:
-    """The seed of a replica's part of a rollout; the first has the rollout's own, so that one replica draws what a
-    single engine would.
+    """The seed of a replica's part of a rollout. The first part has the rollout's own seed, so that a single replica
+    draws the same responses as a local engine.
     """
     return derive_seed(seed, "replica", part) if part else seed
 
 
 def _nothing_to_refill_from() -> None:
-    """Before there is a trainer, a replica's weights are those it was built with."""
+    """The default `refill`: before the first weight sync, a replica keeps the weights it was built with."""

@@ -1,4 +1,4 @@
-"""What has to be in the environment before Ray is imported."""
+"""Sets environment variables that must be set before Ray is imported."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rhythm.cluster.config import ClusterConfig
 
 
 def prepare_environment(config: ClusterConfig) -> None:
-    """Let Ray listen where `bind_address` says, send nothing about its use, and ask its clients for a token.
+    """Make Ray listen on `bind_address`, send no usage statistics, and require a token from its clients.
 
-    Ray takes an address that other machines can reach even where it is told 127.0.0.1, unless clusters of several
-    machines are turned off; it reads that switch, named after the systems it is off on by default, on import.
+    Even with 127.0.0.1 Ray listens on an address that other machines can reach, unless clusters of several machines are
+    disabled. It reads the variable for that, named after the systems where it is off by default, on import.
     """
     if config.on_loopback:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -1,10 +1,10 @@
-"""What can happen to a process that was asked to do something."""
+"""Errors of remote calls: the process died, timed out or raised."""
 
 from __future__ import annotations
 
 
 class LostError(RuntimeError):
-    """Processes died, or missed their deadline and were killed. `lost`: each by name, and why."""
+    """Processes died, or missed their deadline and were killed. `lost`: process name → reason."""
 
     def __init__(self, task: str, lost: dict[str, str]) -> None:
         super().__init__(f"{task}: " + "; ".join(f"{name} {why}" for name, why in lost.items()))
@@ -12,8 +12,8 @@ class LostError(RuntimeError):
 
 
 class TrainLostError(LostError):
-    """A rank of actor_train is gone, and with it the state of the whole group since the last checkpoint."""
+    """A rank of actor_train was lost; the whole group must restart from the last checkpoint."""
 
 
 class RemoteError(RuntimeError):
-    """An exception inside a process; the message holds the traceback from there."""
+    """A process raised an exception; the message contains its traceback, or the file that does."""

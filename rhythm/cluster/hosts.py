@@ -1,6 +1,6 @@
-"""What runs inside the processes of a cluster run: one engine each, built there from a description.
+"""The Ray actors of a cluster run. Each process has one engine, which it builds from a spec.
 
-A method's result comes back as a `Reply` with the seconds it took, so that the driver knows who was busy.
+Every method's result is returned as a `Reply` with the seconds it took, for the utilization metrics.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Reply:
-    """What a method returned, and the seconds it took."""
+    """A method's return value, and the seconds it took."""
 
     value: Any
     seconds: float
@@ -47,7 +47,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """In place of a step's metrics: a NonFiniteError, without the batch, which the driver has."""
+    """Returned instead of a step's metrics: a NonFiniteError without its batch, which the driver has already."""
 
     what: str
     value: float
@@ -55,7 +55,7 @@ class NotFinite:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """An actor_train. checkpoint: the weights it starts from, and those of the KL term's reference."""
+    """How to build actor_train. checkpoint: the initial weights, also those of the KL term's reference."""
 
     role: TrainRole
     checkpoint: Path
@@ -72,8 +72,8 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class InferSpec:
-    """A replica of actor_infer. checkpoint: must stay, as lost replicas start from it again. vllm: None for
-    transformers' generate.
+    """How to build a replica of actor_infer. checkpoint: must not be deleted, because lost replicas start from it
+    again. vllm: None for transformers' generate.
     """
 
     vllm: VllmConfig | None
@@ -87,7 +87,7 @@ class InferSpec:
 
 @dataclass(frozen=True)
 class AttnSpec:
-    """A replica of actor_attn. checkpoint: must stay, as for InferSpec."""
+    """How to build a replica of actor_attn. checkpoint: must not be deleted, as for InferSpec."""
 
     checkpoint: Path
     tap: SignalsConfig
@@ -97,25 +97,27 @@ class AttnSpec:
 
 
 class Host:
-    """A process of the cluster. Ray calls its methods one at a time."""
+    """Base class of the cluster's Ray actors. Ray calls the methods one at a time."""
 
     def __init__(self, gpus: tuple[int, ...], bind_address: str | None, log: Path | None = None) -> None:
-        """`gpus`: those of this node that the process may see; none leaves it the CPU. `bind_address`: where it
-        listens; None for the address that Ray knows its node by. `log`: what the process, and those that it starts,
-        write to stdout and stderr is added to this file; None leaves it to Ray.
+        """
+        Args:
+            gpus: indices of this node's GPUs that the process may see; empty: CPU only.
+            bind_address: address to listen on; None: the address by which Ray knows the node.
+            log: file to which stdout and stderr of the process and its children are appended; None: Ray's own files.
         """
         if log is not None:
             _write_to(log)
-        # Before anything asks CUDA how many GPUs there are.
+        # Must be set before CUDA is initialized.
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         self._bind_address: str = bind_address or ray.util.get_node_ip_address()
 
     def identify(self) -> tuple[str, int]:
-        """This machine's name and the process's id."""
+        """(host name, process id)."""
         return socket.gethostname(), os.getpid()
 
     def call(self, method: str, *arguments: Any) -> Reply:
-        """Run a method of this object."""
+        """Run a method of this object and time it."""
         started = time.perf_counter()
         try:
             value = getattr(self, method)(*arguments)
@@ -126,7 +128,7 @@ class Host:
 
 
 def _write_to(log: Path) -> None:
-    """Stdout and stderr, also those of libraries in C and of processes started from here."""
+    """Append stdout and stderr to the file, including those of C libraries and child processes."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab", buffering=0) as file:
         file.write(f"--- process {os.getpid()} on {socket.gethostname()}, {time.strftime('%F %T')}\n".encode())
@@ -140,52 +142,52 @@ class TrainHost(Host):
     """One rank of actor_train."""
 
     _engine: Train
-    _device: torch.device  # where the engine wants its batches; Megatron's moves them itself
+    _device: torch.device  # device for the batches; Megatron's engine moves them itself
     _senders: dict[str, WeightSender]
     _stream: Iterator[list[tuple[str, Tensor]]]
 
     def free_endpoint(self) -> tuple[str, int]:
-        """This machine's address and a free port; asked of rank 0."""
+        """This machine's address and a free port, for the rendezvous. Called on rank 0."""
         with socket.socket() as listener:
             listener.bind((self._bind_address, 0))
             return self._bind_address, int(listener.getsockname()[1])
 
     def build(self, spec: TrainSpec, rank: int, address: str, port: int) -> None:
-        """Load the model; with Megatron, all ranks at the same time, which meet at address:port."""
+        """Load the model. With Megatron, all ranks must build at the same time; they rendezvous at address:port."""
         self._spec, self._rank, self._senders = spec, rank, {}
         self._engine, self._device = _BUILD_TRAIN[spec.role.engine](spec, rank, address, port)
 
     def log_probs(self, rollout: Rollout, tap: SignalsConfig | None, groups: Any) -> Any:
-        """As Train's, and its statistics_seconds."""
-        found, signals = self._engine.log_probs(to_device(rollout, self._device), tap, groups)
+        """(log-probs, signals, statistics_seconds) of the Train engine."""
+        log_probs, signals = self._engine.log_probs(to_device(rollout, self._device), tap, groups)
         on_cpu = None if signals is None else to_device(signals, "cpu")
-        return self._answer((to_device(found, "cpu"), on_cpu, self._engine.statistics_seconds))
+        return self._answer((to_device(log_probs, "cpu"), on_cpu, self._engine.statistics_seconds))
 
     def reference_log_probs(self, rollout: Rollout) -> Any:
-        """As Train's."""
+        """See rhythm.engines.interfaces.Train."""
         return self._answer(self._engine.reference_log_probs(to_device(rollout, self._device)).cpu())
 
     def step(self, batch: TrainBatch) -> Any:
-        """As Train's; NotFinite instead of NonFiniteError."""
+        """See rhythm.engines.interfaces.Train. Returns NotFinite where Train raises NonFiniteError."""
         try:
             return self._answer(self._engine.step(to_device(batch, self._device)))
         except NonFiniteError as error:
             return NotFinite(error.what, error.value)
 
     def weights(self) -> Any:
-        """As Train's, on the CPU."""
+        """The weights of the Train engine, on the CPU."""
         return self._answer({name: tensor.cpu() for name, tensor in self._engine.weights().items()})
 
     def save(self, directory: Path) -> None:
-        """As Train's."""
+        """See rhythm.engines.interfaces.Train."""
         self._engine.save(directory)
 
     def load(self, directory: Path) -> None:
-        """As Train's."""
+        """See rhythm.engines.interfaces.Train."""
         self._engine.load(directory)
 
     def open_sender(self, kind: PushKind, replicas: int, tensor_parallel_size: int) -> list[dict[str, Any]]:
-        """Replace the sender of this kind by one to `replicas` receivers; returns what each of them must know."""
+        """Replace the sender of this kind with one for `replicas` receivers; returns the init info of each receiver."""
         if (old := self._senders.pop(kind, None)) is not None:
             old.close()
         sender = self._make_sender(kind, replicas, tensor_parallel_size)
@@ -193,32 +195,32 @@ class TrainHost(Host):
         return [sender.init_info(replica) for replica in range(replicas)]
 
     def connect(self, kind: str) -> None:
-        """Connect to the receivers; runs at the same time as their init_transfer."""
+        """Connect to the receivers. Must run at the same time as their init_transfer."""
         self._senders[kind].connect()
 
     def begin_push(self) -> None:
-        """Start to stream the weights. From here to the end of the stream, all ranks do the same."""
+        """Start streaming the weights. Until the stream ends, all ranks must make the same calls."""
         self._stream = buckets(self._engine.weights_stream(), self._spec.bucket_bytes)
 
     def stage(self, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]] | None:
-        """Make the next bucket ready for the receivers of `kinds`; None at the end."""
+        """Prepare the next bucket for the receivers of `kinds`; None at the end of the stream."""
         bucket: Bucket | None = next(self._stream, None)
         if bucket is None:
             return None
         return {kind: self._senders[kind].stage(bucket) for kind in kinds if kind in self._senders}
 
     def transmit(self, kinds: tuple[str, ...]) -> None:
-        """Send the bucket; runs at the same time as `receive`."""
+        """Send the staged bucket. Must run at the same time as the receivers' `receive`."""
         for kind in kinds:
             self._senders[kind].transmit()
 
     def close(self) -> None:
-        """Give back what outlives the process."""
+        """Release shared memory and connections that would outlive the process."""
         for sender in self._senders.values():
             sender.close()
 
     def _answer(self, value: Any) -> Any:
-        """Every rank has the same results; rank 0 hands them over."""
+        """The value on rank 0, else None: all ranks have the same result, so only one needs to be sent."""
         return value if self._rank == 0 else None
 
     def _make_sender(self, kind: PushKind, replicas: int, tensor_parallel_size: int) -> WeightSender:
@@ -257,49 +259,49 @@ class InferHost(Host):
         )
 
     def generate(self, prompts: list[list[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
-        """As Infer's, on the CPU."""
+        """The rollout of the Infer engine, on the CPU."""
         rollout: Rollout = self._engine.generate(prompts, n, sampling, seed)
         return to_device(rollout, "cpu")
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
-        """How weights will come."""
+        """Prepare to receive weights by this kind of transfer."""
         with self._awake():
             self._engine.init_transfer(kind, info)
 
     def start_push(self) -> None:
-        """Weights follow; until all are there the engine stays awake."""
+        """Begin a weight sync. The engine stays awake until `finish_push`."""
         self._push = ExitStack()
         self._push.enter_context(self._awake())
         self._engine.start_push()
 
     def receive(self, info: Mapping[str, Any]) -> None:
-        """One bucket."""
+        """Receive one bucket of weights."""
         self._engine.receive(info)
 
     def finish_push(self, version: int) -> None:
-        """That was all."""
+        """End the weight sync; the engine now has the weights of `version`."""
         self._engine.finish_push(version)
         self._push.close()
 
     def sleep(self) -> None:
-        """Give the GPU's memory back until `wake`. Nothing where it sleeps already."""
+        """Free GPU memory until `wake`. Does nothing if the engine sleeps already."""
         if not self._asleep:
             self._engine.sleep()
         self._asleep = True
 
     def wake(self) -> None:
-        """Undo `sleep`. Nothing where it is awake, as after a restart."""
+        """Undo `sleep`. Does nothing if the engine is awake, as it is after a restart."""
         if self._asleep:
             self._engine.wake()
         self._asleep = False
 
     def close(self) -> None:
-        """Stop what the engine started."""
+        """Stop the processes that the engine started."""
         self._engine.close()
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
-        """Wake the engine if it sleeps, and let it sleep on afterwards."""
+        """Wake the engine if it sleeps, and put it back to sleep after the block."""
         slept = self._asleep
         self.wake()
         yield
@@ -317,37 +319,37 @@ class AttnHost(Host):
         self._device = model.device
         self._engine = ObserveAttn(
             model,
-            # Groups that responses share are chosen over all replicas, by the driver.
+            # Head groups shared by the batch are chosen by the driver, over all replicas.
             spec.tap.model_copy(update={"grouping": "sequence"}),
             micro_batch_size=spec.micro_batch_size,
             precision=getattr(torch, spec.precision),
         )
 
     def signals(self, rollout: Rollout, groups: Any) -> Any:
-        """As Attn's, on the CPU."""
+        """The signals of the Attn engine, on the CPU."""
         return to_device(self._engine.signals(to_device(rollout, self._device), groups), "cpu")
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
-        """Weights come through Ray's object store: nothing to prepare."""
+        """Does nothing: Ray's object store needs no preparation."""
 
     def start_push(self) -> None:
-        """Weights follow."""
+        """Begin a weight sync."""
         self._receiver.start_push()
 
     def receive(self, info: Mapping[str, Any]) -> None:
-        """One bucket."""
+        """Receive one bucket of weights."""
         self._receiver.receive(info)
 
     def finish_push(self, version: int) -> None:
-        """That was all."""
+        """End the weight sync; the model now has the weights of `version`."""
         self._receiver.finish_push(version)
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Does nothing: nothing outlives the process."""
 
 
 class _GenerateReplica(GenerateInfer):
-    """transformers' generate, with weights pushed in pieces."""
+    """transformers' generate as a replica that receives weights in buckets."""
 
     def __init__(self, model: Any, spec: InferSpec) -> None:
         super().__init__(model, end_ids=spec.end_ids, pad_id=spec.pad_id)
@@ -357,26 +359,26 @@ class _GenerateReplica(GenerateInfer):
         self.finish_push = self._receiver.finish_push
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
-        """Weights come through Ray's object store: nothing to prepare."""
+        """Does nothing: Ray's object store needs no preparation."""
 
     def sleep(self) -> None:
-        """Stays as it is."""
+        """Does nothing: it holds no memory that it could free."""
 
     def wake(self) -> None:
-        """It never slept."""
+        """Does nothing, like `sleep`."""
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Does nothing: nothing outlives the process."""
 
 
 def _load_model(spec: TrainSpec | InferSpec | AttnSpec, dtype: torch.dtype) -> Any:
-    """The checkpoint's model, on this process's GPU if it has one."""
+    """The checkpoint's model, on this process's GPU if it has one, else on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(spec.checkpoint, dtype=dtype, device=device, trust_remote_code=spec.trust_remote_code)
 
 
 def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[Train, torch.device]:
-    """One rank, which meets nobody."""
+    """The single-process engine, which needs no rendezvous."""
     model = _load_model(spec, torch.float32)
     engine = TorchTrain(
         model,
@@ -415,4 +417,4 @@ _BUILD_TRAIN: dict[str, Callable[[TrainSpec, int, str, int], tuple[Train, torch.
     "torch": _torch_train,
     "megatron": _megatron_train,
 }
-"""By TrainRole.engine: (spec, rank, address, port) → the engine, and the device it wants its batches on."""
+"""TrainRole.engine → function of (spec, rank, address, port) that returns the engine and the device for its batches."""

@@ -1,6 +1,6 @@
-"""Weights through Ray's object store, into a transformers model: for engines that have no way of their own.
+"""Sends weights through Ray's object store into a transformers model, for engines without a transfer of their own.
 
-What crosses is one flat array of bytes a bucket, with names, types, shapes and offsets beside it.
+Each bucket is one flat byte array, with the names, dtypes and shapes of its tensors.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from rhythm.engines.transfer import Bucket, WeightSender, describe
 
 
 class ObjectStoreSender(WeightSender):
-    """The trainer's end."""
+    """The sending end, in the trainer."""
 
     def stage(self, bucket: Bucket) -> dict[str, Any]:
-        """Put a bucket into the store, where it stays until the next one was staged and all receivers are done."""
+        """Put a bucket into the store. It stays there until the next one is staged and all receivers are done with it."""
         ready = self._ready(bucket)
         flat = torch.cat([tensor.cpu().reshape(-1).view(torch.uint8) for _, tensor in ready])
-        # In a list: Ray would otherwise fetch the content for whoever hands the reference on.
+        # In a list, because Ray would resolve a plain reference to its content when it is passed on.
         self._reference = [ray.put(flat.numpy())]
         return {**describe(ready), "flat": self._reference}
 
 
 class ModelReceiver:
-    """The end of a transformers model: copies weights in by name, and knows when all of them came."""
+    """The receiving end, for a transformers model: copies weights in by name and checks that all of them arrived."""
 
     def __init__(self, model: nn.Module) -> None:
         self._own: dict[str, Tensor] = model.state_dict()
@@ -37,14 +37,14 @@ class ModelReceiver:
         self._version = 0
 
     def start_push(self) -> None:
-        """Weights follow."""
+        """Begin a weight sync."""
         self._missing = {tensor.data_ptr() for tensor in self._own.values()}
 
     @torch.no_grad()
     def receive(self, info: Mapping[str, Any]) -> None:
-        """Copy one bucket in, converting type and device.
+        """Copy one bucket into the model, converting dtype and device.
 
-        Raises ValueError for a name that the model hasn't got and for another shape.
+        Raises ValueError for a name that the model doesn't have, and for a shape other than the model's.
         """
         flat = torch.from_numpy(np.array(ray.get(info["flat"][0])))  # a copy: the store's memory is read-only
         at = 0
@@ -59,7 +59,9 @@ class ModelReceiver:
             at += size
 
     def finish_push(self, version: int) -> None:
-        """Raises ValueError if `version` falls, or a weight did not come; a tied one comes under either name."""
+        """End the weight sync. Raises ValueError if `version` is lower than before or a weight did not arrive; a tied
+        weight may arrive under either of its names.
+        """
         if version < self._version:
             raise ValueError(f"version is {version}: must not fall below the {self._version} the model already has")
         if self._missing:

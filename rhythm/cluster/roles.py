@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a process does. The value is the role's name in metrics, and that of its section in the configuration."""
+    """The role of a process. The value is its name in metrics and its section in the configuration."""
 
     TRAIN = "train"
     INFER = "infer"
@@ -14,5 +14,5 @@ class Role(StrEnum):
 
     @property
     def actor(self) -> str:
-        """Its name in messages and plans."""
+        """The role's name in messages and plans."""
         return f"actor_{self}"

@@ -1,4 +1,4 @@
-"""Calls to processes of the cluster: each with a deadline, and with the traceback of what goes wrong there."""
+"""Remote calls to the cluster's processes, with deadlines; an exception there is raised here with its traceback."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rhythm.cluster.hosts import Reply
 from rhythm.cluster.roles import Role
 
 GRACE_SECONDS = 10.0
-"""After an exception in one of several processes that work together: how long the death of another, which may be
-its cause, has to show."""
+"""Seconds to wait, after an exception in one of several processes that work together, for the death of another,
+which may be its cause."""
 
 _COLOR_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(eq=False)
 class Worker:
-    """A process. name: in messages; role: train, infer or attn; node and pid: once it is known where it runs; log: the
-    file that it writes to, None for Ray's own.
+    """A process of the cluster. name: in messages; node, pid: set once it has started; log: file of its output, None
+    for Ray's own.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Worker:
     log: Path | None = None
 
     def submit(self, method: str, *arguments: Any) -> Any:
-        """Start a method; the reference to wait for with `collect`."""
+        """Start a method; returns the reference to wait for with `collect`."""
         return self.actor.call.remote(method, *arguments)
 
     def kill(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process, whatever it is doing."""
         ray.kill(self.actor, no_restart=True)
-        if self.pid is not None and self.node == socket.gethostname():  # also where it is stopped, and deaf to Ray
+        if self.pid is not None and self.node == socket.gethostname():  # Ray can't end a stopped process
             try:
                 os.kill(self.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -55,7 +55,7 @@ class Worker:
 
 @dataclass
 class Outcome:
-    """Of one call to each of some workers. lost: those that died or missed the deadline, and why."""
+    """The outcome of one call per worker. lost: workers that died or missed the deadline → reason."""
 
     replies: dict[Worker, Reply] = field(default_factory=dict)
     lost: dict[Worker, str] = field(default_factory=dict)
@@ -64,10 +64,10 @@ class Outcome:
 def collect(pending: Mapping[Worker, Any], seconds: float, task: str, *, together: bool = False) -> Outcome:
     """Wait for all calls. A worker that misses the deadline is killed.
 
-    `together`: the workers wait for each other, so the loss of one ends the wait for the rest.
+    `together`: the workers depend on each other, so after one is lost the others are not waited for.
 
-    Raises RemoteError for an exception in a worker; with `together` only if no other was lost, for its peers'
-    exceptions are then but a consequence.
+    Raises RemoteError for an exception in a worker; with `together` only if none was lost, because a lost worker causes
+    exceptions in the others.
     """
     outcome, errors = Outcome(), list[tuple[Worker, str]]()
     waiting = {reference: worker for worker, reference in pending.items()}
@@ -96,12 +96,12 @@ def collect(pending: Mapping[Worker, Any], seconds: float, task: str, *, togethe
 
 
 def call(workers: Sequence[Worker], method: str, *arguments: Any, seconds: float, task: str, together: bool) -> Outcome:
-    """The same call to all of them."""
+    """Make the same call to all workers and wait for them."""
     return collect({w: w.submit(method, *arguments) for w in workers}, seconds, task, together=together)
 
 
 def identify(workers: Sequence[Worker], seconds: float) -> Outcome:
-    """Wait until the processes are up, and note where they run."""
+    """Wait until the processes have started; sets each worker's node and pid."""
     end = time.monotonic() + seconds
     pending = {worker: worker.actor.identify.remote() for worker in workers}
     outcome = Outcome()
@@ -112,17 +112,17 @@ def identify(workers: Sequence[Worker], seconds: float) -> Outcome:
             outcome.lost[worker] = f"died: {_short(error)}"
         except GetTimeoutError:
             worker.kill()
-            outcome.lost[worker] = f"did not come up within {seconds:g} s, and was killed"
+            outcome.lost[worker] = f"did not start within {seconds:g} s, and was killed"
     return outcome
 
 
 def _short(error: Exception) -> str:
-    """Ray's reason without its advice."""
+    """The reason that Ray gives, without its general advice."""
     return " ".join(str(error).split()).partition(" Some common causes")[0]
 
 
 def _told(worker: Worker, error: RayTaskError) -> str:
-    """The exception itself, then where its traceback is: in the process's log, or below."""
+    """The exception's type and message, then its traceback or the log file that contains it."""
     cause = error.cause
     trace = _trace(error)
     what = trace.splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
@@ -130,6 +130,6 @@ def _told(worker: Worker, error: RayTaskError) -> str:
 
 
 def _trace(error: RayTaskError) -> str:
-    """The traceback from there, without Ray's colours and marks under it."""
+    """The remote traceback without Ray's color codes and underlines."""
     plain = _COLOR_CODES.sub("", str(error)).splitlines()
     return "\n".join(line for line in plain if line.strip(" ^~"))

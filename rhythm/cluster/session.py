@@ -1,4 +1,4 @@
-"""Ray from the start of a run to its end, and the processes that are placed on it."""
+"""Starts and stops Ray for a run, and starts the run's processes on their GPUs."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _HOSTS: dict[Role, type[Host]] = {Role.TRAIN: TrainHost, Role.INFER: InferHost, 
 
 
 class Session:
-    """Ray, started on this machine or joined, with one bundle of GPUs reserved a node.
+    """Ray, started on this machine or joined, with one bundle of CPUs and GPUs reserved per node.
 
         with Session(config, separate_attn=False) as session:
             workers = session.start(Role.TRAIN)
 
-    On leaving, all processes are killed and a Ray that was started here is stopped. Before this module is
-    imported, `rhythm.cluster.environment.prepare_environment` has to run.
+    On exit all processes are killed, and Ray is stopped if it was started here. Call
+    `rhythm.cluster.environment.prepare_environment` before importing this module.
     """
 
     def __init__(self, config: ClusterConfig, *, separate_attn: bool) -> None:
-        """Nothing is started yet. Raises ValueError as `assign`."""
+        """Starts nothing yet. Raises ValueError from `assign`."""
         self.config = config
-        # Where processes started from now on write their logs, on a file system of all machines; None: to Ray's.
+        # Directory for the logs of processes started from now on, on a shared file system; None: Ray's own logs.
         self.logs: Path | None = None
         places = assign(config, separate_attn=separate_attn)
         self._slots = {Role.TRAIN: places.train, Role.INFER: places.infer, Role.ATTN: places.attn}
@@ -90,17 +90,17 @@ class Session:
         ray.shutdown()
 
     def places(self, role: Role) -> int:
-        """How many processes the role has."""
+        """The number of processes of the role."""
         return len(self._slots[role])
 
     def start(self, role: Role, indices: Sequence[int] | None = None) -> list[Worker]:
-        """Start a role's processes, or those of `indices`, and wait until they are up; their engines are not built.
+        """Start a role's processes, or those of `indices`, and wait for them. Their engines are not built yet.
 
-        Raises LostError for those that don't come up in time.
+        Raises LostError for processes that don't start in time.
         """
         chosen = range(self.places(role)) if indices is None else indices
         log.info(
-            "starting %s: %d of %d processes; then the model is loaded, within cluster.deadlines.start = %g s",
+            "starting %s: %d of %d processes; loading the model may then take up to cluster.deadlines.start = %g s",
             role.actor,
             len(chosen),
             self.places(role),
@@ -114,7 +114,7 @@ class Session:
         return workers
 
     def stop(self, workers: Sequence[Worker]) -> None:
-        """Kill them; those that are dead already stay so."""
+        """Kill these processes; it doesn't matter if some are dead already."""
         for worker in list(workers):
             worker.kill()
             if worker in self._workers:
@@ -125,7 +125,7 @@ class Session:
         self.stop(self._workers)
 
     def shared(self, arguments: Sequence[Any]) -> list[Any]:
-        """References to pass instead of these to several processes, so that each is sent but once."""
+        """References to pass instead of these arguments, so that each is stored once for all processes."""
         return [ray.put(argument) for argument in arguments]
 
     def _spawn(self, role: Role, index: int) -> Worker:
@@ -136,7 +136,7 @@ class Session:
             ray.remote(_HOSTS[role])
             .options(
                 num_cpus=1,
-                num_gpus=0,  # which GPUs it sees is settled by its slot: colocated roles share them
+                num_gpus=0,  # the slot decides which GPUs it sees, since colocated roles share them
                 max_restarts=0,
                 max_task_retries=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, slot.node),
@@ -150,11 +150,11 @@ class Session:
         if self.config.ray_address is None and address != self.config.bind_address:
             raise RuntimeError(
                 f"Ray listens on {address}, cluster.bind_address is {self.config.bind_address}: "
-                "rhythm.cluster.environment.prepare_environment has to run before ray is imported"
+                "rhythm.cluster.environment.prepare_environment must be called before ray is imported"
             )
 
     def _reserve(self) -> None:
-        """A bundle for each node's processes and GPUs."""
+        """Reserve one bundle of CPUs and GPUs per node."""
         config = self.config
         have = ray.cluster_resources()
         if have.get("GPU", 0) < config.gpus:
@@ -171,7 +171,7 @@ class Session:
         if not self._group.wait(timeout_seconds=max(0.0, end - time.monotonic())):
             raise ValueError(
                 f"cluster.nodes is {config.nodes}: no {config.nodes} nodes with {config.gpus_per_node} free GPUs and "
-                f"{max(int(b['CPU']) for b in bundles)} free CPUs each came up in cluster.deadlines.start = "
+                f"{max(int(b['CPU']) for b in bundles)} free CPUs each became available in cluster.deadlines.start = "
                 f"{config.deadlines.start:g} s"
             )
         if config.gpus:
@@ -185,12 +185,12 @@ class Session:
         return {"num_cpus": 0, "num_gpus": self.config.gpus_per_node, "scheduling_strategy": strategy}
 
     def _environment(self) -> dict[str, str]:
-        """Of every process, before it imports anything."""
+        """Environment variables of every process, set before it imports anything."""
         environment = {
             "OMP_NUM_THREADS": str(self.config.threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONSAFEPATH": "1",  # what they start looks for no module in the working directory first
+            "PYTHONSAFEPATH": "1",  # their children don't import from the working directory first
         }
         if self.config.on_loopback:
             environment["GLOO_SOCKET_IFNAME"] = "lo"
@@ -198,8 +198,8 @@ class Session:
 
 
 class _OwnPath(JobConfig):  # type: ignore[misc]  # ray is untyped here
-    """Ray would put the working directory and the command's in front of its workers' sys.path, where a torch.py
-    would be taken for torch. They find all they import among what is installed.
+    """Keeps the driver's sys.path from the workers. Ray would put the working directory and the command's directory
+    first in their sys.path, where a file torch.py would shadow the installed torch.
     """
 
     def _serialize(self) -> Any:
@@ -209,7 +209,7 @@ class _OwnPath(JobConfig):  # type: ignore[misc]  # ray is untyped here
 
 @ray.remote  # type: ignore[untyped-decorator]  # ray is untyped here
 def _visible_gpus() -> list[int]:
-    """The GPUs of the bundle it runs in."""
+    """Indices of the GPUs of the bundle that it runs in."""
     return [int(i) for i in ray.get_gpu_ids()]
 
 

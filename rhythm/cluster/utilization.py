@@ -1,4 +1,4 @@
-"""Who worked how long in a step, and how many tokens went through."""
+"""Measures how long each role worked in a step, and how many tokens it processed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from rhythm.cluster.roles import Role
 
 @dataclass
 class Rates:
-    """Added up over a step by the roles; read and cleared by `pop_metrics`.
+    """Counters that the roles add to during a step; `pop_metrics` reads and clears them.
 
-    busy: seconds of work of all processes of a role; tokens and seconds: of a role's main work, for tokens a
-    second. statistics: seconds of attention statistics. restarts: of processes, over the whole run.
+    processes: number per role. busy: seconds worked, summed over a role's processes; tokens, seconds: of a role's main
+    work, for tokens per second. statistics: seconds spent on attention statistics. restarts: of processes, over the
+    whole run.
     """
 
     processes: dict[Role, int]
@@ -24,24 +25,24 @@ class Rates:
     restarts: dict[Role, int] = field(default_factory=dict)
 
     def worked(self, role: Role, seconds: float) -> None:
-        """A process of `role` was busy."""
+        """Count the working time of a process of `role`."""
         self.busy[role] = self.busy.get(role, 0.0) + seconds
 
     def processed(self, role: Role, tokens: int, seconds: float) -> None:
-        """`role` as a whole got through `tokens` in `seconds`."""
+        """Count that `role` as a whole processed `tokens` in `seconds`."""
         self.tokens[role] = self.tokens.get(role, 0) + tokens
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds
 
     def restarted(self, role: Role) -> int:
-        """One of its processes was lost and started again; how often that has happened."""
+        """Count a restart of a process of `role`; returns the number of its restarts so far."""
         self.restarts[role] = self.restarts.get(role, 0) + 1
         return self.restarts[role]
 
     def pop_metrics(self, step_seconds: float) -> dict[str, float]:
-        """A step's numbers, then everything but the restarts starts from zero.
+        """The step's metrics; resets everything but the restarts.
 
-        tokens_per_second_ROLE; idle_share_ROLE: of the time of its processes; attention_share: of the step
-        spent in attention statistics, NaN where the engine doesn't know; restarts_ROLE.
+        tokens_per_second_ROLE; idle_share_ROLE: idle fraction of its processes' time; attention_share: fraction of the
+        step spent on attention statistics, NaN where the engine can't measure it; restarts_ROLE.
         """
         numbers = {"attention_share": self.statistics / step_seconds}
         for role, processes in self.processes.items():
@@ -53,5 +54,5 @@ class Rates:
         return numbers
 
     def clear(self) -> None:
-        """Everything but the restarts starts from zero."""
+        """Reset everything but the restarts."""
         self.busy, self.tokens, self.seconds, self.statistics = {}, {}, {}, 0.0

@@ -1,4 +1,4 @@
-"""Weights from actor_train to everything that reads them, a bucket at a time; the driver sees only where they lie."""
+"""Sends weights from actor_train to all receivers, one bucket at a time; they don't pass through the driver."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rhythm.engines.transfer import merged
 
 @dataclass(frozen=True)
 class WeightReceiver:
-    """A role that uses the trainer's weights, and how they are sent to it."""
+    """The replicas of a role that needs the trainer's weights, and how these are sent."""
 
     kind: PushKind
     replicas: Replicas[Any]
 
 
 class ClusterWeightSync:
-    """See rhythm.engines.interfaces.WeightSync: from actor_train to the receivers, and to replicas started again.
+    """See rhythm.engines.interfaces.WeightSync: from actor_train to the receivers, also after replicas are restarted.
 
-    When a replica is lost during a push, the push starts over with all of its receivers started again: the others
+    When a replica is lost during a push, all receivers are restarted and the push is repeated, because the others then
     hold a mixture of old and new weights.
     """
 
@@ -39,7 +39,7 @@ class ClusterWeightSync:
         gpus_of_replica: int,
         seconds: float,
     ) -> None:
-        """`gpus_of_replica`: of actor_infer; `seconds`: that a push may take."""
+        """`gpus_of_replica`: GPUs per replica of actor_infer; `seconds`: deadline of a push."""
         self._train = train
         self._receivers = list(receivers)
         self._gpus_of_replica = gpus_of_replica
@@ -50,13 +50,13 @@ class ClusterWeightSync:
             receiver.replicas.refill = partial(self._refill, receiver)
 
     def sync(self, version: int) -> None:
-        """See rhythm.engines.interfaces.WeightSync. Raises LostError and TrainLostError as the roles do, RemoteError
-        where `version` falls.
+        """See rhythm.engines.interfaces.WeightSync. Raises LostError and TrainLostError if processes are lost, and
+        RemoteError if `version` is lower than before.
         """
         self._until_done(self._receivers, version)
 
     def _refill(self, receiver: WeightReceiver) -> None:
-        """The weights of the version that the role has; all of its replicas take part, as some ways demand."""
+        """Send the role's current version again after a restart, to all of its replicas, as NCCL requires."""
         self._disconnect([receiver])
         self._until_done([receiver], receiver.replicas.version)
 
@@ -69,7 +69,7 @@ class ClusterWeightSync:
             receiver.replicas.version = version
 
     def _attempt(self, receivers: Sequence[WeightReceiver], version: int) -> Outcome:
-        """One push, left at the first loss."""
+        """One push, which ends when a process is lost."""
         end = time.monotonic() + self._seconds
         for receiver in receivers:
             if receiver not in self._connected:
@@ -96,7 +96,7 @@ class ClusterWeightSync:
 
     def _connect(self, receiver: WeightReceiver, end: float) -> Outcome:
         kind, workers = receiver.kind, receiver.replicas.workers
-        # A worker can open GPU memory only of its own GPU: with ipc every rank sends.
+        # With ipc a worker can open only memory of its own GPU, so every rank must send.
         ranks = self._train.ranks if kind == "ipc" else self._train.ranks[:1]
         infos = self._train.ask(
             "open_sender", kind, len(workers), self._gpus_of_replica, seconds=_left(end), ranks=ranks
@@ -107,13 +107,13 @@ class ClusterWeightSync:
         return self._all({**calls, self._train.ranks[0]: ("connect", kind)}, end)
 
     def _all(self, calls: Mapping[Worker, tuple[Any, ...]], end: float) -> Outcome:
-        pending = {worker: worker.submit(*each) for worker, each in calls.items()}
+        pending = {worker: worker.submit(*call) for worker, call in calls.items()}
         outcome = collect(pending, _left(end), "push")
         for worker, reply in outcome.replies.items():
             self._rates.worked(worker.role, reply.seconds)
-        gone = {worker: why for worker, why in outcome.lost.items() if worker in self._train.ranks}
-        if gone:
-            self._train.give_up("push", gone)
+        lost_ranks = {worker: why for worker, why in outcome.lost.items() if worker in self._train.ranks}
+        if lost_ranks:
+            self._train.give_up("push", lost_ranks)
         return outcome
 
 

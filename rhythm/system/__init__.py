@@ -1,1 +1,1 @@
-"""What every part needs of the machine: packages that may be missing, files and directories of a run."""
+"""Helpers used by all parts: optional packages, safe file writing, directory locks, progress lines."""

@@ -1,4 +1,4 @@
-"""One process at a time in a directory: a lock that the system drops when the process dies, however it dies."""
+"""Locks a directory for one process; the operating system releases the lock when the process dies."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ _held: set[int] = set()
 
 
 def _leave_to_parent() -> None:
-    """A forked child shares the lock's open file, and would keep the lock when its parent dies."""
+    """Close the lock files in a forked child: it shares them, and would keep the lock after its parent died."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)  # children that exec lose it anyway: it is not inheritable
+os.register_at_fork(after_in_child=_leave_to_parent)  # not needed for exec: the descriptor is not inheritable
 
 
 class DirectoryLockedError(ValueError):
-    """Another process works in the directory; the message says on which host, its process id and since when."""
+    """Another process uses the directory; the message gives its host, its process id and since when."""
 
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Hold the lock of `directory`, which is made if missing, until the block is left or the process dies.
+    """Hold the lock of `directory`, which is created if missing, until the block is left or the process dies.
 
-    The lock is flock's, on a file `.lock` that is gone after the block; one that a killed process left behind holds
-    nothing. Where the file system knows no locks a warning says so, and the block runs without one.
+    The lock is an flock on the file `.lock`, which is deleted after the block. A file left behind by a killed process
+    is not locked. If the file system doesn't support locks, a warning is logged and the block runs without one.
 
     Raises:
-        DirectoryLockedError: at once, if another process holds it; nothing has been written.
-        OSError: the directory or the file can't be made.
+        DirectoryLockedError: immediately, if another process holds the lock; nothing has been written.
+        OSError: the directory or the file can't be created.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK_NAME
@@ -58,17 +58,17 @@ def lock_directory(directory: Path) -> Iterator[None]:
     finally:
         _held.discard(descriptor)
         with suppress(OSError):
-            path.unlink()  # while it is locked: who has it open, and locks it next, sees that it has no name left
+            path.unlink()  # while it is locked, so that the next process to lock it sees that it was deleted
         os.close(descriptor)
 
 
 def content(directory: Path) -> list[Path]:
-    """What a directory holds beside its lock; nothing if there is no such directory."""
+    """A directory's entries except its lock; empty if there is no such directory."""
     return [path for path in directory.iterdir() if path.name != LOCK_NAME] if directory.is_dir() else []
 
 
 def _acquire(path: Path) -> int:
-    """A descriptor that holds the lock on the file that now has the name `path`."""
+    """Lock the file `path` and return its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -83,16 +83,16 @@ def _acquire(path: Path) -> int:
                 os.close(descriptor)
                 raise
             log.warning(
-                "%s can't be locked (%s): take care that no second process works in it", path.parent, error.strerror
+                "%s can't be locked (%s): make sure that no second process uses it", path.parent, error.strerror
             )
             return descriptor
         if os.fstat(descriptor).st_nlink:
             return descriptor
-        os.close(descriptor)  # its holder left, and removed it, between the two calls
+        os.close(descriptor)  # its holder deleted it between open and flock: try again
 
 
 def _sign(path: Path, descriptor: int) -> None:
-    """Say in the file who holds it. Raises OSError naming the file."""
+    """Write host, process id and time into the file. Raises OSError naming the file."""
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(" ", "seconds")}
     try:
         os.ftruncate(descriptor, 0)
@@ -102,11 +102,11 @@ def _sign(path: Path, descriptor: int) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """What the file says, for a message; who has just taken the lock may be about to write it."""
+    """The holder as written in the file, for a message. Retries, since the holder may not have written it yet."""
     for _ in range(20):
         try:
             holder = json.loads(os.pread(descriptor, 1000, 0))
             return f"process {holder['pid']} on {holder['host']}, since {holder['since']}; wait for it, or end it"
         except (ValueError, TypeError, KeyError):
             time.sleep(0.01)
-    return "another process, which has not said which"
+    return "another process (it has not written its id)"

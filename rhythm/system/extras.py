@@ -1,4 +1,4 @@
-"""Which extra of pyproject.toml brings a package: for errors that say what to install."""
+"""Maps packages to the extras of pyproject.toml that install them, for errors that say what to install."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ EXTRAS = {
     "vllm": "cluster",
     "triton": "triton",
 }
-"""By the name that is imported; torch and numpy always come along."""
+"""Import name → extra. torch and numpy are always installed."""
 
 
 def command_for(extra: str) -> str:
-    """What brings an extra. rhythm is on no package index, and a project of that name there would not be this one."""
+    """The command that installs an extra. rhythm is not on a package index; a project of that name there is another."""
     return f"pip install '.[{extra}]' in a clone of rhythm"
 
 
 def missing(what: str, package: str, extra: str | None = None) -> str:
-    """What a user reads where `what` needs a package that is not installed."""
+    """The error message if `what` needs a package that is not installed."""
     return f"{what} needs {package}, which is not installed: {command_for(extra or EXTRAS[package])}"
 
 
 def package_of(error: ModuleNotFoundError) -> str | None:
-    """The package of an extra whose absence the error tells of; None: it tells of something else."""
+    """The missing package, if an extra installs it; None for any other module."""
     package = (error.name or "").partition(".")[0]
     return package if package in EXTRAS else None
 
 
 @contextmanager
 def needs(what: str) -> Iterator[None]:
-    """Imports inside that fail for want of an extra's package say so.
+    """Context in which a failed import of an extra's package gets a helpful message.
 
     Raises:
         ModuleNotFoundError: naming `what`, the package, and the command that installs it.
@@ -56,13 +56,13 @@ def needs(what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = package_of(error)
-        if package is None or str(error).startswith("rhythm"):  # one that has been told already
+        if package is None or str(error).startswith("rhythm"):  # raised by an inner `needs`
             raise
         raise ModuleNotFoundError(missing(what, package), name=error.name) from error
 
 
 def require(what: str, *packages: str) -> None:
-    """ModuleNotFoundError, as of `needs`, for the first of the packages that is not installed; imports none."""
+    """Raise ModuleNotFoundError, like `needs`, for the first package that is not installed. Imports nothing."""
     for package in packages:
         if find_spec(package) is None:
             raise ModuleNotFoundError(missing(what, package), name=package)

@@ -1,4 +1,4 @@
-"""Names of a package that load when first asked for, because what they need is more than torch and numpy (PEP 562)."""
+"""Loads names of a package on first use (PEP 562), for those that need more than torch and numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def lazy(
     package: str, namespace: dict[str, Any], modules: Mapping[str, str]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package: `modules` says where each lazy name is defined."""
+    """`__getattr__` and `__dir__` for a package. `modules`: lazy name → module that defines it."""
 
     def getattr_(name: str) -> object:
         if name not in modules:

@@ -1,4 +1,4 @@
-"""Lines of progress for where no terminal shows bars: rates, remaining time, and a sign of life during long work."""
+"""Progress as log lines, for output that is not a terminal: rates, remaining time, and a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ SECONDS_BETWEEN_SIGNS = 30.0
 
 
 class Rate:
-    """Seconds per piece of work, or pieces per second: whichever is at least 1 at first, and that unit from then on."""
+    """Formats a rate as seconds per piece of work or pieces per second: whichever is at least 1 at first, then always
+    that unit.
+    """
 
     def __init__(self, piece: str) -> None:
         """`piece`: "step" gives "14.2 s/step" or "3.1 steps/s"."""
@@ -20,7 +22,7 @@ class Rate:
         self._inverted: bool | None = None
 
     def text(self, seconds: float) -> str:
-        """`seconds`: of one piece."""
+        """`seconds`: time per piece."""
         seconds = max(seconds, 1e-9)
         if self._inverted is None:
             self._inverted = seconds < 1
@@ -30,7 +32,7 @@ class Rate:
 
 
 def duration(seconds: float) -> str:
-    """ "45 s", "12 min", "3 h 05 min"."""
+    """Format seconds as "45 s", "12 min" or "3 h 05 min"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -38,10 +40,10 @@ def duration(seconds: float) -> str:
 
 
 class Heartbeat:
-    """Says the status, from a thread of its own, whenever nothing has been said for 30 seconds of the block.
+    """Writes a status line, from its own thread, whenever no line was written for 30 seconds within the block.
 
     with Heartbeat(lambda: "step 3 of 8", log.info) as heartbeat:
-        ...  # whatever else writes a line calls heartbeat.said()
+        ...  # call heartbeat.said() after writing a line
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Heartbeat:
         every: float = SECONDS_BETWEEN_SIGNS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is said before the block. `every`: seconds; `clock`: seconds from any origin."""
+        """`status`: returns the line; `say`: writes it; `every`: seconds; `clock`: returns the time in seconds."""
         self._status, self._say, self._every, self._clock = status, say, every, clock
         self._last = clock()
         self._left = threading.Event()
@@ -72,11 +74,11 @@ class Heartbeat:
             self._thread.join()
 
     def said(self) -> None:
-        """A line was written: the next sign is due so many seconds from now."""
+        """Tell the heartbeat that a line was written, so that the next one is due `every` seconds from now."""
         self._last = self._clock()
 
     def beat(self) -> None:
-        """Say the status if that is due."""
+        """Write the status line if it is due."""
         if self._clock() - self._last >= self._every:
             self.said()
             self._say(self._status())

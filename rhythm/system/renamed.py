@@ -1,4 +1,4 @@
-"""Keys of configurations that have another name now: they are refused with the new one."""
+"""Finds renamed configuration keys, for errors that give the new name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def renamed_keys(values: object, names: Mapping[str, str]) -> str:
-    """What to tell a user whose `values` still have old names (dotted, as in `credit.q`); empty if there are none."""
+    """A message with the new name of each old key in `values` (dotted, for example credit.q); empty if there is none."""
     return "; ".join(f"{old} is now {new}" for old, new in names.items() if _has(values, old.split(".")))
 
 

@@ -1,4 +1,4 @@
-"""The installed version of rhythm, from the package's metadata; in a tree that is not installed, pyproject.toml's."""
+"""The version of rhythm: from the metadata of the installed package, else from pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors of writing that name the file and the reason."""
+"""Writes files atomically, and gives errors in writing the file's name and the reason."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """OSErrors of a block that writes to `path`, a file or a directory, name it.
+    """Context for writing to `path`, a file or a directory: its OSErrors name the path.
 
-    Libraries call a full disk what they like (torch.save: "unexpected pos 118592 vs 118484"). When one fails and
-    `path` can't be written to, OSError with the system's reason is raised from the library's error.
+    Libraries report a full disk in various ways (torch.save: "unexpected pos 118592 vs 118484"). If a library raises
+    and `path` can't be written to, an OSError with the system's reason is raised from the library's error.
     """
     try:
         yield
@@ -35,9 +35,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, data: str | bytes) -> None:
-    """Write a file, text as UTF-8, in one go: before and after a crash it is whole, the old one or the new.
+    """Write a file atomically (text as UTF-8): after a crash it is the complete old file or the complete new one.
 
-    Raises OSError naming the path; the old file stays then.
+    Raises OSError naming the path; the old file is kept then.
     """
     aside = path.with_name(f".{path.name}.part")
     with naming(path), replacing(aside, path), aside.open("wb") as file:
@@ -48,7 +48,7 @@ def replace_file(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def replacing(aside: Path, path: Path) -> Iterator[None]:
-    """Give `aside`, which the block writes, the name `path`; if the block fails, remove it."""
+    """Context in which the block writes `aside`, which is then renamed to `path`, or removed if the block fails."""
     try:
         yield
         aside.replace(path)
@@ -58,7 +58,7 @@ def replacing(aside: Path, path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a directory with all in it."""
+    """Remove a file, a link or a directory with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -66,7 +66,7 @@ def remove(path: Path) -> None:
 
 
 def _trouble(path: Path) -> int | None:
-    """The error number of writing one MiB in a directory, or beside a file; None if that works."""
+    """The error number from writing one MiB into the directory, or into the file's directory; None if that works."""
     directory = path if path.is_dir() else path.parent
     if not directory.is_dir():
         return None
@@ -79,6 +79,6 @@ def _trouble(path: Path) -> int | None:
     except OSError as error:
         return error.errno
     finally:
-        with suppress(OSError):  # on a read-only file system there is none
+        with suppress(OSError):  # on a read-only file system it does not exist
             probe.unlink()
     return None

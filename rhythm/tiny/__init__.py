@@ -1,1 +1,1 @@
-"""A model of a million parameters, and its warm start on a task's worked solutions."""
+"""A model with a million parameters, and its supervised warm start on a task's worked solutions."""

@@ -1,7 +1,7 @@
-"""A Qwen3 of about a million parameters with a tokenizer of its own, for runs on a laptop.
+"""Builds a Qwen3 with about a million parameters and a character tokenizer, for runs on a laptop.
 
-The tokenizer makes every character a token, so any task in printable ASCII can be written; saved, both are an
-ordinary transformers checkpoint that `AutoModelForCausalLM` and `AutoTokenizer` load.
+Each character is a token, so the model can be trained on any task in printable ASCII. Model and tokenizer are saved as
+an ordinary transformers checkpoint, which `AutoModelForCausalLM` and `AutoTokenizer` load.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ CHARACTERS = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 
 
 class TinyModelConfig(BaseModel, extra="forbid", frozen=True):
-    """The shape of the tiny Qwen3: 0.9M parameters as it stands."""
+    """The shape of the tiny Qwen3; 0.9M parameters by default."""
 
     layers: int = Field(default=6, ge=1, description="decoder layers")
     hidden_size: int = Field(default=128, ge=1, description="width of the residual stream")
     mlp_size: int = Field(default=256, ge=1, description="width of the gated MLP")
-    query_heads: int = Field(default=4, ge=1, description="query heads a layer")
-    key_heads: int = Field(default=2, ge=1, description="key heads a layer, each shared by equally many query heads")
+    query_heads: int = Field(default=4, ge=1, description="query heads per layer")
+    key_heads: int = Field(default=2, ge=1, description="key heads per layer; must divide query_heads")
     head_size: int = Field(default=32, ge=2, description="size of a head")
     max_positions: int = Field(default=1024, ge=1, description="longest sequence, in tokens")
     rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary position encoding")
@@ -41,7 +41,9 @@ class TinyModelConfig(BaseModel, extra="forbid", frozen=True):
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A character a token, others unknown; `<|bos|>` goes in front unless `add_special_tokens=False`."""
+    """One token per character of CHARACTERS, `<|unknown|>` for others. `<|bos|>` is put first unless
+    `add_special_tokens=False`.
+    """
     specials = [PAD, BOS, EOS, UNKNOWN]
     vocabulary = {token: index for index, token in enumerate([*specials, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -62,7 +64,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A freshly initialised model, equal for equal configurations; torch's random state is left as it was."""
+    """A newly initialized model, equal for equal configurations; torch's random state is not changed."""
     qwen = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,

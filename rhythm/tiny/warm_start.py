@@ -1,7 +1,7 @@
-"""Supervised warm start: a tiny model learns from worked solutions before reinforcement learning takes over.
+"""Supervised warm start: trains a tiny model on worked solutions before reinforcement learning.
 
-The result is an ordinary transformers checkpoint, cached under a key of everything it depends on: the
-configuration, every training example as text, the source of this module and the model's, and torch's version.
+The result is an ordinary transformers checkpoint. It is cached under a key computed from everything it depends on: the
+configuration, the text of every training example, the source of this module and of the model's, and torch's version.
 
 Shapes: B rows of a batch, T tokens (right-padded).
 """
@@ -49,31 +49,33 @@ _RECORD = "warm_start.json"
 
 
 class WarmStartConfig(BaseModel, extra="forbid", frozen=True):
-    """How long and on what the tiny model is trained before the reinforcement learning."""
+    """How the tiny model is trained before reinforcement learning."""
 
     steps: int = Field(default=400, ge=1, description="gradient steps")
-    batch_size: int = Field(default=128, ge=1, description="worked solutions a gradient step")
-    examples: int | None = Field(default=None, ge=1, description="training instances used; null for all")
+    batch_size: int = Field(default=128, ge=1, description="worked solutions per gradient step")
+    examples: int | None = Field(
+        default=None, ge=1, description="train on the first so many training instances; null: all"
+    )
     learning_rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")
     final_learning_rate: float = Field(
-        default=0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak"
+        default=0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak"
     )
-    warmup_steps: int = Field(default=50, ge=0, description="steps in which the learning rate rises to its peak")
+    warmup_steps: int = Field(default=50, ge=0, description="steps over which the learning rate rises to its peak")
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients with a larger norm are scaled down to it")
     seed: int = Field(default=0, ge=0, description="seed of the order of the examples")
-    cache_dir: Path = Field(default=Path("runs/cache"), description="where finished warm starts are kept")
+    cache_dir: Path = Field(default=Path("runs/cache"), description="directory of finished warm starts")
     model: TinyModelConfig = Field(default=TinyModelConfig(), description="shape of the tiny model")
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A finished warm start: its checkpoint, and how it came about."""
+    """A finished warm start: its checkpoint, loss and training time."""
 
     directory: Path
     cached: bool
-    loss: float  # nats a response token, mean over the last tenth of the steps
-    seconds: float  # spent training, also where it comes from the cache
+    loss: float  # nats per response token, mean over the last tenth of the steps
+    seconds: float  # time spent training, also if this one was loaded from the cache
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ class Example:
 def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None = None) -> WarmStart:
     """The warm-started checkpoint for `task`: from the cache, or trained now, with a progress bar.
 
-    The same seed, number of threads and machine give the same weights bit for bit. Raises ValueError where
-    `examples` exceeds the task's training set, and FloatingPointError where the loss stops being finite.
+    The same seed, number of threads and machine give bitwise equal weights. Raises ValueError if `examples` exceeds the
+    task's training set, and FloatingPointError if the loss becomes NaN or infinite.
     """
     instances = task.train
     if config.examples is not None:
@@ -124,7 +126,7 @@ def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None
 
 
 def cache_key(texts: Sequence[tuple[str, str]], config: WarmStartConfig) -> str:
-    """16 hexadecimal digits over everything the trained weights depend on, but for the number of threads."""
+    """A hash (16 hexadecimal digits) of everything the trained weights depend on, except the number of threads."""
     parts = {
         "config": config.model_dump(exclude={"cache_dir"}),
         "texts": texts,
@@ -135,7 +137,7 @@ def cache_key(texts: Sequence[tuple[str, str]], config: WarmStartConfig) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[tuple[str, str]]) -> list[Example]:
-    """(prompt, solution) as tokens: BOS in front of the prompt, EOS behind the solution."""
+    """Tokenize (prompt, solution) pairs, with BOS before the prompt and EOS after the solution."""
     prompts = tokenizer([prompt for prompt, _ in texts]).input_ids
     responses = tokenizer([solution for _, solution in texts], add_special_tokens=False).input_ids
     return [
@@ -168,7 +170,7 @@ def train(
             f"warm start: {done}/{config.steps} steps, {rate.text(seconds / done)}, loss {losses[-1]:.3f}, {left} left"
         )
 
-    # On a terminal the bar shows as much.
+    # On a terminal the progress bar shows the same.
     signs = nullcontext() if console is None or console.is_terminal else Heartbeat(status, log.info)
     with _progress(console) as progress, signs:
         bar = progress.add_task("warm start", total=config.steps, rate=0.0, loss=math.nan)
@@ -202,14 +204,16 @@ def collate(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def response_loss(model: torch.nn.Module, input_ids_BT: Tensor, response_mask_BT: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of the response tokens. Padding is on the right, so causality hides it."""
+    """Mean cross-entropy of the response tokens, in nats. No mask is needed: padding is on the right."""
     logits_BTV = model(input_ids=input_ids_BT, use_cache=False).logits
     targets_BT = input_ids_BT.masked_fill(~response_mask_BT, -100)  # cross_entropy's ignore_index
     return cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT[:, 1:].flatten())
 
 
 def learning_rate(step: int, config: WarmStartConfig) -> float:
-    """A half cosine from the peak to `final_learning_rate` × the peak, times the linear warm-up."""
+    """The learning rate at `step`: half a cosine from the peak to `final_learning_rate` × the peak, times the linear
+    warm-up.
+    """
     rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     floor = config.final_learning_rate
@@ -217,7 +221,7 @@ def learning_rate(step: int, config: WarmStartConfig) -> float:
 
 
 def _batches(examples: Sequence[Example], config: WarmStartConfig) -> Iterator[list[Example]]:
-    """Endless batches: every pass visits the examples in a new order, and a pass may end inside a batch."""
+    """Endless batches. Each epoch is a new random order of the examples; epochs may end within a batch."""
     generator = torch.Generator().manual_seed(config.seed)
     order: list[int] = []
     while True:
@@ -228,7 +232,7 @@ def _batches(examples: Sequence[Example], config: WarmStartConfig) -> Iterator[l
 
 
 def _publish(aside: Path, directory: Path) -> None:
-    """Rename atomically; where another run was first, its equal result stays."""
+    """Rename atomically. If another run finished first, its result, which is equal, is kept."""
     try:
         os.rename(aside, directory)
     except OSError:

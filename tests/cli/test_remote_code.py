@@ -80,7 +80,7 @@ def test_training_runs_it_only_where_the_key_is_on(checkpoint: Path, mark: Path,
     assert not mark.exists()
     assert refused.returncode == 2, refused.stderr
     line = refused.stderr.strip()
-    assert line.startswith(f"rhythm-train: {checkpoint} needs Python code that it brings along")
+    assert line.startswith(f"rhythm-train: {checkpoint} needs Python code that it contains")
     assert "model.trust_remote_code=true" in line
     assert "\n" not in line
     assert not (tmp_path / "runs").exists()
@@ -103,7 +103,7 @@ def test_analysis_runs_it_only_where_the_key_is_on(checkpoint: Path, mark: Path,
     assert not mark.exists()
     assert refused.returncode == 2, refused.stderr
     line = refused.stderr.strip()
-    assert line.startswith(f"rhythm-analyze: {checkpoint} needs Python code that it brings along")
+    assert line.startswith(f"rhythm-analyze: {checkpoint} needs Python code that it contains")
     assert "set trust_remote_code=true" in line
     assert "\n" not in line
 

@@ -18,11 +18,14 @@ CPU = {"gpus": 0, "infer": {"kv_cache_gib": 1}}
     ("section", "message"),
     [
         ({"nodes": 3}, r"gpus is 8: must divide among nodes=3"),
-        ({"nodes": 2, "gpus": 0}, r"nodes is 2: without GPUs there is one machine"),
+        ({"nodes": 2, "gpus": 0}, r"nodes is 2: must be 1 without GPUs"),
         ({"nodes": 2}, r"nodes is 2: ray_address must name the head"),
         ({"nodes": 2, "ray_address": "10.0.0.1:6379"}, r"bind_address is 127\.0\.0\.1: other nodes can't reach it"),
         ({"bind_address": "head"}, r"must be an IP address, got 'head'"),
-        ({"bind_address": "127.0.0.2"}, r"bind_address is 127\.0\.0\.2: the only loopback address Ray knows is 127"),
+        (
+            {"bind_address": "127.0.0.2"},
+            r"bind_address is 127\.0\.0\.2: the only loopback address that Ray supports is 127",
+        ),
         ({"gpus": 0}, r"infer\.kv_cache_gib is not set"),
         ({**CPU, "train": {"engine": "torch", "tensor": 2}}, r"engine is torch, with 2 ranks"),
     ],

@@ -100,7 +100,7 @@ def test_a_file_system_without_locks_is_said(
     with caplog.at_level(logging.WARNING), lock_directory(tmp_path):
         ran = True
     assert ran
-    assert "can't be locked (No locks available): take care that no second process works in it" in caplog.text
+    assert "can't be locked (No locks available): make sure that no second process uses it" in caplog.text
 
 
 def test_a_full_disk_is_named_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""What a cluster would put where, and whether it can: arithmetic before anything starts."""
+"""Plans a cluster run from its configuration before anything starts: placement, memory and checks."""

@@ -1,4 +1,4 @@
-"""What can be wrong with a cluster run, found before anything is started; every message names its key."""
+"""Checks the configuration of a cluster run before anything is started; every message names the key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rhythm.cluster.plan.placement import assign
 
 
 def check(cluster: ClusterConfig, work: Workload, model: Dimensions) -> None:
-    """Raise ValueError with a line for everything that is wrong."""
+    """Raise ValueError with one line per problem."""
     faults = [
         *_shapes(cluster, model),
         *_batches(cluster, work),
@@ -24,7 +24,7 @@ def check(cluster: ClusterConfig, work: Workload, model: Dimensions) -> None:
         assign(cluster, separate_attn=work.separate_attn)
     except ValueError as error:
         faults.append(str(error))
-    if not faults:  # memory of a layout that doesn't work out says nothing
+    if not faults:  # for an impossible layout, the memory can't be computed
         faults += memory_faults(cluster, work, model)
     if cluster.gpus == 0 and cluster.train.layer_spec == "transformer_engine":
         faults.append("cluster.train.layer_spec is transformer_engine: it needs GPUs, and cluster.gpus is 0")
@@ -37,16 +37,16 @@ def check(cluster: ClusterConfig, work: Workload, model: Dimensions) -> None:
 
 
 def check_weights(checkpoint: Path) -> None:
-    """Raise ValueError unless the directory holds weights as safetensors and the files an index names."""
-    found = sorted(path.name for path in checkpoint.glob("*.safetensors"))
-    if not found:
+    """Raise ValueError unless the directory has safetensors weights, including every file named in its index."""
+    files = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    if not files:
         pickled = any(checkpoint.glob("*.bin"))
-        hint = "; its *.bin are pickled code, which is not loaded: convert them" if pickled else ""
+        hint = "; its *.bin files are pickles, which are not loaded: convert them" if pickled else ""
         raise ValueError(f"model.path is {checkpoint}: no weights (*.safetensors) in it{hint}")
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if missing := sorted(named - set(found)):
+        if missing := sorted(named - set(files)):
             raise ValueError(f"model.path is {checkpoint}: weights are missing: {', '.join(missing[:3])}")
 
 
@@ -66,7 +66,10 @@ def _shapes(cluster: ClusterConfig, model: Dimensions) -> Iterator[str]:
     if model.query_heads % size:
         yield f"cluster.infer.tensor_parallel_size is {size}: must divide the model's {model.query_heads} query heads"
     if model.key_heads % size and size % model.key_heads:
-        yield f"cluster.infer.tensor_parallel_size is {size}: doesn't go with the model's {model.key_heads} key heads"
+        yield (
+            f"cluster.infer.tensor_parallel_size is {size}: must divide the model's {model.key_heads} key heads, or be "
+            "a multiple of them"
+        )
 
 
 def _batches(cluster: ClusterConfig, work: Workload) -> Iterator[str]:
@@ -98,11 +101,11 @@ def _lengths(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Itera
 def _store(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterator[str]:
     if not (work.separate_attn or cluster.infer.engine == "transformers"):
         return
-    # A weight larger than a bucket, such as the embedding in float32, comes alone; one bucket is read as the next is
-    # written.
+    # A weight larger than a bucket, such as the embedding in float32, is a bucket by itself. One bucket is read while
+    # the next is written.
     bucket = max(cluster.push_bucket_mib, -(-4 * model.embedding_parameters // 2**20))
     if cluster.object_store_mib < 2 * bucket:
         yield (
-            f"cluster.object_store_mib is {cluster.object_store_mib}: weights for transformers' models go through it, "
-            f"so it must hold two buckets of {bucket} MiB"
+            f"cluster.object_store_mib is {cluster.object_store_mib}: weights for transformers models are sent through "
+            f"it, so it must hold two buckets of {bucket} MiB"
         )

@@ -1,4 +1,4 @@
-"""The dimensions of a model, from its config.json or from a table of known ones, and those of the work it does."""
+"""Dimensions of a model, from its config.json or a table of known models, and of a run's workload."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 class Dimensions:
     """A decoder with grouped-query attention and a gated MLP.
 
-    tied: the output embedding is the input embedding. qk_norm: RMSNorm on queries and keys (Qwen3).
-    max_positions: longest sequence the model was made for, in tokens.
+    tied: input and output embedding are the same weights. qk_norm: RMSNorm on queries and keys (Qwen3).
+    max_positions: longest sequence that the model supports, in tokens.
     """
 
     layers: int
@@ -29,33 +29,33 @@ class Dimensions:
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer."""
+        """Parameters per layer."""
         attention = self.head_size * (2 * self.query_heads + 2 * self.key_heads) * self.hidden_size
         norms = 2 * self.hidden_size + 2 * self.head_size * self.qk_norm
         return attention + 3 * self.hidden_size * self.mlp_size + norms
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the input embedding, or of the output embedding where it is one of its own."""
+        """Parameters of one embedding (input or output)."""
         return self.vocabulary * self.hidden_size
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings + self.hidden_size
 
     def kv_values(self, tensor: int) -> int:
-        """Keys and values that one token leaves in the KV cache of one of `tensor` GPUs."""
+        """Values per token in the KV cache of each of `tensor` GPUs."""
         return 2 * self.layers * max(1, self.key_heads // tensor) * self.head_size
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The rest of the configuration, as far as it matters here.
+    """The run settings that checks and plan depend on, other than the cluster section.
 
-    value_bytes: of a weight in the forward pass, 2 or 4; reference: a frozen copy for the KL term;
-    separate_attn: signals come from actor_attn.
+    value_bytes: bytes per weight in the forward pass, 2 or 4; reference: whether a frozen copy is kept for the KL term;
+    separate_attn: whether signals come from actor_attn.
     """
 
     prompts_per_batch: int
@@ -71,7 +71,7 @@ class Workload:
 
     @property
     def batch_size(self) -> int:
-        """Responses of a training step."""
+        """Responses per training step."""
         return self.prompts_per_batch * self.responses_per_prompt
 
 
@@ -87,14 +87,14 @@ KNOWN: dict[str, Dimensions] = {
     "qwen3-14b": _qwen3(40, 5120, 17_408, 40, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 25_600, 64, tied=False),
 }
-"""Dense Qwen3 base models, for plans on a machine that hasn't got the checkpoint."""
+"""Dense Qwen3 base models, for planning on a machine without the checkpoint."""
 
 
 def read_dimensions(checkpoint: Path) -> Dimensions:
-    """From the config.json of a transformers checkpoint.
+    """Read the dimensions from the config.json of a transformers checkpoint.
 
-    Raises ValueError where the file isn't there, lacks a number, or is of a model that the cluster's engines
-    don't know.
+    Raises ValueError if the file is missing, lacks a number, or names a model type that the cluster's engines don't
+    support.
     """
     path = checkpoint / "config.json"
     try:
@@ -105,7 +105,7 @@ def read_dimensions(checkpoint: Path) -> Dimensions:
         raise ValueError(f"{path} is not JSON") from error
     kind = values.get("model_type")
     if kind not in ("qwen3", "llama"):
-        raise ValueError(f"{path}: model_type is {kind!r}: the cluster's engines know qwen3 and llama")
+        raise ValueError(f"{path}: model_type is {kind!r}: the cluster's engines support qwen3 and llama")
     try:
         heads = int(values["num_attention_heads"])
         return Dimensions(

@@ -1,7 +1,7 @@
-"""What a run's roles allocate on each GPU, and whether it fits.
+"""Estimates the memory that a run's roles need per GPU, and checks that it fits.
 
-Numbers of bytes are those of what is allocated by name: weights, gradients, optimizer, activations, KV cache.
-What CUDA, NCCL and fragmentation take comes on top, about 2 GiB a process.
+Counted are weights, gradients, optimizer, activations and KV cache. CUDA, NCCL and fragmentation take about 2 GiB per
+process in addition. The estimates have not been compared with a run on GPUs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class TrainMemory:
-    """Bytes on the fullest rank of actor_train.
+    """Bytes on the rank of actor_train that needs the most memory.
 
-    weights: in the forward pass's type; gradients: fp32; optimizer: fp32 master weights and AdamW's two
-    moments; reference: a frozen copy for the KL term; activations: of one micro-batch of the longest
-    responses.
+    weights: in the dtype of the forward pass; gradients: fp32; optimizer: fp32 master weights and AdamW's two moments;
+    reference: a frozen copy for the KL term; activations: of one micro-batch of sequences of cluster.max_length.
     """
 
     weights: int
@@ -32,18 +31,18 @@ class TrainMemory:
 
     @property
     def resident(self) -> int:
-        """What stays while actor_infer generates."""
+        """Bytes that stay allocated while actor_infer generates."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def total(self) -> int:
-        """While it trains."""
+        """Bytes while it trains."""
         return self.resident + self.activations
 
 
 @dataclass(frozen=True)
 class InferMemory:
-    """Bytes on each GPU of a replica of actor_infer. token: of the KV cache, for one token."""
+    """Bytes per GPU of a replica of actor_infer. token: KV cache per token."""
 
     weights: int
     kv_cache: int
@@ -51,17 +50,17 @@ class InferMemory:
 
     @property
     def total(self) -> int:
-        """While it generates."""
+        """Bytes while it generates."""
         return self.weights + self.kv_cache
 
     @property
     def tokens(self) -> int:
-        """That the KV cache holds."""
+        """Tokens that fit into the KV cache."""
         return self.kv_cache // self.token
 
 
 def train_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> TrainMemory:
-    """Of a rank on the first pipeline stage, which has the input embedding and the most micro-batches alive."""
+    """Memory of a rank on the first pipeline stage: it has the input embedding and the most micro-batches in flight."""
     train = cluster.train
     embeddings = model.embedding_parameters * (1 if model.tied or train.pipeline > 1 else 2)
     layers = model.layers // train.pipeline
@@ -78,11 +77,11 @@ def train_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> T
 
 
 def infer_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> InferMemory:
-    """vLLM takes its share of the GPU and gives the KV cache what the weights leave."""
+    """vLLM allocates gpu_memory_utilization of the GPU; what the weights leave of it is the KV cache."""
     infer = cluster.infer
     weights = model.parameters * work.value_bytes // infer.tensor_parallel_size
     if infer.engine == "transformers":
-        kv_cache = 0  # as large as the responses it generates at a time, and gone after them
+        kv_cache = 0  # allocated only while it generates
     elif infer.kv_cache_gib is not None:
         kv_cache = int(infer.kv_cache_gib * GIB)
     else:
@@ -91,12 +90,12 @@ def infer_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> I
 
 
 def attn_memory(model: Dimensions) -> int:
-    """Bytes of an actor_attn: its float32 weights; activations of a layer at a time come on top."""
+    """Bytes of a replica of actor_attn: its float32 weights. The activations of one layer are not counted."""
     return model.parameters * 4
 
 
 def memory_faults(cluster: ClusterConfig, work: Workload, model: Dimensions) -> list[str]:
-    """What doesn't fit on a GPU, naming the keys to turn; nothing where everything is on CPUs."""
+    """One message per role that doesn't fit on a GPU, naming the keys to change; empty if everything is on CPUs."""
     if cluster.gpus == 0:
         return []
     whole = int(cluster.gpu_memory_gib * GIB)
@@ -115,27 +114,28 @@ def memory_faults(cluster: ClusterConfig, work: Workload, model: Dimensions) -> 
         )
     if cluster.placement == "colocated" and train.resident + infer.total > whole:
         faults.append(
-            f"cluster.infer.gpu_memory_utilization is {_share(cluster)}: beside actor_train's "
-            f"{gib(train.resident)}, which stay on the GPU, actor_infer's {gib(infer.total)} don't fit into "
+            f"cluster.infer.gpu_memory_utilization is {_share(cluster)}: actor_train keeps "
+            f"{gib(train.resident)} on the GPU while actor_infer needs {gib(infer.total)}, together more than "
             f"{cluster.gpu_memory_gib:g} GiB"
         )
     return faults
 
 
 def gib(size: int) -> str:
-    """Bytes for people."""
+    """Bytes as GiB or MiB with one decimal."""
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 def _activations(cluster: ClusterConfig, work: Workload, model: Dimensions, layers: int) -> int:
-    """About what the backward pass needs of one micro-batch: with recomputation each layer's input and one
-    layer whole. The pipeline keeps as many micro-batches alive as it has stages. On top, two fp32 copies of the logits
-    that exist at once and one in the forward pass's type, and the gradient of the output embedding."""
+    """Estimate of what the backward pass needs: all activations of a micro-batch, or with recomputation each layer's
+    input and all activations of one layer, times the number of pipeline stages, which is the number of micro-batches in
+    flight. In addition: two fp32 copies and one in the dtype of the forward pass of a chunk of the logits, and the
+    gradient of the output embedding."""
     train = cluster.train
     tokens = work.micro_batch_size * cluster.max_length
     width = model.hidden_size
-    # Of a layer, in values a token: two norms' inputs and outputs and two residuals at full width; Q, K, V, the
-    # attention's output and the MLP's three intermediate results, each of them shared by the tensor ranks.
+    # Values per token and layer: inputs and outputs of two norms and two residuals at full width; Q, K, V, the
+    # attention output and the MLP's three intermediate results, which are split among the tensor ranks.
     heads = (2 * model.query_heads + 2 * model.key_heads) * model.head_size
     one_layer = 6 * width + (heads + 3 * model.mlp_size) // train.tensor
     kept = layers * width + one_layer if train.recompute else layers * one_layer
@@ -146,5 +146,5 @@ def _activations(cluster: ClusterConfig, work: Workload, model: Dimensions, laye
 
 
 def _share(cluster: ClusterConfig) -> str:
-    """gpu_memory_utilization as it was written."""
+    """gpu_memory_utilization as text."""
     return f"{cluster.infer.gpu_memory_utilization:g}"

@@ -1,4 +1,4 @@
-"""Who stands on which GPU: arithmetic over the configuration, before any process is started."""
+"""Assigns processes to GPUs from the configuration, before anything starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rhythm.cluster.config import ClusterConfig
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for a process. node: 0, 1, …; gpus: indices on that node, none where everything is on CPUs."""
+    """Where a process runs. node: 0, 1, …; gpus: indices on that node, empty if everything is on CPUs."""
 
     node: int
     gpus: tuple[int, ...]
@@ -17,7 +17,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Assignment:
-    """train: by rank; infer and attn: by replica. idle: GPUs that nobody uses."""
+    """Slots per process: train by rank, infer and attn by replica. idle: number of unused GPUs."""
 
     train: tuple[Slot, ...]
     infer: tuple[Slot, ...]
@@ -26,16 +26,16 @@ class Assignment:
 
 
 def assign(cluster: ClusterConfig, *, separate_attn: bool) -> Assignment:
-    """Trainer first, then replicas of actor_infer (on the trainer's GPUs where colocated), actor_attn last.
+    """Assign the trainer's ranks first, then replicas of actor_infer (colocated: on the same GPUs), then actor_attn.
 
-    Ranks of one tensor-parallel group are neighbours, as Megatron counts them, and so share a node.
+    The ranks of a tensor-parallel group are consecutive, as in Megatron, so they are on one node.
 
-    Raises ValueError, naming the keys, where the GPUs don't suffice or a parallel group would span nodes.
+    Raises ValueError, naming the keys, if there are too few GPUs or a parallel group would span nodes.
     """
     train, infer, attn = cluster.train, cluster.infer, cluster.attn.replicas * separate_attn
     if cluster.gpus == 0:
-        nobody = Slot(0, ())
-        return Assignment((nobody,) * train.ranks, (nobody,) * infer.replicas, (nobody,) * attn, 0)
+        cpu = Slot(0, ())
+        return Assignment((cpu,) * train.ranks, (cpu,) * infer.replicas, (cpu,) * attn, 0)
     wanted = infer.replicas * infer.tensor_parallel_size
     colocated = cluster.placement == "colocated"
     shared = max(train.ranks, wanted) if colocated else train.ranks + wanted
@@ -50,7 +50,7 @@ def assign(cluster: ClusterConfig, *, separate_attn: bool) -> Assignment:
     if available % train.ranks:
         raise ValueError(
             f"cluster.train.tensor × pipeline × data is {train.tensor} × {train.pipeline} × {train.data} = "
-            f"{train.ranks}: must divide the {available} GPUs that are the trainer's"
+            f"{train.ranks}: must divide the trainer's {available} GPUs"
         )
     first = 0 if colocated else train.ranks
     replicas = [first + i * infer.tensor_parallel_size for i in range(infer.replicas)]
@@ -71,6 +71,6 @@ def _slot(cluster: ClusterConfig, first: int, count: int) -> Slot:
 
 
 def _check_nodes(cluster: ClusterConfig, key: str, size: int, starts: list[int]) -> None:
-    each = cluster.gpus_per_node
-    if any(start // each != (start + size - 1) // each for start in starts):
-        raise ValueError(f"{key} is {size}: a group would span nodes of {each} GPUs; it must lie within one")
+    per_node = cluster.gpus_per_node
+    if any(start // per_node != (start + size - 1) // per_node for start in starts):
+        raise ValueError(f"{key} is {size}: a group would span nodes of {per_node} GPUs; it must be within one node")

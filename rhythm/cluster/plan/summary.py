@@ -1,4 +1,4 @@
-"""What a run would put where: memory of every role and GPU, the arithmetic of a batch, and the weights' way."""
+"""Describes the plan of a run as text: placement, memory per role, batch sizes, and how weights are sent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rhythm.cluster.plan.placement import Assignment, Slot, assign
 def describe_plan(cluster: ClusterConfig, work: Workload, model: Dimensions, source: str) -> str:
     """The plan as lines of text. `source`: where the model's dimensions come from.
 
-    Raises ValueError as `assign`.
+    Raises ValueError from `assign`.
     """
     places = assign(cluster, separate_attn=work.separate_attn)
     lines = [
@@ -74,14 +74,14 @@ def _batch(cluster: ClusterConfig, work: Workload) -> Iterator[str]:
     passes = work.mini_batch_size // (data * work.micro_batch_size)
     yield (
         f"  batch         {work.prompts_per_batch} prompts × {work.responses_per_prompt} = {work.batch_size} "
-        f"responses; {work.prompts_per_batch // replicas} prompts a replica"
+        f"responses; {work.prompts_per_batch // replicas} prompts per replica"
     )
     yield (
         f"                {work.batch_size} / {work.mini_batch_size} = {steps} gradient steps, each {data} data "
         f"{_plural(data, 'rank')} × {passes} micro-batches × {work.micro_batch_size} responses"
     )
     yield (
-        f"                up to {work.batch_size * cluster.max_length:,} tokens a step, {work.steps} steps, "
+        f"                up to {work.batch_size * cluster.max_length:,} tokens per step, {work.steps} steps, "
         f"{work.steps * steps:,} gradient steps"
     )
 
@@ -99,7 +99,7 @@ def _pushes(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterat
 
 
 def push_kind(cluster: ClusterConfig) -> PushKind:
-    """How weights reach actor_infer: shared_memory, nccl or ipc into vLLM; Ray's object store otherwise."""
+    """How weights are sent to actor_infer: by shared_memory, nccl or ipc to vLLM, else through Ray's object store."""
     if cluster.infer.engine == "transformers":
         return "object_store"
     if cluster.gpus == 0:

@@ -81,7 +81,7 @@ def test_what_no_engine_knows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not JSON"):
         read_dimensions(tmp_path)
     path.write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="model_type is 'gpt2': the cluster's engines know qwen3 and llama"):
+    with pytest.raises(ValueError, match="model_type is 'gpt2': the cluster's engines support qwen3 and llama"):
         read_dimensions(tmp_path)
     path.write_text(json.dumps({"model_type": "qwen3", "num_attention_heads": 4}))
     with pytest.raises(ValueError, match="lacks num_hidden_layers"):
@@ -138,7 +138,7 @@ def test_the_papers_run_passes() -> None:
         (
             {"train": {"data": 8}, "infer": {"gpu_memory_utilization": 0.9}},
             {},
-            r"cluster\.infer\.gpu_memory_utilization is 0\.9: beside actor_train's .* don't fit",
+            r"cluster\.infer\.gpu_memory_utilization is 0\.9: actor_train keeps .* together more than",
         ),
         (
             {"train": {"data": 8}, "infer": {"gpu_memory_utilization": 0.09}},
@@ -171,7 +171,7 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.path is .*: no weights \(\*\.safetensors\) in it$"):
         check_weights(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"\*\.bin are pickled code, which is not loaded"):
+    with pytest.raises(ValueError, match=r"\*\.bin files are pickles, which are not loaded"):
         check_weights(tmp_path)
     (tmp_path / "model-1.safetensors").touch()
     check_weights(tmp_path)

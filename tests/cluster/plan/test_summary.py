@@ -114,7 +114,7 @@ def test_the_way_of_weights_follows_the_placement() -> None:
                 "actor_train   megatron, tensor 2 × pipeline 1 × data 4 = 8 ranks on node 0 GPUs 0–7",
                 "actor_infer   vllm, 8 replicas × tensor 1 on node 1 GPUs 0–7",
                 "512 / 32 = 16 gradient steps, each 4 data ranks × 4 micro-batches × 2 responses",
-                "up to 4,194,304 tokens a step, 600 steps, 9,600 gradient steps",
+                "up to 4,194,304 tokens per step, 600 steps, 9,600 gradient steps",
                 "by nccl: 15.3 GiB in buckets of 2048 MiB",
             ],
         ),
