@@ -1,8 +1,8 @@
 """Triton kernels of rhythm, installed as ``rhythm.kernels``.
 
-The twins of csrc/: a row sweep (lse, span, WAAD, and the attention output where V is given), a column sweep (FAI) and
-the bands (WAAD and FAI for a lse that came from outside). Each file reads top-down: kernel, then launcher.
-`python -m rhythm.kernels.inspect.compile_ahead` compiles them for a GPU that need not be there.
+They compute what csrc/ computes on CPUs: a row sweep (lse, span, WAAD, and the attention output where V is given), a
+column sweep (FAI) and the bands (WAAD and FAI for a lse that came from outside). Each file reads top-down: kernel, then
+launcher. `python -m rhythm.kernels.inspect.compile_ahead` compiles them without a GPU.
 """
 
 from rhythm.kernels.bands import bands

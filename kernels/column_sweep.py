@@ -14,33 +14,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm.kernels.configurations import Kind, Tile
-from rhythm.kernels.launch import launch, options, start
+from rhythm.kernels.launch import launch, options, run_with_tile
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.softmax import Softmax
+from rhythm.kernels.tile_tables import KernelKey, Tile
 from rhythm.kernels.tiles import (
+    LOG2_E,
     common_arguments,
-    describable,
-    descriptor,
+    dot,
     head_base,
-    load_descriptor,
     load_rows,
+    load_tma,
     padded_size,
-    product,
     signed,
+    tma_compatible,
+    tma_descriptor,
 )
 from rhythm.kernels.tuning import Sample
 
 
 @triton.jit
-def weights(q_MD, k_ND, lse, parts, row, end, scale, EXACT: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr):
-    """[M, N] attention weights of the rows from `row` on; anything from row `end` on.
+def weights(q_MD, k_ND, lse, parts, row, end, scale, EXACT: tl.constexpr, form: tl.constexpr):
+    """[M, N] attention weights of the rows from `row` on; undefined from row `end` on.
 
-    lse and parts point at the sequence's first. OWN: by the parts (softmax.py), and so EXACT however large scores are.
+    lse and parts point at the sequence's first row. With parts (softmax.py) the weights are exact, however large scores
+    are, where EXACT; without them (None) they follow lse.
     """
     row_M = row + tl.arange(0, q_MD.shape[0])
-    score_MN = product(q_MD, k_ND, PRECISION)
-    if OWN:
+    score_MN = dot(q_MD, k_ND, form)
+    if parts is not None:
         largest_M = tl.load(parts + 2 * row_M, mask=row_M < end, other=0.0)
         log2_sum_M = tl.load(parts + 2 * row_M + 1, mask=row_M < end, other=0.0)
         if EXACT:
@@ -49,56 +51,58 @@ def weights(q_MD, k_ND, lse, parts, row, end, scale, EXACT: tl.constexpr, OWN: t
             return tl.exp2(score_MN * scale - (largest_M * scale + log2_sum_M)[:, None])
     else:
         lse_M = tl.load(lse + row_M, mask=row_M < end, other=float("inf"))
-        return tl.exp2(score_MN * scale - (lse_M * 1.4426950408889634)[:, None])
+        return tl.exp2(score_MN * scale - (lse_M * LOG2_E)[:, None])
 
 
 @triton.jit
-def folded(p_MN):
-    """[M / 16, 8, N]: rows r and r + 8 added. A thread holds both of them, so that nothing moves between threads."""
+def partial_sum(p_MN):
+    """[M / 16, 8, N]: rows r and r + 8 added. One thread holds both, so nothing moves between threads."""
     return tl.sum(tl.reshape(p_MN, [p_MN.shape[0] // 16, 2, 8, p_MN.shape[1]]), 1)
 
 
 @triton.jit
 def add_edge(
-    total, k_ND, q_base, lse, parts, first, begin, end, length, scale, lo, hi, q_token, q_dim,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
+    total, strides, k_ND, q_base, lse, parts, first, begin, end, length, scale, lo, hi,
+    ROWS: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
-    """Adds the weights of rows begin … end − 1, of which some may be outside of some key's horizon."""
+    """Adds the weights of rows begin … end − 1, some of which may lie outside the horizon of some keys."""
     key_N = first + tl.arange(0, k_ND.shape[0])
-    for row in tl.range(begin, end, ROWS, num_stages=STAGES):
-        q_MD = load_rows(q_base, row, length, q_token, q_dim, ROWS, True, SIZE, PADDED, WIDE, UPCAST)
-        p_MN = weights(q_MD, k_ND, lse, parts, row, end, scale, True, OWN, PRECISION)
+    for row in tl.range(begin, end, ROWS, num_stages=1):
+        q_MD = load_rows(q_base, strides, row, length, ROWS, True, form)
+        p_MN = weights(q_MD, k_ND, lse, parts, row, end, scale, True, form)
         row_M = row + tl.arange(0, ROWS)
         distance_MN = row_M[:, None] - key_N[None, :]
-        # Rows from `end` on are masked as well: a score that is not a number has no weight there.
+        # Rows from `end` on are masked as well: their scores may be NaN.
         within_MN = (distance_MN >= lo) & (distance_MN <= hi) & (row_M < end)[:, None]
-        total += folded(tl.where(within_MN, p_MN, 0.0))
+        total += partial_sum(tl.where(within_MN, p_MN, 0.0))
     return total
 
 
-@triton.jit
-def column_program(
-    program, programs, head, q, k, q_tiles, cu_seqlens, prompt_lens, lse, parts, steep, fai,
-    q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
-    sequences, tokens, scale, horizon_lo, horizon_hi,
-    SIGN: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
+@triton.jit(do_not_specialize=["sequences", "tokens", "horizon_lo", "horizon_hi"])
+def column_sweep_kernel(
+    q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, heads, scale, horizon_lo, horizon_hi,
+    form: tl.constexpr, tile: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """FAI of one block of keys of one head. From the first keys on: to the end of the sequence these have most rows.
+    """FAI of one block of keys of one head. The first keys run first, since with open horizons they have most rows.
 
-    OWN: lse is the row sweep's, which left its parts; unless scores are steep the loop without masks adds them up.
+    With the row sweep's parts and steep (softmax.py, else None) the loop without masks takes no rows if scores are
+    steep. EVERY: only every
+    EVERY-th program runs this kernel (2 within bands_kernel).
     """
+    ROWS: tl.constexpr = tile.rows
+    KEYS: tl.constexpr = tile.keys
+    programs = tl.num_programs(0) // (EVERY * heads)
+    program, head = tl.program_id(0) // (EVERY * heads), tl.program_id(0) // EVERY % heads
     sequence, start, length, prompt, first = locate(
-        programs - 1 - program, programs, cu_seqlens, prompt_lens, sequences, tokens, PACKED, PROMPTS, False, KEYS
+        programs - 1 - program, programs, lengths, sequences, tokens, False, KEYS
     )
     if first < length:
-        q_base = head_base(q, sequence, start, head, q_batch, q_token, q_head, BATCHED)
-        k_base = head_base(k, sequence, start, head // GROUP, k_batch, k_token, k_head, BATCHED)
+        q_base = head_base(q, strides.q, sequence, start, head, form)
+        k_base = head_base(k, strides.k, sequence, start, head // form.group, form)
         of_head = head.to(tl.int64) * tokens + start
-        lse_base, parts_base = lse + of_head, parts + 2 * of_head
-        k_ND = signed(load_rows(k_base, first, length, k_token, k_dim, KEYS, True, SIZE, PADDED, WIDE, UPCAST), SIGN)
+        lse_base = lse + of_head
+        parts_base = None if parts is None else parts + 2 * of_head
+        k_ND = signed(load_rows(k_base, strides.k, first, length, KEYS, True, form), form.sign)
 
         last = tl.minimum(first + KEYS, length) - 1
         hi = tl.minimum(horizon_hi, length)
@@ -107,23 +111,24 @@ def column_program(
         end = tl.minimum(length, last + hi + 1)
         inner = tl.minimum(tl.maximum(begin, last + horizon_lo), tl.maximum(end, begin))
         inner_end = inner + tl.maximum(tl.minimum(end, first + hi + 1) - inner, 0) // ROWS * ROWS
-        if OWN:
+        if steep is not None:
             inner_end = tl.where(tl.load(steep) != 0, inner, inner_end)
 
         total = tl.zeros([ROWS // 16, 8, KEYS], tl.float32)
         total = add_edge(
-            total, k_ND, q_base, lse_base, parts_base, first, begin, inner, length, scale, horizon_lo, hi, q_token,
-            q_dim, SIZE, PADDED, WIDE, UPCAST, ROWS, 1, PRECISION, OWN,
+            total, strides.q, k_ND, q_base, lse_base, parts_base, first, begin, inner, length, scale, horizon_lo, hi,
+            ROWS, form,
         )  # fmt: skip
-        for row in tl.range(inner, inner_end, ROWS, num_stages=STAGES):
-            if TMA:
-                q_MD = load_descriptor(q_tiles, sequence, start, row, head, ROWS, PADDED, BATCHED, UPCAST)
+        for row in tl.range(inner, inner_end, ROWS, num_stages=tile.stages):
+            if tile.tma:
+                q_MD = load_tma(q_tiles, sequence, start, row, head, ROWS, form)
             else:
-                q_MD = load_rows(q_base, row, length, q_token, q_dim, ROWS, False, SIZE, PADDED, WIDE, UPCAST)
-            total += folded(weights(q_MD, k_ND, lse_base, parts_base, row, length, scale, False, OWN, PRECISION))
+                q_MD = load_rows(q_base, strides.q, row, length, ROWS, False, form)
+            p_MN = weights(q_MD, k_ND, lse_base, parts_base, row, length, scale, False, form)
+            total += partial_sum(p_MN)
         total = add_edge(
-            total, k_ND, q_base, lse_base, parts_base, first, inner_end, end, length, scale, horizon_lo, hi, q_token,
-            q_dim, SIZE, PADDED, WIDE, UPCAST, ROWS, 1, PRECISION, OWN,
+            total, strides.q, k_ND, q_base, lse_base, parts_base, first, inner_end, end, length, scale, horizon_lo, hi,
+            ROWS, form,
         )  # fmt: skip
         total_N = tl.sum(tl.sum(total, 0), 0)
 
@@ -131,24 +136,6 @@ def column_program(
         from_N = tl.maximum(prompt, key_N + horizon_lo)
         count_N = tl.minimum(length - 1, key_N + hi) - from_N + 1
         tl.store(fai + of_head + key_N, total_N / count_N.to(tl.float32), mask=(key_N < length) & (count_N > 0))
-
-
-@triton.jit(do_not_specialize=["sequences", "tokens", "horizon_lo", "horizon_hi"])
-def column_sweep_kernel(
-    q, k, q_tiles, cu_seqlens, prompt_lens, lse, parts, steep, fai,
-    q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
-    sequences, tokens, heads, scale, horizon_lo, horizon_hi,
-    SIGN: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
-):  # fmt: skip
-    column_program(
-        tl.program_id(0) // heads, tl.num_programs(0) // heads, tl.program_id(0) % heads,
-        q, k, q_tiles, cu_seqlens, prompt_lens, lse, parts, steep, fai,
-        q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim,
-        sequences, tokens, scale, horizon_lo, horizon_hi,
-        SIGN, GROUP, PACKED, PROMPTS, BATCHED, SIZE, PADDED, WIDE, UPCAST, ROWS, KEYS, STAGES, TMA, PRECISION, OWN,
-    )  # fmt: skip
 
 
 def column_sweep(
@@ -164,26 +151,34 @@ def column_sweep(
 ) -> None:
     """Fills FAI, fp32 [Hq, T], where a response row is within the horizon; lse_HT is read on response rows only.
 
-    softmax: the parts of lse_HT, where it is the row sweep's own.
+    softmax: the row sweep's, if lse_HT is the row sweep's own.
     """
     arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon)
-    arguments |= {
-        "parts": lse_HT if softmax is None else softmax.parts,
-        "steep": lse_HT if softmax is None else softmax.steep,
-        "OWN": softmax is not None,
-    }
 
     def run(tile: Tile) -> None:
-        programs = q.shape[-2] * sequences.blocks(tile.keys)
-        start(column_sweep_kernel, programs, **arguments, **tile_arguments(q, tile))
+        launch(
+            column_sweep_kernel,
+            q.shape[-2] * sequences.blocks(tile.keys),
+            parts=None if softmax is None else softmax.parts,
+            steep=None if softmax is None else softmax.steep,
+            EVERY=1,
+            **arguments,
+            **tile_arguments(q, tile),
+        )
 
-    def again(sample: Sample) -> None:
+    def on_sample(sample: Sample) -> None:
         column_sweep(
-            sample.q, sample.k, sample.lse, sample.sequences, sample.results[0], scale=scale, horizon=horizon,
+            sample.q,
+            sample.k,
+            sample.lse,
+            sample.sequences,
+            sample.results[0],
+            scale=scale,
+            horizon=horizon,
             softmax=None if softmax is None else sample.softmax,
-        )  # fmt: skip
+        )
 
-    launch(column_kind("column", q, horizon), q, k, describable(q), run, again)
+    run_with_tile(column_key("column", q, horizon), q, k, tma_compatible(q), run, on_sample)
 
 
 def column_arguments(
@@ -195,6 +190,7 @@ def column_arguments(
     scale: float,
     horizon: tuple[int, int | None],
 ) -> dict[str, Any]:
+    """Arguments by name of column_sweep_kernel that don't depend on the tile, without parts and steep."""
     return common_arguments(q, k, sequences, scale) | {
         "lse": lse_HT,
         "fai": fai_HT,
@@ -204,15 +200,10 @@ def column_arguments(
 
 
 def tile_arguments(q: Tensor, tile: Tile) -> dict[str, Any]:
-    return {
-        "q_tiles": descriptor(q, tile.rows) if tile.tma else q,
-        "ROWS": tile.rows,
-        "KEYS": tile.keys,
-        "STAGES": tile.stages,
-        "TMA": tile.tma,
-        **options(tile),
-    }
+    """Arguments by name, and launch options, that depend on the tile."""
+    return {"q_tiles": tma_descriptor(q, tile.rows) if tile.tma else None, "tile": tile, **options(tile)}
 
 
-def column_kind(sweep: str, q: Tensor, horizon: tuple[int, int | None]) -> Kind:
-    return Kind(sweep if horizon[1] is None else f"{sweep}_band", q.element_size(), padded_size(q.shape[-1]))
+def column_key(kernel: str, q: Tensor, horizon: tuple[int, int | None]) -> KernelKey:
+    """kernel: "column" or "bands"."""
+    return KernelKey(kernel if horizon[1] is None else f"{kernel}_band", q.element_size(), padded_size(q.shape[-1]))

@@ -1,54 +1,60 @@
-"""The way of every kernel onto the device: which tile, and whether it runs or is only compiled."""
+"""Launches kernels: picks the tile, then runs the kernel or only compiles it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from rhythm.kernels.configurations import Kind, Tile, architecture, candidates, shared_memory
+from rhythm.kernels.tile_tables import KernelKey, Tile, architecture, candidates, shared_memory
 from rhythm.kernels.tuning import Sample, autotuning, tuned
 
-Choice = Callable[[Kind], list[Tile]]
-Compiled = Callable[[Any], None]
+T = TypeVar("T")
+Choice = Callable[[KernelKey], list[Tile]]
+Receiver = Callable[[Any], None]
 
 _forced: ContextVar[Choice | None] = ContextVar("forced", default=None)
-_compiled: ContextVar[Compiled | None] = ContextVar("compiled", default=None)
+_receiver: ContextVar[Receiver | None] = ContextVar("receiver", default=None)
 
 
-def launch(
-    kind: Kind, q: Tensor, k: Tensor, tma: bool, run: Callable[[Tile], None], again: Callable[[Sample], object]
-) -> None:
-    """Runs the kernel with the tile chosen for its kind: `run(tile)` starts it, and may be called several times.
+def run_with_tile(
+    key: KernelKey, q: Tensor, k: Tensor, tma: bool, run: Callable[[Tile], T], on_sample: Callable[[Sample], object]
+) -> list[T]:
+    """Calls `run`, which launches a kernel, with the tile chosen for it; under `forced` with each of the given tiles.
 
-    tma: whether the tensor memory accelerator could read the operands.
-    again: the same launcher with the tensors of a sample, on which tiles race.
+    Args:
+        key: of the kernel.
+        q, k: its operands: their heads and type say which tiles race against each other.
+        tma: whether the tensor memory accelerator can load the operands.
+        run: launches the kernel with a tile.
+        on_sample: calls the same launcher with a sample's tensors; tiles race on it.
+
+    Returns:
+        The results of `run`, one per tile.
     """
     if (choice := _forced.get()) is not None:
-        for tile in choice(kind):
-            run(tile)
-        return
-    tiles = candidates(architecture(q.device), kind, shared_memory(q.device), tma)
+        return [run(tile) for tile in choice(key)]
+    tiles = candidates(architecture(q.device), key, shared_memory(q.device), tma)
 
-    def on_sample(sample: Sample, tile: Tile) -> None:
-        with forced(lambda kind: [tile]):
-            again(sample)
+    def run_on_sample(sample: Sample, tile: Tile) -> None:
+        with forced(lambda key: [tile]):
+            on_sample(sample)
 
-    run(tuned(kind, q, k, tiles, on_sample) if len(tiles) > 1 and autotuning() else tiles[0])
+    return [run(tuned(key, q, k, tiles, run_on_sample) if len(tiles) > 1 and autotuning() else tiles[0])]
 
 
 def options(tile: Tile) -> dict[str, Any]:
-    """Triton's launch options for a tile; AMD's compiler knows no maxnreg, not even None."""
+    """Triton's launch options for a tile; AMD's compiler rejects maxnreg, even as None."""
     limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
     return {"num_warps": tile.warps, "num_stages": tile.stages, **limit}
 
 
-def start(kernel: Any, programs: int, **arguments: Any) -> None:
-    """Starts that many programs of a kernel; under `compiling` it is compiled and goes to the receiver instead."""
-    if (receive := _compiled.get()) is None:
+def launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Launches that many programs of a kernel. Under `compiling` it is compiled instead, and handed to the receiver."""
+    if (receive := _receiver.get()) is None:
         kernel[(programs,)](**arguments)
     else:
         receive(kernel.warmup(grid=(programs,), **arguments))
@@ -56,7 +62,7 @@ def start(kernel: Any, programs: int, **arguments: Any) -> None:
 
 @contextmanager
 def forced(choice: Choice) -> Iterator[None]:
-    """While open, kernels run with each tile that `choice` names for their kind, in turn."""
+    """Within it kernels run with each tile that `choice` gives for their key, in turn."""
     token = _forced.set(choice)
     try:
         yield
@@ -65,10 +71,10 @@ def forced(choice: Choice) -> Iterator[None]:
 
 
 @contextmanager
-def compiling(receive: Compiled) -> Iterator[None]:
-    """While open, kernels are compiled for Triton's active driver and do not run."""
-    token = _compiled.set(receive)
+def compiling(receive: Receiver) -> Iterator[None]:
+    """Within it kernels are compiled for Triton's active driver and passed to `receive`; they do not run."""
+    token = _receiver.set(receive)
     try:
         yield
     finally:
-        _compiled.reset(token)
+        _receiver.reset(token)

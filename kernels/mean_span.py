@@ -8,16 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm.kernels.launch import start
-from rhythm.kernels.sequences import Sequences, bound
+from rhythm.kernels.launch import launch
+from rhythm.kernels.sequences import Sequences, extent
 
 
 @dataclass(frozen=True)
 class BlockSums:
-    """What the row sweep's programs leave: fp64 [blocks, Hq], the row spans of a block's response rows added up.
+    """What the row sweep's programs write: for each block and head the sum of the row spans of its response rows.
 
-    A sequence's blocks are those of `locate` (sequences.py) for blocks of `rows` rows, the last block first;
-    from_prompt: they begin where its prompt ends. Entries of blocks that begin beyond the sequence are not defined.
+    Attributes:
+        sums: fp64 [blocks, Hq]. Blocks are those of `locate` (sequences.py), the last block first; entries of blocks
+            that begin beyond their sequence are undefined.
+        rows: rows per block.
+        from_prompt: a sequence's blocks begin where its prompt ends, not at its first row.
     """
 
     sums: Tensor
@@ -27,20 +30,15 @@ class BlockSums:
 
 @triton.jit(do_not_specialize=["sequences", "tokens", "blocks"])
 def mean_span_kernel(
-    sums, cu_seqlens, prompt_lens, span, sequences, tokens, blocks, heads,
-    PACKED: tl.constexpr, PROMPTS: tl.constexpr, FROM_PROMPT: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
+    sums, lengths, span, sequences, tokens, blocks, heads,
+    FROM_PROMPT: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
+    """The span of one head of one sequence, from SUMS blocks at a time."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    if PACKED:
-        start = bound(cu_seqlens, sequence, tokens)
-        length = tl.maximum(bound(cu_seqlens, sequence + 1, tokens) - start, 0)
-        first = start // ROWS + sequence
-    else:
-        length = tokens // sequences
-        first = sequence * tl.cdiv(length, ROWS)
-    response = length
-    if PROMPTS:
-        response -= tl.minimum(tl.maximum(tl.load(prompt_lens + sequence).to(tl.int32), 0), length)
+    start, length, prompt = extent(sequence, lengths, sequences, tokens)
+    packed_first, equal_first = start // ROWS + sequence, sequence * tl.cdiv(length, ROWS)
+    first = equal_first if lengths.cu_seqlens is None else packed_first
+    response = length - prompt
     count = tl.cdiv(response if FROM_PROMPT else length, ROWS)
     place_N = tl.arange(0, SUMS)
     sum_N = tl.zeros([SUMS], tl.float64)
@@ -54,23 +52,19 @@ def mean_span_kernel(
 def mean_span(sums: BlockSums, sequences: Sequences, span_BH: Tensor) -> None:
     """Fills the spans, fp32 [B, Hq]; NaN where there are no response rows."""
     blocks, heads = sums.sums.shape
-    packed, prompts = sequences.cu_seqlens is not None, sequences.prompt_lens is not None
     if span_BH.numel():
-        start(
+        launch(
             mean_span_kernel,
             sequences.count * heads,
             sums=sums.sums,
-            cu_seqlens=sequences.cu_seqlens if packed else sums.sums,
-            prompt_lens=sequences.prompt_lens if prompts else sums.sums,
+            lengths=sequences.lengths,
             span=span_BH,
             sequences=sequences.count,
             tokens=sequences.tokens,
             blocks=blocks,
             heads=heads,
-            PACKED=packed,
-            PROMPTS=prompts,
             FROM_PROMPT=sums.from_prompt,
             ROWS=sums.rows,
-            SUMS=1024,  # all of 131072 tokens at 128 rows a block: one step
+            SUMS=1024,  # all of 131072 tokens at 128 rows per block: one step
             num_warps=4,
         )

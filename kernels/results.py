@@ -1,4 +1,4 @@
-"""What an op's kernels write into: NaN throughout, in one launch, which also makes a given lse fit for them."""
+"""The memory that an op's kernels write into: one launch fills it with NaN and replaces infinities in a given lse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm.kernels.launch import start
+from rhythm.kernels.launch import launch
 from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tiles import finite_or_nan
 
@@ -18,12 +18,14 @@ ENTRIES = 1024
 
 @dataclass(frozen=True)
 class Results:
-    """fp32, each with a storage of its own, as an op's results must have.
+    """fp32 tensors, each with its own storage, as the results of an op must have.
 
     Attributes:
-        span: [B, Hq]. waad, fai, lse: [Hq, T].
-        given_lse: [Hq, T], the lse from outside, NaN where it is ±inf: such a row has no weights. None: none was given.
-        softmax: to be filled by the row sweep; None where a lse was given.
+        span: [B, Hq].
+        waad, fai, lse: [Hq, T].
+        given_lse: [Hq, T], the lse from outside with NaN in place of ±inf, since such a row has no weights; None if
+            none was given.
+        softmax: memory for the row sweep; None if a lse was given.
     """
 
     span: Tensor
@@ -35,17 +37,15 @@ class Results:
 
 
 @triton.jit(do_not_specialize=["spans", "rows"])
-def results_kernel(
-    span, waad, fai, lse, given_lse, finite_lse, steep, spans, rows,
-    GIVEN: tl.constexpr, ENTRIES: tl.constexpr,
-):  # fmt: skip
+def results_kernel(span, waad, fai, lse, given_lse, finite_lse, steep, spans, rows, ENTRIES: tl.constexpr):
+    """ENTRIES entries of each result. Without given_lse (None) steep is set to 0."""
     at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     nan = tl.full([ENTRIES], float("nan"), tl.float32)
     tl.store(span + at, nan, mask=at < spans)
     tl.store(waad + at, nan, mask=at < rows)
     tl.store(fai + at, nan, mask=at < rows)
     tl.store(lse + at, nan, mask=at < rows)
-    if GIVEN:
+    if given_lse is not None:
         tl.store(finite_lse + at, finite_or_nan(tl.load(given_lse + at, mask=at < rows)), mask=at < rows)
     else:
         tl.store(steep, 0, mask=tl.program_id(0) == 0)
@@ -54,7 +54,7 @@ def results_kernel(
 def undefined_results(
     sequences: int, heads: int, tokens: int, device: torch.device, given_lse_HT: Tensor | None
 ) -> Results:
-    """All NaN but for given_lse and softmax."""
+    """Results in which all but given_lse and softmax is NaN."""
     span_BH = torch.empty((sequences, heads), device=device)
     waad_HT, fai_HT, lse_HT = (torch.empty((heads, tokens), device=device) for _ in range(3))
     given_HT = finite_HT = softmax = None
@@ -63,19 +63,18 @@ def undefined_results(
     else:
         given_HT, finite_HT = given_lse_HT.float().contiguous(), torch.empty_like(lse_HT)
     if entries := max(span_BH.numel(), waad_HT.numel()):
-        start(
+        launch(
             results_kernel,
             triton.cdiv(entries, ENTRIES),
             span=span_BH,
             waad=waad_HT,
             fai=fai_HT,
             lse=lse_HT,
-            given_lse=lse_HT if given_HT is None else given_HT,
-            finite_lse=lse_HT if finite_HT is None else finite_HT,
-            steep=lse_HT if softmax is None else softmax.steep,
+            given_lse=given_HT,
+            finite_lse=finite_HT,
+            steep=None if softmax is None else softmax.steep,
             spans=span_BH.numel(),
             rows=waad_HT.numel(),
-            GIVEN=given_HT is not None,
             ENTRIES=ENTRIES,
             num_warps=4,
         )

@@ -1,48 +1,64 @@
 """One sweep over the keys for a block of rows: lse, sums of row spans and WAAD, and the output where V is given.
 
-Flash attention's online softmax with two more sums beside Σ p: Σ p·j, j the key's place in its tile, from which
+It is flash attention's online softmax with two sums besides Σ p: Σ p·j, j the key's place in its tile, from which
 Σ p·(t − s) follows by terms of rows alone; and near the diagonal Σ p·(W − (t − s)) over t − s < W, since
 Σ A·min(t − s, W) = W − Σ_{t−s<W} A·(W − (t − s)) for rows that sum to 1. The steady loop over far keys has neither
-masks nor window weights: a score costs a maximum, a fused multiply-add into exp2, and the two sums. Near the diagonal
-products are subtracted before they are scaled, which is exact however large they are; where far ones are too large for
-the fused form (STEEP), that loop takes all keys.
+masks nor window weights: each score costs a maximum, a fused multiply-add into exp2, and the two sums. Near the
+diagonal products are subtracted before they are scaled, which is exact however large they are. If far products are too
+large for the fused form (STEEP), the loop near the diagonal takes all keys.
 
 Shape suffixes: M rows and N keys of a tile, D head size (padded to a power of two).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm.kernels.configurations import Kind, Tile
-from rhythm.kernels.launch import launch, options, start
+from rhythm.kernels.launch import launch, options, run_with_tile
 from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.softmax import Softmax
+from rhythm.kernels.tile_tables import KernelKey, Tile
 from rhythm.kernels.tiles import (
+    LN_2,
+    LOG2_E,
     STEEP,
     common_arguments,
-    describable,
-    descriptor,
+    dot,
     head_base,
-    load_descriptor,
     load_q,
     load_rows,
+    load_tma,
     padded_size,
-    product,
-    scales,
-    strides,
-    wide,
+    scale_and_sign,
+    tma_compatible,
+    tma_descriptor,
 )
 from rhythm.kernels.tuning import Sample
 
 
+class RowResults(NamedTuple):
+    """What the kernel writes: BlockSums.sums; waad and lse, fp32 [Hq, T]; Softmax.parts and .steep; the output.
+
+    Without a softmax parts and steep are None, and without values out is.
+    """
+
+    sums: Tensor
+    waad: Tensor
+    lse: Tensor
+    parts: Tensor | None
+    steep: Tensor | None
+    out: Tensor | None
+
+
 @triton.jit
 def moments(p_MN, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """(Σ_j p·1, Σ_j p·j) of each row: with j = 2i or 2i + 1, the sums of neighbours serve both."""
+    """(Σ_j p, Σ_j p·j) of each row: with j = 2i or 2i + 1, sums of neighboring columns serve both."""
     even_M, odd_M = tl.split(tl.reshape(p_MN, [ROWS, KEYS // 2, 2]))
     place = (2 * tl.arange(0, KEYS // 2)).to(tl.float32)[None, :]
     pair_M = even_M + odd_M
@@ -50,19 +66,19 @@ def moments(p_MN, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def absorb(
+def online_softmax_step(
     state, q_MD, k_ND, v_ND, key, first, scale, window,
-    NEAR: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    NEAR: tl.constexpr, VALUES: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax; NEAR: it may lie above the diagonal or within the window.
+    """Adds one tile of keys to the running softmax. NEAR: the tile may lie above the diagonal or within the window.
 
-    state: (largest, Σ p, Σ p·(first row − key), Σ p·(W − distance) within the window, Σ p·v). largest is the product
-    that p is relative to where NEAR, and its exponent, rounded, far from the diagonal.
+    state: (largest, Σ p, Σ p·(first row − key), Σ p·(W − distance) within the window, Σ p·v). p is relative to largest,
+    which is a product where NEAR, and far from the diagonal that product's exponent, rounded.
     """
-    largest_M, sum_M, reach_M, inside_M, out_MD = state
+    largest_M, sum_M, distance_sum_M, window_sum_M, out_MD = state
     ROWS: tl.constexpr = q_MD.shape[0]
     KEYS: tl.constexpr = k_ND.shape[0]
-    score_MN = product(q_MD, k_ND, PRECISION)
+    score_MN = dot(q_MD, k_ND, form)
     if NEAR:
         place_N = (tl.arange(0, KEYS) + (key - first)).to(tl.float32)
         distance_MN = tl.arange(0, ROWS).to(tl.float32)[:, None] - place_N[None, :]
@@ -78,114 +94,115 @@ def absorb(
         p_MN = tl.exp2(score_MN * scale - reference_M[:, None])
     tile_sum_M, tile_place_M = moments(p_MN, ROWS, KEYS)
     sum_M = sum_M * shrink_M + tile_sum_M
-    reach_M = reach_M * shrink_M + (tile_sum_M * (first - key).to(tl.float32) - tile_place_M)
-    inside_M = inside_M * shrink_M
+    distance_sum_M = distance_sum_M * shrink_M + (tile_sum_M * (first - key).to(tl.float32) - tile_place_M)
+    window_sum_M = window_sum_M * shrink_M
     if NEAR:
-        inside_M += tl.sum(p_MN * tl.maximum(window - distance_MN, 0.0), 1)
+        window_sum_M += tl.sum(p_MN * tl.maximum(window - distance_MN, 0.0), 1)
     if VALUES:
-        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision=PRECISION)
-    return larger_M, sum_M, reach_M, inside_M, out_MD
+        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision=form.precision)
+    return larger_M, sum_M, distance_sum_M, window_sum_M, out_MD
 
 
 @triton.jit
 def before_near(state, scale):
-    """(the state for the loop near the diagonal, whether it is empty: the far keys were too steep and come again).
+    """(the state for the loop near the diagonal, whether far keys were too steep). If so it is empty: they come again.
 
-    p becomes relative to a product: one whose exponent is within an ulp or two of the reference so far will do. An
-    output that overflowed is NaN from here on, which mend_output (values.py) sets right.
+    p becomes relative to a product whose exponent is within an ulp or two of the reference so far. An output that
+    overflowed is NaN from here on; mend_output (values.py) repairs it.
     """
-    reference_M, sum_M, reach_M, inside_M, out_MD = state
+    reference_M, sum_M, distance_sum_M, window_sum_M, out_MD = state
     steep = tl.max(tl.abs(reference_M), 0) >= STEEP
     largest_M = tl.where(steep, float("-inf"), reference_M / scale)
     move_M = tl.where(steep, 0.0, tl.exp2(reference_M - largest_M * scale))
     sum_M = tl.where(steep, 0.0, sum_M * move_M)
-    reach_M = tl.where(steep, 0.0, reach_M * move_M)
-    return (largest_M, sum_M, reach_M, inside_M, out_MD * move_M[:, None]), steep
+    distance_sum_M = tl.where(steep, 0.0, distance_sum_M * move_M)
+    return (largest_M, sum_M, distance_sum_M, window_sum_M, out_MD * move_M[:, None]), steep
 
 
 @triton.jit(do_not_specialize=["sequences", "tokens", "window"])
 def row_sweep_kernel(
-    q, k, v, k_tiles, v_tiles, cu_seqlens, prompt_lens, given_lse, sums, waad, lse, parts, steep, out,
-    q_batch, q_token, q_head, q_dim, k_batch, k_token, k_head, k_dim, v_batch, v_token, v_head, v_dim,
-    sequences, tokens, heads, scale, natural_scale, window,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, PROMPTS: tl.constexpr, BATCHED: tl.constexpr, VALUES: tl.constexpr,
-    GIVEN: tl.constexpr, PARTS: tl.constexpr,
-    SIGN: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, k_tiles, v_tiles, lengths, given_lse, results, strides,
+    sequences, tokens, heads, scale, natural_scale, window, form: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
+    """Results of one block of rows of one head. v and given_lse may be None."""
+    ROWS: tl.constexpr = tile.rows
+    KEYS: tl.constexpr = tile.keys
+    PADDED: tl.constexpr = form.padded
+    VALUES: tl.constexpr = v is not None
     # The longest rows of all heads come first, and heads that share keys run side by side.
     program, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     sequence, start, length, prompt, first = locate(
-        program, tl.num_programs(0) // heads, cu_seqlens, prompt_lens, sequences, tokens, PACKED, PROMPTS,
-        not VALUES, ROWS,
-    )  # fmt: skip
+        program, tl.num_programs(0) // heads, lengths, sequences, tokens, not VALUES, ROWS
+    )
     if first >= length:
         return
-    q_base = head_base(q, sequence, start, head, q_batch, q_token, q_head, BATCHED)
-    k_base = head_base(k, sequence, start, head // GROUP, k_batch, k_token, k_head, BATCHED)
-    v_base = head_base(v, sequence, start, head // GROUP, v_batch, v_token, v_head, BATCHED)
-    q_MD = load_q(q_base, first, length, q_token, q_dim, SIGN, ROWS, SIZE, PADDED, WIDE, UPCAST)
-    # Full fp32 keeps both operands in registers: q would stay there from tile to tile.
-    RELOAD: tl.constexpr = PRECISION == "ieee" and q_MD.dtype == tl.float32
+    key_head = head // form.group
+    q_base = head_base(q, strides.q, sequence, start, head, form)
+    k_base = head_base(k, strides.k, sequence, start, key_head, form)
+    v_base = head_base(v, strides.v, sequence, start, key_head, form) if VALUES else k_base
+    q_MD = load_q(q_base, strides.q, first, length, ROWS, form)
+    # Full fp32 keeps both operands in registers: without reloading q would stay there from tile to tile.
+    RELOAD: tl.constexpr = form.precision == "ieee" and q_MD.dtype == tl.float32
     zeros_M = tl.zeros([ROWS], tl.float32)
     state = (zeros_M - float("inf"), zeros_M, zeros_M, zeros_M, tl.zeros([ROWS, PADDED if VALUES else 1], tl.float32))
 
     # Far keys: at distance ≥ window from every row of the block.
     near = tl.maximum(first - window + 1, 0) // KEYS * KEYS
-    for key in tl.range(0, near, KEYS, num_stages=STAGES, disable_licm=RELOAD):
+    for key in tl.range(0, near, KEYS, num_stages=tile.stages, disable_licm=RELOAD):
         if RELOAD:
-            q_MD = load_q(q_base, first, length, q_token, q_dim, SIGN, ROWS, SIZE, PADDED, WIDE, UPCAST)
-        if TMA:
-            k_ND = load_descriptor(k_tiles, sequence, start, key, head // GROUP, KEYS, PADDED, BATCHED, UPCAST)
+            q_MD = load_q(q_base, strides.q, first, length, ROWS, form)
+        if tile.tma:
+            k_ND = load_tma(k_tiles, sequence, start, key, key_head, KEYS, form)
         else:
-            k_ND = load_rows(k_base, key, length, k_token, k_dim, KEYS, False, SIZE, PADDED, WIDE, UPCAST)
+            k_ND = load_rows(k_base, strides.k, key, length, KEYS, False, form)
         v_ND = k_ND
         if VALUES:
-            if TMA:
-                v_ND = load_descriptor(v_tiles, sequence, start, key, head // GROUP, KEYS, PADDED, BATCHED, UPCAST)
+            if tile.tma:
+                v_ND = load_tma(v_tiles, sequence, start, key, key_head, KEYS, form)
             else:
-                v_ND = load_rows(v_base, key, length, v_token, v_dim, KEYS, False, SIZE, PADDED, WIDE, UPCAST)
-        state = absorb(state, q_MD, k_ND, v_ND, key, first, scale, window, False, VALUES, PRECISION)
+                v_ND = load_rows(v_base, strides.v, key, length, KEYS, False, form)
+        state = online_softmax_step(state, q_MD, k_ND, v_ND, key, first, scale, window, False, VALUES, form)
     MOST: tl.constexpr = 16 if VALUES and PADDED > 128 else 32  # the output takes the registers
     NEAR_KEYS: tl.constexpr = KEYS if KEYS < MOST else MOST
     state, again = before_near(state, scale)
     near = tl.where(again, 0, near)
-    for key in tl.range(near, tl.minimum(first + ROWS, length), NEAR_KEYS, num_stages=STAGES, disable_licm=RELOAD):
+    for key in tl.range(near, tl.minimum(first + ROWS, length), NEAR_KEYS, num_stages=tile.stages, disable_licm=RELOAD):
         if RELOAD:
-            q_MD = load_q(q_base, first, length, q_token, q_dim, SIGN, ROWS, SIZE, PADDED, WIDE, UPCAST)
-        k_ND = load_rows(k_base, key, length, k_token, k_dim, NEAR_KEYS, True, SIZE, PADDED, WIDE, UPCAST)
+            q_MD = load_q(q_base, strides.q, first, length, ROWS, form)
+        k_ND = load_rows(k_base, strides.k, key, length, NEAR_KEYS, True, form)
         v_ND = k_ND
         if VALUES:
-            v_ND = load_rows(v_base, key, length, v_token, v_dim, NEAR_KEYS, True, SIZE, PADDED, WIDE, UPCAST)
-        state = absorb(state, q_MD, k_ND, v_ND, key, first, scale, window, True, VALUES, PRECISION)
+            v_ND = load_rows(v_base, strides.v, key, length, NEAR_KEYS, True, form)
+        state = online_softmax_step(state, q_MD, k_ND, v_ND, key, first, scale, window, True, VALUES, form)
 
-    largest_M, sum_M, reach_M, inside_M, out_MD = state
+    largest_M, sum_M, distance_sum_M, window_sum_M, out_MD = state
     place_M = tl.arange(0, ROWS)
     logit_M = largest_M * natural_scale
     defined_M = (sum_M > 0) & (tl.abs(logit_M) < float("inf"))  # else a score is NaN or +inf, or all are −inf
     if VALUES:
         dim_D = tl.arange(0, PADDED)
-        at_MD = ((start + first + place_M).to(tl.int64) * heads + head)[:, None] * SIZE + dim_D[None, :]
-        out_MD = (out_MD / tl.where(defined_M, sum_M, float("nan"))[:, None]).to(out.dtype.element_ty)
-        tl.store(out + at_MD, out_MD, mask=(first + place_M < length)[:, None] & (dim_D < SIZE)[None, :])
-    span_M = tl.where(defined_M, reach_M / sum_M + place_M.to(tl.float32), float("nan"))
-    # Where the window holds the whole row, WAAD is its span: of W − Σ with W beyond the sequence nothing would be left.
-    waad_M = tl.where(first + place_M < window, span_M, tl.where(defined_M, window - inside_M / sum_M, float("nan")))
+        at_MD = ((start + first + place_M).to(tl.int64) * heads + head)[:, None] * form.size + dim_D[None, :]
+        out_MD = (out_MD / tl.where(defined_M, sum_M, float("nan"))[:, None]).to(results.out.dtype.element_ty)
+        tl.store(results.out + at_MD, out_MD, mask=(first + place_M < length)[:, None] & (dim_D < form.size)[None, :])
+    span_M = tl.where(defined_M, distance_sum_M / sum_M + place_M.to(tl.float32), float("nan"))
+    # Where the window holds the whole row, WAAD is its span: W − Σ with W beyond the sequence would lose its digits.
+    below_M = tl.where(defined_M, window - window_sum_M / sum_M, float("nan"))
+    waad_M = tl.where(first + place_M < window, span_M, below_M)
     log2_sum_M = tl.where(defined_M, tl.log2(sum_M), float("nan"))
-    lse_M = logit_M + log2_sum_M * 0.6931471805599453
+    lse_M = logit_M + log2_sum_M * LN_2
     at_M = head.to(tl.int64) * tokens + start + first + place_M
     response_M = (first + place_M >= prompt) & (first + place_M < length)
-    if GIVEN:  # the weights are those of a lse from outside: all of a row's by the same factor
+    if given_lse is not None:  # weights follow a lse from outside: all those of a row change by the same factor
         given_M = tl.load(given_lse + at_M, mask=response_M, other=0.0)
-        span_M *= tl.exp2((lse_M - given_M) * 1.4426950408889634)
-    tl.store(sums + tl.program_id(0), tl.sum(tl.where(response_M, span_M, 0.0).to(tl.float64), 0))
-    tl.store(waad + at_M, waad_M, mask=response_M)
-    tl.store(lse + at_M, lse_M, mask=response_M)
-    if PARTS:
-        tl.store(parts + 2 * at_M, largest_M, mask=response_M)
-        tl.store(parts + 2 * at_M + 1, log2_sum_M, mask=response_M)
+        span_M *= tl.exp2((lse_M - given_M) * LOG2_E)
+    tl.store(results.sums + tl.program_id(0), tl.sum(tl.where(response_M, span_M, 0.0).to(tl.float64), 0))
+    tl.store(results.waad + at_M, waad_M, mask=response_M)
+    tl.store(results.lse + at_M, lse_M, mask=response_M)
+    if results.parts is not None:
+        tl.store(results.parts + 2 * at_M, largest_M, mask=response_M)
+        tl.store(results.parts + 2 * at_M + 1, log2_sum_M, mask=response_M)
         exponent_M = tl.where(response_M & defined_M, tl.abs(largest_M * scale), 0.0)
-        tl.store(steep, 1, mask=tl.max(exponent_M, 0) >= STEEP)  # whoever stores it, it is the same
+        tl.store(results.steep, 1, mask=tl.max(exponent_M, 0) >= STEEP)  # any program that stores it stores 1
 
 
 def row_sweep(
@@ -210,56 +227,44 @@ def row_sweep(
         (the sums of row spans, from which mean_span makes spans, and out [T, Hq, D] where v is given).
     """
     heads, size = q.shape[-2:]
-    out = None if v is None else torch.empty((sequences.tokens, heads, size), dtype=q.dtype, device=q.device)
-    values = k if v is None else v
-    arguments = common_arguments(q, k, sequences, scale)
-    arguments["natural_scale"] = scales(scale)["natural_scale"]
-    arguments["WIDE"] = arguments["WIDE"] or wide(values)
-    v_batch, v_token, v_head, v_dim = strides(values)
-    found: list[BlockSums] = []
+    out_THD = None if v is None else torch.empty((sequences.tokens, heads, size), dtype=q.dtype, device=q.device)
+    parts, steep = (None, None) if softmax is None else (softmax.parts, softmax.steep)
+    arguments = common_arguments(q, k, sequences, scale, v)
 
-    def run(tile: Tile) -> None:
+    def run(tile: Tile) -> BlockSums:
         blocks = sequences.blocks(tile.rows)
         sums_NH = torch.empty((blocks, heads), dtype=torch.float64, device=q.device)
-        found[:] = [BlockSums(sums_NH, tile.rows, from_prompt=v is None)]
-        start(
+        launch(
             row_sweep_kernel,
             heads * blocks,
-            v=values,
-            k_tiles=descriptor(k, tile.keys) if tile.tma else k,
-            v_tiles=descriptor(values, tile.keys) if tile.tma else values,
-            given_lse=lse_HT if given_lse_HT is None else given_lse_HT,
-            sums=sums_NH,
-            waad=waad_HT,
-            lse=lse_HT,
-            parts=lse_HT if softmax is None else softmax.parts,
-            steep=lse_HT if softmax is None else softmax.steep,
-            out=q if out is None else out,
-            v_batch=v_batch,
-            v_token=v_token,
-            v_head=v_head,
-            v_dim=v_dim,
+            v=v,
+            k_tiles=tma_descriptor(k, tile.keys) if tile.tma else None,
+            v_tiles=tma_descriptor(v, tile.keys) if tile.tma and v is not None else None,
+            given_lse=given_lse_HT,
+            results=RowResults(sums_NH, waad_HT, lse_HT, parts, steep, out_THD),
+            natural_scale=scale_and_sign(scale)[1],
             window=min(window, sequences.tokens),
-            VALUES=v is not None,
-            GIVEN=given_lse_HT is not None,
-            PARTS=softmax is not None,
-            ROWS=tile.rows,
-            KEYS=tile.keys,
-            STAGES=tile.stages,
-            TMA=tile.tma,
+            tile=tile,
             **arguments,
             **options(tile),
         )
+        return BlockSums(sums_NH, tile.rows, from_prompt=v is None)
 
-    kind = Kind("row" if v is None else "row_values", q.element_size(), padded_size(size))
-
-    def again(sample: Sample) -> None:
-        one, two, _ = sample.results
+    def on_sample(sample: Sample) -> None:
+        waad, lse, _ = sample.results
         row_sweep(
-            sample.q, sample.k, None if v is None else sample.v, sample.sequences, one, two, scale=scale,
-            window=window, softmax=None if softmax is None else sample.softmax,
-        )  # fmt: skip
+            sample.q,
+            sample.k,
+            None if v is None else sample.v,
+            sample.sequences,
+            waad,
+            lse,
+            scale=scale,
+            window=window,
+            softmax=None if softmax is None else sample.softmax,
+        )
 
-    launch(kind, q, k, describable(k) and describable(values), run, again)
-    (sums,) = found
-    return sums, out
+    key = KernelKey("row" if v is None else "row_values", q.element_size(), padded_size(size))
+    tma = tma_compatible(k) and (v is None or tma_compatible(v))
+    *_, sums = run_with_tile(key, q, k, tma, run, on_sample)
+    return sums, out_THD

@@ -1,16 +1,28 @@
-"""Where the sequences lie, and which program works on which block of which sequence.
+"""The sequences of a call, and which block of which sequence each program works on.
 
-Everything stays on the device: no program table is built and nothing here waits. Lengths that cu_seqlens or
-prompt_lens give beyond the tensors are cut to them, so that no kernel reads outside.
+All of it is computed on the device, so that no launch waits for lengths. Lengths from cu_seqlens or prompt_lens that
+reach beyond the tensors are clamped to them, so that no kernel reads outside.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+class Lengths(NamedTuple):
+    """The tensors of `Sequences`, as kernels take them.
+
+    Numbers that differ from call to call are arguments of their own, named in do_not_specialize: of those in a tuple
+    Triton compiles one variant for 1, one for multiples of 16 and one for others.
+    """
+
+    cu_seqlens: Tensor | None
+    prompt_lens: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -18,7 +30,7 @@ class Sequences:
     """`count` sequences on a flattened axis of `tokens`.
 
     Attributes:
-        cu_seqlens: int32 [count + 1]; None: all of the same length.
+        cu_seqlens: int32 [count + 1]; None: all sequences have the same length.
         prompt_lens: int32 or int64 [count]; None: no prompts.
     """
 
@@ -26,6 +38,10 @@ class Sequences:
     prompt_lens: Tensor | None
     tokens: int
     count: int
+
+    @property
+    def lengths(self) -> Lengths:
+        return Lengths(self.cu_seqlens, self.prompt_lens)
 
     def blocks(self, size: int) -> int:
         """Upper bound on the number of blocks of `size` rows, so that the host never reads cu_seqlens."""
@@ -36,37 +52,50 @@ class Sequences:
 
 @triton.jit
 def bound(cu_seqlens, i, tokens):
+    """cu_seqlens[i], clamped to the tokens there are."""
     return tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), tokens)
 
 
 @triton.jit
-def locate(
-    program, programs, cu_seqlens, prompt_lens, sequences, tokens,
-    PACKED: tl.constexpr, PROMPTS: tl.constexpr, SKIP_PROMPT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(sequence, its first token, length and prompt, first row of the block): no work where that is beyond the length.
+def extent(sequence, lengths, sequences, tokens):
+    """(first token, length, prompt length) of one of the sequences."""
+    if lengths.cu_seqlens is not None:
+        start = bound(lengths.cu_seqlens, sequence, tokens)
+        length = tl.maximum(bound(lengths.cu_seqlens, sequence + 1, tokens) - start, 0)
+    else:
+        length = tokens // sequences
+        start = sequence * length
+    if lengths.prompt_lens is not None:
+        prompt = tl.minimum(tl.maximum(tl.load(lengths.prompt_lens + sequence).to(tl.int32), 0), length)
+    else:
+        prompt = 0
+    return start, length, prompt
 
-    Sequence i has the blocks from cu_seqlens[i] // BLOCK + i on: at least as many as it needs. The last blocks come
-    first, since their rows are the longest. SKIP_PROMPT: blocks begin where the prompt ends.
+
+@triton.jit
+def locate(program, programs, lengths, sequences, tokens, SKIP_PROMPT: tl.constexpr, BLOCK: tl.constexpr):
+    """(sequence, its first token, length and prompt length, first row of the block).
+
+    A block whose first row is at or beyond the length has no work. Sequence i owns the blocks from
+    cu_seqlens[i] // BLOCK + i on, at least as many as it needs. The last blocks run first, since their rows are the
+    longest. SKIP_PROMPT: blocks begin where the prompt ends.
     """
     block = programs - 1 - program
-    if PACKED:
+    if lengths.cu_seqlens is not None:
         sequence = block * 0
         beyond = sequence + sequences
         while beyond - sequence > 1:  # the last sequence that begins at or before the block
             middle = (sequence + beyond) // 2
-            before = bound(cu_seqlens, middle, tokens) // BLOCK + middle <= block
+            before = bound(lengths.cu_seqlens, middle, tokens) // BLOCK + middle <= block
             sequence = tl.where(before, middle, sequence)
             beyond = tl.where(before, beyond, middle)
-        start = bound(cu_seqlens, sequence, tokens)
-        length = tl.maximum(bound(cu_seqlens, sequence + 1, tokens) - start, 0)
+        start, length, prompt = extent(sequence, lengths, sequences, tokens)
         index = block - (start // BLOCK + sequence)
     else:
-        length = tokens // sequences
-        sequence = block // tl.cdiv(length, BLOCK)
-        index = block % tl.cdiv(length, BLOCK)
-        start = sequence * length
-    prompt = tl.minimum(tl.maximum(tl.load(prompt_lens + sequence).to(tl.int32), 0), length) if PROMPTS else 0
+        blocks = tl.cdiv(tokens // sequences, BLOCK)
+        sequence = block // blocks
+        index = block % blocks
+        start, length, prompt = extent(sequence, lengths, sequences, tokens)
     first = index * BLOCK
     if SKIP_PROMPT:
         first += prompt

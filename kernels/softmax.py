@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Softmax:
-    """Of each response row what its weights are made of: A = 2^((product − largest)·scale − log2_sum).
+    """The softmax of each response row in two parts: A = 2^((product − largest)·scale − log2_sum).
 
-    In two parts, since the fp32 lse of large scores has no room for the digits of the second.
+    One number would not do: the fp32 lse of large scores has no room for the digits of log2_sum.
 
     Attributes:
         parts: fp32 [Hq, T, 2], largest (a product of q and k, or of −q for a negative scale) and log2_sum; log2_sum is
@@ -25,6 +25,6 @@ class Softmax:
 
     @staticmethod
     def empty(heads: int, tokens: int, device: torch.device) -> Softmax:
-        """Nothing is written yet, steep neither."""
+        """Uninitialized memory; undefined_results sets steep to 0."""
         parts_HT2 = torch.empty((heads, tokens, 2), device=device)
         return Softmax(parts_HT2, torch.empty(1, dtype=torch.int32, device=device))

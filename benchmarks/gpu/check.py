@@ -111,16 +111,16 @@ def contestants_part(suite: Settings, clock: Clock) -> Part:
 
 def bisection_part(suite: Settings, clock: Clock) -> Part:
     """The same with other tiles: if small ones are right, the tiles are wrong; if those without TMA are, its loads."""
-    from rhythm.kernels.configurations import Kind, Tile, architecture, candidates, shared_memory
     from rhythm.kernels.launch import forced
+    from rhythm.kernels.tile_tables import KernelKey, Tile, architecture, candidates, shared_memory
 
     device = torch.device(clock.device)
 
-    def without_tma(kind: Kind) -> list[Tile]:
-        tile, *_ = candidates(architecture(device), kind, shared_memory(device), False)
+    def without_tma(key: KernelKey) -> list[Tile]:
+        tile, *_ = candidates(architecture(device), key, shared_memory(device), False)
         return [replace(tile, tma=False)]
 
-    choices = {"tiles of 32 × 32": lambda kind: [Tile(32, 32, 4, 1)], "the same tiles, TMA off": without_tma}
+    choices = {"tiles of 32 × 32": lambda key: [Tile(32, 32, 4, 1)], "the same tiles, TMA off": without_tma}
     facts: dict[str, list[str]] = {}
     for name, choice in choices.items():
         with forced(choice):

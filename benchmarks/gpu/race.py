@@ -1,6 +1,6 @@
 """gpu-race: which tile, and which prototype, is fastest on this card; and where the time goes.
 
-Nothing here changes what runs by default: the tables of kernels/configurations.py are edited after reading it.
+Nothing here changes what runs by default: the tables of kernels/tile_tables.py are edited after reading it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Every tile that the tables offer for a kind of sweep, raced at one shape by graph replays."""
+"""Races every tile that the tables offer for a kernel, at one shape, by graph replays."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ SAME, SAME_OUT = 1e-3, 1e-2
 
 
 def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
-    """For each kind of sweep the op that runs it."""
+    """For each kernel of the tile tables an op that runs it."""
     from rhythm.kernels import Sequences, column_sweep
 
     q, k, v, lse = inputs.q, inputs.k, inputs.v, inputs.lse
@@ -58,31 +57,31 @@ def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
 
 
 def tiles_part(sweep: str, shape: Shape, clock: Clock, rounds: int, budget: Budget) -> Part:
-    """The tiles of one kind of sweep: each checked within the whole op, then timed with the other sweeps left out."""
-    from rhythm.kernels.configurations import Kind, Tile, architecture, candidates, shared_memory
+    """Races the tiles of one kernel: each is checked within the whole op, then timed without the other kernels."""
     from rhythm.kernels.launch import forced
+    from rhythm.kernels.tile_tables import KernelKey, Tile, architecture, candidates, shared_memory
 
     inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
     device = inputs.q.device
-    op, kinds = ops(inputs)[sweep], []
+    op, keys = ops(inputs)[sweep], []
 
-    def offered(kind: Kind) -> list[Tile]:
-        return candidates(architecture(device), kind, shared_memory(device), True)
+    def offered(key: KernelKey) -> list[Tile]:
+        return candidates(architecture(device), key, shared_memory(device), True)
 
-    def only(tile: Tile | None, others: bool, kind: Kind) -> list[Tile]:
-        if kind.sweep != sweep:
-            return offered(kind)[:1] if others else []
-        kinds.append(kind)
-        return offered(kind)[:1] if tile is None else [tile]
+    def only(tile: Tile | None, others: bool, key: KernelKey) -> list[Tile]:
+        if key.kernel != sweep:
+            return offered(key)[:1] if others else []
+        keys.append(key)
+        return offered(key)[:1] if tile is None else [tile]
 
     def with_tile(tile: Tile | None, others: bool) -> Outputs:
         with forced(partial(only, tile, others)):
             return op()
 
     expected = with_tile(None, True)
-    if not kinds:
+    if not keys:
         raise ValueError(f"the op for {sweep} does not run it")
-    tiles, found = offered(kinds[0]), Field()
+    tiles, found = offered(keys[0]), Field()
     for tile in tiles:
         if budget.left < 10.0:
             found.failed[described(tile)] = "budget"
@@ -111,7 +110,7 @@ def different(actual: Outputs, expected: Outputs) -> str | None:
 
 def described(tile: Any) -> str:
     """128 × 128, 8 warps, 2 stages, TMA; and whatever else a tile has, by name."""
-    fields = asdict(tile)
+    fields = tile._asdict()
     rows, keys, warps, stages = (fields.pop(name) for name in ("rows", "keys", "warps", "stages"))
     text = f"{rows} × {keys}, {warps} warps, {stages} stages" + (", TMA" if fields.pop("tma") else "")
     return text + "".join(f", {name} {value}" for name, value in fields.items() if value is not None)

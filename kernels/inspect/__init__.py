@@ -1,1 +1,1 @@
-"""The kernels compiled ahead for GPUs that are not there, and what their machine code holds."""
+"""Compiles the kernels ahead of time, for any GPU, and reads their machine code."""

@@ -1,11 +1,11 @@
-"""Compiles the kernels for GPUs that are not there.
+"""Compiles the kernels for GPUs that this machine need not have.
 
     python -m rhythm.kernels.inspect.compile_ahead --arch sm_90 --json FILE
 
-The launchers themselves run, on tensors without data and with a driver that only names the target, so what is compiled
-is what a launch would compile: every sweep with every tile of the architecture's table, in bf16 and fp32, for a packed
-batch of Qwen3-4B's heads (32 query heads, 8 key heads) at head sizes 128 and 256. For each: registers, shared memory,
-how many programs share a multiprocessor, spills, matrix instructions, and of the steady loop the instructions per score
+The launchers themselves run, on tensors without data and with a driver that only names the target, so that the result
+is what a launch would compile: every kernel with every tile of the architecture's table, in bf16 and fp32, for a packed
+batch of Qwen3-4B's heads (32 query heads, 8 key heads) at head sizes 128 and 256. Reported for each: registers, shared
+memory, programs per multiprocessor, spills and matrix instructions, and for the steady loop the instructions per score
 element, the products waited for at once and the barriers.
 """
 
@@ -27,13 +27,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from rhythm.kernels import bands, column_sweep, configurations, mean_span, row_sweep, sampled_span, undefined_results
-from rhythm.kernels.configurations import TABLES, Kind, Tile
+from rhythm.kernels import bands, column_sweep, mean_span, row_sweep, sampled_span, tile_tables, undefined_results
 from rhythm.kernels.inspect.sass import Binary, amd_binary, nvidia_binary
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.sequences import Sequences
 from rhythm.kernels.softmax import Softmax
+from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,7 +41,7 @@ ARCHITECTURES = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SWEEPS = (*configurations.SWEEPS, "mean_span", "results")
+KERNELS = (*tile_tables.KERNELS, "mean_span", "results")
 WITHOUT_TILES = ("mean_span", "results")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
@@ -49,22 +49,25 @@ TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
 
 @dataclass(frozen=True)
 class Report:
-    """One kernel with one tile, compiled.
+    """What one kernel compiled to, with one tile.
 
     Attributes:
-        tile: None for WITHOUT_TILES, which have no choice.
-        default: whether it is the tile that runs when autotuning is off.
+        kernel: one of KERNELS.
+        tile: None for WITHOUT_TILES, which have no tables.
+        default: whether the tile is the one that runs when autotuning is off.
+        registers: per thread.
         shared: bytes of shared memory.
-        programs: that share a multiprocessor, by their registers, shared memory and warps.
-        matrix: matrix instructions by opcode.
-        loop: instructions of one pass through the steady loop, by kind; None without such a loop.
-        per_score: the same over the score elements that a thread computes in it, and their sum as "all".
-        immediate_waits: of that loop: wgmma products waited for before any arithmetic of the same warps.
-        barriers: of that loop: points at which all warps of the program wait for each other.
+        programs: how many share a multiprocessor, by their registers, shared memory and warps.
+        spills: see Binary.
+        matrix: number of matrix instructions by opcode.
+        loop: number of instructions of one pass through the steady loop, by kind; None without such a loop.
+        per_score: those numbers per score element that a thread computes in a pass, and their sum as "all".
+        immediate_waits: number of wgmma products in that loop that warps wait for before other arithmetic.
+        barriers: number of points in that loop at which all warps of the program wait for each other.
     """
 
     arch: str
-    sweep: str
+    kernel: str
     dtype: str
     head_size: int
     tile: Tile | None
@@ -82,15 +85,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the programs of one multiprocessor share, from the vendors' tables of compute capabilities.
+    """The resources of one multiprocessor, from the vendors' tables of compute capabilities.
 
     Attributes:
-        registers: of 32 bits and for all lanes, in each of `quarters` files; a warp gets its share in units of
-            `register_unit`.
-        warps: that fit into a quarter.
-        shared: bytes of shared memory, of which each program takes `reserved` for the system, and the rest in units
-            of `shared_unit`.
-        programs: the most there can be.
+        registers: 32-bit registers per quarter, all lanes counted.
+        register_unit: warps get registers in multiples of it.
+        warps: limit per quarter.
+        shared: bytes of shared memory.
+        reserved: bytes of it that the system takes per program.
+        shared_unit: programs get shared memory in multiples of it, in bytes.
+        programs: limit.
+        lanes: threads per warp.
     """
 
     registers: int
@@ -104,9 +109,9 @@ class Multiprocessor:
     quarters: int = 4
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
-        """How many programs of so many registers a thread, bytes of shared memory and warps it holds at once."""
-        of_warp = -(-registers * self.lanes // self.register_unit) * self.register_unit
-        by_warps = min(self.warps, self.registers // max(of_warp, 1)) * self.quarters // warps
+        """Programs it holds at once, by their registers per thread, bytes of shared memory and warps."""
+        per_warp = -(-registers * self.lanes // self.register_unit) * self.register_unit
+        by_warps = min(self.warps, self.registers // max(per_warp, 1)) * self.quarters // warps
         needed = -(-shared // self.shared_unit) * self.shared_unit + self.reserved
         return min(self.programs, by_warps, self.shared // needed if needed else self.programs)
 
@@ -121,7 +126,7 @@ MULTIPROCESSORS = {
 
 
 class _Target:
-    """What Triton asks of a driver before it compiles."""
+    """A driver that answers what Triton asks before it compiles, and nothing more."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -146,34 +151,37 @@ def _active(target: GPUTarget) -> Iterator[None]:
             driver.reset_active()
 
 
-def compile_sweep(
-    arch: str, sweep: str, dtype: str, head_size: int, tiles: Sequence[Tile] | None = None
+def compile_kernel(
+    arch: str, kernel: str, dtype: str, head_size: int, tiles: Sequence[Tile] | None = None
 ) -> Iterator[Report]:
-    """Compiles a sweep with the given tiles, or with all of the architecture's table, in the table's order."""
-    table = [] if sweep in WITHOUT_TILES else TABLES[arch][sweep][_kind(sweep, dtype, head_size).group]
+    """Compiles one of KERNELS with the given tiles, or with all of the architecture's table, in that order."""
+    table = _table(arch, kernel, dtype, head_size)
     # A kernel without tiles is compiled once.
     chosen: list[Tile | None] = [*(table if tiles is None else tiles)] or [None]
     for tile in chosen:
-        # Its caches are by device, not by target.
-        for kernel in _kernels():
-            kernel.device_caches.clear()
-        kernels: list[Any] = []
+        # Triton caches what it compiled by device, not by target.
+        for function in jit_functions():
+            function.device_caches.clear()
+        compiled: list[Any] = []
         only = [] if tile is None else [tile]
-        with _active(ARCHITECTURES[arch]), compiling(kernels.append), forced(partial(_always, only)):
-            _launch(sweep, DTYPES[dtype], head_size)
-        (kernel,) = kernels
-        yield _report(kernel, arch, sweep, dtype, head_size, tile, not table or tile == table[0])
+        with _active(ARCHITECTURES[arch]), compiling(compiled.append), forced(partial(_always, only)):
+            _launch(kernel, DTYPES[dtype], head_size)
+        (binary,) = compiled
+        yield _report(binary, arch, kernel, dtype, head_size, tile, not table or tile == table[0])
 
 
-def _always(tiles: list[Tile], kind: Kind) -> list[Tile]:
+def _always(tiles: list[Tile], key: KernelKey) -> list[Tile]:
     return tiles
 
 
-def _kind(sweep: str, dtype: str, head_size: int) -> Kind:
-    return Kind(sweep, DTYPES[dtype].itemsize, head_size)
+def _table(arch: str, kernel: str, dtype: str, head_size: int) -> list[Tile]:
+    if kernel in WITHOUT_TILES:
+        return []
+    return TABLES[arch][kernel][KernelKey(kernel, DTYPES[dtype].itemsize, head_size).group]
 
 
-def _kernels() -> list[Any]:
+def jit_functions() -> list[Any]:
+    """The kernels as Triton's functions."""
     from rhythm.kernels.bands import bands_kernel
     from rhythm.kernels.column_sweep import column_sweep_kernel
     from rhythm.kernels.mean_span import mean_span_kernel
@@ -188,8 +196,8 @@ def _kernels() -> list[Any]:
     ]  # fmt: skip
 
 
-def _launch(sweep: str, dtype: torch.dtype, head_size: int) -> None:
-    """The launcher of one kernel, on tensors of the meta device."""
+def _launch(kernel: str, dtype: torch.dtype, head_size: int) -> None:
+    """Calls the launcher of one of KERNELS with tensors of the meta device."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -199,28 +207,30 @@ def _launch(sweep: str, dtype: torch.dtype, head_size: int) -> None:
     one, two, three = (empty(QUERY_HEADS, TOKENS) for _ in range(3))
     softmax = Softmax.empty(QUERY_HEADS, TOKENS, q.device)
     scale = head_size**-0.5
-    if sweep in ("row", "row_values"):
-        v = None if sweep == "row" else empty(*k.shape, dtype=dtype)
+    if kernel in ("row", "row_values"):
+        v = None if kernel == "row" else empty(*k.shape, dtype=dtype)
         row_sweep(q, k, v, sequences, one, two, scale=scale, window=10, softmax=softmax)
-    elif sweep == "sampled":
+    elif kernel == "sampled":
         sampled_span(q, k, one, sequences, scale=scale, count=256)
-    elif sweep == "mean_span":
+    elif kernel == "mean_span":
         sums = BlockSums(empty(sequences.blocks(128), QUERY_HEADS, dtype=torch.float64), 128, from_prompt=True)
         mean_span(sums, sequences, empty(sequences.count, QUERY_HEADS))
-    elif sweep == "results":
+    elif kernel == "results":
         undefined_results(sequences.count, QUERY_HEADS, TOKENS, q.device, None)
     else:
-        horizon = (10, 50) if sweep.endswith("_band") else (10, None)
-        if sweep.startswith("column"):
+        horizon = (10, 50) if kernel.endswith("_band") else (10, None)
+        if kernel.startswith("column"):
             column_sweep(q, k, one, sequences, two, scale=scale, horizon=horizon, softmax=softmax)
         else:
             bands(q, k, one, sequences, two, three, empty(*one.shape), scale=scale, window=10, horizon=horizon)
 
 
-def _report(kernel: Any, arch: str, sweep: str, dtype: str, head_size: int, tile: Tile | None, default: bool) -> Report:
+def _report(
+    compiled: Any, arch: str, kernel: str, dtype: str, head_size: int, tile: Tile | None, default: bool
+) -> Report:
     target = ARCHITECTURES[arch]
     amd = target.backend == "hip"
-    binary: Binary = amd_binary(kernel.asm["amdgcn"]) if amd else nvidia_binary(kernel.asm["cubin"])
+    binary: Binary = amd_binary(compiled.asm["amdgcn"]) if amd else nvidia_binary(compiled.asm["cubin"])
     loop = per_score = waits = barriers = None
     if tile is not None and (steady := binary.steady) is not None:
         loop, waits, barriers = steady.mix(binary.kinds), steady.immediate_waits, steady.barriers
@@ -229,10 +239,10 @@ def _report(kernel: Any, arch: str, sweep: str, dtype: str, head_size: int, tile
         scores *= max(1, round(loop["exp2"] / scores))
         per_score = {kind: round(count / scores, 3) for kind, count in loop.items()}
         per_score["all"] = round(sum(loop.values()) / scores, 3)
-    registers, shared = binary.registers, kernel.metadata.shared
-    programs = MULTIPROCESSORS[arch].resident(registers, shared, kernel.metadata.num_warps)
+    registers, shared = binary.registers, compiled.metadata.shared
+    programs = MULTIPROCESSORS[arch].resident(registers, shared, compiled.metadata.num_warps)
     return Report(
-        arch, sweep, dtype, head_size, tile, default, registers, shared, programs, binary.spills, binary.matrix,
+        arch, kernel, dtype, head_size, tile, default, registers, shared, programs, binary.spills, binary.matrix,
         loop, per_score, waits, barriers,
     )  # fmt: skip
 
@@ -240,7 +250,7 @@ def _report(kernel: Any, arch: str, sweep: str, dtype: str, head_size: int, tile
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rhythm.kernels.inspect.compile_ahead", description=__doc__)
     parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help=f"some of {','.join(ARCHITECTURES)}")
-    parser.add_argument("--sweeps", default=",".join(SWEEPS), help=f"some of {','.join(SWEEPS)}")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help=f"some of {','.join(KERNELS)}")
     parser.add_argument("--dtypes", default="bf16,fp32", help=f"some of {','.join(DTYPES)}")
     parser.add_argument("--head-sizes", default="128,256", help="powers of two from 16 to 256")
     parser.add_argument("--defaults", action="store_true", help="only the tiles that run when autotuning is off")
@@ -250,36 +260,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled; unset it")
     names = {
         "--arch": (options.arch.split(","), ARCHITECTURES),
-        "--sweeps": (options.sweeps.split(","), SWEEPS),
+        "--kernels": (options.kernels.split(","), KERNELS),
         "--dtypes": (options.dtypes.split(","), DTYPES),
         "--head-sizes": (options.head_sizes.split(","), ("16", "32", "64", "128", "256")),
     }
     for option, (given, allowed) in names.items():
         if unknown := [name for name in given if name not in allowed]:
             parser.error(f"{option} names {unknown[0]!r}; allowed are {', '.join(allowed)}")
-    (archs, _), (sweeps, _), (dtypes, _), (sizes, _) = names.values()
+    (archs, _), (kernels, _), (dtypes, _), (sizes, _) = names.values()
 
     reports: list[Report] = []
     for arch in archs:
         print(f"{arch}, Triton {triton.__version__}")
         print(HEADER)
-        for sweep in sweeps:
-            for dtype in dtypes if sweep not in WITHOUT_TILES else ["fp32"]:
-                for size in map(int, sizes if sweep not in WITHOUT_TILES else sizes[:1]):
-                    table = TABLES[arch].get(sweep, {}).get(_kind(sweep, dtype, size).group, [])
-                    for report in compile_sweep(arch, sweep, dtype, size, table[:1] if options.defaults else None):
+        for kernel in kernels:
+            with_tiles = kernel not in WITHOUT_TILES
+            for dtype in dtypes if with_tiles else ["fp32"]:
+                for size in map(int, sizes if with_tiles else sizes[:1]):
+                    table = _table(arch, kernel, dtype, size)
+                    for report in compile_kernel(arch, kernel, dtype, size, table[:1] if options.defaults else None):
                         print(_row(report), flush=True)
                         reports.append(report)
     if options.json:
         head = {"triton": triton.__version__, "tokens": TOKENS, "heads": [QUERY_HEADS, KEY_HEADS]}
-        kernels = ",\n".join(json.dumps(asdict(report)) for report in reports)  # a kernel a line: readable as a diff
+        lines = ",\n".join(json.dumps(_record(report)) for report in reports)  # one per line: readable as a diff
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(f'{json.dumps(head)[:-1]}, "kernels": [\n{kernels}\n]}}\n', encoding="utf-8")
+        options.json.write_text(f'{json.dumps(head)[:-1]}, "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
     return 0
 
 
+def _record(report: Report) -> dict[str, Any]:
+    return asdict(report) | {"tile": None if report.tile is None else report.tile._asdict()}
+
+
 HEADER = (
-    f"{'sweep':<12}{'type':<6}{'D':>4}  {'rows×keys, warps, stages':<26}{'regs':>5}{'shared':>8}{'an SM':>6}"
+    f"{'kernel':<12}{'type':<6}{'D':>4}  {'rows×keys, warps, stages':<26}{'regs':>5}{'shared':>8}{'per SM':>7}"
     f"{'spills':>7}{'waits':>6}{'barriers':>9}{'per score: all':>15}{'exp2':>6}{'fma':>6}{'other':>6}"
     "  matrix instructions"
 )
@@ -297,8 +312,8 @@ def _row(report: Report) -> str:
     )
     matrix = ", ".join(f"{count} {opcode}" for opcode, count in report.matrix.items())
     return (
-        f"{report.sweep:<12}{report.dtype:<6}{report.head_size:>4}  {name + (' *' if report.default else ''):<26}"
-        f"{report.registers:>5}{report.shared:>8}{report.programs:>6}{report.spills:>7}"
+        f"{report.kernel:<12}{report.dtype:<6}{report.head_size:>4}  {name + (' *' if report.default else ''):<26}"
+        f"{report.registers:>5}{report.shared:>8}{report.programs:>7}{report.spills:>7}"
         f"{_blank(report.immediate_waits):>6}{_blank(report.barriers):>9}{figures}  {matrix}"
     )
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel holds: registers, spills, matrix instructions, and its steady loop by kind of instruction."""
+"""Reads compiled kernels: registers, spills, matrix instructions, and the steady loop by kinds of instructions."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ ARITHMETIC = r"MUFU|FFMA|FADD|FMUL|FMNMX"
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop by its opcodes, in order."""
+    """The opcodes of a loop, in order."""
 
     opcodes: tuple[str, ...]
 
     @property
     def immediate_waits(self) -> int:
-        """wgmma products whose result is waited for with no arithmetic of the same warps under way beside it."""
+        """Number of wgmma products that warps wait for without arithmetic of their own in the meantime."""
         waits, alone = 0, False
         for opcode in self.opcodes:
             if re.match(r"[HQ]GMMA", opcode):
@@ -61,7 +61,7 @@ class Loop:
 
     @property
     def barriers(self) -> int:
-        """Points at which all warps of a program wait for each other."""
+        """Number of points at which all warps of a program wait for each other."""
         return sum(opcode.startswith(("BAR.", "s_barrier")) for opcode in self.opcodes)
 
     def mix(self, kinds: dict[str, str]) -> dict[str, int]:
@@ -82,7 +82,7 @@ class Binary:
 
     @property
     def steady(self) -> Loop | None:
-        """The loop with exponentials that has the fewest instructions to one of them: the one without masks."""
+        """The loop with the fewest instructions per exponential, which is the one without masks."""
         loops = [loop for loop in self.loops if loop.mix(self.kinds)["exp2"]]
         return min(loops, key=lambda loop: len(loop.opcodes) / loop.mix(self.kinds)["exp2"], default=None)
 
@@ -92,7 +92,7 @@ def kind_of(opcode: str, kinds: dict[str, str]) -> str:
 
 
 def nvidia_binary(cubin: bytes) -> Binary:
-    """Reads a cubin with cuobjdump and nvdisasm, which Triton brings along."""
+    """Reads a cubin, with the cuobjdump and nvdisasm of Triton's package."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -110,7 +110,7 @@ def nvidia_binary(cubin: bytes) -> Binary:
 
 
 def amd_binary(text: str) -> Binary:
-    """Reads the assembler text."""
+    """Reads AMD's assembler text."""
     opcodes, loops = parse(text, amd_line)
     return Binary(
         registers=int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0]),
@@ -121,7 +121,7 @@ def amd_binary(text: str) -> Binary:
     )
 
 
-# A line of assembler is a label, or an opcode with the label it may jump to.
+# (label, opcode, label that the opcode may jump to) of a line of assembler.
 Line = tuple[str | None, str | None, str | None]
 
 
@@ -130,7 +130,7 @@ def nvidia_line(line: str) -> Line:
         return label[1], None, None
     if instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Za-z0-9_.]*)(.*)", line):
         target = re.search(r"`\((\.L_x?_?\d+)\)", instruction[2]) if instruction[1].startswith("BRA") else None
-        # How many products may be under way is what a wait says in its operands.
+        # A wait's operands say how many products may remain in flight.
         name = instruction[1] + (instruction[2].partition(";")[0].rstrip() if "DEPBAR" in instruction[1] else "")
         return None, name, target[1] if target else None
     return None, None, None
@@ -146,7 +146,7 @@ def amd_line(line: str) -> Line:
 
 
 def parse(text: str, read: Callable[[str], Line]) -> tuple[list[str], tuple[Loop, ...]]:
-    """(all opcodes, the loops: what lies between a label and a jump back to it)."""
+    """Returns all opcodes, and the loops: the opcodes between a label and a jump back to it."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     loops = []

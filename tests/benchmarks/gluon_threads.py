@@ -202,8 +202,8 @@ class Program:
         return result
 
 
-def start(kernel: GluonJITFunction[Any], programs: int, **arguments: Any) -> None:
-    """In the place of rhythm.kernels.launch.start: every program, one after the other."""
+def launch(kernel: GluonJITFunction[Any], programs: int, **arguments: Any) -> None:
+    """Runs every program, one after the other, in the place of rhythm.kernels.launch.launch."""
     for name, x in arguments.items():
         if isinstance(x, Tensor):
             arguments[name] = Pointer(x)

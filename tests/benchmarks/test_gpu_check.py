@@ -16,8 +16,8 @@ from benchmarks.gpu.check import Selection
 from benchmarks.gpu.clock import Budget
 from benchmarks.gpu.suite import Settings
 from benchmarks.shapes import Inputs, Shape
-from rhythm.kernels.configurations import TABLES, Kind, Tile
 from rhythm.kernels.launch import _forced
+from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # numpy's and flex attention's, uncompiled
@@ -79,7 +79,7 @@ def test_a_wrong_kernel_is_bisected(
 
         def wrong_with_large_tiles() -> Any:
             found, choice = call(), _forced.get()
-            small = choice is not None and choice(Kind("row", 2, 16)) == [Tile(32, 32, 4, 1)]
+            small = choice is not None and choice(KernelKey("row", 2, 16)) == [Tile(32, 32, 4, 1)]
             return found if small else found | {"waad": found["waad"] + 0.5}
 
         return wrong_with_large_tiles

@@ -19,8 +19,8 @@ from benchmarks.gpu import race, tile_race
 from benchmarks.gpu.clock import Budget, MadeUpClock
 from benchmarks.gpu.suite import Settings
 from benchmarks.shapes import Inputs, Shape
-from rhythm.kernels.configurations import TABLES, Kind, Tile
-from rhythm.kernels.launch import _forced, launch
+from rhythm.kernels.launch import _forced, run_with_tile
+from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # numpy's and flex attention's, uncompiled
@@ -94,7 +94,7 @@ def without_room(op: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any, **more: Any) -> Any:
         choice = _forced.get()
-        if choice is not None and TILES[2] in choice(Kind("row", 2, 16)):
+        if choice is not None and TILES[2] in choice(KernelKey("row", 2, 16)):
             raise OutOfResources(300, 200, "shared memory")
         return op(*arguments, **more)
 
@@ -137,17 +137,17 @@ def test_a_tile_with_other_results_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 def test_only_the_raced_sweep_runs_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[int]] = {}
 
-    def launched(kind: Kind, *arguments: Any, **more: Any) -> None:
+    def watched(key: KernelKey, *arguments: Any, **more: Any) -> Any:
         choice = _forced.get()
         assert choice is not None
-        seen.setdefault(kind.sweep, []).append(len(choice(kind)))
-        launch(kind, *arguments, **more)
+        seen.setdefault(key.kernel, []).append(len(choice(key)))
+        return run_with_tile(key, *arguments, **more)
 
     class Watching(MadeUpClock):
         def race_replays(self, runs: Any, rounds: int) -> Any:
             for name, module in list(sys.modules.items()):
-                if name.startswith("rhythm.kernels.") and getattr(module, "launch", None) is launch:
-                    monkeypatch.setattr(module, "launch", launched)
+                if name.startswith("rhythm.kernels.") and getattr(module, "run_with_tile", None) is run_with_tile:
+                    monkeypatch.setattr(module, "run_with_tile", watched)
             return super().race_replays(runs, rounds)
 
     tile_race.tiles_part("row", SHAPE, Watching(), 2, Budget(100))

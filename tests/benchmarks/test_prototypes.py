@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 @pytest.fixture(autouse=not GPU)
 def _gluon_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gluon_row", "gluon_values"):
-        monkeypatch.setattr(f"benchmarks.gpu.prototypes.{module}.start", _gluon_threads().start)
+        monkeypatch.setattr(f"benchmarks.gpu.prototypes.{module}.launch", _gluon_threads().launch)
 
 
 @cache

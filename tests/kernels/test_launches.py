@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs the extra triton")
 
 from rhythm import attention_statistics, attention_with_statistics
 from rhythm.kernels import Sequences, mean_span, undefined_results
-from rhythm.kernels.launch import start
+from rhythm.kernels.launch import launch
 from rhythm.kernels.mean_span import BlockSums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,18 +24,18 @@ pytestmark = [
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that are started; tensors may not be filled by torch."""
+    """Names of the kernels that are launched; filling a tensor by torch raises."""
     names: list[str] = []
 
     def recorded(kernel: Any, programs: int, **arguments: Any) -> None:
         names.append(kernel.fn.__name__)
-        start(kernel, programs, **arguments)
+        launch(kernel, programs, **arguments)
 
     def refuse(*arguments: object, **options: object) -> None:
-        raise AssertionError("a launch of torch's own")
+        raise AssertionError("torch launched a kernel of its own")
 
     for module in ("results", "row_sweep", "mean_span", "column_sweep", "bands", "values"):
-        monkeypatch.setattr(sys.modules[f"rhythm.kernels.{module}"], "start", recorded)
+        monkeypatch.setattr(sys.modules[f"rhythm.kernels.{module}"], "launch", recorded)
     monkeypatch.setattr(torch, "full", refuse)
     monkeypatch.setattr(torch.Tensor, "new_full", refuse)
     return names

@@ -11,8 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs the extra triton")
 
-from rhythm.kernels.configurations import Kind, Tile
 from rhythm.kernels.launch import forced
+from rhythm.kernels.tile_tables import KernelKey, Tile
 from rhythm.ops import reference
 from rhythm.ops.arguments import Layout
 from rhythm.ops.backends import triton as backend
@@ -38,10 +38,10 @@ def test_tile_shapes_and_loaders(sizes: tuple[int, int], tma: bool, horizon: tup
         "prompt_lens": [20, 0, 33],
         "horizon": horizon,
     }
-    seen: list[Kind] = []
+    seen: list[KernelKey] = []
 
-    def choose(kind: Kind) -> list[Tile]:
-        seen.append(kind)
+    def choose(key: KernelKey) -> list[Tile]:
+        seen.append(key)
         return [Tile(*sizes, 1, 1, tma)]
 
     expected_out, expected = attention_with_statistics(q, k, v, backend="reference", **arguments)
@@ -55,14 +55,14 @@ def test_tile_shapes_and_loaders(sizes: tuple[int, int], tma: bool, horizon: tup
     torch.testing.assert_close(bands.waad, expected.waad, rtol=2e-5, atol=2e-6, equal_nan=True)
     torch.testing.assert_close(bands.fai, expected.fai, rtol=2e-5, atol=2e-6, equal_nan=True)
     band = "" if horizon[1] is None else "_band"
-    assert [kind.sweep for kind in seen] == ["row_values", f"column{band}", "row", f"column{band}", f"bands{band}"]
+    assert [key.kernel for key in seen] == ["row_values", f"column{band}", "row", f"column{band}", f"bands{band}"]
 
 
 def test_batched_through_descriptors() -> None:
     """The tensor memory accelerator sees [B, T, H, D] with the heads outside, as transformers lays them out."""
     q, k, v = (normal(2, heads, 130, 32, seed=heads).transpose(1, 2) for heads in (4, 2, 2))
     expected_out, expected = attention_with_statistics(q, k, v, prompt_lens=[7, 60], backend="reference")
-    with forced(lambda kind: [Tile(32, 32, 1, 1, True)]):
+    with forced(lambda key: [Tile(32, 32, 1, 1, True)]):
         out, actual = attention_with_statistics(q, k, v, prompt_lens=[7, 60], backend="triton")
     torch.testing.assert_close(out, expected_out, rtol=2e-5, atol=2e-6)
     assert_same(actual, expected)
@@ -102,7 +102,7 @@ def test_131072_tokens() -> None:
     """The last rows of a long sequence against the definition in fp64; far spans are counted to the token."""
     tokens, rows = 131072, 40
     q, k = normal(tokens, 1, 16), normal(tokens, 1, 16, seed=1)
-    with forced(lambda kind: [Tile(64, 1024, 1, 1)]):
+    with forced(lambda key: [Tile(64, 1024, 1, 1)]):
         actual = attention_statistics(q, k, prompt_lens=[tokens - rows], backend="triton")
     position = torch.arange(tokens, dtype=torch.float64, device=DEVICE)
     score = q[-rows:, 0].double() @ k[:, 0].double().T / 4

@@ -19,13 +19,13 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from rhythm import attention_statistics, attention_with_statistics
 from rhythm.kernels import tuning
-from rhythm.kernels.configurations import SWEEPS, TABLES, Kind, Tile, architecture, candidates, needed_memory
-from rhythm.kernels.launch import launch, options
+from rhythm.kernels.launch import options, run_with_tile
+from rhythm.kernels.tile_tables import KERNELS, TABLES, KernelKey, Tile, architecture, candidates, needed_memory
 from rhythm.kernels.tuning import Sample
 
 pytestmark = pytest.mark.triton
 
-ROW = Kind("row", 2, 128)
+ROW = KernelKey("row", 2, 128)
 KB = 1024
 MEASURED = tuning.measured
 FAST, SLOW = Tile(32, 32, 1, 1), Tile(64, 64, 1, 1)
@@ -34,10 +34,10 @@ FAST, SLOW = Tile(32, 32, 1, 1), Tile(64, 64, 1, 1)
 def test_needed_memory() -> None:
     # 128 rows of q stay, two stages of 64 keys come: 256 rows of 128 two-byte elements; with values twice the keys.
     assert needed_memory(Tile(128, 64, 4, 2), ROW) == 256 * 256
-    assert needed_memory(Tile(128, 64, 4, 2), Kind("row_values", 2, 128)) == 384 * 256
+    assert needed_memory(Tile(128, 64, 4, 2), KernelKey("row_values", 2, 128)) == 384 * 256
     # Columns: the keys stay, the rows come.
-    assert needed_memory(Tile(128, 64, 4, 2), Kind("column", 4, 64)) == (64 + 2 * 128) * 256
-    assert needed_memory(Tile(128, 64, 4, 2), Kind("bands_band", 4, 64)) == (64 + 2 * 128) * 256
+    assert needed_memory(Tile(128, 64, 4, 2), KernelKey("column", 4, 64)) == (64 + 2 * 128) * 256
+    assert needed_memory(Tile(128, 64, 4, 2), KernelKey("bands_band", 4, 64)) == (64 + 2 * 128) * 256
 
 
 def test_candidates_fit_and_load_as_they_can() -> None:
@@ -52,20 +52,20 @@ def test_candidates_fit_and_load_as_they_can() -> None:
 
 
 def test_columns_to_the_end_are_held_to_two_programs_a_multiprocessor() -> None:
-    for sweep in ("column", "bands"):
-        first = candidates("sm_90", Kind(sweep, 2, 128), 227 * KB, tma=True)[0]
+    for kernel in ("column", "bands"):
+        first = candidates("sm_90", KernelKey(kernel, 2, 128), 227 * KB, tma=True)[0]
         assert (first.max_registers, options(first)["maxnreg"]) == (128, 128)
-        assert candidates("sm_100", Kind(sweep, 2, 128), 227 * KB, tma=True)[0].max_registers is None
+        assert candidates("sm_100", KernelKey(kernel, 2, 128), 227 * KB, tma=True)[0].max_registers is None
     assert options(FAST) == {"num_warps": 1, "num_stages": 1}  # AMD's compiler refuses even a None
 
 
 @pytest.mark.parametrize("arch", TABLES)
 def test_every_table_is_complete(arch: str) -> None:
-    for sweep in SWEEPS:
+    for kernel in KERNELS:
         for itemsize in (2, 4):
             for padded in (16, 64, 128, 256):
-                tile = candidates(arch, Kind(sweep, itemsize, padded), 160 * KB, tma=True)[0]
-                assert needed_memory(tile, Kind(sweep, itemsize, padded)) <= 160 * KB
+                tile = candidates(arch, KernelKey(kernel, itemsize, padded), 160 * KB, tma=True)[0]
+                assert needed_memory(tile, KernelKey(kernel, itemsize, padded)) <= 160 * KB
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def heads(tokens: int = 3, query: int = 2, key: int = 1, size: int = 128, dtype:
     return torch.ones(tokens, query, size, dtype=dtype), torch.ones(tokens, key, size, dtype=dtype)
 
 
-def launched(*qk: Tensor, kind: Kind = ROW) -> list[Tile]:
+def launched(*qk: Tensor, key: KernelKey = ROW) -> list[Tile]:
     ran: list[Tile] = []
     q, k = qk or heads()
-    launch(kind, q, k, False, ran.append, lambda sample: None)
+    run_with_tile(key, q, k, False, ran.append, lambda sample: None)
     return ran
 
 
@@ -135,13 +135,13 @@ def test_tiles_race_on_a_sample_of_one_length(races: list[Tile], monkeypatch: py
         run(tile)
         return 0.0
 
-    def again(sample: Sample) -> None:
-        launch(ROW, sample.q, sample.k, False, lambda tile: seen.append((tile, sample)), again)
+    def on_sample(sample: Sample) -> None:
+        run_with_tile(ROW, sample.q, sample.k, False, lambda tile: seen.append((tile, sample)), on_sample)
 
     monkeypatch.setattr(tuning, "measured", measured)
     before = torch.get_rng_state()
     q, k = heads(size=80)
-    launch(ROW, q, k, False, lambda tile: None, again)
+    run_with_tile(ROW, q, k, False, lambda tile: None, on_sample)
     assert torch.equal(torch.get_rng_state(), before)
     assert [tile for tile, _ in seen] == [SLOW, FAST]
     for _, sample in seen:
@@ -153,36 +153,36 @@ def test_tiles_race_on_a_sample_of_one_length(races: list[Tile], monkeypatch: py
         assert {x.shape for x in (sample.lse, *sample.results)} == {(2, 8192)}
 
 
-@pytest.mark.parametrize("sweep", ["row", "row_values", "column", "column_band", "bands", "bands_band", "sampled"])
-def test_every_launcher_races_itself(sweep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["row", "row_values", "column", "column_band", "bands", "bands_band", "sampled"])
+def test_every_launcher_races_itself(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a sample of 96 tokens: kernels run, and every tile gets its turn."""
     monkeypatch.setenv("RHYTHM_AUTOTUNE", "1")
     monkeypatch.setattr(tuning, "RACED_TOKENS", 96)
     monkeypatch.setattr("rhythm.kernels.launch.candidates", lambda *a, **options: [FAST, Tile(16, 32, 1, 1)])
-    raced: list[Kind] = []
+    raced: list[KernelKey] = []
 
-    def tuned(kind: Kind, q: Tensor, k: Tensor, tiles: list[Tile], run: Callable[[Sample, Tile], None]) -> Tile:
+    def tuned(key: KernelKey, q: Tensor, k: Tensor, tiles: list[Tile], run: Callable[[Sample, Tile], None]) -> Tile:
         sample = Sample.like(q, k)
         for tile in tiles:
             run(sample, tile)
-        raced.append(kind)
+        raced.append(key)
         assert sample.results[0].isfinite().all()
-        if sweep not in ("row", "sampled"):
+        if kernel not in ("row", "sampled"):
             assert (sample.results[0] != 9.5).any()
         return tiles[0]
 
     monkeypatch.setattr("rhythm.kernels.launch.tuned", tuned)
     q = torch.ones(40, 2, 16)
-    horizon = (2, 9 if sweep.endswith("_band") else None)
+    horizon = (2, 9 if kernel.endswith("_band") else None)
     lse = torch.arange(1.0, 41).log().expand(2, 40)
-    if sweep == "row_values":
+    if kernel == "row_values":
         attention_with_statistics(q, q, q, backend="triton")
-    elif sweep == "sampled":
+    elif kernel == "sampled":
         attention_statistics(q, q, lse=lse, span_rows=4, backend="triton")
     else:
-        given = {"lse": lse, "span": False} if sweep.startswith("bands") else {}
+        given = {"lse": lse, "span": False} if kernel.startswith("bands") else {}
         attention_statistics(q, q, horizon=horizon, backend="triton", **given)
-    assert sweep in [kind.sweep for kind in raced]
+    assert kernel in [key.kernel for key in raced]
 
 
 def test_a_winner_is_of_its_heads_and_type(races: list[Tile]) -> None:
@@ -195,13 +195,13 @@ def test_a_winner_is_of_its_heads_and_type(races: list[Tile]) -> None:
         heads(dtype=torch.float32),
     ]
     for q, k in ways:
-        assert launched(q, k, kind=Kind("row", q.element_size(), 128)) == [FAST]
+        assert launched(q, k, key=KernelKey("row", q.element_size(), 128)) == [FAST]
     assert len(races) == 2 * 4
-    assert launched(*heads(dtype=torch.float32), kind=Kind("row", 4, 128)) == [FAST]
+    assert launched(*heads(dtype=torch.float32), key=KernelKey("row", 4, 128)) == [FAST]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        assert launched(*heads(dtype=torch.float32), kind=Kind("row", 4, 128)) == [FAST]
+        assert launched(*heads(dtype=torch.float32), key=KernelKey("row", 4, 128)) == [FAST]
     finally:
         torch.set_float32_matmul_precision(before)
     assert len(races) == 2 * 5

@@ -17,7 +17,7 @@ from benchmarks.contestants import Outputs
 from benchmarks.gpu.prototypes.operands import blocks, common, results, tiles, two_programs
 from benchmarks.gpu.prototypes.sums import absorb_online, load_tile, moments, overflowed, store_rows
 from benchmarks.shapes import Inputs
-from rhythm.kernels.launch import start
+from rhythm.kernels.launch import launch
 from rhythm.kernels.tiles import upcast
 
 
@@ -64,7 +64,7 @@ def run(inputs: Inputs) -> Outputs:
     """span and lse; 128 rows × 128 keys, two programs to a multiprocessor."""
     rows = keys = 128
     found = results(inputs, rows)
-    start(
+    launch(
         fixed_kernel,
         inputs.shape.query_heads * blocks(inputs, rows),
         q_tiles=tiles(inputs.q, rows),

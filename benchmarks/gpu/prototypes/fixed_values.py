@@ -17,7 +17,7 @@ from benchmarks.gpu.prototypes.online import redo
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results, tiles
 from benchmarks.gpu.prototypes.sums import absorb_online, load_tile, overflowed, store_out, store_rows
 from benchmarks.shapes import Inputs
-from rhythm.kernels.launch import start
+from rhythm.kernels.launch import launch
 from rhythm.kernels.tiles import upcast
 
 
@@ -75,7 +75,7 @@ def fixed_values_kernel(
 def sweep(inputs: Inputs, *, rows: int = 128, keys: int = 128) -> Results:
     """One launch: spans, lse and output, wrong in the blocks whose flag is set."""
     found = results(inputs, rows, values=True)
-    start(
+    launch(
         fixed_values_kernel,
         inputs.shape.query_heads * blocks(inputs, rows),
         q_tiles=tiles(inputs.q, rows),

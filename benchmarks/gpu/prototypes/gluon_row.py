@@ -20,7 +20,7 @@ from benchmarks.gpu.prototypes.gluon_shim import load_tile, tiles
 from benchmarks.gpu.prototypes.online import redo
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results
 from benchmarks.shapes import Inputs
-from rhythm.kernels.launch import start
+from rhythm.kernels.launch import launch
 
 ROWS = 64  # of a warpgroup: of one instruction
 WARPGROUPS = 4
@@ -191,7 +191,7 @@ def gluon_row_kernel(
 def sweep(inputs: Inputs, *, keys: int, q_in_registers: bool) -> Results:
     """One launch: spans and lse, wrong in the blocks whose flag is set."""
     found = results(inputs, ROWS)
-    start(
+    launch(
         gluon_row_kernel,
         inputs.shape.query_heads * blocks(inputs, WARPGROUPS * ROWS),
         q_tiles=tiles(inputs.q, ROWS),

@@ -20,7 +20,7 @@ from benchmarks.gpu.prototypes.gluon_shim import load_tile, tiles
 from benchmarks.gpu.prototypes.online import redo
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results
 from benchmarks.shapes import Inputs
-from rhythm.kernels.launch import start
+from rhythm.kernels.launch import launch
 
 WARPGROUPS = 2
 
@@ -153,7 +153,7 @@ def gluon_values_kernel(
 def sweep(inputs: Inputs, *, keys: int = 128) -> Results:
     """One launch: spans, lse and output, wrong in the blocks whose flag is set."""
     found = results(inputs, ROWS, values=True)
-    start(
+    launch(
         gluon_values_kernel,
         inputs.shape.query_heads * blocks(inputs, WARPGROUPS * ROWS),
         q_tiles=tiles(inputs.q, ROWS),

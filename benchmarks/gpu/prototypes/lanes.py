@@ -18,7 +18,7 @@ from benchmarks.gpu.prototypes.online import redo
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results, tiles, two_programs
 from benchmarks.gpu.prototypes.sums import fold, load_tile, overflowed, store_rows
 from benchmarks.shapes import Inputs
-from rhythm.kernels.launch import start
+from rhythm.kernels.launch import launch
 from rhythm.kernels.tiles import upcast
 
 
@@ -70,7 +70,7 @@ def lanes_kernel(
 def sweep(inputs: Inputs, *, rows: int = 128, keys: int = 128) -> Results:
     """One launch: spans and lse, wrong in the blocks whose flag is set."""
     found = results(inputs, rows)
-    start(
+    launch(
         lanes_kernel,
         inputs.shape.query_heads * blocks(inputs, rows),
         q_tiles=tiles(inputs.q, rows),

@@ -15,7 +15,7 @@ from benchmarks.contestants import Outputs
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results, tiles, two_programs
 from benchmarks.gpu.prototypes.sums import absorb_online, load_tile, store_out, store_rows
 from benchmarks.shapes import Inputs
-from rhythm.kernels.launch import start
+from rhythm.kernels.launch import launch
 from rhythm.kernels.tiles import upcast
 
 
@@ -68,7 +68,7 @@ def redo(inputs: Inputs, found: Results, rows: int, *, values: bool = False) -> 
 
 def _start(inputs: Inputs, found: Results, rows: int, values: bool, flagged: bool, **settings: int) -> None:
     keys = settings["KEYS"]
-    start(
+    launch(
         online_kernel,
         inputs.shape.query_heads * blocks(inputs, rows),
         q_tiles=tiles(inputs.q, rows),

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.contestants import Outputs
 from benchmarks.shapes import Inputs
-from rhythm.kernels.tiles import LOG2_E, describable
+from rhythm.kernels.tiles import LOG2_E, tma_compatible
 
 HEAD_SIZES = (64, 128)
 
@@ -32,7 +32,7 @@ def check(inputs: Inputs) -> None:
     if shape.head_size not in HEAD_SIZES:
         raise ValueError(f"shape.head_size is {shape.head_size}; prototypes take {HEAD_SIZES[0]} or {HEAD_SIZES[1]}")
     for name, x in (("q", q), ("k", inputs.k), ("v", inputs.v)):
-        if not x.is_contiguous() or not (x.is_meta or describable(x)):
+        if not x.is_contiguous() or not (x.is_meta or tma_compatible(x)):
             raise ValueError(
                 f"{name} has strides {x.stride()}; prototypes take contiguous tensors, aligned to 16 bytes"
             )
@@ -83,7 +83,7 @@ def common(inputs: Inputs) -> dict[str, int | float]:
     return {
         "tokens": shape.tokens,
         "heads": shape.query_heads,
-        "scale": inputs.scale * LOG2_E,
+        "scale": inputs.scale * LOG2_E.value,
         "GROUP": shape.query_heads // shape.key_heads,
         "D": shape.head_size,
         "enable_fp_fusion": True,  # a multiply and an add are one instruction; Triton's default is about to change

@@ -1,8 +1,8 @@
-"""Compiles every kernel for sm_90 in the ways a launch may specialise it; run by test_compile_ahead.py.
+"""Compiles every kernel for sm_90 in the ways a launch may specialize it; run by test_compile_ahead.py.
 
-Triton makes constants of integers that are 1 and of strides, which its interpreter does not: what compiles for one
-batch need not for another. With --batches: how many variants of each kernel batches of all lengths take, where nothing
-but numbers of tokens and sequences, windows and horizons differs.
+Unlike its interpreter, Triton's compiler turns integers that are 1 into constants: what compiles for one batch need not
+compile for another. With --batches: prints how many variants of each kernel are compiled for batches that differ in
+nothing but numbers of tokens and sequences, windows and horizons.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from rhythm.kernels import (
     sampled_span,
     undefined_results,
 )
-from rhythm.kernels.configurations import Tile
-from rhythm.kernels.inspect.compile_ahead import ARCHITECTURES, _active, _kernels
+from rhythm.kernels.inspect.compile_ahead import ARCHITECTURES, _active, jit_functions
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.mean_span import BlockSums
+from rhythm.kernels.tile_tables import Tile
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "one packed sequence": {"cu_seqlens": 2, "prompt_lens": 1},
@@ -104,13 +104,13 @@ def launches(
 
 
 def count_variants() -> None:
-    for kernel in _kernels():
+    for kernel in jit_functions():
         kernel.device_caches.clear()
-    with _active(ARCHITECTURES["sm_90"]), compiling(lambda kernel: None), forced(lambda kind: [Tile(64, 64, 4, 2)]):
+    with _active(ARCHITECTURES["sm_90"]), compiling(lambda kernel: None), forced(lambda key: [Tile(64, 64, 4, 2)]):
         for options in BATCHES:
             for launch in launches(**options):
                 launch()
-    for kernel in _kernels():
+    for kernel in jit_functions():
         (caches,) = kernel.device_caches.values()
         print(f"{kernel.__name__}: {len(caches[0])}")
 
@@ -122,9 +122,9 @@ def main() -> None:
     for name, options in VARIANTS.items():
         compiled: list[Any] = []
         tile = Tile(32, 32, 4, 1) if options.get("dtype") == torch.float32 else Tile(64, 64, 4, 2)
-        with _active(ARCHITECTURES["sm_90"]), compiling(compiled.append), forced(lambda kind, tile=tile: [tile]):
+        with _active(ARCHITECTURES["sm_90"]), compiling(compiled.append), forced(lambda key, tile=tile: [tile]):
             for launch in launches(**options):
-                for kernel in _kernels():
+                for kernel in jit_functions():
                     kernel.device_caches.clear()
                 launch()
         print(f"{name}: {len(compiled)} kernels")

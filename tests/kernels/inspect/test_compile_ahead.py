@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def compile_ahead(*options: str) -> subprocess.CompletedProcess[str]:
 
 def key(kernel: dict[str, Any]) -> tuple[Any, ...]:
     tile = tuple((kernel["tile"] or {}).values())
-    return kernel["arch"], kernel["sweep"], kernel["dtype"], kernel["head_size"], tile
+    return kernel["arch"], kernel["kernel"], kernel["dtype"], kernel["head_size"], tile
 
 
 def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -65,19 +64,19 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any, ...], dict[str, Any]]) -> None:
-    assert {kernel["sweep"] for kernel in hopper} == LOOPS | {"mean_span", "results"}
+    assert {kernel["kernel"] for kernel in hopper} == LOOPS | {"mean_span", "results"}
     for kernel in hopper:
         recorded = record[key(kernel)]
         assert kernel["spills"] == 0, key(kernel)
         assert kernel["registers"] <= recorded["registers"], key(kernel)
         assert kernel["programs"] >= recorded["programs"], key(kernel)
-        if kernel["sweep"] in LOOPS:
+        if kernel["kernel"] in LOOPS:
             assert kernel["per_score"]["all"] <= 1.01 * recorded["per_score"]["all"], key(kernel)
             if recorded["barriers"] is not None:
                 assert kernel["immediate_waits"] <= recorded["immediate_waits"], key(kernel)
                 assert kernel["barriers"] <= recorded["barriers"], key(kernel)
             assert any("GMMA" in opcode for opcode in kernel["matrix"]) == (kernel["dtype"] == "bf16"), key(kernel)
-    (row,) = [k for k in hopper if (k["sweep"], k["dtype"], k["head_size"]) == ("row", "bf16", 128)]
+    (row,) = [k for k in hopper if (k["kernel"], k["dtype"], k["head_size"]) == ("row", "bf16", 128)]
     assert row["per_score"]["all"] <= 8
     assert 1 <= row["per_score"]["exp2"] <= 1.05
     assert row["registers"] <= 128
@@ -86,16 +85,16 @@ def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)
 def test_every_record_covers_every_shipped_tile(path: Path) -> None:
-    from rhythm.kernels.configurations import TABLES
+    from rhythm.kernels.tile_tables import TABLES
 
     record = read(path)
     assert json.loads(path.read_text(encoding="utf-8"))["triton"] == path.stem.removeprefix("triton-")
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        for sweep, groups in TABLES[arch].items():
+        for name, groups in TABLES[arch].items():
             for group, tiles in groups.items():
                 dtype, size = ("bf16", "fp32")[group.startswith("float")], int(group[-3:])
                 for tile in tiles:
-                    kernel = record[arch, sweep, dtype, size, tuple(asdict(tile).values())]
+                    kernel = record[arch, name, dtype, size, tile]
                     assert kernel["default"] == (tile == tiles[0]), kernel
                     spilling = arch == "gfx942" or (path.stem == "triton-3.6.0" and arch != "sm_90")
                     assert kernel["spills"] == 0 or spilling, kernel
@@ -104,13 +103,13 @@ def test_every_record_covers_every_shipped_tile(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("sweep", ["row", "column", "column_band", "bands", "bands_band"])
-def test_two_programs_share_a_multiprocessor_of_hopper(path: Path, sweep: str) -> None:
+@pytest.mark.parametrize("name", ["row", "column", "column_band", "bands", "bands_band"])
+def test_two_programs_share_a_multiprocessor_of_hopper(path: Path, name: str) -> None:
     """Heads of 128 in 2-byte types, with either Triton: one program alone leaves the units idle while it waits."""
-    from rhythm.kernels.configurations import TABLES
+    from rhythm.kernels.tile_tables import TABLES
 
-    default = TABLES["sm_90"][sweep]["half128"][0]
-    kernel = read(path)["sm_90", sweep, "bf16", 128, tuple(asdict(default).values())]
+    default = TABLES["sm_90"][name]["half128"][0]
+    kernel = read(path)["sm_90", name, "bf16", 128, default]
     assert kernel["default"]
     assert kernel["programs"] >= 2
     assert kernel["spills"] == 0
@@ -135,7 +134,7 @@ def test_programs_a_multiprocessor() -> None:
     ("options", "message"),
     [
         (("--arch", "sm_70"), "--arch names 'sm_70'; allowed are sm_80, sm_90, sm_100, gfx942"),
-        (("--sweeps", "row,rwo"), "--sweeps names 'rwo'; allowed are row, row_values"),
+        (("--kernels", "row,rwo"), "--kernels names 'rwo'; allowed are row, row_values"),
         (("--head-sizes", "96"), "--head-sizes names '96'; allowed are 16, 32"),
     ],
 )

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 
-# "bands" are columns and the window for a given lse; "_band" says that the horizon is finite.
-SWEEPS = ("row", "row_values", "column", "column_band", "bands", "bands_band", "sampled")
+# "bands" is columns and the window for a given lse; "_band" means that the horizon is finite.
+KERNELS = ("row", "row_values", "column", "column_band", "bands", "bands_band", "sampled")
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows (of q) and keys of a tile, warps of a program, stages of its pipeline, and who loads: TMA or threads.
+class Tile(NamedTuple):
+    """The sizes of a tile and the launch options that go with it; kernels take it as a constant.
 
-    max_registers: a limit on a thread's registers, where the compiler alone takes more than lets two programs share a
-    multiprocessor; None: no limit. NVIDIA only.
+    Attributes:
+        rows, keys: rows of q and keys in a tile.
+        warps: warps per program.
+        stages: stages of the pipeline that loads tiles.
+        tma: tiles are loaded by the tensor memory accelerator instead of by threads.
+        max_registers: limit on the registers per thread, for tiles where the compiler would otherwise take more than
+            lets two programs share a multiprocessor; None: no limit. NVIDIA only.
     """
 
     rows: int
@@ -30,16 +35,22 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What the best tile depends on. sweep: one of SWEEPS."""
+class KernelKey:
+    """What the best tile depends on.
 
-    sweep: str
-    itemsize: int  # bytes of an element of q
-    padded: int  # head size, padded
+    Attributes:
+        kernel: one of KERNELS.
+        itemsize: bytes per element of q.
+        padded: head size, padded to a power of two.
+    """
+
+    kernel: str
+    itemsize: int
+    padded: int
 
     @property
     def group(self) -> str:
-        """The table's column: types of 2 and 4 bytes, heads up to 128 and up to 256."""
+        """The column of the table: half (2 bytes) or float (4 bytes), heads up to 128 or up to 256."""
         return f"{'half' if self.itemsize == 2 else 'float'}{128 if self.padded <= 128 else 256}"
 
 
@@ -71,9 +82,9 @@ AMPERE = {
         "half256": [Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)],
     },
 }
-# Two programs of 128 registers a thread and about 100 kB share a multiprocessor: while one waits for its product, the
-# other takes exponentials. With values there is room for one. Left alone, Triton 3.6 takes 138 registers for the first
-# tile of columns; held to 128 it spills none.
+# Two programs of 128 registers per thread and about 100 kB share a multiprocessor: while one waits for its product, the
+# other computes exponentials. With values there is room for one. Without a limit Triton 3.6 takes 138 registers for
+# the first tile of columns; limited to 128 it spills none.
 HOPPER = {
     "row": {
         "half128": [
@@ -108,12 +119,13 @@ BLACKWELL = HOPPER | {
 }
 # Small tiles, so that short sequences reach every loop.
 INTERPRETER = {
-    sweep: {group: [Tile(32, 32, 1, 1)] for group in ("half128", "half256", "float128", "float256")} for sweep in SWEEPS
+    kernel: {group: [Tile(32, 32, 1, 1)] for group in ("half128", "half256", "float128", "float256")}
+    for kernel in KERNELS
 }
 
 
 def _joined(half: Mapping[str, dict[str, list[Tile]]]) -> dict[str, dict[str, list[Tile]]]:
-    table = {sweep: FLOATS[sweep] | of_half for sweep, of_half in half.items()}
+    table = {kernel: FLOATS[kernel] | of_half for kernel, of_half in half.items()}
     return table | {"bands": table["column"], "column_band": BAND, "bands_band": BAND, "sampled": BAND}
 
 
@@ -128,7 +140,7 @@ TABLES = {
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The table's name for a device."""
+    """The device's name in TABLES."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip:
@@ -139,21 +151,25 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have."""
+    """Bytes of shared memory that one program may take."""
     if device.type == "cpu":
         return 1 << 20
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
-def needed_memory(tile: Tile, kind: Kind) -> int:
-    """Bytes of shared memory that a tile takes: what stands, and what moves, once a stage."""
-    stands, moves = (tile.keys, tile.rows) if kind.sweep.startswith(("column", "bands")) else (tile.rows, tile.keys)
-    operands = 2 if kind.sweep == "row_values" else 1
-    return (stands + tile.stages * operands * moves) * kind.padded * kind.itemsize
+def needed_memory(tile: Tile, key: KernelKey) -> int:
+    """Bytes of shared memory per program: the operand that stays, and per stage the operands that are streamed."""
+    by_columns = key.kernel.startswith(("column", "bands"))
+    resident, streamed = (tile.keys, tile.rows) if by_columns else (tile.rows, tile.keys)
+    operands = 2 if key.kernel == "row_values" else 1
+    return (resident + tile.stages * operands * streamed) * key.padded * key.itemsize
 
 
-def candidates(table: str, kind: Kind, memory: int, tma: bool) -> list[Tile]:
-    """The table's tiles that fit; entries that ask for TMA where there is none load by threads instead."""
-    tiles = [tile if tma else replace(tile, tma=False) for tile in TABLES[table][kind.sweep][kind.group]]
-    fitting = [tile for tile in dict.fromkeys(tiles) if needed_memory(tile, kind) <= memory]
-    return fitting or [replace(min(tiles, key=lambda tile: needed_memory(tile, kind)), stages=1)]
+def candidates(table: str, key: KernelKey, memory: int, tma: bool) -> list[Tile]:
+    """The tiles of the table that fit into `memory` bytes; without `tma` all of them load by threads.
+
+    If none fits: the smallest, with one stage.
+    """
+    tiles = [tile if tma else tile._replace(tma=False) for tile in TABLES[table][key.kernel][key.group]]
+    fitting = [tile for tile in dict.fromkeys(tiles) if needed_memory(tile, key) <= memory]
+    return fitting or [min(tiles, key=lambda tile: needed_memory(tile, key))._replace(stages=1)]
