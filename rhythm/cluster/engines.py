@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rhythm.cluster.errors import LostError, TrainLostError
-from rhythm.cluster.hosts import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
 from rhythm.cluster.roles import Role
 from rhythm.cluster.rpc import Worker, call, collect
 from rhythm.cluster.session import Session
+from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
 from rhythm.cluster.utilization import Rates
 from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, select_heads

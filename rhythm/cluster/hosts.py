@@ -12,9 +12,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import torch
@@ -22,78 +21,17 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rhythm.checkpoints import load_model, loading_options
-from rhythm.cluster.config import PushKind, TrainRole
+from rhythm.cluster.config import PushKind
 from rhythm.cluster.object_store import ModelReceiver, ObjectStoreSender
+from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
 from rhythm.credit.config import SignalsConfig
-from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import to_device
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, Train, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
-from rhythm.engines.local.train import OptimizerConfig, TorchTrain
+from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.transfer import Bucket, WeightSender, buckets, make_sender
-from rhythm.engines.vllm.infer import VllmConfig, VllmInfer, prepare_environment
-
-Precision = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A method's return value, and the seconds it took."""
-
-    value: Any
-    seconds: float
-
-
-@dataclass(frozen=True)
-class NotFinite:
-    """Returned instead of a step's metrics: a NonFiniteError without its batch, which the driver has already."""
-
-    what: str
-    value: float
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """How to build actor_train. checkpoint: the initial weights, also those of the KL term's reference."""
-
-    role: TrainRole
-    checkpoint: Path
-    optimizer: OptimizerConfig
-    loss: LossConfig
-    temperature: float
-    micro_batch_size: int
-    precision: Precision
-    reference: bool
-    bucket_bytes: int
-    collective_seconds: float
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class InferSpec:
-    """How to build a replica of actor_infer. checkpoint: must not be deleted, because lost replicas start from it
-    again. vllm: None for transformers' generate.
-    """
-
-    vllm: VllmConfig | None
-    checkpoint: Path
-    max_length: int
-    end_ids: tuple[int, ...]
-    pad_id: int
-    precision: Precision
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class AttnSpec:
-    """How to build a replica of actor_attn. checkpoint: must not be deleted, as for InferSpec."""
-
-    checkpoint: Path
-    tap: SignalsConfig
-    micro_batch_size: int
-    precision: Precision
-    trust_remote_code: bool = False
+from rhythm.engines.vllm.infer import VllmInfer, prepare_environment
 
 
 class Host:

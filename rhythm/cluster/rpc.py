@@ -16,8 +16,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, TaskUnschedulableError
 
 from rhythm.cluster.errors import RemoteError
-from rhythm.cluster.hosts import Reply
 from rhythm.cluster.roles import Role
+from rhythm.cluster.specs import Reply
 
 GRACE_SECONDS = 10.0
 """Seconds to wait, after an exception in one of several processes that work together, for the death of another,

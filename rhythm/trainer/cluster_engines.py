@@ -127,8 +127,8 @@ def _build(
     config: TrainConfig, session: Session, end_ids: tuple[int, ...], pad_id: int, checkpoint: Path, restarts: int
 ) -> Engines:
     from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
-    from rhythm.cluster.hosts import AttnSpec, InferSpec, TrainSpec
     from rhythm.cluster.roles import Role
+    from rhythm.cluster.specs import AttnSpec, InferSpec, TrainSpec
     from rhythm.cluster.utilization import Rates
     from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 

@@ -88,7 +88,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_train(session: Session, rates: Rates, checkpoint: Path) -> ClusterTrain:
     from rhythm.cluster.engines import ClusterTrain
-    from rhythm.cluster.hosts import TrainSpec
+    from rhythm.cluster.specs import TrainSpec
 
     spec = TrainSpec(
         role=session.config.train,
@@ -115,8 +115,8 @@ def start_weight_sync(train: ClusterTrain, infer: ClusterInfer, attn: ClusterAtt
 @pytest.fixture(scope="module")
 def running(checkpoint: Path) -> Iterator[Cluster]:
     from rhythm.cluster.engines import ClusterAttn, ClusterInfer
-    from rhythm.cluster.hosts import AttnSpec, InferSpec
     from rhythm.cluster.session import Session
+    from rhythm.cluster.specs import AttnSpec, InferSpec
     from rhythm.cluster.utilization import Rates
 
     config = ClusterConfig.model_validate(

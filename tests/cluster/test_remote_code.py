@@ -67,7 +67,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train_spec(checkpoint: Path, trusted: bool) -> Any:
-    from rhythm.cluster.hosts import TrainSpec
+    from rhythm.cluster.specs import TrainSpec
 
     return TrainSpec(
         role=TrainRole(engine="torch"),
@@ -85,7 +85,8 @@ def train_spec(checkpoint: Path, trusted: bool) -> Any:
 
 
 def load_model(checkpoint: Path, trusted: bool) -> None:
-    from rhythm.cluster.hosts import AttnSpec, _load_model
+    from rhythm.cluster.hosts import _load_model
+    from rhythm.cluster.specs import AttnSpec
 
     _load_model(AttnSpec(checkpoint, SignalsConfig(), 2, "float32", trusted), torch.float32)
 

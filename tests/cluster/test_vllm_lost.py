@@ -26,8 +26,8 @@ def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone
     tmp_path: Path, cpu_seconds: Callable[[int], float], lost_midway: Callable[..., AbstractContextManager[None]]
 ) -> None:
     from rhythm.cluster.engines import ClusterInfer, ClusterTrain
-    from rhythm.cluster.hosts import InferSpec, TrainSpec
     from rhythm.cluster.session import Session
+    from rhythm.cluster.specs import InferSpec, TrainSpec
     from rhythm.cluster.utilization import Rates
     from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 
