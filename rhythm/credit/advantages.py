@@ -110,7 +110,7 @@ class GammaShare:
 
     Attributes:
         mass: the part of Σ|Ã| over response tokens that γ added, (Σ|Ã| − Σ|A|)/Σ|Ã|; 0 where all advantages
-            are 0.
+            are 0, negative where γ took some away (mean_preserving).
         amplified: fraction of the response tokens with γ > 1.
         applied: fraction of the response tokens whose advantage γ changed: amplified, of a response whose
             advantage is not 0, nor negative unless apply_to is "all".

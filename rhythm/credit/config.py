@@ -5,7 +5,7 @@ Shape suffixes: B responses, T positions.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ with needs("rhythm.credit"):
 
 Select = Literal["top", "bottom"]
 ApplyTo = Literal["nonnegative", "all"]
+Mass = Literal["as_is", "matched"]
 
 
 class QuantileThreshold(BaseModel, extra="forbid", frozen=True):
@@ -99,6 +100,20 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
         default="nonnegative", description="advantages that γ multiplies: the nonnegative ones, or all"
     )
 
+    mass: Mass = Field(
+        default="as_is",
+        description="matched scales γ − 1 by one factor a batch, so that its mean over the batch's response tokens is "
+        "(gamma_amp − 1)·top_fraction, for none too: then strategies differ only in where the credit goes",
+    )
+    mean_preserving: bool = Field(
+        default=False, description="divide γ by its mean over each response: credit is moved, none is added"
+    )
+    random_like: str | None = Field(
+        default=None,
+        description="random: draw as many tokens as this strategy selects in the same response, from its own "
+        "distribution over relative positions; tells attention from position",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _by_todays_names(cls, values: object) -> object:
@@ -109,7 +124,8 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
     @property
     def reads(self) -> frozenset[Reads]:
         """What the strategy reads; empty for one that needs no forward pass."""
-        return STRATEGIES[self.strategy].reads
+        like = frozenset() if self.random_like is None else STRATEGIES[self.random_like].reads
+        return STRATEGIES[self.strategy].reads | like
 
     @field_validator("strategy")
     @classmethod
@@ -117,3 +133,19 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
         if value not in STRATEGIES:
             raise ValueError(f"must be one of {', '.join(STRATEGIES)}, got {value!r}")
         return value
+
+    @field_validator("random_like")
+    @classmethod
+    def _selects(cls, value: str | None) -> str | None:
+        selecting = [name for name in STRATEGIES if name not in ("none", "random")]
+        if value is not None and value not in selecting:
+            raise ValueError(f"must be one of {', '.join(selecting)}, or null, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.random_like is not None and self.strategy != "random":
+            raise ValueError(f"random_like is {self.random_like!r}, which needs strategy random, not {self.strategy!r}")
+        if self.mass == "matched" and self.mean_preserving:
+            raise ValueError("mass is matched, and mean_preserving true: each undoes the other; must be one of them")
+        return self

@@ -7,7 +7,7 @@ Shape suffixes: B responses, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -80,11 +80,15 @@ def batch_credit_weights(
     generator: torch.Generator | None = None,
     *,
     entropy: Tensor | None = None,
+    whole_batch: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """γ of a batch of responses, each exactly as `credit_weights` gives it alone.
 
-    Neither padding nor the other rows matter. The strategy "random" draws one number per response token in
-    reading order, so on one generator a batch draws what its rows, one after the other, would draw.
+    Neither padding nor the other rows matter, but for the two options that are of the batch: mass="matched" scales
+    γ − 1 so that its mean over all response tokens is (gamma_amp − 1)·top_fraction (where nothing at all is selected,
+    γ stays 1; strategy "none" has γ = 1 + (gamma_amp − 1)·top_fraction everywhere), and random_like, see
+    `rhythm.credit.random_like`. The strategy "random" draws one number per response token in reading order, so on one
+    generator a batch draws what its rows, one after the other, would draw.
 
     Args:
         signals: [B, T] each; what they hold outside the responses is ignored. May be None for a strategy that
@@ -94,6 +98,8 @@ def batch_credit_weights(
         config: strategy and options.
         generator: for the strategy "random"; torch's default one if None.
         entropy: [B, T] nats, instead of signals.entropy.
+        whole_batch: adds up a tensor over the processes that share the batch, where these rows are but a part of it;
+            called alike in all of them.
 
     Returns:
         γ [B, T], fp32, detached; 1 outside the responses.
@@ -112,7 +118,7 @@ def batch_credit_weights(
             entropy = signals.entropy if entropy is None else entropy
     if entropy is not None:
         check_shape("entropy", entropy, shape)
-    return _gamma(attention, entropy, response_mask_BT.bool(), config, generator)
+    return _gamma(attention, entropy, response_mask_BT.bool(), config, generator, whole_batch)
 
 
 @torch.no_grad()
@@ -122,12 +128,14 @@ def _gamma(
     response_BT: Tensor,
     config: CreditConfig,
     generator: torch.Generator | None,
+    whole_batch: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """γ [B, T]; attention is (WAAD, FAI) or empty, the other arguments are those of batch_credit_weights."""
+    reader = config.random_like or config.strategy
     if "attention" in config.reads and not attention:
-        raise ValueError(f'signals is None; the strategy "{config.strategy}" needs them')
+        raise ValueError(f'signals is None; the strategy "{reader}" needs them')
     if "entropy" in config.reads and entropy_BT is None:
-        raise ValueError(f'entropy is None; the strategy "{config.strategy}" needs it')
+        raise ValueError(f'entropy is None; the strategy "{reader}" needs it')
     if response_BT.numel() == 0:
         return torch.ones(response_BT.shape, dtype=torch.float32, device=response_BT.device)
     inputs = StrategyInputs(
@@ -135,8 +143,24 @@ def _gamma(
         attention=tuple(_inside(x_BT, response_BT) for x_BT in attention),
         entropy=None if entropy_BT is None else _inside(entropy_BT, response_BT),
         generator=generator,
+        whole_batch=whole_batch,
     )
-    return 1 + (config.gamma_amp - 1) * STRATEGIES[config.strategy].bonus(inputs, config)
+    bonus_BT = STRATEGIES[config.strategy].bonus(inputs, config)
+    if config.mass == "matched":
+        bonus_BT = bonus_BT * _matching_factor(bonus_BT[response_BT], config.top_fraction, whole_batch)
+    gamma_BT = 1 + (config.gamma_amp - 1) * bonus_BT
+    if config.mean_preserving:
+        sum_B1 = torch.where(response_BT, gamma_BT, 0.0).double().sum(dim=-1, keepdim=True)
+        mean_B1 = sum_B1 / response_BT.sum(dim=-1, keepdim=True).clamp(min=1)
+        gamma_BT = torch.where(response_BT, (gamma_BT / mean_B1).float(), 1.0)
+    return gamma_BT
+
+
+def _matching_factor(bonus_N: Tensor, share: float, whole_batch: Callable[[Tensor], Tensor]) -> Tensor:
+    """What makes the mean bonus of all response tokens of the batch `share`; 1 where there is no bonus."""
+    # In fp64: the sum's last bits depend on how the batch is cut, and are gone in the fp32 of γ.
+    bonus, tokens = whole_batch(torch.stack([bonus_N.double().sum(), bonus_N.new_tensor(len(bonus_N)).double()]))
+    return torch.where(bonus > 0, share * tokens / bonus, 1.0)
 
 
 def _inside(x_BT: Tensor, response_BT: Tensor) -> Tensor:

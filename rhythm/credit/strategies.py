@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rhythm.credit.heads import as_fraction, ascending_rank
+from rhythm.credit.random_like import positions_like, uniform_scores
 
 if TYPE_CHECKING:
     from rhythm.credit.config import CreditConfig, Select
@@ -33,12 +34,14 @@ class StrategyInputs:
         attention: (WAAD, FAI); empty where they were not measured, and then the strategy does not read them.
         entropy: nats; None likewise.
         generator: for random numbers; torch's default one if None.
+        whole_batch: adds up a tensor over the processes that share the batch.
     """
 
     response: Tensor
     attention: tuple[Tensor, ...]
     entropy: Tensor | None
     generator: torch.Generator | None
+    whole_batch: Callable[[Tensor], Tensor] = lambda x: x
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,15 @@ class Strategy:
 
 
 def _none(inputs: StrategyInputs, config: CreditConfig) -> Tensor:
-    return torch.zeros(inputs.response.shape, dtype=torch.float32, device=inputs.response.device)
+    # At the mass of the others: the same for every token, so that only its place is left to differ.
+    return inputs.response.float() * (config.mass == "matched")
 
 
 def _random(inputs: StrategyInputs, config: CreditConfig) -> Tensor:
-    return _top_q(_random_scores(inputs.response, inputs.generator), config.top_fraction).float()
+    if config.random_like is None:
+        return _top_q(uniform_scores(inputs.response, inputs.generator), config.top_fraction).float()
+    chosen_BT = STRATEGIES[config.random_like].bonus(inputs, config) > 0
+    return positions_like(chosen_BT, inputs.response, inputs.generator, inputs.whole_batch).float()
 
 
 def _entropy(inputs: StrategyInputs, config: CreditConfig) -> Tensor:
@@ -122,20 +129,12 @@ def _top_q(x_BT: Tensor, q: float, select: Select = "top") -> Tensor:
     return ascending_rank(-x_BT if select == "top" else x_BT) < count_B1
 
 
-def _random_scores(response_BT: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[B, T] uniform, drawn in reading order on the generator's own device; NaN outside the responses."""
-    device = response_BT.device if generator is None else generator.device
-    draws = torch.rand(int(response_BT.sum()), generator=generator, device=device)
-    scores_BT = torch.full(response_BT.shape, torch.nan, device=response_BT.device)
-    return scores_BT.masked_scatter_(response_BT, draws.to(response_BT.device))
-
-
 _NOTHING: frozenset[Reads] = frozenset()
 _ATTENTION: frozenset[Reads] = frozenset({"attention"})
 _ENTROPY: frozenset[Reads] = frozenset({"entropy"})
 
 STRATEGIES = {
-    "none": Strategy(_none, _NOTHING, "γ = 1, a control"),
+    "none": Strategy(_none, _NOTHING, "γ alike for all tokens (1 unless mass is matched), a control"),
     "random": Strategy(_random, _NOTHING, "tokens drawn at random, a control"),
     "entropy": Strategy(_entropy, _ENTROPY, "tokens of the highest entropy, a control"),
     "local_chunk": Strategy(_local_chunk, _ATTENTION, "where WAAD jumps, at the boundaries of phrases (eq. 14)"),

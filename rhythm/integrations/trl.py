@@ -42,9 +42,9 @@ class RhythmGRPOTrainer(GRPOTrainer):
     each generated batch, `per_device_train_batch_size` (or `…_eval_…`) rows at a time; γ, made of them once, is shared
     by all optimizer steps on that batch. Everything else is TRL's, and with `credit=None` all of it, bit for bit.
 
-    Logged beside TRL's metrics, over the completion tokens of all processes: rhythm/gamma_mean,
-    rhythm/amplified_fraction (tokens with γ > 1) and, where the strategy reads
-    attention, rhythm/waad_mean (tokens).
+    Logged beside TRL's metrics, over the completion tokens of all processes: rhythm/gamma_mean, rhythm/bonus_mass (the
+    mean of γ − 1), rhythm/amplified_fraction (tokens with γ > 1) and, where the strategy reads attention,
+    rhythm/waad_mean (tokens). The batch of mass="matched" and of random_like is the generated one of all processes.
 
     Args:
         model, reward_funcs, args, *rest, **options: as in GRPOTrainer.
@@ -90,7 +90,14 @@ class RhythmGRPOTrainer(GRPOTrainer):
         response_BT = torch.cat([torch.zeros_like(output["prompt_mask"]).bool(), completion_BC], dim=1)
         mask_BT = torch.cat([output["prompt_mask"].bool(), completion_BC], dim=1)
         signals, entropy_BT = self._read(credit, input_ids_BT, mask_BT, output["prompt_mask"].sum(dim=1))
-        gamma_BT = batch_credit_weights(signals, response_BT, credit.config, credit.generator, entropy=entropy_BT)
+        gamma_BT = batch_credit_weights(
+            signals,
+            response_BT,
+            credit.config,
+            credit.generator,
+            entropy=entropy_BT,
+            whole_batch=lambda x: self.accelerator.reduce(x, reduction="sum"),
+        )
         self._log_credit(gamma_BT[response_BT], None if signals is None else signals.waad[response_BT])
         gamma_BC = gamma_BT[:, -completion_BC.shape[1] :]
         return token_advantages(output["advantages"], gamma_BC, completion_BC, credit.config.apply_to)
@@ -127,6 +134,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         *totals, count = self.accelerator.reduce(local, reduction="sum").tolist()
         for name, value in zip(sums, totals, strict=True):
             self._metrics[mode][f"rhythm/{name}"].append(value / count if count else math.nan)
+        self._metrics[mode]["rhythm/bonus_mass"].append(self._metrics[mode]["rhythm/gamma_mean"][-1] - 1)
 
 
 def _check_credit(credit: RhythmCredit, args: GRPOConfig | None) -> None:
@@ -140,7 +148,7 @@ def _check_credit(credit: RhythmCredit, args: GRPOConfig | None) -> None:
             f"importance_sampling_level is {args.importance_sampling_level!r}; it must be 'token' for token credit: "
             "one ratio for a whole response gives all its tokens the same advantage"
         )
-    if credit.config.strategy == "entropy" and args.temperature != 1:
+    if "entropy" in credit.config.reads and args.temperature != 1:
         raise ValueError(
             f"temperature is {args.temperature}; it must be 1 for the strategy 'entropy', which is of the distribution "
             "that tokens were drawn from"

@@ -25,6 +25,7 @@ class RhythmCredit:
     """Token credit γ of a batch, by a forward pass of its own: `observe`, then `batch_credit_weights`.
 
     A strategy that reads no attention costs less: "entropy" a plain forward pass, "none" and "random" no pass at all.
+    The batch of mass="matched" and of random_like is that of one call.
 
         credit = RhythmCredit(strategy="coupled", alpha=0.25)
         gamma_BT = credit(model, input_ids, attention_mask, response_mask)

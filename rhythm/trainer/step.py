@@ -236,11 +236,15 @@ def _mean_metrics(step_metrics: list[StepMetrics]) -> Record:
 
 
 def _credit_metrics(credited: TokenCredit, advantages_B: Tensor, mask_BT: Tensor, credit: CreditConfig) -> Record:
-    """Mean γ over all response tokens, its share of the advantages, and mean WAAD (tokens) and FAI where defined."""
+    """Mean γ over all response tokens, the bonus mass (mean γ − 1), γ's share of the advantages, and mean WAAD (tokens)
+    and FAI where defined.
+    """
     share = gamma_share(advantages_B, credited.gamma, mask_BT, credit.apply_to)
     signals = credited.signals
+    gamma_mean = float(credited.gamma[mask_BT].double().mean())
     return {
-        "gamma_mean": float(credited.gamma[mask_BT].double().mean()),
+        "gamma_mean": gamma_mean,
+        "bonus_mass": gamma_mean - 1,
         "gamma_share": float(share.mass),
         "amplified_fraction": float(share.amplified),
         "applied_fraction": float(share.applied),

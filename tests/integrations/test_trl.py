@@ -128,7 +128,7 @@ def by_hand(batches: list[dict[str, Any]], credit: CreditConfig) -> list[tuple[T
             signals.waad[0, P:],
             signals.fai[0, P:],
             q=credit.top_fraction,
-            **credit.model_dump(exclude={"apply_to", "top_fraction"}),
+            **credit.model_dump(exclude={"apply_to", "top_fraction", "mass", "mean_preserving", "random_like"}),
         )
         applies = advantage >= 0 or credit.apply_to == "all"
         result.append((advantage * (gamma if applies else torch.ones_like(gamma)), gamma))
@@ -167,6 +167,22 @@ def test_advantages_that_reach_the_loss_are_multiplied_by_gamma(apply_to: Any, c
     assert any(kept) == (apply_to == "nonnegative")
 
 
+def test_matched_mass_is_that_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if another process had as many tokens and three times as much credit: the factor is that of both."""
+    trainer = made(tmp_path, credit=RhythmCredit(strategy="coupled", mass="matched", signals=SIGNALS))
+    scored(trainer)
+    alone = trainer._metrics["train"]["rhythm/bonus_mass"][-1]
+    assert alone == pytest.approx(0.5 * 0.4, rel=1e-5)
+    real = trainer.accelerator.reduce
+
+    def with_another(x: Tensor, reduction: str) -> Tensor:
+        return real(x, reduction=reduction) * (torch.tensor([4.0, 2.0]) if x.dtype == torch.float64 else 1.0)
+
+    monkeypatch.setattr(trainer.accelerator, "reduce", with_another)
+    scored(trainer)
+    assert trainer._metrics["train"]["rhythm/bonus_mass"][-1] == pytest.approx(alone / 2, rel=1e-5)
+
+
 def test_credit_changes_what_is_learnt(plain: Any, coupled: Any) -> None:
     assert not same(coupled, plain)
     # The first rollout is the same: what differs comes from γ.
@@ -179,6 +195,7 @@ def test_metrics_are_in_trls_log(coupled: Any, plain: Any) -> None:
     expected = by_hand(coupled.seen[:2], CreditConfig(strategy="coupled"))
     gamma = torch.cat([gamma for _, gamma in expected])
     assert first["rhythm/gamma_mean"] == pytest.approx(float(gamma.mean()), rel=1e-5)
+    assert first["rhythm/bonus_mass"] == pytest.approx(float(gamma.mean()) - 1, rel=1e-4)
     assert first["rhythm/amplified_fraction"] == pytest.approx(float((gamma > 1).float().mean()), rel=1e-5)
     model, waad = tiny().eval(), []
     for batch in coupled.seen[:2]:
