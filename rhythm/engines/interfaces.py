@@ -133,6 +133,19 @@ class Infer(Protocol):
         """`n` responses to each prompt. The same call with the same weights gives the same rollout."""
 
 
+class SeededInfer(Protocol):
+    """An Infer engine whose responses are independent of one another."""
+
+    def generate_each(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> Rollout:
+        """One response to each prompt, drawn by its own seed: a function of weights, prompt, sampling and that seed,
+        whatever rows it is generated with, up to the rounding of differently shaped sums.
+
+        Raises ValueError without prompts and for an empty prompt.
+        """
+
+
 class Train(Protocol):
     """The policy that learns.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rhythm.engines.batches import concatenate
 from rhythm.engines.head import exact_head
@@ -53,8 +54,7 @@ class GenerateInfer:
         """
         if n < 1:
             raise ValueError(f"n is {n}: must be at least 1")
-        if not prompts or not all(prompts):
-            raise ValueError("prompts: must hold at least one prompt, and no empty one")
+        _check_prompts(prompts)
         rows = [prompt for prompt in prompts for _ in range(n)]
         chunks = [rows[i : i + sampling.rows_at_once] for i in range(0, len(rows), sampling.rows_at_once)]
         device = self._model.device
@@ -64,26 +64,45 @@ class GenerateInfer:
         group_B = torch.arange(len(prompts), device=device).repeat_interleave(n)
         return replace(concatenate(parts, self._pad_id), group=group_B)
 
+    def generate_each(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> Rollout:
+        """See `rhythm.engines.interfaces.SeededInfer`."""
+        _check_prompts(prompts)
+        at_once = sampling.rows_at_once
+        parts = [
+            self._sample(prompts[i : i + at_once], sampling, seeds[i : i + at_once])
+            for i in range(0, len(prompts), at_once)
+        ]
+        return replace(concatenate(parts, self._pad_id), group=torch.arange(len(prompts), device=self._model.device))
+
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy in what is not this model's own already. Raises ValueError if `version` falls."""
         self._version = load_weights(self._model, weights, version, self._version)
 
     @torch.no_grad()
-    def _sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> Rollout:
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int] | None = None
+    ) -> Rollout:
+        """One response to each prompt; `seeds`: of every row, in place of torch's global generators."""
         model = self._model
         width = max(map(len, prompts))
         ids_BP = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
         prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
         mask_BP = torch.arange(width, device=model.device) >= width - prompt_lens_B[:, None]
         recorder = self._recorder = _LogProbRecorder(sampling.temperature or 1.0)
+        own_draws = seeds is not None and sampling.temperature > 0
+        processors: list[LogitsProcessor] = [recorder]
+        if seeds is not None and own_draws:
+            processors.append(_SeededDraws(sampling, seeds, model.device))
         was_training = model.training
         model.eval()
         with _own_generation_config(model), exact_head(model):
             sequences = model.generate(
                 input_ids=ids_BP,
                 attention_mask=mask_BP.long(),
-                generation_config=self._generation_config(sampling),
-                logits_processor=LogitsProcessorList([recorder]),
+                generation_config=self._generation_config(sampling, draw=sampling.temperature > 0 and not own_draws),
+                logits_processor=LogitsProcessorList(processors),
             )
         model.train(was_training)
         self._recorder = None
@@ -96,15 +115,15 @@ class GenerateInfer:
             self._pad_id,
         )
 
-    def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
-        greedy = sampling.temperature == 0
+    def _generation_config(self, sampling: SamplingConfig, *, draw: bool) -> GenerationConfig:
+        """`draw`: transformers does; else it takes the likeliest token of what the processors leave."""
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         return GenerationConfig(
-            do_sample=not greedy,
+            do_sample=draw,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self._end_ids,
             pad_token_id=self._pad_id,
-            **({} if greedy else drawn),
+            **(drawn if draw else {}),
         )
 
 
@@ -136,6 +155,41 @@ class _LogProbRecorder(LogitsProcessor):  # type: ignore[misc]  # transformers i
     def _pick(self, token_B: Tensor) -> None:
         if self._log_softmax_BV is not None:
             self._picked.append(self._log_softmax_BV.gather(1, token_B[:, None])[:, 0])
+
+
+class _SeededDraws(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+    """Draws each row's token by a generator of that row alone, and leaves that one token its logit.
+
+    The token is the first whose cumulative probability, after temperature, top-k and top-p, exceeds a uniform number:
+    one number per row and position, so a row's tokens do not depend on the rows beside it.
+    """
+
+    def __init__(self, sampling: SamplingConfig, seeds: Sequence[int], device: torch.device) -> None:
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        rows = [
+            torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        self._uniform_GB = torch.stack(rows, dim=1).to(device)
+        self._position = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative_BV = torch.softmax(self._warpers(input_ids, scores.float()), dim=-1).double().cumsum(dim=-1)
+        place = min(self._position, len(self._uniform_GB) - 1)  # generate may run a step ahead of the end
+        self._position += 1
+        # A share of the sum that was reached, which rounding keeps from being 1.
+        level_B1 = self._uniform_GB[place, :, None] * cumulative_BV[:, -1:]
+        token_B1 = torch.searchsorted(cumulative_BV, level_B1, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError("prompts: must hold at least one prompt, and no empty one")
 
 
 @contextmanager

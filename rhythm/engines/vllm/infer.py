@@ -154,9 +154,32 @@ class VllmInfer:
         Raises ValueError without prompts, for an empty prompt, for n < 1, and where a prompt leaves less than
         max_new_tokens within max_length; RuntimeError where the engine is not serving.
         """
-        self._must_be("serving")
         if n < 1:
             raise ValueError(f"n is {n}: must be at least 1")
+        rows = [(index, prompt, sample) for index, prompt in enumerate(prompts) for sample in range(n)]
+        return self._generate(
+            [prompt for _, prompt, _ in rows],
+            sampling,
+            [derive_seed(seed, index, sample) for index, _, sample in rows],
+            group=[index for index, _, _ in rows],
+        )
+
+    def generate_each(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> Rollout:
+        """See `rhythm.engines.interfaces.SeededInfer`; raises as `generate` does."""
+        return self._generate(prompts, sampling, seeds, group=range(len(prompts)))
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        *,
+        group: Sequence[int],
+    ) -> Rollout:
+        """One response to each prompt, by its own seed."""
+        self._must_be("serving")
         if not prompts or not all(prompts):
             raise ValueError("prompts: must hold at least one prompt, and no empty one")
         room = self._max_length - max(map(len, prompts))
@@ -166,17 +189,13 @@ class VllmInfer:
         # What an earlier call cached would change the order of this one's sums, and with it the rollout.
         self._reset_prefix_cache()
         common = self._drawing(sampling)
-        rows = [(index, prompt, sample) for index, prompt in enumerate(prompts) for sample in range(n)]
-        outputs = self._run(
-            [prompt for _, prompt, _ in rows],
-            [{**common, "seed": derive_seed(seed, index, sample)} for index, _, sample in rows],
-        )
+        outputs = self._run(prompts, [{**common, "seed": seed} for seed in seeds])
         responses = [output.outputs[0] for output in outputs]
         return assemble(
-            [prompt for _, prompt, _ in rows],
+            prompts,
             [list(response.token_ids) for response in responses],
             [list(response.logprobs.logprobs) for response in responses],
-            group=[index for index, _, _ in rows],
+            group=group,
             end_ids=self._end_ids,
             pad_id=self._pad_id,
         )

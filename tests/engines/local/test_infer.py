@@ -144,3 +144,49 @@ def test_bad_arguments(model: Any, prompts: list[list[int]], n: int, message: st
 def test_a_response_must_be_able_to_end(model: Any) -> None:
     with pytest.raises(ValueError, match="end_ids is empty"):
         engine(model, ())
+
+
+def test_a_seeded_row_does_not_depend_on_its_company(model: Any) -> None:
+    sampling = SamplingConfig(max_new_tokens=8)
+    together = engine(model).generate_each([*PROMPTS, PROMPTS[0]], sampling, [5, 6, 7, 8])
+    assert together.group.tolist() == [0, 1, 2, 3]
+    for row, (prompt, seed) in enumerate(zip([*PROMPTS, PROMPTS[0]], [5, 6, 7, 8], strict=True)):
+        alone = engine(model).generate_each([prompt], sampling, [seed])
+        assert together.input_ids[row][together.attention_mask[row]].tolist() == alone.input_ids[0].tolist()
+        longer = engine(model).generate_each([prompt], SamplingConfig(max_new_tokens=12), [seed])
+        assert longer.input_ids[0].tolist()[: alone.input_ids.shape[1]] == alone.input_ids[0].tolist()
+    first, last = (together.input_ids[row][together.attention_mask[row]].tolist() for row in (0, 3))
+    assert first != last  # the same prompt by another seed
+    torch.testing.assert_close(together.logprobs, naive_logprobs(model, together, 1.0), rtol=1e-4, atol=1e-5)
+
+
+def test_seeded_draws_have_the_distribution_asked_for(model: Any) -> None:
+    """Of 4,000 first tokens: each probability within five standard errors, and nothing outside top-k or top-p."""
+    logits = model(torch.tensor([PROMPTS[1]])).logits[0, -1].detach()
+    count = 4000
+    for sampling in (
+        SamplingConfig(temperature=0.5, max_new_tokens=1, rows_at_once=count),
+        SamplingConfig(temperature=0.5, top_k=3, max_new_tokens=1, rows_at_once=count),
+        SamplingConfig(temperature=0.5, top_p=0.6, max_new_tokens=1, rows_at_once=count),
+    ):
+        expected = (logits / sampling.temperature).softmax(dim=-1)
+        ranked = expected.sort(descending=True)
+        keep = torch.ones(len(expected), dtype=torch.bool)
+        if sampling.top_k:
+            keep = expected >= ranked.values[sampling.top_k - 1]
+        if sampling.top_p < 1:
+            within = int((ranked.values.cumsum(0) < sampling.top_p).sum()) + 1
+            keep = torch.zeros(len(expected), dtype=torch.bool).index_fill(0, ranked.indices[:within], True)
+        expected = expected * keep / expected[keep].sum()
+        rollout = engine(model).generate_each([PROMPTS[1]] * count, sampling, range(count))
+        found = torch.bincount(rollout.input_ids[:, len(PROMPTS[1])], minlength=len(expected)) / count
+        assert found[~keep].sum() == 0
+        assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
+
+
+def test_seeds_change_nothing_at_temperature_0(model: Any) -> None:
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    assert torch.equal(
+        engine(model).generate_each(PROMPTS, greedy, [1, 2, 3]).input_ids,
+        engine(model).generate(PROMPTS, 1, greedy, seed=9).input_ids,
+    )

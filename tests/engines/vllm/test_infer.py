@@ -55,6 +55,18 @@ def test_logprobs_are_those_of_the_sampling_temperature_before_top_p_and_top_k(
     assert rollout.logprobs[~rollout.response_mask].eq(0).all()
 
 
+def test_a_seeded_row_does_not_depend_on_its_company(engine: VllmInfer) -> None:
+    prompts, seeds = [PROMPTS[0], PROMPTS[1], PROMPTS[0]], [5, 6, 7]
+    together = engine.generate_each(prompts, SAMPLING, seeds)
+    assert together.group.tolist() == [0, 1, 2]
+    rows = [together.input_ids[row][: together.lens[row]].tolist() for row in range(3)]
+    assert rows == [
+        engine.generate_each([prompt], SAMPLING, [seed]).input_ids[0].tolist()
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    assert rows[0] != rows[2]  # the same prompt by another seed
+
+
 def test_rows_are_prompt_response_padding(engine: VllmInfer, tokenizer: Any) -> None:
     rollout = engine.generate(PROMPTS, 3, SamplingConfig(max_new_tokens=100), seed=1)
     assert rollout.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
