@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 from rhythm.system.extras import missing, package_of
+from rhythm.system.openmp import SpinWatch, choose_waiting
 
 CANT_RUN = 2
 
@@ -28,6 +30,7 @@ def doctor() -> int:
 
 def _run(name: str, *, extra: str) -> int:
     """The exit code of rhythm.cli.<name>.main(), or 2 where its module can't be imported without the extra."""
+    chosen = choose_waiting()  # before torch is loaded
     try:
         module = import_module(f"rhythm.cli.{name}")
     except ModuleNotFoundError as error:
@@ -36,5 +39,6 @@ def _run(name: str, *, extra: str) -> int:
             raise
         print(missing(f"rhythm-{name}", package, extra), file=sys.stderr)
         return CANT_RUN
-    code: int = module.main()
+    with SpinWatch() if chosen else nullcontext():
+        code: int = module.main()
     return code
