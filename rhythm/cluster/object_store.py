@@ -20,7 +20,7 @@ class ObjectStoreSender(WeightSender):
     """The sending end, in the trainer."""
 
     def stage(self, bucket: Bucket) -> dict[str, Any]:
-        """Put a bucket into the store, where it stays until the next one is staged and all receivers are done with it."""
+        """Put a bucket into the store, where it stays until the next is staged and all receivers are done with it."""
         ready = self._ready(bucket)
         flat = torch.cat([tensor.cpu().reshape(-1).view(torch.uint8) for _, tensor in ready])
         # In a list, because Ray would resolve a plain reference to its content when it is passed on.
