@@ -16,6 +16,7 @@ EXTRAS = {
     "matplotlib": "train",
     "rich": "train",
     "tensorboard": "train",
+    "wandb": "wandb",
     "yaml": "train",
     "pandas": "analyze",
     "scipy": "analyze",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveInt, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.credit.advantages import AdvantageConfig
@@ -128,6 +128,14 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     seed: int = Field(default=0, ge=0, description="seed of prompt order, sampling, shuffling and the random control")
     steps: int = Field(default=500, ge=0, description="training steps")
     tensorboard: bool = Field(default=True, description="also write TensorBoard events")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        default="disabled",
+        description="also log to Weights & Biases; offline: into the run's directory, for `wandb sync`",
+    )
+    profile_steps: tuple[PositiveInt, ...] = Field(
+        default=(),
+        description="steps whose torch profiler trace is written to profile/step_*.json; not on a cluster",
+    )
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
@@ -163,6 +171,15 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
         if said := renamed_keys(values, RENAMED):
             raise ValueError(said)
         return values
+
+    @model_validator(mode="after")
+    def _profiles_this_process(self) -> TrainConfig:
+        if self.profile_steps and self.cluster is not None:
+            raise ValueError(
+                f"profile_steps is {list(self.profile_steps)}: must be empty with a cluster: "
+                "its engines run in other processes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _samples(self) -> TrainConfig:

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from rhythm.trainer.setup import (
     open_reward_worker,
 )
 from rhythm.trainer.step import Engines, StepAbandonedError, train_step
+from rhythm.trainer.tracking import profiled
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,13 @@ def _train(
         engines.train.load(checkpoint)
         engines.weight_sync.sync(state.step)
         log.info("continuing after step %d, from %s", state.step, checkpoint)
-    metrics = MetricsLog(config.run_dir, tensorboard=config.tensorboard, after_step=state.step if resumed else None)
+    metrics = MetricsLog(
+        config.run_dir,
+        tensorboard=config.tensorboard,
+        after_step=state.step if resumed else None,
+        wandb=config.wandb,
+        config=config.model_dump(mode="json"),
+    )
     progress = RunProgress(console, steps=config.steps, done=state.step)
     with closing(metrics), Interrupts() as interrupts, progress:
         trainer = _Trainer(config, engines, task, tokenizer, metrics, progress, interrupts.asked)
@@ -176,16 +183,17 @@ class _Trainer:
         while state.step < self.config.steps and not self.stop_asked():
             watch = Stopwatch()
             try:
-                record, groups = train_step(
-                    self.engines,
-                    self.task,
-                    self.tokenizer,
-                    self.config,
-                    step=state.step + 1,
-                    groups=_groups(state),
-                    stop_asked=self.stop_asked,
-                    phase=self.progress.phase,
-                )
+                with self._profiled(state.step + 1):
+                    record, groups = train_step(
+                        self.engines,
+                        self.task,
+                        self.tokenizer,
+                        self.config,
+                        step=state.step + 1,
+                        groups=_groups(state),
+                        stop_asked=self.stop_asked,
+                        phase=self.progress.phase,
+                    )
             except StepAbandonedError:
                 break
             except NonFiniteError as error:
@@ -203,6 +211,10 @@ class _Trainer:
         if saved != state.step:
             self._save(state)
         return state
+
+    def _profiled(self, step: int) -> AbstractContextManager[None]:
+        path = self.config.run_dir / "profile" / f"step_{step:06d}.json"
+        return profiled(path) if step in self.config.profile_steps else nullcontext()
 
     def _measure_start(self, state: RunState) -> RunState:
         watch = Stopwatch()

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rhythm.system.writing import naming, replace_file
+from rhythm.trainer.tracking import WandbMode, WandbRun
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -51,14 +52,27 @@ class Stopwatch:
 
 
 class MetricsLog:
-    """Writes metrics.jsonl and, if wanted, TensorBoard events; removes from both the steps a resumed run repeats."""
+    """Writes metrics.jsonl and, if wanted, TensorBoard events, without the steps a resumed run repeats; logs to
+    Weights & Biases.
+    """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, after_step: int | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tensorboard: bool,
+        after_step: int | None,
+        wandb: WandbMode = "disabled",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Continue after `after_step`, or start from nothing for None.
 
         Missing or damaged lines of earlier steps are logged.
 
-        Raises ModuleNotFoundError, with the command that installs it, if TensorBoard is wanted and not installed.
+        `config`: of the run, for Weights & Biases.
+
+        Raises ModuleNotFoundError, with the command that installs it, if TensorBoard or Weights & Biases is wanted and
+        not installed, and ValueError if the latter can't start.
         """
         self._path = run_dir / "metrics.jsonl"
         self._events = run_dir / "tensorboard"
@@ -67,6 +81,7 @@ class MetricsLog:
         if tensorboard:
             with naming(self._events):
                 self._writer = _summary_writer(self._events, after_step)
+        self._wandb = None if wandb == "disabled" else WandbRun(run_dir, wandb, config or {})
 
     def write(self, record: Mapping[str, float]) -> None:
         """Append a step's numbers and flush them to disk. NaN and infinity are null in the file.
@@ -79,6 +94,8 @@ class MetricsLog:
             file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if self._wandb is not None:
+            self._wandb.write(values)
         if self._writer is not None:
             with naming(self._events):
                 for key, value in values.items():
@@ -87,7 +104,9 @@ class MetricsLog:
                 self._writer.flush()
 
     def close(self) -> None:
-        """Close the TensorBoard event file."""
+        """Finish the event file and the Weights & Biases run."""
+        if self._wandb is not None:
+            self._wandb.close()
         if self._writer is not None:
             with naming(self._events):
                 self._writer.close()

@@ -20,7 +20,17 @@ log = logging.getLogger(__name__)
 CONFIG, CHECKPOINTS, SAMPLES, LOGS = "config.yaml", "checkpoints", "samples", "logs"
 
 # Keys that may change when a run is resumed: its length, intervals, directories and memory-related sizes.
-_FREE = ("steps", "runs_dir", "tensorboard", "evaluation.", "checkpoint.", "warm_start.cache_dir", "cluster.")
+_FREE = (
+    "steps",
+    "runs_dir",
+    "tensorboard",
+    "wandb",
+    "profile_steps",
+    "evaluation.",
+    "checkpoint.",
+    "warm_start.cache_dir",
+    "cluster.",
+)
 _FREE_SIZES = ("batch.micro_batch_size", "optimizer.token_chunk", "model.device")
 _NOT_FREE = ("cluster.train.engine",)  # each trainer reads only its own checkpoints
 
