@@ -138,11 +138,12 @@ sanitize: install
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ../sanitize-venv/bin/python -m pytest \
 	  -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q -m "not slow" ../../tests/ops
 
-# The site, in build/site; links, anchors and generated pages are checked. RHYTHM_REPOSITORY, or pyproject's project.urls.Repository: the address that source
-# files are linked to.
+# The site, in build/site; links, anchors and generated pages are checked. RHYTHM_REPOSITORY, or Repository in pyproject's
+# project.urls: the address that source files are linked to.
+REPOSITORY = import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"].get("urls", {}).get("Repository", ""))
 docs: $(DOCS_STAMP)
 	$(BIN)/python -m pytest -q tests/docs/test_pages.py tests/test_signatures.py
-	RHYTHM_REPOSITORY="$${RHYTHM_REPOSITORY:-$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"].get("urls", {}).get("Repository", ""))')}" \
+	RHYTHM_REPOSITORY="$${RHYTHM_REPOSITORY:-$$($(BIN)/python -c '$(REPOSITORY)')}" \
 	  NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would not count warnings
 
 $(DOCS_STAMP): $(STAMP)
