@@ -214,7 +214,7 @@ class ClusterInfer(Replicas[InferSpec]):
         self.sleep()
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
-        """See rhythm.engines.interfaces.Infer. The same call with as many replicas gives the same rollout."""
+        """See rhythm.engines.interfaces.Infer. The rollout also depends on the number of replicas."""
         self.wake()
         started = time.perf_counter()
         parts = [list(part) for part in torch.arange(len(prompts)).tensor_split(len(self.workers)) if len(part)]

@@ -1,1 +1,1 @@
-"""What does the work: Infer, Train and Attn, each behind an interface of `rhythm.engines.interfaces`."""
+"""Engines that generate, train and compute signals, behind the interfaces of `rhythm.engines.interfaces`."""

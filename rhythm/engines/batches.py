@@ -1,4 +1,4 @@
-"""Rows and micro-batches of dataclasses that hold responses on axis 0 of every tensor."""
+"""Selects rows and micro-batches of dataclasses whose tensors all have the responses on axis 0."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ D = TypeVar("D", bound="DataclassInstance")
 
 
 def take_rows(items: D, index_n: Tensor) -> D:
-    """The responses of `index_n`, in its order."""
+    """The rows `index_n`, in that order."""
     return _map_tensors(items, lambda x: x[index_n.to(x.device)])
 
 
 def trim(items: D, width: int) -> D:
-    """The first `width` positions of every [B, T] tensor; what is cut off has to be padding."""
+    """The first `width` positions of every [B, T] tensor; the rest must be padding."""
     return _map_tensors(items, lambda x: x[:, :width] if x.ndim == 2 else x)
 
 
 def to_device(items: D, device: torch.device | str) -> D:
-    """The same on `device`."""
+    """The same dataclass with its tensors on `device`."""
     return _map_tensors(items, lambda x: x.to(device))
 
 
@@ -54,7 +54,7 @@ def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
 
 
 def micro_batches(rollout: Rollout, size: int) -> Iterator[tuple[Tensor, int]]:
-    """(row indices [≤ size], width) of each pass: rows of about equal length together, the longest first."""
+    """(row indices [≤ size], width) per micro-batch: rows sorted by length, the longest first."""
     lens_B = rollout.attention_mask.sum(dim=1)
     for index_n in torch.split(lens_B.argsort(descending=True, stable=True), size):
         yield index_n, int(lens_B[index_n].max())

@@ -1,9 +1,9 @@
-"""The output embedding in fp32: logits, log-probs and entropies from the product of hidden states and head.
+"""Computes logits, log-probs and entropies in fp32 from hidden states and the output embedding.
 
-In bfloat16 the product is kept in the fp32 that it is accumulated in. Rounded to bfloat16, logits up to 15 would be
-off by 0.03, which moves log-probs more than a step at learning rate 1e-6 does.
+With bfloat16 operands the product is kept in fp32, in which it is accumulated. Rounded to bfloat16, logits up to 15
+would be off by 0.03, which changes log-probs more than a step at learning rate 1e-6 does.
 
-Shape suffixes: N tokens, D width, V vocabulary (of this rank, where tensor ranks divide it), n tokens of a chunk,
+Shape suffixes: N tokens, D width, V vocabulary (this rank's part, if tensor ranks split it), n tokens of a chunk,
 v vocabulary entries of a slice.
 """
 
@@ -19,16 +19,16 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
 SLICE = 8192
-"""Vocabulary entries whose logits exist at once."""
+"""Vocabulary entries whose logits are in memory at a time."""
 
-_UNLIKELY = -200.0  # log-prob of a token whose probability is 0 in fp32; −inf would make 0 · −inf in entropies
+_UNLIKELY = -200.0  # log-prob of a token whose probability is 0 in fp32; with −inf, entropies would contain 0 · −inf
 _LOWEST = -1e30  # below any logit
 
 
 def output_head(model: Any) -> tuple[Tensor, Tensor | None]:
     """Weight [V, D] and bias of a transformers model's output embedding.
 
-    Raises ValueError where it is no plain linear layer, such as a quantised one.
+    Raises ValueError if it is not a plain linear layer, for example a quantized one.
     """
     head = model.get_output_embeddings()
     if not _is_plain(head):
@@ -46,23 +46,23 @@ def logprobs_and_entropies(
     bias_V: Tensor | None = None,
     group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probs of `token_N`, entropies), [N], nats, at `temperature`; differentiable once.
+    """(log-probs of `token_N`, entropies), each [N], in nats, at `temperature`; differentiable once.
 
-    Both are fp32 (fp64 of fp64). `group`: the tensor ranks that divide the vocabulary in equal parts, in their order;
-    each calls this with the same hidden states and gets the same results. Under autocast, hidden states and head are
-    rounded to its type, their product is not.
+    Both are fp32 (fp64 for fp64 inputs). `group`: the tensor ranks that split the vocabulary into equal parts, in rank
+    order; each must call this with the same hidden states and gets the same results. Under autocast, hidden states and
+    head are rounded to its dtype, but their product is not.
 
-    Logits exist for `chunk` tokens × SLICE entries at a time, in two copies, and again in the backward pass: memory is
-    O(chunk × SLICE), not O(N × V). On CUDA the gradients of logits are rounded to the operands' type.
+    Two copies of the logits of `chunk` tokens × SLICE entries are in memory at a time, also in the backward pass, so
+    memory is O(chunk × SLICE), not O(N × V). On CUDA the gradients of the logits are rounded to the operands' dtype.
     """
-    found: tuple[Tensor, Tensor] = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
+    results: tuple[Tensor, Tensor] = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, bias_V, token_N, temperature, chunk, _compute_type(hidden_ND), group
     )
-    return found
+    return results
 
 
 def exact_logits(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """[…, D] → […, V] in fp32, all of them at once; without gradients."""
+    """Logits […, V] in fp32 of hidden states […, D], all at once and without gradients."""
     hidden_ND = hidden.flatten(0, -2)
     logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight_VD), dtype=torch.float32)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def exact_logits(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None
 
 @contextmanager
 def exact_head(model: Any) -> Iterator[None]:
-    """Inside the block, a transformers model of lower precision gives `exact_logits`."""
+    """Context in which a transformers model of lower precision returns `exact_logits`."""
     head = model.get_output_embeddings()
     if not _is_plain(head) or head.weight.dtype == _wide(head.weight.dtype):
         yield
@@ -151,19 +151,19 @@ class _HeadLogProbs(torch.autograd.Function):
                     rounded_nv = grad_nv.to(operand_ND.dtype)
                     grad_hidden_ND[tokens] += _product(rounded_nv, weight_vD)
                     grad_weight_vD += _product(rounded_nv.T, operand_ND[tokens])
-                    del z_nv, grad_nv, rounded_nv  # before the next ones are made
+                    del z_nv, grad_nv, rounded_nv  # free them before the next ones are allocated
                 if grad_weight_VD is not None:
                     grad_weight_VD[here] = grad_weight_vD
                 if grad_bias_V is not None:
                     grad_bias_V[here] = grad_bias_v
-            if group is not None:  # each rank has what its part of the vocabulary adds
+            if group is not None:  # each rank has the contribution of its part of the vocabulary
                 distributed.all_reduce(grad_hidden_ND, group=group)
         return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, grad_bias_V, *[None] * 5
 
 
 @dataclass
 class _Sums:
-    """Over a vocabulary, of exp z' and z' · exp z' with z' = z − the highest z; and the token's own z; each [N]."""
+    """Over the vocabulary, with z' = z − max z: max z, Σ exp z' and Σ z' · exp z'; and the token's own z. All [N]."""
 
     highest_N: Tensor
     total_N: Tensor
@@ -180,7 +180,9 @@ class _Sums:
         chunk: int,
         dtype: torch.dtype,
     ) -> _Sums:
-        """Of this rank's part, by online softmax. place_N: the token's row of weight_VD; beyond it, another rank's."""
+        """Compute the sums over this rank's part by online softmax. place_N: row of weight_VD of the token; an index
+        outside weight_VD means that the token is on another rank.
+        """
         operand_ND = _operand(hidden_ND, dtype)
         none_N = operand_ND.new_zeros(len(operand_ND), dtype=_wide(dtype))
         sums = _Sums(none_N + _LOWEST, none_N.clone(), none_N.clone(), none_N.clone())
@@ -188,11 +190,11 @@ class _Sums:
             for tokens in _chunks(len(operand_ND), chunk):
                 z_nv = _scaled_logits(operand_ND[tokens], weight_vD, bias_V, here, temperature)
                 sums._add(tokens, z_nv, place_N[tokens] - here.start)
-                del z_nv  # before the next one is made
+                del z_nv  # free it before the next one is allocated
         return sums
 
     def _add(self, tokens: slice, z_nv: Tensor, place_n: Tensor) -> None:
-        """One slice of some tokens' logits, which are overwritten."""
+        """Add one slice of the logits of some tokens; overwrites z_nv."""
         inside_n, mine_n = _inside(place_n, z_nv.shape[1])
         self.picked_N[tokens] += z_nv.gather(1, inside_n[:, None])[:, 0].masked_fill(~mine_n, 0.0)
         self._raise(tokens, torch.maximum(self.highest_N[tokens], z_nv.amax(dim=1)))
@@ -201,7 +203,7 @@ class _Sums:
         self.weighted_N[tokens] += z_nv.mul_(exp_nv).sum(dim=1)
 
     def _raise(self, tokens: slice, highest_n: Tensor) -> None:
-        """Let both sums be relative to another highest logit."""
+        """Rescale both sums to another maximum."""
         fall_n = self.highest_N[tokens] - highest_n
         scale_n = fall_n.exp()
         self.weighted_N[tokens] += fall_n * self.total_N[tokens]
@@ -210,7 +212,7 @@ class _Sums:
         self.highest_N[tokens] = highest_n
 
     def add_up(self, group: Any) -> None:
-        """Over the ranks of `group`."""
+        """All-reduce over the ranks of `group`."""
         highest_N = self.highest_N.clone()
         distributed.all_reduce(highest_N, distributed.ReduceOp.MAX, group=group)
         self._raise(slice(None), highest_N)
@@ -222,7 +224,7 @@ class _Sums:
 def _logit_gradients(
     log_p_nv: Tensor, entropy_n: Tensor, place_n: Tensor, logprob_grad_n: Tensor | None, entropy_grad_n: Tensor | None
 ) -> Tensor:
-    """∂ loss / ∂ z; log_p_nv is overwritten, and a second tensor of its size made only for entropies."""
+    """∂ loss / ∂ z. Overwrites log_p_nv; allocates a second tensor of its size only for entropy gradients."""
     if entropy_grad_n is None:
         grad_nv = log_p_nv.exp_()
         factor_n = torch.zeros_like(entropy_n) if logprob_grad_n is None else -logprob_grad_n
@@ -249,18 +251,18 @@ def _scaled_logits(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """In fp32 or more, whatever the operands."""
+    """Matrix product in fp32 or higher, whatever the operands' dtype."""
     return torch.mm(a, b) if a.dtype == _wide(a.dtype) else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` rounded to `dtype`; in fp32 again where only CUDA could keep a product of the rounded ones in fp32."""
+    """`x` rounded to `dtype`. On a CPU it is converted back to fp32, since only CUDA has bfloat16 products in fp32."""
     rounded = x.to(dtype)
     return rounded if rounded.is_cuda else rounded.to(_wide(dtype))
 
 
 def _slices(weight_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(place in the vocabulary, that part of the head, ready for a product), SLICE entries at a time."""
+    """(slice of the vocabulary, that part of the head as an operand), SLICE entries at a time."""
     for here in _chunks(len(weight_VD), SLICE):
         yield here, _operand(weight_VD[here], dtype)
 
@@ -270,16 +272,16 @@ def _chunks(length: int, size: int) -> Iterator[slice]:
 
 
 def _inside(place_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(place, moved to where a gather may look, whether it was within [0, width))."""
+    """(place clamped to [0, width), whether it was inside)."""
     return place_n.clamp(0, width - 1), (place_n >= 0) & (place_n < width)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that products of `dtype` are kept in."""
+    """The dtype in which products of `dtype` are kept."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _compute_type(hidden_ND: Tensor) -> torch.dtype:
-    """The type that autocast would round operands to; that of the hidden states outside it."""
+    """Autocast's dtype if it is enabled, else the dtype of the hidden states."""
     device = hidden_ND.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype

@@ -1,8 +1,7 @@
-"""What passes between the trainer and its engines, and the interfaces that engines implement.
+"""The interfaces of engines, and the data that the trainer exchanges with them.
 
 Shape suffixes: B responses, T positions of input_ids. Every per-token tensor is aligned with input_ids: the
-value at [b, t] is that of the token input_ids[b, t], so that logprobs[b, t] is the log of
-p(input_ids[b, t] | input_ids[b, :t]).
+value at [b, t] belongs to the token input_ids[b, t], so logprobs[b, t] is log p(input_ids[b, t] | input_ids[b, :t]).
 """
 
 from __future__ import annotations
@@ -21,18 +20,20 @@ from rhythm.credit.signals import RhythmSignals
 
 
 class SamplingConfig(BaseModel, extra="forbid", frozen=True):
-    """How responses are drawn."""
+    """How responses are sampled."""
 
     temperature: float = Field(
         default=1.0,
         ge=0,
         allow_inf_nan=False,
-        description="divides the logits before sampling; 0 takes the likeliest token",
+        description="sampling temperature; 0: the most likely token (greedy)",
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="sample within this probability mass; 1 turns it off")
-    top_k: int = Field(default=0, ge=0, description="sample among this many likeliest tokens; 0 turns it off")
-    max_new_tokens: int = Field(default=1024, ge=1, description="longest response, in tokens, its end token included")
-    rows_at_once: int = Field(default=256, ge=1, description="responses generated at once: a limit on memory")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling: probability mass; 1 turns it off")
+    top_k: int = Field(default=0, ge=0, description="sample among the k most likely tokens; 0 turns it off")
+    max_new_tokens: int = Field(default=1024, ge=1, description="longest response in tokens, including its end token")
+    rows_at_once: int = Field(
+        default=256, ge=1, description="responses generated at once, to limit memory; vLLM ignores it"
+    )
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Rollout:
     Attributes:
         input_ids: int64 [B, T].
         attention_mask: bool [B, T], False on padding.
-        response_mask: bool [B, T], True on the response, its end token included.
+        response_mask: bool [B, T], True on the response, including its end token.
         prompt_lens: int64 [B], tokens.
-        group: int64 [B], index of the prompt each row answers; rows of one prompt are adjacent.
-        logprobs: fp32 [B, T], nats: of each token when it was sampled, at the sampling temperature and before
-            top-p and top-k cut anything off; 0 outside the response.
-        finished: bool [B]: the response ended by itself.
+        group: int64 [B], index of each row's prompt; rows of one prompt are adjacent.
+        logprobs: fp32 [B, T], nats: log-prob of each sampled token at the sampling temperature, before top-p and
+            top-k; 0 outside the response.
+        finished: bool [B], whether the response ended with an end token.
     """
 
     input_ids: Tensor
@@ -60,20 +61,20 @@ class Rollout:
 
     @property
     def lens(self) -> Tensor:
-        """int64 [B], tokens of prompt and response."""
+        """Tokens of prompt and response, int64 [B]."""
         return self.attention_mask.sum(dim=1)
 
     @property
     def response_lens(self) -> Tensor:
-        """int64 [B], tokens."""
+        """Tokens of the response, int64 [B]."""
         return self.response_mask.sum(dim=1)
 
 
 @dataclass(frozen=True)
 class LogProbs:
-    """logprobs: fp32 [B, T], nats; entropy: fp32 [B, T], nats, of the distribution each token was drawn from.
+    """Log-probs of tokens and entropies of the distributions they were sampled from.
 
-    Both at the sampling temperature; NaN outside the response.
+    logprobs, entropy: fp32 [B, T], nats, at the sampling temperature; NaN outside the response.
     """
 
     logprobs: Tensor
@@ -82,12 +83,12 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What one gradient step learns from.
+    """The input of one gradient step.
 
     Attributes:
         rollout: the responses.
-        old_logprobs: fp32 [B, T], under the weights that made the rollout; NaN outside the response.
-        advantages: fp32 [B, T], γ already applied.
+        old_logprobs: fp32 [B, T], under the weights that generated the rollout; NaN outside the response.
+        advantages: fp32 [B, T], with γ applied.
         reference_logprobs: fp32 [B, T], under the initial weights, for the KL term; None without one.
     """
 
@@ -99,11 +100,11 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one gradient step reports.
+    """Metrics of one gradient step.
 
-    loss: as optimised; clip_share: share of tokens whose gradient the clip cut off; approx_kl: nats per token
-    to the policy that made the rollout; kl: to the reference policy, NaN without one; grad_norm: before it
-    was scaled down; lr: of this step.
+    loss: the optimized loss; clip_share: fraction of tokens whose gradient was clipped to 0; approx_kl: KL divergence
+    to the policy that generated the rollout, nats per token; kl: to the reference policy, NaN without one; grad_norm:
+    before clipping; lr: learning rate of this step.
     """
 
     loss: float
@@ -115,7 +116,7 @@ class StepMetrics:
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is NaN or infinite. Raised before the step changes a weight; `batch` caused
+    """A loss or gradient is NaN or infinite. Raised before the step changes a weight. `batch`: the batch that caused
     it.
     """
 
@@ -127,10 +128,10 @@ class NonFiniteError(ArithmeticError):
 
 
 class Infer(Protocol):
-    """Prompts → responses."""
+    """Generates responses."""
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
-        """`n` responses to each prompt. The same call with the same weights gives the same rollout."""
+        """Sample `n` responses per prompt. The same call with the same weights gives the same rollout."""
 
 
 class SeededInfer(Protocol):
@@ -147,9 +148,9 @@ class SeededInfer(Protocol):
 
 
 class Train(Protocol):
-    """The policy that learns.
+    """Trains the policy.
 
-    statistics_seconds: spent in attention statistics by the last `log_probs`, 0 without `tap`; NaN where an engine
+    statistics_seconds: time that the last `log_probs` spent on attention statistics; 0 without `tap`, NaN if the engine
     doesn't measure it.
     """
 
@@ -158,46 +159,44 @@ class Train(Protocol):
     def log_probs(
         self, rollout: Rollout, tap: SignalsConfig | None = None, groups: HeadGroups | None = None
     ) -> tuple[LogProbs, RhythmSignals | None]:
-        """Log-probs and entropy of every response token; with `tap` the signals too, from the same forward
-        pass.
+        """Log-probs and entropies of all response tokens; with `tap` also the signals, from the same forward pass.
 
-        `groups` fixes the head groups, one row for all responses; None selects them as `tap` says.
+        `groups`: fixed head groups, one row for all responses; None: select them as `tap` says.
         """
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
-        """fp32 [B, T]: log-probs under the initial weights; NaN outside the response."""
+        """Log-probs under the initial weights, fp32 [B, T]; NaN outside the response."""
 
     def step(self, batch: TrainBatch) -> StepMetrics:
-        """One gradient step. Raises NonFiniteError, leaving the weights as they were."""
+        """Run one gradient step. Raises NonFiniteError, with the weights unchanged."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The current weights by their names in a transformers checkpoint; not copies."""
+        """The current weights by their names in a transformers checkpoint. They may share memory with the model."""
 
     def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
-        """The same one at a time, so that an engine which has to gather a weight holds one whole weight only.
+        """The same weights one at a time, so that an engine that must gather them needs memory for only one.
 
-        Where the engine is spread over several ranks, all of them iterate together, to the end.
+        If the engine has several ranks, all of them must iterate together, to the end.
         """
 
     def save(self, directory: Path) -> None:
-        """Write all that `load` needs, the weights as an ordinary transformers checkpoint."""
+        """Write everything that `load` needs, with the weights as an ordinary transformers checkpoint."""
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote, bit for bit."""
+        """Restore the state that `save` wrote, bit for bit."""
 
 
 class Attn(Protocol):
-    """Responses → signals."""
+    """Computes signals in a forward pass of its own."""
 
     def signals(self, rollout: Rollout, groups: HeadGroups | None = None) -> RhythmSignals:
         """WAAD, FAI and head groups of every response; `entropy` is None."""
 
 
 class WeightSync(Protocol):
-    """Gives the trainer's weights to the engines that generate and observe."""
+    """Copies the trainer's weights to the Infer and Attn engines."""
 
     def sync(self, version: int) -> None:
-        """Returns when all engines use the current weights; `version` is the training step that made them.
-
-        A `version` below that of an earlier call is an error.
+        """Copy the current weights; returns when all engines use them. `version`: the training step that made them; it
+        must not be lower than in an earlier call.
         """

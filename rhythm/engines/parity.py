@@ -1,4 +1,4 @@
-"""Do the engine that generates and the one that trains hold the same weights? Their log-probs of the same tokens say.
+"""Checks that the generating and the training engine hold the same weights, by their log-probs of the same tokens.
 
 Shape suffixes: B responses, T positions of input_ids.
 """
@@ -12,11 +12,13 @@ from torch import Tensor
 
 
 class ParityConfig(BaseModel, extra="forbid", frozen=True):
-    """What the trainer and the engine that generated say of the same tokens."""
+    """The check that actor_infer and actor_train give the same log-probs."""
 
-    every_steps: int = Field(default=1, ge=1, description="training steps between checks; also after every start")
+    every_steps: int = Field(
+        default=1, ge=1, description="training steps between checks; the first step after a start is always checked"
+    )
     threshold: float = Field(
-        default=0.1, gt=0, description="mean absolute difference of log-probs, in nats, past which the run stops"
+        default=0.1, gt=0, description="largest allowed mean absolute difference of log-probs, in nats"
     )
 
 
@@ -24,8 +26,8 @@ class ParityConfig(BaseModel, extra="forbid", frozen=True):
 class Parity:
     """Absolute differences of log-probs, in nats.
 
-    mean, max: over `tokens` tokens, NaN where any log-prob is; worst: row and position of the largest, or of the
-    first NaN; infer, train: the two log-probs there.
+    mean, max: over `tokens` tokens, NaN if any log-prob is NaN; worst: (row, position) of the largest difference, or of
+    the first NaN; infer, train: the two log-probs there.
     """
 
     mean: float
@@ -37,23 +39,23 @@ class Parity:
 
 
 class ParityError(RuntimeError):
-    """The engines disagree: one of them holds other weights than it should."""
+    """The engines' log-probs differ too much: one of them probably holds the wrong weights."""
 
     def __init__(self, parity: Parity, threshold: float) -> None:
         row, position = parity.worst
         super().__init__(
-            f"log-probs of actor_infer and actor_train differ by {parity.mean:.3g} nats on the mean of {parity.tokens} "
-            f"tokens, allowed are {threshold:g}; most, by {parity.max:.3g}, at row {row}, position {position}: "
-            f"{parity.infer:.6g} by actor_infer, {parity.train:.6g} by actor_train"
+            f"log-probs of actor_infer and actor_train differ by {parity.mean:.3g} nats on average over "
+            f"{parity.tokens} tokens; at most {threshold:g} is allowed. The largest difference is {parity.max:.3g}, at "
+            f"row {row}, position {position}: {parity.infer:.6g} by actor_infer, {parity.train:.6g} by actor_train"
         )
         self.parity = parity
         self.threshold = threshold
 
 
 def compare(infer_BT: Tensor, train_BT: Tensor, mask_BT: Tensor) -> Parity:
-    """How far apart the log-probs [B, T] of two engines are where `mask_BT` is True.
+    """Differences of two engines' log-probs [B, T] where `mask_BT` is True.
 
-    Raises ValueError where shapes differ, and for a mask without a token.
+    Raises ValueError if the shapes differ or the mask is all False.
     """
     if not infer_BT.shape == train_BT.shape == mask_BT.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (infer_BT, train_BT, mask_BT))
@@ -76,6 +78,6 @@ def compare(infer_BT: Tensor, train_BT: Tensor, mask_BT: Tensor) -> Parity:
 
 
 def must_agree(parity: Parity, threshold: float) -> None:
-    """Raises ParityError where the mean is above `threshold`, and where it is NaN."""
+    """Raise ParityError if the mean difference is above `threshold` or NaN."""
     if not parity.mean <= threshold:
         raise ParityError(parity, threshold)

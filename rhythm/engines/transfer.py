@@ -1,7 +1,7 @@
-"""Weights from a trainer to vLLM: the trainer's side, and which weights of a push the engine still waits for.
+"""Sends weights from a trainer to vLLM (the sending side), and checks that a push contains all weights.
 
-What crosses between processes is plain data: names, types, shapes, offsets, and the name of a piece of shared
-memory or a GPU's handle of one. vLLM's side of `shared_memory` is in `worker`; `nccl` and `ipc` are vLLM's own.
+Messages between processes are plain data: names, dtypes, shapes, offsets, and the name of a shared-memory segment or a
+GPU memory handle. The receiving side of `shared_memory` is in `worker`; those of `nccl` and `ipc` are part of vLLM.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Bucket = Sequence[tuple[str, Tensor]]
 TIED_HEAD = "lm_head.weight"
 SEGMENT_PREFIX = "rhythm-weights-"
 ALIGNMENT = 64
-"""Bytes: every tensor of a bucket starts at a multiple."""
+"""Every tensor of a bucket starts at a multiple of this many bytes."""
 
 
 def buckets(stream: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive weights, together at most `max_bytes`; a weight larger than that comes alone."""
+    """Group consecutive weights into buckets of at most `max_bytes`; a larger weight is a bucket by itself."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in stream:
@@ -44,32 +44,32 @@ def buckets(stream: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[li
 
 
 class WeightSender(ABC):
-    """The trainer's end of a transfer.
+    """The sending end of a weight transfer, in the trainer.
 
-    In a push: `stage` a bucket, `receive` what it returned on every engine with `transmit` at the same time,
-    and so on. A staged bucket is overwritten by the next, so every engine must have returned from `receive`.
+    For each bucket of a push: call `stage`, then `transmit` and at the same time, on every engine, `receive` with what
+    `stage` returned. The next `stage` overwrites the bucket, so every engine must have returned from `receive` before.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
-        """`dtype`: what weights are sent in, their own if None; an engine converts what it gets to its own."""
+        """`dtype`: dtype in which weights are sent; None: their own. Engines convert them to the dtype they use."""
         self._dtype = dtype
 
     def init_info(self, replica: int = 0) -> dict[str, Any]:
-        """For VllmInfer.init_transfer on that replica."""
+        """The argument of VllmInfer.init_transfer on that replica."""
         return {}
 
     def connect(self) -> None:  # noqa: B027  # most kinds have nothing to do here
-        """Meet the engines. Runs at the same time as their init_transfer; nothing where there is no one to meet."""
+        """Connect to the engines, at the same time as their init_transfer. Does nothing if no connection is needed."""
 
     @abstractmethod
     def stage(self, bucket: Bucket) -> dict[str, Any]:
-        """Lay a bucket ready; returns what `receive` needs on every engine."""
+        """Prepare a bucket; returns the argument of `receive` on every engine."""
 
     def transmit(self) -> None:  # noqa: B027  # most kinds have nothing to do here
-        """Send the staged bucket. Runs at the same time as `receive`; nothing where engines fetch it themselves."""
+        """Send the staged bucket, at the same time as `receive`. Does nothing if the engines fetch it themselves."""
 
     def close(self) -> None:  # noqa: B027  # most kinds have nothing to do here
-        """Give memory and connections back."""
+        """Release memory and connections."""
 
     def __enter__(self) -> Self:
         return self
@@ -84,9 +84,9 @@ class WeightSender(ABC):
 
 
 class SharedMemorySender(WeightSender):
-    """Through the machine's shared memory, from and to CPUs or GPUs: one segment, as large as its largest bucket.
+    """Sends through the machine's shared memory, from and to CPUs or GPUs: one segment, as large as the largest bucket.
 
-    Should this process die, Python's resource tracker removes the segment.
+    If this process dies, Python's resource tracker removes the segment.
     """
 
     _segment: SharedMemory | None = None
@@ -117,10 +117,10 @@ class SharedMemorySender(WeightSender):
 
 
 class IpcSender(WeightSender):
-    """The engine's workers read this process's GPU memory, on the same GPU.
+    """Lets the engine's workers read this process's memory on the same GPU.
 
-    A worker can open only what lies on its own GPU: with several GPUs every rank of the trainer stages the same
-    bucket, and the engines receive the `merged` infos.
+    A worker can open only memory of its own GPU. So with several GPUs every rank of the trainer stages the same bucket,
+    and the engines receive the `merged` infos.
     """
 
     _staged: Tensor | None = None
@@ -131,9 +131,9 @@ class IpcSender(WeightSender):
     def stage(self, bucket: Bucket) -> dict[str, Any]:
         from torch.multiprocessing.reductions import reduce_tensor
 
-        # vLLM lays tensors end to end: the widest types first keeps each of them aligned.
+        # vLLM stores tensors without gaps: sorting them by element size keeps each one aligned.
         ready = sorted(self._ready(bucket), key=lambda item: -item[1].itemsize)
-        # A buffer of its own for every bucket: one export pairs with one opening, or torch never frees it.
+        # A new buffer for every bucket: torch frees an exported buffer only after it was opened exactly once.
         self._staged = torch.cat([_bytes(tensor).to("cuda") for _, tensor in ready])
         torch.cuda.current_stream().synchronize()
         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
@@ -158,7 +158,7 @@ def make_sender(
     tensor_parallel_size: int = 1,
     dtype: torch.dtype | None = None,
 ) -> WeightSender:
-    """The trainer's end for `replicas` engines of `tensor_parallel_size` workers each."""
+    """The sender for `replicas` engines with `tensor_parallel_size` workers each."""
     if kind == "shared_memory":
         return SharedMemorySender(dtype)
     if kind == "ipc":
@@ -171,32 +171,32 @@ def make_sender(
 
 
 def ipc_plain(arguments: Iterable[Any]) -> list[int | bytes]:
-    """The numbers and handles among what torch opens another process's tensor with; classes are left out."""
+    """The numbers and handles among torch's arguments for opening another process's tensor; classes are left out."""
     return [argument for argument in arguments if isinstance(argument, int | bytes)]
 
 
 def merged(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One update info of what several ranks staged of the same bucket: each GPU's handle under its own id."""
+    """Combine what several ranks staged of the same bucket into one info, with each GPU's handle under its id."""
     handles = {uuid: handle for info in infos for uuid, handle in info.get("ipc_handles", {}).items()}
     return {**infos[0], **({"ipc_handles": handles} if handles else {})}
 
 
 @dataclass
 class PushManifest:
-    """Which weights an engine must get, by name and shape, and which it has got in this push."""
+    """Names and shapes of the weights that an engine must receive in a push, and the names received so far."""
 
     shapes: Mapping[str, tuple[int, ...]]
     received: set[str] = field(default_factory=set)
 
     @classmethod
     def of_checkpoint(cls, directory: Path) -> PushManifest:
-        """From the headers of a checkpoint's safetensors. Raises ValueError where there are none.
+        """Read names and shapes from the headers of a checkpoint's safetensors. Raises ValueError if there are none.
 
-        A head tied to the embedding needs no sending.
+        A head tied to the embedding need not be sent.
         """
         files = sorted(directory.glob("*.safetensors"))
         if not files:
-            raise ValueError(f"checkpoint is {directory}: there are no safetensors in it")
+            raise ValueError(f"checkpoint is {directory}: it has no safetensors files")
         shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             with safe_open(file, framework="pt") as tensors:
@@ -206,31 +206,31 @@ class PushManifest:
         return cls(shapes)
 
     def fresh(self) -> PushManifest:
-        """For the next push."""
+        """A manifest for the next push, with nothing received."""
         return PushManifest(self.shapes)
 
     def enter(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
-        """Note a bucket. Raises ValueError for an unknown name, one that came before, and another shape."""
+        """Record a bucket as received. Raises ValueError for an unknown or repeated name, and for a wrong shape."""
         for name, shape in zip(names, shapes, strict=True):
             if name not in self.shapes:
                 if name == TIED_HEAD:
                     continue
                 raise ValueError(f"weights: the engine's model has no {name}")
             if name in self.received:
-                raise ValueError(f"weights: {name} came twice in one push")
+                raise ValueError(f"weights: {name} was sent twice in one push")
             if tuple(shape) != self.shapes[name]:
                 raise ValueError(f"weights: {name} has shape {tuple(shape)}, the engine's {self.shapes[name]}")
             self.received.add(name)
 
     def must_be_complete(self) -> None:
-        """Raises ValueError where weights are missing: the engine would go on with its old ones."""
+        """Raise ValueError if weights are missing, since the engine would silently keep the old ones."""
         missing = sorted(self.shapes.keys() - self.received)
         if missing:
             raise ValueError(f"weights: {len(missing)} are missing from the push, among them {missing[:5]}")
 
 
 def describe(ready: Bucket) -> dict[str, Any]:
-    """Names, types and shapes of a bucket, as plain data."""
+    """Names, dtypes and shapes of a bucket, as plain data."""
     return {
         "names": [name for name, _ in ready],
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in ready],
@@ -239,5 +239,5 @@ def describe(ready: Bucket) -> dict[str, Any]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """uint8 [nbytes], the same memory."""
+    """The tensor's memory as uint8 [nbytes]."""
     return tensor.view(-1).view(torch.uint8)

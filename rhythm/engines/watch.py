@@ -1,4 +1,4 @@
-"""Seconds spent in blocks of work on a device."""
+"""Measures the seconds spent in blocks of work on a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 
 
 class DeviceWatch:
-    """Seconds spent in blocks; on the GPU by events, so that nothing waits for it until they are read."""
+    """Sums the seconds of the blocks it is used on. On a GPU it records events, and waits only when `seconds` is
+    read.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -30,7 +32,7 @@ class DeviceWatch:
 
     @property
     def seconds(self) -> float:
-        """Of all blocks so far. On the GPU this waits for the last of them."""
+        """Seconds of all blocks so far. On a GPU this waits for the last one to finish."""
         for _, end in self._events:
             end.synchronize()
         return self._seconds + sum(float(start.elapsed_time(end)) for start, end in self._events) / 1000

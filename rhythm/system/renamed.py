@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def renamed_keys(values: object, names: Mapping[str, str]) -> str:
-    """A message with the new name of each old key in `values` (dotted, as credit.q); empty where there is none."""
+    """A message with the new name of each old key in `values` (dotted, such as credit.q); empty if there is none."""
     return "; ".join(f"{old} is now {new}" for old, new in names.items() if _has(values, old.split(".")))
 
 

@@ -196,7 +196,7 @@ def test_a_push_reaches_every_replica(cluster: Cluster) -> None:
     fresh = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=2)
     gap_B = (fresh.logprobs - cluster.train.log_probs(fresh)[0].logprobs).nan_to_num().abs().amax(dim=1)
     assert gap_B.max() < 1e-4  # over the rows of all replicas
-    with pytest.raises(RemoteError, match=f"version is {version - 1}: must not fall below the {version}"):
+    with pytest.raises(RemoteError, match=f"version is {version - 1}: must not be lower than {version}"):
         cluster.weight_sync.sync(version - 1)
     assert cluster.push() == version + 1
 
@@ -217,7 +217,7 @@ def test_an_exception_there_comes_with_its_traceback(cluster: Cluster) -> None:
     with pytest.raises(RemoteError) as caught:
         cluster.infer.generate([[1], []], 2, SAMPLING, seed=0)
     message = str(caught.value)
-    said = "ValueError: prompts: must hold at least one prompt, and no empty one"
+    said = "ValueError: prompts: must contain at least one prompt, and none may be empty"
     log = cluster.session.logs / "actor_infer-1.log"
     assert message == f"actor_infer.generate: actor_infer[1] failed: {said}\n(the traceback is in {log})"
     written = log.read_text()

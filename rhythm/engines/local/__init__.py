@@ -1,1 +1,1 @@
-"""Engines of one machine: transformers generates, torch trains, `observe` reads attention."""
+"""Engines in a single process: transformers generates, torch trains, `rhythm.observe` computes signals."""

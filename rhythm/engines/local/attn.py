@@ -1,4 +1,4 @@
-"""Attn by rhythm.observe on a model of its own, and what it shares with the tap round the trainer's own pass.
+"""Implements Attn by rhythm.observe on a separate copy of the model, and joins signals of micro-batches.
 
 Shape suffixes: B responses, T positions, n heads of the pool.
 """
@@ -21,12 +21,12 @@ from rhythm.tap.observe import observe_heads
 
 
 class ObserveAttn:
-    """Signals from a forward pass of their own, which ends after the last sampled layer."""
+    """Computes signals in a separate forward pass, which stops after the last sampled layer."""
 
     def __init__(
         self, model: Any, tap: SignalsConfig, *, micro_batch_size: int, precision: torch.dtype = torch.float32
     ) -> None:
-        """`model` is this engine's own, in float32; `precision`: type of autocast, float32 is none."""
+        """`model`: this engine's own copy, in float32; `precision`: dtype of autocast, float32 for none."""
         self._model = model.eval()
         self._tap = tap
         self._micro_batch_size = micro_batch_size
@@ -50,26 +50,26 @@ class ObserveAttn:
             return rows.joined()
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Copy `weights` in. Raises ValueError if `version` falls."""
+        """Copy `weights` into the model. Raises ValueError if `version` is lower than before."""
         self._version = load_weights(self._model, weights, version, self._version)
 
 
 class SignalRows:
-    """The signals of a whole rollout, put together from its micro-batches.
+    """Joins the signals of a rollout from those of its micro-batches.
 
-    Where all rows share their head groups, which are chosen by the spans of all of them, the statistics of single heads
-    stay in memory until `joined`: 8 bytes per position and head.
+    If all rows share their head groups, these can be chosen only after the last micro-batch. Until then the statistics
+    per head stay in memory: 8 bytes per position and head.
     """
 
     def __init__(self, rollout: Rollout, tap: SignalsConfig, groups: HeadGroups | None) -> None:
-        """`groups`: fixed ones; None selects them as `tap` says."""
+        """`groups`: fixed head groups; None: select them as `tap` says."""
         self._shape = rollout.input_ids.shape
         self._tap, self._groups = tap, groups
         self._waiting: list[tuple[Tensor, HeadStatistics]] = []
         self._parts: list[tuple[Tensor, RhythmSignals]] = []
 
     def put(self, index_n: Tensor, part: HeadStatistics) -> None:
-        """The statistics of rows `index_n`, at their first positions."""
+        """Add the statistics of rows `index_n`, which start at position 0."""
         if self._groups is None and self._tap.per == "batch":
             self._waiting.append((index_n, part))
         else:
@@ -77,7 +77,7 @@ class SignalRows:
             self._parts.append((index_n, part.signals(groups)))
 
     def joined(self) -> RhythmSignals:
-        """All rows, NaN where nothing was put; without entropy."""
+        """The signals of all rows, NaN where there are none; without entropy."""
         if self._waiting:
             span_Bn = _in_order([(index_n, part.span) for index_n, part in self._waiting])
             chosen = select_heads(span_Bn, self._tap.quantile, per="batch")
@@ -108,11 +108,11 @@ class SignalRows:
 
 
 def _in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """[B, n] of (rows, values) that hold every row once."""
+    """Join (row indices, values) parts, which contain every row once, to [B, n] in row order."""
     order_B = torch.cat([index_n for index_n, _ in parts])
     return torch.cat([value_bn for _, value_bn in parts])[order_B.argsort()]
 
 
 def autocast(model: Any, precision: torch.dtype) -> torch.autocast:
-    """Autocast on the model's device; none for float32."""
+    """Autocast on the model's device; disabled for float32."""
     return torch.autocast(model.device.type, precision, enabled=precision != torch.float32)

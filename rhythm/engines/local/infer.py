@@ -1,4 +1,4 @@
-"""Infer by transformers: model.generate on left-padded prompts, its log-probs picked up while it samples.
+"""Implements Infer by transformers' generate on left-padded prompts; log-probs are recorded while it samples.
 
 Shape suffixes: B responses, P positions of the padded prompts, G generated positions, T positions of the
 rollout, V vocabulary.
@@ -23,16 +23,16 @@ from rhythm.engines.local.weights import load_weights
 
 
 class GenerateInfer:
-    """Responses by transformers' generate, in the type the model has; logits are an fp32 product even so, as the
-    trainer's are.
+    """Generates responses by transformers' generate, in the model's dtype; logits are computed in fp32, like the
+    trainer's.
 
-    The model may be the trainer's own: then `update_weights` finds nothing to copy and one set of weights
-    serves both. Each call seeds torch's global generators inside a fork, so a rollout is a function of
-    weights, prompts and seed, and what else draws random numbers is not disturbed.
+    The model may be the trainer's own; then `update_weights` has nothing to copy. Each call seeds torch's global
+    generators in a fork, so a rollout depends only on weights, prompts and seed, and other random numbers are not
+    affected.
     """
 
     def __init__(self, model: Any, *, end_ids: Sequence[int], pad_id: int) -> None:
-        """`model`: a causal transformers model; `end_ids`: a response ends with the first of these."""
+        """`model`: a causal transformers model; `end_ids`: tokens that end a response."""
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
         self._model = model
@@ -43,14 +43,14 @@ class GenerateInfer:
 
     @property
     def sampled(self) -> int:
-        """Tokens that each of the responses now being generated has, for whoever shows progress; 0 in between."""
+        """Tokens generated so far in each response of the current batch, for progress displays; 0 between batches."""
         recorder = self._recorder
         return 0 if recorder is None else recorder.calls
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
-        """`n` responses to each prompt, on the model's device.
+        """Sample `n` responses per prompt, on the model's device.
 
-        Raises ValueError without prompts, for an empty prompt, and for n < 1.
+        Raises ValueError for no prompts, an empty prompt, or n < 1.
         """
         if n < 1:
             raise ValueError(f"n is {n}: must be at least 1")
@@ -77,7 +77,7 @@ class GenerateInfer:
         return replace(concatenate(parts, self._pad_id), group=torch.arange(len(prompts), device=self._model.device))
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Copy in what is not this model's own already. Raises ValueError if `version` falls."""
+        """Copy weights that the model doesn't share already. Raises ValueError if `version` is lower than before."""
         self._version = load_weights(self._model, weights, version, self._version)
 
     @torch.no_grad()
@@ -128,10 +128,10 @@ class GenerateInfer:
 
 
 class _LogProbRecorder(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
-    """Log-probs of the sampled tokens, holding one step's logits at a time instead of all of them.
+    """Records the log-probs of the sampled tokens, keeping the logits of only one step at a time.
 
-    It sees the logits before the token is drawn, so it learns each token from the call after it, and the last
-    one from the finished sequences.
+    It is called with the logits before the token is sampled. So it takes each token from the next call's input_ids, and
+    the last one from the finished sequences.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -147,8 +147,8 @@ class _LogProbRecorder(LogitsProcessor):  # type: ignore[misc]  # transformers i
         return scores
 
     def logprobs(self, response_BG: Tensor) -> Tensor:
-        """fp32 [B, G]."""
-        if len(self._picked) < response_BG.shape[1]:  # generate may run a step ahead of the end and undo it
+        """Log-probs of the sampled tokens, fp32 [B, G]."""
+        if len(self._picked) < response_BG.shape[1]:  # generate may have run one step too many and dropped its token
             self._pick(response_BG[:, -1])
         return torch.stack(self._picked[: response_BG.shape[1]], dim=1)
 
@@ -189,12 +189,12 @@ class _SeededDraws(LogitsProcessor):  # type: ignore[misc]  # transformers is un
 
 def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     if not prompts or not all(prompts):
-        raise ValueError("prompts: must hold at least one prompt, and no empty one")
+        raise ValueError("prompts: must contain at least one prompt, and none may be empty")
 
 
 @contextmanager
 def _own_generation_config(model: Any) -> Iterator[None]:
-    """Keep the checkpoint's sampling defaults (top-k 20, a repetition penalty …) out: only ours count."""
+    """Ignore the checkpoint's sampling defaults (top-k 20, a repetition penalty …), so that only ours apply."""
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -205,7 +205,7 @@ def _own_generation_config(model: Any) -> Iterator[None]:
 def _right_padded(
     sequences: Tensor, logprobs_BG: Tensor, prompt_lens_B: Tensor, width: int, end_ids: list[int], pad_id: int
 ) -> Rollout:
-    """Left-padded prompts followed by responses → prompt, response, padding."""
+    """Convert left-padded prompts with responses to a right-padded Rollout."""
     response_BG = sequences[:, width:]
     ends_BG = torch.isin(response_BG, torch.tensor(end_ids, device=sequences.device))
     finished_B = ends_BG.any(dim=1)

@@ -1,4 +1,4 @@
-"""Log-probs and entropies of response tokens, from logits in fp32 of a few tokens at a time.
+"""Computes log-probs and entropies of response tokens in fp32, a chunk of tokens at a time.
 
 Shape suffixes: B responses, T positions, D width, N response tokens, V vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 from rhythm.engines.head import logprobs_and_entropies, output_head
 from rhythm.engines.interfaces import LogProbs, Rollout
 
-# Names of what a model may do to its logits after the output embedding, and the value that does nothing.
+# Settings by which a model changes its logits after the output embedding → the value that means no change.
 _LOGIT_FUNCTIONS: dict[str, float | None] = {
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
@@ -21,36 +21,35 @@ _LOGIT_FUNCTIONS: dict[str, float | None] = {
 
 
 def check_output_head(model: Any) -> None:
-    """Raise ValueError unless the model's logits are its output embedding of the last hidden state.
+    """Raise ValueError unless the model's logits are the product of its last hidden state and its output embedding.
 
-    `response_logprobs` takes them for that: scaled or capped logits would give silently wrong log-probs.
+    `response_logprobs` assumes this; for scaled or capped logits it would silently give wrong log-probs.
     """
     for name, none in _LOGIT_FUNCTIONS.items():
         value = getattr(model.config.get_text_config(), name, none)
         if value not in (None, none):
-            raise ValueError(f"model: {type(model).__name__} has {name}={value}; log-probs support no such logits")
+            raise ValueError(f"model: {type(model).__name__} has {name}={value}, which log-probs don't support")
     device = model.device
     ids = torch.arange(2, 6, device=device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        found = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
-    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+        logits = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-4):
         raise ValueError(f"model: the logits of {type(model).__name__} are not its output embedding of the last layer")
 
 
 def response_logprobs(model: Any, rollout: Rollout, *, temperature: float, chunk: int) -> LogProbs:
     """Log-probs and entropies at `temperature`, NaN outside the responses; differentiable.
 
-    Logits are the fp32 product of hidden states and output embedding, whatever the model's type; see
-    `rhythm.engines.head` for what exists of them at a time. Raises ValueError where that embedding is no plain linear
-    layer.
+    Logits are computed in fp32, whatever the model's dtype; see `rhythm.engines.head` for the memory they need. Raises
+    ValueError if the output embedding is not a plain linear layer.
     """
     weight_VD, bias_V = output_head(model)
     hidden_BTD = model.base_model(
         input_ids=rollout.input_ids, attention_mask=rollout.attention_mask.long(), use_cache=False
     ).last_hidden_state
     target_BT = rollout.response_mask
-    # The token at t was drawn from what the model said at t − 1.
+    # The token at t was sampled from the model's output at t − 1.
     hidden_ND = hidden_BTD[:, :-1][target_BT[:, 1:]]
     token_N = rollout.input_ids[:, 1:][target_BT[:, 1:]]
     logprob_N, entropy_N = logprobs_and_entropies(

@@ -1,4 +1,4 @@
-"""Train by plain torch: AdamW over float32 weights, the policy loss of rhythm.credit.loss, accumulated gradients."""
+"""Implements Train with plain torch: AdamW on float32 weights, rhythm.credit's policy loss, gradient accumulation."""
 
 from __future__ import annotations
 
@@ -33,27 +33,29 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
     """AdamW and its learning rate."""
 
     lr: float = Field(default=1e-6, gt=0, allow_inf_nan=False, description="learning rate after the warm-up")
-    warmup_steps: int = Field(default=0, ge=0, description="gradient steps over which it rises linearly; then constant")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of AdamW's two moments")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="gradient steps over which the learning rate rises linearly; then it is constant"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay rates of AdamW's two moments")
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="added to AdamW's denominator")
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="decoupled weight decay")
     max_grad_norm: float = Field(
         default=1.0,
         gt=0,
-        description="gradients are scaled down to this norm; .inf to leave them as they are",
+        description="gradients with a larger norm are scaled down to it; .inf: no limit",
     )
-    token_chunk: int = Field(default=4096, ge=1, description="tokens whose logits exist at once; a limit on memory")
+    token_chunk: int = Field(default=4096, ge=1, description="tokens whose logits are in memory at once")
 
     def learning_rate(self, gradient_step: int) -> float:
-        """Of gradient step 0, 1, …: linear to `lr`, reached at step warmup_steps, then constant."""
+        """Learning rate of gradient step 0, 1, …: rises linearly to `lr` at step warmup_steps, then constant."""
         return self.lr * min(1.0, (gradient_step + 1) / (self.warmup_steps + 1))
 
 
 class TorchTrain:
     """A causal transformers model in float32 and its optimizer, on one device.
 
-    Rows are sorted by length before they are cut into micro-batches, and each micro-batch is as wide as its
-    longest row.
+    Rows are sorted by length before they are split into micro-batches, and each micro-batch is trimmed to its longest
+    row.
     """
 
     def __init__(
@@ -68,10 +70,10 @@ class TorchTrain:
         precision: torch.dtype = torch.float32,
         reference: Any | None = None,
     ) -> None:
-        """`reference`: a frozen model for the KL term. `precision`: type of autocast; float32 is none.
+        """`reference`: a frozen model for the KL term. `precision`: dtype of autocast; float32 for none.
 
-        Raises ValueError for a model whose logits are more than its output embedding of the last layer, or whose output
-        embedding is no plain linear layer.
+        Raises ValueError if the model's logits aren't the product of its last hidden state and its output embedding, or
+        the output embedding is not a plain linear layer.
         """
         check_output_head(model)
         output_head(model)
@@ -104,17 +106,17 @@ class TorchTrain:
             return self._log_probs(self._model, rollout), None
         watch = DeviceWatch(self._model.device)
         rows = SignalRows(rollout, tap, groups)
-        found = self._log_probs(self._model, rollout, tap, rows, watch)
+        log_probs = self._log_probs(self._model, rollout, tap, rows, watch)
         with watch:
             signals = rows.joined()
         self.statistics_seconds = watch.seconds
-        return found, replace(signals, entropy=found.entropy)
+        return log_probs, replace(signals, entropy=log_probs.entropy)
 
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
-        """See rhythm.engines.interfaces.Train. Raises RuntimeError where there is no reference model."""
+        """See rhythm.engines.interfaces.Train. Raises RuntimeError if there is no reference model."""
         if self._reference is None:
-            raise RuntimeError("this engine was made without a reference model")
+            raise RuntimeError("this engine was built without a reference model")
         return self._log_probs(self._reference, rollout).logprobs
 
     def step(self, batch: TrainBatch) -> StepMetrics:
@@ -161,9 +163,9 @@ class TorchTrain:
         torch.save(state, directory / _OPTIMIZER_FILE)
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote, bit for bit."""
-        # Copied into memory of torch's own: a mapped file may be aligned differently, and sums then ordered
-        # differently. The model's own class, so that no code of the checkpoint's is looked for.
+        """Restore the state that `save` wrote, bit for bit."""
+        # Copied into memory allocated by torch: a mapped file may be aligned differently, which can change the order of
+        # sums. Loaded with the model's own class, so that no code in the checkpoint is used.
         saved = type(self._model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         load_weights(self._model, saved.state_dict(), 0, 0)
         state = torch.load(directory / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
@@ -171,7 +173,7 @@ class TorchTrain:
         self._gradient_steps = state["gradient_steps"]
 
     def _accumulate(self, micro: TrainBatch, totals: BatchTotals, batch: TrainBatch) -> Tensor:
-        """Add a micro-batch's part to the gradients; returns its part of loss, clip share and the two KLs."""
+        """Add a micro-batch's gradients; returns its part of loss, clip share and the two KL divergences, fp64 [4]."""
         with autocast(self._model, self._precision):
             now = self._response_logprobs(self._model, micro.rollout)
         out = policy_loss(
@@ -201,7 +203,9 @@ class TorchTrain:
         signals: SignalRows | None = None,
         watch: DeviceWatch | None = None,
     ) -> LogProbs:
-        """All rows, a micro-batch at a time; with `tap`, their signals go into `signals`, timed by `watch`."""
+        """Log-probs of all rows, a micro-batch at a time. With `tap`, their statistics are added to `signals`, timed by
+        `watch`.
+        """
         logprobs_BT = torch.full(rollout.input_ids.shape, torch.nan, device=rollout.input_ids.device)
         entropy_BT = torch.full_like(logprobs_BT, torch.nan)
         for index, width in micro_batches(rollout, self._micro_batch_size):

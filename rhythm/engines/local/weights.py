@@ -1,4 +1,4 @@
-"""Weights from the trainer to engines in the same process."""
+"""Copies weights from the trainer to engines in the same process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rhythm.engines.interfaces import Train
 
 
 class WeightReceiver(Protocol):
-    """An engine that copies weights from tensors of its own process."""
+    """An engine that copies weights from tensors in the same process."""
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace all weights. Raises ValueError if `version` falls, or names or shapes differ."""
+        """Replace all weights. Raises ValueError if `version` is lower than before, or names or shapes differ."""
 
 
 class LocalWeightSync:
@@ -26,7 +26,7 @@ class LocalWeightSync:
         self._receivers = receivers
 
     def sync(self, version: int) -> None:
-        """See rhythm.engines.interfaces.WeightSync. Raises ValueError as `update_weights` does."""
+        """See rhythm.engines.interfaces.WeightSync. Raises ValueError from `update_weights`."""
         weights = self._train.weights()
         for receiver in self._receivers:
             receiver.update_weights(weights, version)
@@ -34,19 +34,19 @@ class LocalWeightSync:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], version: int, current: int) -> int:
-    """Copy `weights` into `model`, converting type and device; returns the new version.
+    """Copy `weights` into `model`, converting dtype and device; returns the new version.
 
-    Tensors that are the model's own already (an engine that shares the trainer's model) are left alone.
+    Tensors that the model shares already (an engine that uses the trainer's model) are not copied.
 
     Raises:
         ValueError: `version` is lower than `current`, the names differ from the model's, or a shape does.
     """
     if version < current:
-        raise ValueError(f"version is {version}: must not fall below the {current} the engine already has")
+        raise ValueError(f"version is {version}: must not be lower than {current}, the engine's current version")
     own = model.state_dict()
     if own.keys() != weights.keys():
         differing = sorted(own.keys() ^ weights.keys())
-        raise ValueError(f"weights: names differ from the engine's model in {differing[:5]}")
+        raise ValueError(f"weights: these names are not in both the weights and the engine's model: {differing[:5]}")
     for name, tensor in weights.items():
         target = own[name]
         if target.shape != tensor.shape:

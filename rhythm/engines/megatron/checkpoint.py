@@ -1,6 +1,6 @@
-"""Distributed checkpoints of weights and optimizer, which load under another layout than they were saved from.
+"""Saves and loads distributed checkpoints of weights and optimizer; they can be loaded with another parallel layout.
 
-Weights go out in transformers' format as well, so that any tool can read a run's checkpoints.
+Weights are also written in transformers' format, so that other tools can read a run's checkpoints.
 """
 
 from __future__ import annotations
@@ -22,38 +22,37 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 DISTRIBUTED = "megatron"
 _STEPS = "gradient_steps"
-_EXTRA = "_extra_state"  # of TransformerEngine's FP8 recipes: pickled objects, not written
-# The optimizer's state in an order that doesn't depend on how many ranks share it.
+_EXTRA = "_extra_state"  # pickled objects of TransformerEngine's FP8 recipes, which are not written
+# Stores the optimizer's state in an order that doesn't depend on the number of ranks.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
 
 def save_state(directory: Path, model: Any, optimizer: Any, gradient_steps: int) -> None:
-    """Write the distributed checkpoint into `directory`, which is made; a collective."""
+    """Write the distributed checkpoint into `directory`, which is created. A collective: all ranks must call it."""
     directory.mkdir(parents=True, exist_ok=True)
     state = _sharded_state(model, optimizer, loading=False)
     dist_checkpointing.save({**state, _STEPS: gradient_steps}, str(directory), content_metadata=_METADATA)
 
 
 def load_state(directory: Path, model: Any, optimizer: Any) -> int:
-    """Set weights and optimizer from what `save_state` wrote under any layout; returns the gradient steps done.
+    """Load weights and optimizer from what `save_state` wrote with any layout; returns the gradient steps done.
 
-    Raises pickle.UnpicklingError for a checkpoint whose metadata would run code, and ValueError for one that lacks a
-    parameter.
+    Raises pickle.UnpicklingError if the checkpoint's metadata would run code, and ValueError if a parameter is missing.
     """
     check_metadata(directory)
     state = _sharded_state(model, optimizer, loading=True)
     loaded = dist_checkpointing.load({**state, _STEPS: 0}, str(directory))
     missing = model.module.load_state_dict(loaded["model"], strict=False).missing_keys
     if lost := [name for name in missing if not name.endswith(_EXTRA)]:
-        raise ValueError(f"{directory}: there is no {lost[0]} in it")
+        raise ValueError(f"{directory} does not contain {lost[0]}")
     with _keeping_adam_steps(optimizer):
         optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded[_STEPS])
 
 
 def check_metadata(directory: Path) -> None:
-    """Raise pickle.UnpicklingError if the metadata of a distributed checkpoint, which torch unpickles without looking,
-    names anything but plain descriptions of tensors.
+    """Raise pickle.UnpicklingError if the metadata of a distributed checkpoint, which torch unpickles without checks,
+    contains anything but plain descriptions of tensors.
     """
     with (directory / ".metadata").open("rb") as file:
         _Descriptions(file).load()
@@ -70,8 +69,8 @@ _DESCRIPTIONS = {
 
 
 class _Descriptions(pickle.Unpickler):
-    """Unpickles what torch.distributed.checkpoint describes tensors with, and nothing else: no pickled objects
-    (BytesStorageMetadata) either, which torch would load without looking.
+    """Unpickles only the classes with which torch.distributed.checkpoint describes tensors. BytesStorageMetadata is not
+    among them: it stands for pickled objects, which torch would load without checks.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -87,8 +86,9 @@ def _distributed_parts(optimizer: Any) -> list[Any]:
 
 @contextmanager
 def _places_without_padding(optimizer: Any) -> Iterator[None]:
-    """Megatron 0.16 cuts parameters' states out of tensors without the padding between buckets, at places that count
-    it: where there are several buckets (a tied embedding in a pipeline has its own), it would cut at the wrong ones.
+    """Works around a bug in Megatron 0.16: it takes parameters' states from tensors without padding between buckets,
+    but at offsets that include the padding. With several buckets (a tied embedding in a pipeline has its own) the
+    offsets would be wrong.
     """
     buffers = [buffer for part in _distributed_parts(optimizer) for buffer in part.buffers]
     kept = [buffer.param_index_map for buffer in buffers]
@@ -108,8 +108,8 @@ def _places_without_padding(optimizer: Any) -> Iterator[None]:
 
 @contextmanager
 def _keeping_adam_steps(optimizer: Any) -> Iterator[None]:
-    """Megatron 0.16's distributed optimizer with torch's Adam: on loading, it sets `step` first and then misses it
-    among a parameter's tensors, and all parameters get one tensor, which each of them would count up.
+    """Works around a bug in Megatron 0.16's distributed optimizer with torch's Adam: on loading it expects `step` among
+    a parameter's tensors, where it is missing, and gives all parameters the same tensor, which each would increment.
     """
     parts = _distributed_parts(optimizer)
     for part in parts:
@@ -135,7 +135,7 @@ def _set_with_step(part: Any, set_states: Callable[..., None], parameter: Tensor
 
 @dataclass(frozen=True)
 class Companions:
-    """What stands beside the weights in a transformers checkpoint. generation: None where it has none."""
+    """Configuration, tokenizer and generation config (None if there is none) of a transformers checkpoint."""
 
     config: Any
     tokenizer: Any
@@ -143,7 +143,7 @@ class Companions:
 
 
 def read_companions(checkpoint: Path, *, trust_remote_code: bool = False) -> Companions:
-    """Of a transformers checkpoint, which may be gone afterwards."""
+    """Read them from a transformers checkpoint, which is not needed afterwards."""
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     has_generation = (checkpoint / "generation_config.json").is_file()
     return Companions(
@@ -161,8 +161,8 @@ def write_weights(
     write: bool,
     max_shard_size: str = "5GB",
 ) -> None:
-    """An ordinary transformers checkpoint. Every rank iterates; the one with `write` keeps all weights in the host's
-    memory and writes them.
+    """Write an ordinary transformers checkpoint. Every rank must call this, since `weights` is a collective; the rank
+    with `write` keeps all weights in host memory and writes them.
     """
     kept = {name: tensor.detach().cpu().clone() for name, tensor in weights if write}
     if not write:
@@ -179,7 +179,7 @@ def _sharded_state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, An
     weights = {name: value for name, value in whole.items() if not isinstance(value, ShardedObject)}
     if loading:
         for part in _distributed_parts(optimizer):
-            if not part.optimizer.state:  # before the first step Adam has nothing that a state could be loaded into
+            if not part.optimizer.state:  # before its first step Adam has no state to load into
                 part._init_optimizer_states_with_dummy_values()
     with _places_without_padding(optimizer):
         states = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)

@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences, as a layer of Megatron's; statistics are read off its queries and keys.
+"""Causal attention over packed sequences, as Megatron's core_attention; its queries and keys can be read by a tap.
 
 Shape suffixes: T tokens of all sequences on one axis, H this rank's query heads, G its key heads, D head size.
 """
@@ -17,16 +17,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Reader(Protocol):
-    """Who wants to see a layer's queries and keys."""
+    """Receives the queries and keys of a layer."""
 
     def read(self, layer: int, q_THD: Tensor, k_TGD: Tensor, scale: float) -> None:
-        """`layer` counts from 0 over the whole model; the heads are this rank's."""
+        """Called with a layer's queries and keys. `layer`: from 0, over the whole model; the heads are this rank's."""
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """core_attention of Megatron's layers, for sequences packed into one row without padding.
+    """core_attention of Megatron's layers for sequences packed into one row without padding.
 
-    `reader`, where it is set, sees the queries and keys (after their norm and RoPE) that the output is made from.
+    `reader`, if set, gets the queries and keys that attention uses, after their norm and RoPE.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any):
@@ -47,15 +47,15 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     ) -> Tensor:
         """query [T, H, D], key and value [T, G, D] → [T, H, D]. Raises ValueError unless the batch is packed."""
         if packed_seq_params is None or attention_bias is not None:
-            raise ValueError("rhythm's core_attention takes packed sequences (qkv_format thd), and no bias")
+            raise ValueError("rhythm's core_attention needs packed sequences (qkv_format thd) and supports no bias")
         if self.reader is not None:
             self.reader.read(self.layer, query, key, self.scale)
         return packed_attention(query, key, value, packed_seq_params, self.scale)
 
 
 def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
-    """[T, H, D], differentiable: torch's varlen flash attention on the GPU in half precision, else a sequence at a
-    time.
+    """Causal attention output [T, H, D], differentiable: by torch's varlen flash attention on a GPU in half precision,
+    else by SDPA one sequence at a time.
     """
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         return _varlen(q_THD, k_TGD, v_TGD, packed, scale)
@@ -72,7 +72,7 @@ def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams
     from torch.nn.attention.varlen import varlen_attn
 
     takes = inspect.signature(varlen_attn).parameters
-    # Its way of saying causal changed between versions.
+    # The argument for causal attention changed between torch versions.
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
     if "enable_gqa" in takes:
         causal["enable_gqa"] = True
@@ -81,5 +81,5 @@ def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams
         k_TGD, v_TGD = (x.repeat_interleave(group, dim=1) for x in (k_TGD, v_TGD))
     cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
     out = varlen_attn(q_THD, k_TGD, v_TGD, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **causal)
-    assert isinstance(out, Tensor)  # with its lse only where that is asked for
+    assert isinstance(out, Tensor)  # it returns (out, lse) only if lse is requested
     return out

@@ -1,7 +1,7 @@
-"""What Megatron-core needs on a machine without CUDA, where its code names the device as a literal.
+"""Makes Megatron-core run on a machine without CUDA, although its code names the device "cuda" literally.
 
-Nothing happens on import: `prepare_cpu` is called once in a process that is a rank, and `on_cpu` goes round the
-calls into Megatron's schedules, optimizer and checkpoints.
+Importing this changes nothing: call `prepare_cpu` once in each rank's process, and wrap calls to Megatron's schedules,
+optimizer and checkpoints in `on_cpu`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch.overrides import TorchFunctionMode
 
 
 def prepare_cpu() -> None:
-    """For the whole process: "the current CUDA device" is the CPU, there is nothing on it to wait for, and random
-    states are torch's own.
+    """Patch torch and Megatron for the whole process: the current CUDA device is the CPU, synchronize does nothing, and
+    random states are torch's own.
     """
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
-    # CUDA's generators, whose state recomputation keeps and sets back: without dropout nothing is drawn from them.
+    # Recomputation saves and restores the state of CUDA's generators. Without dropout they are not used.
     megatron_random._get_cuda_rng_state = lambda *_, **__: None
     megatron_random._set_cuda_rng_state = lambda *_, **__: None
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 
 
 def on_cpu() -> AbstractContextManager[Any]:
-    """Within it, what asks for a tensor on CUDA gets one on the CPU. Nothing where there is CUDA."""
+    """Context in which tensors requested on CUDA are created on the CPU. Does nothing if CUDA is available."""
     return nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
 
 
@@ -46,13 +46,13 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if name == "to":
             args = [args[0], *map(_host, args[1:])]
-        found = func(*args, **named)
-        if name == "type" and isinstance(found, str):  # Megatron tells parameters apart by "torch.cuda.FloatTensor"
-            return found.replace("torch.", "torch.cuda.")
-        return found
+        result = func(*args, **named)
+        if name == "type" and isinstance(result, str):  # Megatron compares types with "torch.cuda.FloatTensor"
+            return result.replace("torch.", "torch.cuda.")
+        return result
 
 
 def _host(device: Any) -> Any:
-    """The CPU for a CUDA device; anything else as it is."""
+    """The CPU for a CUDA device; anything else unchanged."""
     is_cuda = isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
     return "cpu" if is_cuda else device

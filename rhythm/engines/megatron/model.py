@@ -1,4 +1,4 @@
-"""A Megatron GPTModel for a transformers checkpoint of Qwen3 (dense) or Llama."""
+"""Builds a Megatron GPTModel for a transformers checkpoint of Qwen3 (dense) or Llama."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rhythm.engines.megatron.core_attention import PackedAttention
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.parallel import Groups
 
-# What Megatron's scaled RoPE has for constants; a checkpoint with others can't be represented.
+# Constants in Megatron's scaled RoPE; checkpoints with other values are not supported.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -46,15 +46,15 @@ def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]
-    """A GPTModel whose last stage gives hidden states [T, 1, D]: logits are the caller's, a few tokens at a time."""
+    """A GPTModel whose last stage returns hidden states [T, 1, D]; the caller computes the logits, in chunks."""
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """[V / tensor ranks, D], this rank's part of the output embedding; on the last stage.
+        """This rank's part of the output embedding, [V / tensor ranks, D]; on the last stage only.
 
-        The output layer itself is never called: it rounds logits to the type of its weights.
+        The output layer itself is not used, because it rounds logits to the dtype of its weights.
         """
         weight: Tensor = (
             self.shared_embedding_or_output_weight()
@@ -64,12 +64,14 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         return weight
 
     def attentions(self) -> list[PackedAttention]:
-        """Of this stage's layers."""
+        """The attention modules of this stage's layers."""
         return [layer.self_attention.core_attention for layer in self.decoder.layers]
 
 
 def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype) -> PolicyModel:
-    """This rank's part, its weights not yet set; parameters in `dtype`, on the rank's device."""
+    """This rank's part of the model, with parameters in `dtype` on the rank's device. Its weights are not loaded
+    yet.
+    """
     qk_norm = config.model_type == "qwen3"
     rope = config.rope_parameters
     model = PolicyModel(
@@ -113,9 +115,9 @@ def _transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Packed micro-batches differ in length, and a micro-batch's loss is its part of a sum over the step.
+        # Packed micro-batches differ in length, and the losses of the micro-batches add up to the step's loss.
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the other one is refused with lengths that vary, experts or not
+        moe_token_dispatcher_type="alltoall",  # the default raises with variable lengths, even without experts
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
         use_cpu_initialization=groups.device.type == "cpu",

@@ -1,7 +1,7 @@
-"""Micro-batches of a rank: rows of the batch packed into one sequence without padding.
+"""Packs the rows of a micro-batch into one sequence without padding.
 
-Shape suffixes: B rows of the whole batch, P positions of the padded batch, b rows of a micro-batch, T their tokens
-on one axis, N response tokens among them.
+Shape suffixes: B rows of the whole batch, P positions of the padded batch, b rows of a micro-batch, T all their
+tokens, N the response tokens among them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from rhythm.engines.interfaces import Rollout
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch on the rank's device.
+    """A packed micro-batch on the rank's device.
 
     Attributes:
-        rows: int64 [b], its rows of the whole batch, on the CPU.
+        rows: int64 [b], indices of its rows in the whole batch, on the CPU.
         input_ids: int64 [T].
         position_ids: int64 [T].
         cu_seqlens: int32 [b + 1].
         prompt_lens: int64 [b].
-        sequences: the same for Megatron's layers.
-        predicts: int64 [N]: the positions whose output a response token was drawn from.
-        target: bool [b, width]: response tokens among the rows, padded as the batch is; N are true, in order.
-        width: of the longest row.
+        sequences: cu_seqlens in the form that Megatron's layers take.
+        predicts: int64 [N], positions whose output predicts a response token.
+        target: bool [b, width], True on the N response tokens of the padded rows.
+        width: length of the longest row.
     """
 
     rows: Tensor
@@ -43,15 +43,15 @@ class Packed:
 
     @property
     def tokens(self) -> Tensor:
-        """int64 [N]: the response tokens."""
+        """The response tokens, int64 [N]."""
         return self.input_ids[self.predicts + 1]
 
 
 def deal_micro_batches(lens_B: Tensor, data_ranks: int, micro_batch_size: int) -> list[list[Tensor]]:
-    """For every data rank its micro-batches, each as row indices: rows of about equal length together.
+    """The micro-batches of every data parallel rank, as row indices; rows of similar length are together.
 
-    Rows are dealt out by falling length, forth and back, so that all ranks get about as many tokens. With fewer rows
-    than ranks, some have none.
+    Rows are sorted by decreasing length and dealt to ranks 0, 1, …, n − 1, n − 1, …, 1, 0, 0, 1, …, so that all ranks
+    get about the same number of tokens. With fewer rows than ranks, some ranks get none.
     """
     order = lens_B.argsort(descending=True, stable=True)
     turn = torch.arange(len(order))
@@ -62,7 +62,7 @@ def deal_micro_batches(lens_B: Tensor, data_ranks: int, micro_batch_size: int) -
 
 
 def pack(rollout: Rollout, rows: Tensor, device: torch.device) -> Packed:
-    """Rows of a rollout, whose padding stands on the right."""
+    """Pack rows of a right-padded rollout."""
     mask_bP, target_bP = rollout.attention_mask[rows], rollout.response_mask[rows]
     lens = mask_bP.sum(dim=1)
     width = int(lens.max())
@@ -83,7 +83,7 @@ def pack(rollout: Rollout, rows: Tensor, device: torch.device) -> Packed:
             max_seqlen_q=width,
             max_seqlen_kv=width,
         ),
-        # The token at t was drawn from what the model said at t − 1; every row has a prompt.
+        # The token at t was sampled from the model's output at t − 1, which exists since every row has a prompt.
         predicts=(target_bP[mask_bP].nonzero()[:, 0] - 1).to(device),
         target=target_bP[:, :width].to(device),
         width=width,

@@ -1,4 +1,4 @@
-"""The ranks meet, and form the groups of a layout."""
+"""Connects the ranks and creates the process groups of a parallel layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rhythm.engines.megatron.layout import ParallelConfig
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks meet: rank 0 listens on address:port. timeout: seconds that a collective may take."""
+    """How the ranks connect: rank 0 listens on address:port. timeout: deadline of a collective in seconds."""
 
     rank: int
     world_size: int
@@ -29,7 +29,7 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place among the others, and the collectives that the engine needs."""
+    """This rank's device and process groups."""
 
     device: torch.device
     rank: int
@@ -49,7 +49,7 @@ class Groups:
 
     @property
     def is_output_rank(self) -> bool:
-        """Whether this rank is the one of its tensor-parallel group, on the last stage, whose results count."""
+        """Whether this rank contributes results to the output: the first of its tensor group, on the last stage."""
         return self.last_stage and self.tensor.rank() == 0
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Groups:
 
 
 def join(rendezvous: Rendezvous, parallel: ParallelConfig) -> Groups:
-    """Meet the other ranks and form the groups: NCCL where there is CUDA, else Gloo.
+    """Connect to the other ranks and create the groups, with NCCL if CUDA is available, else Gloo.
 
     Raises ValueError if the number of ranks is not that of the layout.
     """
@@ -101,7 +101,9 @@ def join(rendezvous: Rendezvous, parallel: ParallelConfig) -> Groups:
 
 
 def _store(rendezvous: Rendezvous, timeout: timedelta) -> TCPStore:
-    """The ranks' common store, which rank 0 serves on the address given: by itself torch would listen on all."""
+    """The ranks' common store. Rank 0 serves it on the given address; by default torch would listen on all
+    addresses.
+    """
     options: dict[str, Any] = {"timeout": timeout, "world_size": rendezvous.world_size}
     if rendezvous.rank > 0:
         return TCPStore(rendezvous.address, rendezvous.port, is_master=False, **options)
@@ -111,7 +113,7 @@ def _store(rendezvous: Rendezvous, timeout: timedelta) -> TCPStore:
 
 
 def leave() -> None:
-    """Undo `join`."""
+    """Destroy the groups and disconnect."""
     parallel_state.destroy_model_parallel()
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,10 +1,10 @@
-"""Statistics read in Megatron's own forward pass, every rank from its heads and layers, and put together afterwards.
+"""Computes attention statistics in Megatron's forward pass, on every rank for its heads, and combines them afterwards.
 
-The choice of heads is that of the whole model: spans of all heads go to all ranks, each rank sums WAAD and FAI over
-the chosen heads that are its own, and the sums are added up. So a batch-wide choice costs no second pass.
+Heads are chosen over the whole model: the spans of all heads are sent to all ranks, each rank sums WAAD and FAI over
+its own heads among the chosen ones, and the sums are all-reduced. So batch-wide grouping needs no second pass.
 
-Shape suffixes: B responses, P positions of the batch, n heads of the pool, h those of one layer on this rank,
-T tokens of a micro-batch on one axis, D head size.
+Shape suffixes: B responses, P positions of the batch, n heads of the pool, h heads of one layer on this rank,
+T tokens of a packed micro-batch, D head size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rhythm.ops.statistics import attention_statistics
 
 @dataclass(frozen=True)
 class _Read:
-    """One layer of one micro-batch. heads: their places in the pool, [h]; span [b, h], waad and fai [h, T]."""
+    """Statistics of one layer and micro-batch. heads: indices in the pool, [h]; span [b, h], waad and fai [h, T]."""
 
     packed: Packed
     heads: Tensor
@@ -38,8 +38,8 @@ class _Read:
 
 
 class MegatronTap:
-    """Round the forward passes of a batch. Statistics of this rank's sampled layers stay in memory until `signals`:
-    8 bytes a token and head.
+    """Context around the forward passes of a batch. The statistics of this rank's sampled layers stay in memory until
+    `signals`: 8 bytes per token and head.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class MegatronTap:
         head_groups: HeadGroups | None,
         groups: Groups,
     ) -> None:
-        """`attentions`: of this rank's stage; `depth`: layers of the whole model; `head_groups`: fixed ones."""
+        """`attentions`: of this rank's stage; `depth`: layers of the whole model; `head_groups`: fixed head groups."""
         self._layers = tap.layers_of(depth)
         self._attentions = [attention for attention in attentions if attention.layer in self._layers]
         self._tap, self._head_groups, self._groups = tap, head_groups, groups
         self._packed: Packed | None = None
-        self._found: list[_Read] = []
+        self._reads: list[_Read] = []
         self._watch = DeviceWatch(groups.device)
 
     def __enter__(self) -> MegatronTap:
@@ -69,20 +69,20 @@ class MegatronTap:
 
     @property
     def seconds(self) -> float:
-        """Spent in the statistics, on this rank."""
+        """Seconds spent on the statistics on this rank."""
         return self._watch.seconds
 
     def next(self, packed: Packed) -> None:
-        """The micro-batch that the layers will see next."""
+        """Set the micro-batch of the next forward pass."""
         self._packed = packed
 
     def read(self, layer: int, q_THD: Tensor, k_TGD: Tensor, scale: float) -> None:
         """See rhythm.engines.megatron.core_attention.Reader. Raises RuntimeError before `next`."""
         packed = self._packed
         if packed is None:
-            raise RuntimeError("a layer ran before the tap was told of its micro-batch")
+            raise RuntimeError("a layer ran before MegatronTap.next was called with its micro-batch")
         with self._watch:
-            found = attention_statistics(
+            statistics = attention_statistics(
                 q_THD,
                 k_TGD,
                 cu_seqlens=packed.cu_seqlens,
@@ -92,21 +92,24 @@ class MegatronTap:
                 horizon=self._tap.horizon,
                 backend=self._tap.backend,
             )
-        assert found.span is not None
+        assert statistics.span is not None
         h, tensor = q_THD.shape[1], self._groups.tensor
         first = (self._layers.index(layer) * tensor.size() + tensor.rank()) * h
-        self._found.append(_Read(packed, torch.arange(first, first + h), found.span, found.waad, found.fai))
+        heads = torch.arange(first, first + h)
+        self._reads.append(_Read(packed, heads, statistics.span, statistics.waad, statistics.fai))
 
     def signals(self, rollout: Rollout, query_heads: int) -> RhythmSignals:
-        """Of the whole batch, on every rank, on the CPU; a collective. `query_heads`: a layer's, of the whole model."""
+        """Signals of the whole batch, on the CPU of every rank. A collective. `query_heads`: per layer of the whole
+        model.
+        """
         B, P = rollout.input_ids.shape
         own_Bn = torch.zeros(B, len(self._layers) * query_heads)
-        for read in self._found:
+        for read in self._reads:
             own_Bn[read.packed.rows[:, None], read.heads] = read.span.float().cpu()
         span_Bn = self._groups.all_reduce_sum(own_Bn)
         chosen = self._chosen(span_Bn)
         sums_2BP = torch.zeros(2, B, P)
-        for read in self._found:
+        for read in self._reads:
             rows, positions, sums_2T = _own_sums(read, chosen)
             sums_2BP[:, rows, positions] += sums_2T
         waad_BP, fai_BP = self._groups.all_reduce_sum(sums_2BP)
@@ -121,7 +124,7 @@ class MegatronTap:
         )
 
     def _chosen(self, span_Bn: Tensor) -> HeadGroups:
-        """[B, n]."""
+        """The head groups per response, [B, n]."""
         if self._head_groups is not None:
             fixed = self._head_groups
             return HeadGroups(fixed.local.expand(span_Bn.shape), fixed.global_.expand(span_Bn.shape))
@@ -129,14 +132,14 @@ class MegatronTap:
 
 
 def _own_sums(read: _Read, chosen: HeadGroups) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, position) of each token of a micro-batch, and [2, T]: its WAAD and FAI, each summed over the heads that
-    its row has chosen among these.
+    """(row, position) of each token of a micro-batch, and [2, T]: WAAD summed over the local, FAI over the global heads
+    of its row among these heads.
     """
     packed = read.packed
     row_T = torch.repeat_interleave(packed.cu_seqlens.diff().long())
     sums = []
     for value_hT, group_Bn in ((read.waad, chosen.local), (read.fai, chosen.global_)):
         group_bh = group_Bn[packed.rows[:, None], read.heads].to(value_hT.device)
-        # where, not a product: an undefined value of a head outside the group has no say.
+        # torch.where, not a product: NaN of a head outside the group must not reach the sum.
         sums.append(torch.where(group_bh[row_T].T, value_hT.float(), 0.0).sum(dim=0))
     return packed.rows[row_T.cpu()], packed.position_ids.cpu(), torch.stack(sums).cpu()

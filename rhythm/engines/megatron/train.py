@@ -1,4 +1,4 @@
-"""Train on Megatron-core: one object a rank, every rank called alike and with the same results.
+"""Implements Train on Megatron-core: one object per rank; all ranks get the same calls and return the same results.
 
 Shape suffixes: B responses, P positions of the padded batch, T tokens of a micro-batch, N response tokens, D width.
 """
@@ -38,8 +38,8 @@ from rhythm.engines.megatron.weights import gather_weights, load_weights
 
 
 class MegatronTrain:
-    """The Train interface over all ranks: each gets the whole batch, works on its share, and returns the whole result
-    in tensors on the CPU. On CUDA with `precision` bfloat16 the optimizer keeps weights in float32.
+    """One rank of a Train engine. Each rank gets the whole batch, processes its part, and returns the complete result
+    in CPU tensors. With `precision` bfloat16 on CUDA the optimizer keeps weights in float32.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class MegatronTrain:
         with_reference: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        """`checkpoint`: of transformers, in safetensors; not read again later. `with_reference`: keep a frozen copy
-        for the KL term. `trust_remote_code`: run code that the checkpoint brings along for config and tokenizer.
+        """`checkpoint`: a transformers checkpoint in safetensors, not needed afterwards. `with_reference`: keep a
+        frozen copy for the KL term. `trust_remote_code`: run code in the checkpoint for its config and tokenizer.
 
-        Raises ValueError for a model or a layout that don't go together.
+        Raises ValueError for a model that isn't supported, or a layout that doesn't fit the number of ranks.
         """
         self.config = read_config(checkpoint, trust_remote_code=trust_remote_code)
         self._companions = checkpoints.read_companions(checkpoint, trust_remote_code=trust_remote_code)
@@ -70,7 +70,7 @@ class MegatronTrain:
         self._micro_batch_size = micro_batch_size
         self._gradient_steps = 0
         self.statistics_seconds = 0.0
-        """Spent in attention statistics by the last `log_probs`, on the slowest rank."""
+        """Seconds that the last `log_probs` spent on attention statistics, on the slowest rank."""
         with on_cpu():
             model = build_model(self.config, self._groups, parallel, precision)
             load_weights(model, checkpoint, self.config, self._groups)
@@ -82,7 +82,7 @@ class MegatronTrain:
                 module=model,
             )
             model.config.finalize_model_grads_func = _add_up_gradients
-            # No overrides: weight decay on every parameter, as the one-machine engine has it.
+            # No overrides: weight decay on every parameter, as in the single-process engine.
             self._optimizer = megatron_optimizer.get_megatron_optimizer(
                 _optimizer_config(optimizer, precision, parallel), [self._model], config_overrides={}
             )
@@ -97,16 +97,16 @@ class MegatronTrain:
             return self._log_probs(self._model.module, rollout), None
         depth, heads = self.config.num_hidden_layers, self.config.num_attention_heads
         with MegatronTap(self._model.module.attentions(), depth, tap, groups, self._groups) as reader:
-            found = self._log_probs(self._model.module, rollout, reader)
+            log_probs = self._log_probs(self._model.module, rollout, reader)
         slowest = torch.tensor([reader.seconds], dtype=torch.float64, device=self._groups.device)
         torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
         self.statistics_seconds = float(slowest)
-        return found, replace(reader.signals(rollout, heads), entropy=found.entropy)
+        return log_probs, replace(reader.signals(rollout, heads), entropy=log_probs.entropy)
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
-        """See rhythm.engines.interfaces.Train. Raises RuntimeError where there is no reference model."""
+        """See rhythm.engines.interfaces.Train. Raises RuntimeError if there is no reference model."""
         if self._reference is None:
-            raise RuntimeError("this engine was made without a reference model")
+            raise RuntimeError("this engine was built without a reference model")
         return self._log_probs(self._reference, rollout).logprobs
 
     def step(self, batch: TrainBatch) -> StepMetrics:
@@ -147,18 +147,18 @@ class MegatronTrain:
         )
 
     def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in a transformers checkpoint, whole tensor on this rank's device), one parameter gathered at a time.
+        """(name in a transformers checkpoint, complete tensor on this rank's device), gathered one parameter at a time.
 
-        A collective: all ranks iterate together, to the end.
+        A collective: all ranks must iterate together, to the end.
         """
         return gather_weights(self._model.module, self.config, self._groups)
 
     def weights(self) -> dict[str, Tensor]:
-        """See rhythm.engines.interfaces.Train; copies of everything, on every rank."""
+        """See rhythm.engines.interfaces.Train. Returns copies of all weights, on every rank."""
         return {name: tensor.detach().clone() for name, tensor in self.weights_stream()}
 
     def save(self, directory: Path) -> None:
-        """Write a transformers checkpoint, and a distributed one in its folder `megatron`."""
+        """Write a transformers checkpoint, and a distributed checkpoint in its folder `megatron`."""
         writes = self._groups.rank == 0
         checkpoints.write_weights(directory, self.weights_stream(), self._companions, write=writes)
         with on_cpu():
@@ -167,7 +167,7 @@ class MegatronTrain:
             )
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote, under any layout; bit for bit under the same one."""
+        """Restore the state that `save` wrote with any layout; with the same layout, bit for bit."""
         with on_cpu():
             folder = directory / checkpoints.DISTRIBUTED
             self._gradient_steps = checkpoints.load_state(folder, self._model, self._optimizer)
@@ -185,18 +185,18 @@ class MegatronTrain:
 
     @torch.no_grad()
     def _log_probs(self, model: PolicyModel, rollout: Rollout, tap: MegatronTap | None = None) -> LogProbs:
-        found_2BP = torch.zeros(2, *rollout.input_ids.shape)
+        scores_2BP = torch.zeros(2, *rollout.input_ids.shape)
 
         def keep(packed: Packed, hidden_ND: Tensor) -> Tensor:
             scores = self._scores(model, packed, hidden_ND)
             if self._groups.is_output_rank:
                 both = torch.stack([scores.logprobs, scores.entropy])
-                found_2BP[:, packed.rows, : packed.width] = torch.where(packed.target, both, 0.0).cpu()
+                scores_2BP[:, packed.rows, : packed.width] = torch.where(packed.target, both, 0.0).cpu()
             return hidden_ND.new_zeros(())
 
         model.eval()
         self._run(model, rollout, keep, tap=tap)
-        logprobs_BP, entropy_BP = self._groups.all_reduce_sum(found_2BP)
+        logprobs_BP, entropy_BP = self._groups.all_reduce_sum(scores_2BP)
         outside_BP = ~rollout.response_mask
         return LogProbs(logprobs_BP.masked_fill(outside_BP, torch.nan), entropy_BP.masked_fill(outside_BP, torch.nan))
 
@@ -209,8 +209,8 @@ class MegatronTrain:
         backward: bool = False,
         tap: MegatronTap | None = None,
     ) -> None:
-        """Megatron's schedule over this rank's micro-batches; `finish` gets the hidden states on the last stage, and
-        what it returns is the loss.
+        """Run Megatron's schedule over this rank's micro-batches. On the last stage `finish` gets the hidden states and
+        returns the loss.
         """
         data = self._groups.data
         micro_batches = deal_micro_batches(rollout.lens, data.size(), self._micro_batch_size)[data.rank()]
@@ -231,7 +231,7 @@ class MegatronTrain:
             )
 
             def loss(hidden_T1D: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-                # The divisor that Megatron asks for is not used: parts of a loss add up to the step's.
+                # Megatron expects a divisor, which isn't used: the micro-batches' losses add up to the step's loss.
                 none = torch.zeros((), dtype=torch.int, device=hidden_T1D.device)
                 return finish(packed, hidden_T1D[:, 0]), none, {}
 
@@ -243,13 +243,13 @@ class MegatronTrain:
                 data_iterator=(pack(rollout, rows, self._groups.device) for rows in micro_batches),
                 model=[model],
                 num_microbatches=len(micro_batches),
-                seq_length=1,  # lengths vary, and travel with the tensors
+                seq_length=1,  # not used: lengths vary and are sent with the tensors
                 micro_batch_size=1,
                 forward_only=not backward,
             )
 
     def _scores(self, model: PolicyModel, packed: Packed, hidden_TD: Tensor) -> LogProbs:
-        """Of a micro-batch's response tokens, [b, width]; with their graph where there is one."""
+        """Log-probs and entropies of a micro-batch's response tokens, [b, width]; differentiable."""
         logprob_N, entropy_N = logprobs_and_entropies(
             hidden_TD[packed.predicts],
             model.head_weight(),
@@ -267,7 +267,7 @@ class MegatronTrain:
     def _loss_part(
         self, packed: Packed, hidden_TD: Tensor, batch: TrainBatch, totals: BatchTotals
     ) -> tuple[Tensor, Tensor]:
-        """A micro-batch's part of the step's loss, and of loss, clip share and the two KLs as numbers, fp64 [4]."""
+        """A micro-batch's part of the step's loss, and its part of (loss, clip share, two KL divergences), fp64 [4]."""
         now = self._scores(self._model.module, packed, hidden_TD)
         micro = take_rows(batch, packed.rows)
 
@@ -290,7 +290,7 @@ class MegatronTrain:
         return out.loss, torch.stack([part.detach().double().cpu() for part in parts])
 
     def _clipped_gradients(self) -> float:
-        """Scale the gradients down to the largest norm allowed; returns the norm they had."""
+        """Clip the gradients to max_grad_norm; returns the norm before clipping."""
         with on_cpu():
             self._optimizer.prepare_grads()
             norm = float(self._optimizer.get_grad_norm())
@@ -301,7 +301,9 @@ class MegatronTrain:
 
 
 def _add_up_gradients(model: list[Any], num_tokens: Tensor | None = None, **_: Any) -> None:
-    """Over data ranks, copies of a tied embedding, and norms: sums, as every rank has its part of one loss."""
+    """Sum the gradients over data parallel ranks, copies of a tied embedding, and norms: every rank has a part of the
+    loss.
+    """
     finalize_model_grads(model, None)
 
 
@@ -317,5 +319,5 @@ def _optimizer_config(config: OptimizerConfig, precision: torch.dtype, parallel:
         bf16=precision == torch.bfloat16,
         params_dtype=precision,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        clip_grad=0.0,  # done by this engine, which looks at the norm first
+        clip_grad=0.0,  # this engine clips itself, after checking the norm
     )

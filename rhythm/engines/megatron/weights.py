@@ -1,6 +1,6 @@
-"""Weights between a transformers checkpoint and Megatron's parameters, at any tensor and pipeline layout, bit for bit.
+"""Converts weights between a transformers checkpoint and Megatron's parameters, for any tensor and pipeline layout.
 
-mbridge was looked at for this: it reads configurations of transformers 4 and names only TransformerEngine's layers.
+mbridge is not used because it reads only configurations of transformers 4 and supports only TransformerEngine's layers.
 
 Shape suffixes: N key heads, R rows of a key head's group (its queries, one key, one value), D width.
 """
@@ -25,10 +25,10 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one parameter of Megatron's is made.
+    """How one Megatron parameter is built from tensors of the checkpoint.
 
-    split: what tensor ranks divide: nothing, rows, columns, the key heads of stacked q, k, v, or the rows of gate
-    and up one by one. names: the tensors of the checkpoint.
+    split: what tensor ranks split: nothing, rows, columns, the key heads of stacked q, k, v, or the rows of gate and up
+    separately. names: the tensors in the checkpoint.
     """
 
     split: Literal["none", "rows", "columns", "qkv", "gate_up"]
@@ -50,25 +50,25 @@ _LAYER = {
     "pre_mlp_layernorm.weight": Recipe("none", ("post_attention_layernorm.weight",)),
     "mlp.linear_fc1.weight": Recipe("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     "mlp.linear_fc2.weight": Recipe("columns", ("mlp.down_proj.weight",)),
-    # TransformerEngine's layers hold the norm with the matrix that follows it.
+    # TransformerEngine's layers store a norm together with the matrix that follows it.
     "self_attention.linear_qkv.layer_norm_weight": Recipe("none", ("input_layernorm.weight",)),
     "mlp.linear_fc1.layer_norm_weight": Recipe("none", ("post_attention_layernorm.weight",)),
 }
 
 
 def recipe(name: str) -> Recipe:
-    """For a parameter by its name with the layer counted over the whole model. Raises KeyError for others."""
+    """The recipe of a parameter, by its name with the layer index in the whole model. Raises KeyError if unknown."""
     if not name.startswith("decoder.layers."):
         return _MODEL[name]
     layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
-    found = _LAYER[rest]
-    return Recipe(found.split, tuple(f"model.layers.{layer}.{part}" for part in found.names))
+    of_layer = _LAYER[rest]
+    return Recipe(of_layer.split, tuple(f"model.layers.{layer}.{part}" for part in of_layer.names))
 
 
 def to_megatron(made: Recipe, tensors: list[Tensor], key_heads: int, ranks: int, rank: int) -> Tensor:
-    """The part of tensor rank `rank`, from whole tensors in the order of `made.names`."""
+    """Tensor rank `rank`'s part of the parameter, from complete tensors in the order of `made.names`."""
     if made.split == "qkv":
-        # Rows of one key head's queries, key and value stand together.
+        # The rows of a key head's queries, key and value are adjacent.
         groups = [x.view(key_heads, -1, x.shape[1]) for x in tensors]
         return torch.cat(groups, dim=1).chunk(ranks)[rank].flatten(0, 1)
     if made.split == "gate_up":
@@ -79,7 +79,7 @@ def to_megatron(made: Recipe, tensors: list[Tensor], key_heads: int, ranks: int,
 
 
 def to_transformers(made: Recipe, parts: list[Tensor], key_heads: int, head_size: int) -> list[Tensor]:
-    """The checkpoint's tensors in the order of `made.names`, from the parts of all tensor ranks."""
+    """The checkpoint's tensors, in the order of `made.names`, from the parts of all tensor ranks."""
     if made.split == "qkv":
         stacked_NRD = torch.cat(parts).view(key_heads, -1, parts[0].shape[1])
         queries = stacked_NRD.shape[1] - 2 * head_size
@@ -93,27 +93,27 @@ def to_transformers(made: Recipe, parts: list[Tensor], key_heads: int, head_size
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """This stage's parameters, layers counted over the whole model, each once.
+    """This stage's parameters by name, with layer indices in the whole model.
 
-    A tied output embedding that stands on a stage of its own is left out: it is a copy of the input embedding's.
+    A tied output embedding on another stage than the input embedding is left out, since it is a copy.
     """
     first = next((attention.layer for attention in model.attentions()), 0)  # type: ignore[operator]
-    found = {}
+    parameters = {}
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
             name = f"decoder.layers.{first + int(layer)}.{rest}"
-        found[name] = parameter
+        parameters[name] = parameter
     if model.share_embeddings_and_output_weights:
-        found.pop("output_layer.weight", None)
-    return found
+        parameters.pop("output_layer.weight", None)
+    return parameters
 
 
 @torch.no_grad()
 def load_weights(model: Any, checkpoint: Path, config: Any, groups: Groups) -> None:
-    """Set this rank's parameters from a transformers checkpoint in safetensors.
+    """Load this rank's parameters from a transformers checkpoint in safetensors.
 
-    Raises ValueError for a tensor that is missing, or of another shape than the configuration says.
+    Raises ValueError for a tensor that is missing or doesn't have the shape that the configuration implies.
     """
     with _Tensors(checkpoint) as tensors:
         targets = [(recipe(name), parameter) for name, parameter in named(model).items()]
@@ -124,16 +124,17 @@ def load_weights(model: Any, checkpoint: Path, config: Any, groups: Groups) -> N
             part = to_megatron(made, whole, config.num_key_value_heads, groups.tensor.size(), groups.tensor.rank())
             if part.shape != parameter.shape:
                 raise ValueError(
-                    f"{checkpoint}: {made.names[0]} gives {tuple(part.shape)} a rank, the configuration "
-                    f"{tuple(parameter.shape)}"
+                    f"{checkpoint}: {made.names[0]} has shape {tuple(part.shape)} per rank, but the configuration "
+                    f"requires {tuple(parameter.shape)}"
                 )
             parameter.copy_(part)
 
 
 def gather_weights(model: Any, config: Any, groups: Groups) -> Iterator[tuple[str, Tensor]]:
-    """(name in the checkpoint, whole tensor on this rank's device) of every weight, one parameter gathered at a time.
+    """(name in the checkpoint, complete tensor on this rank's device) of every weight, gathered one parameter at a
+    time.
 
-    A collective: all ranks iterate, and all get everything, in the same order.
+    A collective: all ranks must iterate, and all get all weights in the same order.
     """
     own = {name: (tuple(p.shape), p.dtype) for name, p in named(model).items()}
     stages: list[Any] = [None] * groups.pipeline.size()
@@ -166,7 +167,7 @@ def _over_tensor_ranks(made: Recipe, part: Tensor, groups: Groups) -> list[Tenso
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint in one safetensors file or several, read when asked for."""
+    """The tensors of a checkpoint's safetensors files, each read when it is accessed."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
@@ -190,7 +191,7 @@ class _Tensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
-            raise ValueError(f"{self._checkpoint}: there is no {name} in its safetensors")
+            raise ValueError(f"{self._checkpoint}: its safetensors files don't contain {name}")
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 

@@ -1,1 +1,1 @@
-"""actor_infer: responses by vLLM, with the trainer's weights pushed into it. Only `worker` imports vLLM itself."""
+"""actor_infer on vLLM, which gets the trainer's weights by weight sync. Only `worker` imports vLLM at the top level."""

@@ -1,4 +1,4 @@
-"""Infer by vLLM: one replica, its tensor-parallel workers included, in the process that builds it.
+"""Implements Infer by vLLM: one replica with its tensor parallel workers.
 
 Shape suffixes: B responses, T positions of input_ids, right-padded.
 """
@@ -21,60 +21,62 @@ from rhythm.seeds import derive_seed
 
 WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
 LOCAL_BUCKET_BYTES = 64 << 20
-"""Shared memory that `update_weights` uses at a time."""
+"""Bytes of shared memory that `update_weights` uses at a time."""
 
 
 class VllmConfig(BaseModel, extra="forbid", frozen=True):
-    """One vLLM engine."""
+    """Settings of a vLLM engine."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs of one replica")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs per replica")
     gpu_memory_utilization: float = Field(
-        default=0.85, gt=0, lt=1, description="share of a GPU's memory that vLLM takes; weights and KV cache"
+        default=0.85, gt=0, lt=1, description="fraction of a GPU's memory that vLLM uses, for weights and KV cache"
     )
     kv_cache_gib: float | None = Field(
-        default=None, gt=0, description="size of the KV cache on each GPU instead, in GiB; has to be given on CPUs"
+        default=None,
+        gt=0,
+        description="size of the KV cache per GPU in GiB, instead of gpu_memory_utilization; required on CPUs",
     )
     max_num_seqs: int = Field(default=256, ge=1, description="responses that a replica generates at a time")
     max_num_batched_tokens: int = Field(
-        default=4096, ge=1, description="tokens of one forward pass; scoring holds as many rows of logits in fp32"
+        default=4096, ge=1, description="tokens per forward pass; scoring needs as many rows of fp32 logits"
     )
-    enforce_eager: bool = Field(default=False, description="no CUDA graphs; always so on CPUs")
+    enforce_eager: bool = Field(default=False, description="don't use CUDA graphs; always true on CPUs")
     enable_prefix_caching: bool = Field(
-        default=False, description="share the KV cache of a prompt among its responses, within a call of generate"
+        default=False, description="share a prompt's KV cache among its responses, within a call of generate"
     )
 
 
 def prepare_environment(bind_address: str = "127.0.0.1") -> None:
-    """Set what vLLM reads from the environment. Call it before anything imports vLLM.
+    """Set the environment variables that vLLM reads. Call it before anything imports vLLM.
 
-    `bind_address`: where its workers listen for each other. What the caller's environment sets is kept, but
-    not where to bind, nor what would let vLLM unpickle what it is sent.
+    `bind_address`: where its workers listen for each other. Variables that are already set are kept, except the bind
+    address and the one that would let vLLM unpickle messages.
     """
     os.environ["VLLM_HOST_IP"] = bind_address
     os.environ["VLLM_LOOPBACK_IP"] = bind_address
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
-    # The engine lives in this process: its weights can be pushed and its errors seen without another hop.
+    # Run the engine in this process, so that weight transfers and errors need no further process in between.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     kept = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    kept["PYTHONSAFEPATH"] = "1"  # its processes look for no module in the working directory first
+    kept["PYTHONSAFEPATH"] = "1"  # its processes don't import from the working directory first
     if ipaddress.ip_address(bind_address).is_loopback:
         kept |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if not torch.cuda.is_available():
-        # Threads stay unbound: replicas on one machine would all be bound to the same cores.
+        # Don't bind threads: all replicas on a machine would be bound to the same cores.
         kept |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in kept.items():
         os.environ.setdefault(name, value)
 
 
 class VllmInfer:
-    """Responses by vLLM.
+    """Generates responses by vLLM.
 
-    A rollout is a function of weights, prompts, sampling and seed: every response draws from a generator of its
-    own. The temperature divides the logits where the model makes them, so vLLM's raw log-probs are those of the
-    sampling temperature before top-p and top-k cut anything off; the head computes in fp32, whatever `dtype`.
+    A rollout depends only on weights, prompts, sampling and seed: every response has its own random generator. The
+    temperature divides the logits inside the model, so vLLM's raw log-probs are those at the sampling temperature,
+    before top-p and top-k. The head computes in fp32, whatever `dtype`.
 
-    Weights come as a push: `start_push`, `receive` for each bucket, `finish_push`. A push must bring every
-    weight, in the shapes of the checkpoint; an engine whose push failed half-way serves no more.
+    Weights are updated by a push: `start_push`, `receive` for each bucket, `finish_push`. A push must contain every
+    weight, in the shapes of the checkpoint; after a push that failed midway the engine can't be used any more.
     """
 
     def __init__(
@@ -89,19 +91,19 @@ class VllmInfer:
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
-        """Start the engine on the weights in `checkpoint`, a transformers checkpoint in safetensors.
+        """Start the engine with the weights in `checkpoint`, a transformers checkpoint in safetensors.
 
         Args:
             checkpoint: its directory; its tokenizer is not read.
-            config: the engine's knobs.
+            config: settings of the engine.
             max_length: longest prompt and response together, in tokens.
-            end_ids: a response ends with the first of these.
-            pad_id: the token right of a response.
-            dtype: of weights, activations and KV cache.
-            seed: of the engine, for what no response's own seed covers.
-            trust_remote_code: run code that the checkpoint brings along.
+            end_ids: tokens that end a response.
+            pad_id: token used for padding after a response.
+            dtype: dtype of weights, activations and KV cache.
+            seed: seed of the engine, for anything that doesn't use a response's own seed.
+            trust_remote_code: run code contained in the checkpoint.
 
-        Raises ValueError without end_ids, for a checkpoint without safetensors, and on a CPU without kv_cache_gib.
+        Raises ValueError for empty end_ids, a checkpoint without safetensors, and on a CPU without kv_cache_gib.
         """
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
@@ -112,14 +114,14 @@ class VllmInfer:
 
         self._on_cpu = bool(current_platform.is_cpu())
         if self._on_cpu and config.kv_cache_gib is None:
-            raise ValueError("kv_cache_gib is not set: on CPUs vLLM has to be told the size of its KV cache")
+            raise ValueError("kv_cache_gib is not set: on CPUs vLLM needs the size of its KV cache")
         parallel = {"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}
         self._llm: Any = LLM(
             model=str(checkpoint),
             load_format="safetensors",
             skip_tokenizer_init=True,
             trust_remote_code=trust_remote_code,
-            generation_config="vllm",  # the checkpoint's sampling defaults stay out: only ours count
+            generation_config="vllm",  # ignore the checkpoint's sampling defaults
             hf_overrides={"head_dtype": "float32"},
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=max_length,
@@ -149,10 +151,11 @@ class VllmInfer:
         return self._version
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
-        """`n` responses to each prompt, on the CPU. `sampling.rows_at_once` is left to vLLM's max_num_seqs.
+        """Sample `n` responses per prompt; the rollout is on the CPU. `sampling.rows_at_once` is ignored: max_num_seqs
+        limits the responses at a time.
 
-        Raises ValueError without prompts, for an empty prompt, for n < 1, and where a prompt leaves less than
-        max_new_tokens within max_length; RuntimeError where the engine is not serving.
+        Raises ValueError for no prompts, an empty prompt, n < 1, or a prompt that leaves less than max_new_tokens
+        within max_length; RuntimeError if the engine is not serving.
         """
         if n < 1:
             raise ValueError(f"n is {n}: must be at least 1")
@@ -181,12 +184,12 @@ class VllmInfer:
         """One response to each prompt, by its own seed."""
         self._must_be("serving")
         if not prompts or not all(prompts):
-            raise ValueError("prompts: must hold at least one prompt, and no empty one")
+            raise ValueError("prompts: must contain at least one prompt, and none may be empty")
         room = self._max_length - max(map(len, prompts))
         if sampling.max_new_tokens > room:
             raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}: the longest prompt leaves {room} tokens")
         self._set_temperature(sampling.temperature or 1.0)
-        # What an earlier call cached would change the order of this one's sums, and with it the rollout.
+        # A prefix cached by an earlier call would change the order of sums, and thereby the rollout.
         self._reset_prefix_cache()
         common = self._drawing(sampling)
         outputs = self._run(prompts, [{**common, "seed": seed} for seed in seeds])
@@ -201,17 +204,17 @@ class VllmInfer:
         )
 
     def score(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-        """fp32 [B, T], nats: log-probs of the response tokens at `temperature`; NaN outside the response.
+        """Log-probs of the response tokens at `temperature`, in nats, fp32 [B, T]; NaN outside the response.
 
-        A forward pass over what is there already: prompt and response are read as a prompt. The last token, which
-        the pass over the others predicts, is the one token that may follow.
+        Prompt and response are given to vLLM as a prompt, except the last token, which is the only one that it may
+        generate.
 
-        Raises ValueError for a row longer than max_length; RuntimeError where the engine is not serving.
+        Raises ValueError for a row longer than max_length; RuntimeError if the engine is not serving.
         """
         self._must_be("serving")
         lens = rollout.lens.tolist()
         if max(lens) > self._max_length:
-            raise ValueError(f"rollout: its longest row has {max(lens)} tokens, max_length is {self._max_length}")
+            raise ValueError(f"rollout: its longest row has {max(lens)} tokens; max_length is {self._max_length}")
         self._set_temperature(temperature)
         rows = [row[:length].tolist() for row, length in zip(rollout.input_ids, lens, strict=True)]
         outputs = self._run(
@@ -228,9 +231,9 @@ class VllmInfer:
         return logprobs_BT.masked_fill(~rollout.response_mask.cpu(), torch.nan)
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take over all weights from this process, through shared memory.
+        """Copy all weights from this process, through shared memory.
 
-        Raises ValueError if `version` falls, a name is missing or unknown, or a shape differs.
+        Raises ValueError if `version` is lower than before, a name is missing or unknown, or a shape differs.
         """
         self._must_not_fall(version)
         with make_sender("shared_memory") as sender:
@@ -241,12 +244,14 @@ class VllmInfer:
             self.finish_push(version)
 
     def init_transfer(self, kind: TransferKind, info: Mapping[str, Any]) -> None:
-        """Open the way weights will come; `info` is a sender's init_info. With nccl it returns once all have met."""
+        """Prepare to receive weights by this kind of transfer; `info` is a sender's init_info. With nccl it returns
+        once all processes have connected.
+        """
         self._must_be("serving")
         self._llm.collective_rpc("open_transfer", args=(kind, dict(info)))
 
     def start_push(self) -> None:
-        """Begin to take over weights; until `finish_push` the engine serves nothing."""
+        """Begin a push of weights; until `finish_push` the engine can't generate."""
         self._must_be("serving")
         self._state = "lost"
         self._llm.collective_rpc("start_weight_update")
@@ -254,9 +259,9 @@ class VllmInfer:
         self._state = "receiving"
 
     def receive(self, info: Mapping[str, Any]) -> None:
-        """Take over one bucket, as a sender's `stage` describes it; returns when its memory may be used again.
+        """Load one bucket, as described by a sender's `stage`; returns when its memory may be reused.
 
-        Raises ValueError, before anything is loaded, for names unknown or already received and for wrong shapes.
+        Raises ValueError, before anything is loaded, for unknown or repeated names and wrong shapes.
         """
         self._must_be("receiving")
         self._state = "lost"
@@ -265,9 +270,9 @@ class VllmInfer:
         self._state = "receiving"
 
     def finish_push(self, version: int) -> None:
-        """Serve the weights received, as of training step `version`.
+        """End the push; the engine now has the weights of training step `version`.
 
-        Raises ValueError if `version` falls or weights are missing.
+        Raises ValueError if `version` is lower than before or weights are missing.
         """
         self._must_be("receiving")
         self._state = "lost"
@@ -280,7 +285,7 @@ class VllmInfer:
         self._state = "serving"
 
     def sleep(self) -> None:
-        """Give GPU memory back: weights go to the host's memory, the KV cache goes. Nothing on a CPU."""
+        """Free GPU memory: move weights to host memory and drop the KV cache. Does nothing on a CPU."""
         self._must_be("serving")
         if not self._on_cpu:
             self._llm.sleep(level=1)
@@ -294,7 +299,7 @@ class VllmInfer:
         self._state = "serving"
 
     def close(self) -> None:
-        """Stop the engine and its workers. Closing twice does no harm."""
+        """Stop the engine and its workers. May be called twice."""
         if self._state == "closed":
             return
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -311,15 +316,15 @@ class VllmInfer:
             self._llm.generate(
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts],
                 [
-                    SamplingParams(**each, logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True)
-                    for each in params
+                    SamplingParams(**options, logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True)
+                    for options in params
                 ],
                 use_tqdm=False,
             )
         )
 
     def _drawing(self, sampling: SamplingConfig) -> dict[str, Any]:
-        """vLLM's parameters; the logits are divided by the temperature already."""
+        """vLLM's sampling parameters, without the temperature, by which the logits are divided already."""
         greedy = sampling.temperature == 0
         return {
             "temperature": 0.0 if greedy else 1.0,
@@ -346,7 +351,9 @@ class VllmInfer:
 
     def _must_not_fall(self, version: int) -> None:
         if version < self._version:
-            raise ValueError(f"version is {version}: must not fall below the {self._version} the engine already has")
+            raise ValueError(
+                f"version is {version}: must not be lower than {self._version}, the engine's current version"
+            )
 
 
 def assemble(
@@ -358,7 +365,7 @@ def assemble(
     end_ids: Sequence[int],
     pad_id: int,
 ) -> Rollout:
-    """Token lists → right-padded rows."""
+    """Build a right-padded Rollout from token lists."""
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     prompt_lens_B = torch.tensor([len(prompt) for prompt in prompts])
     lens_B = torch.tensor([len(row) for row in rows])

@@ -1,4 +1,4 @@
-"""Weights to vLLM by NCCL: vLLM's own broadcast, from the trainer's GPU to those of all replicas."""
+"""Sends weights to vLLM by NCCL, with vLLM's own broadcast from the trainer's GPU to those of all replicas."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rhythm.engines.transfer import Bucket, WeightSender, describe
 
 
 class NcclSender(WeightSender):
-    """Broadcast from this process's GPU to those of all replicas, on one machine or many."""
+    """Broadcasts from this process's GPU to those of all replicas, on one machine or several."""
 
     def __init__(
         self, *, address: str, replicas: int, tensor_parallel_size: int, dtype: torch.dtype | None = None
     ) -> None:
-        """`address`: of this machine, where the engines' workers meet this process."""
+        """`address`: this machine's address, to which the engines' workers connect."""
         super().__init__(dtype)
         self._address = address
         self._port = free_port(address)
-        self._workers_each = tensor_parallel_size
+        self._workers_per_replica = tensor_parallel_size
         self._world_size = 1 + replicas * tensor_parallel_size
         self._group: Any = None
         self._staged: list[tuple[str, Tensor]] = []
@@ -30,7 +30,7 @@ class NcclSender(WeightSender):
         return {
             "master_address": self._address,
             "master_port": self._port,
-            "rank_offset": 1 + replica * self._workers_each,
+            "rank_offset": 1 + replica * self._workers_per_replica,
             "world_size": self._world_size,
             "packed": True,
         }
@@ -50,7 +50,7 @@ class NcclSender(WeightSender):
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         if self._group is None:
-            raise RuntimeError("transmit: connect comes first")
+            raise RuntimeError("transmit: call connect first")
         torch.cuda.current_stream().synchronize()  # the producer copies on streams of its own
         packed_nccl_broadcast_producer(
             iterator=iter(self._staged), group=self._group, src=0, post_iter_func=lambda item: item[1]

@@ -1,6 +1,6 @@
-"""What runs inside vLLM's workers: the receiving end of `shared_memory`, and an extension of their methods.
+"""Code that runs in vLLM's workers: the receiving end of `shared_memory`, and additional worker methods.
 
-vLLM imports this by name in every worker; nothing else does.
+vLLM imports this module by name in every worker; nothing else does.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class SharedMemoryInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is untyped here
-    """Nobody has to be met."""
+    """Empty: shared memory needs no connection."""
 
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """One bucket: where each tensor lies in a piece of shared memory, in bytes."""
+    """One bucket: names, dtypes, shapes and byte offsets of its tensors in a segment of shared memory."""
 
     names: list[str]
     dtype_names: list[str]
@@ -47,42 +47,44 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):  # type: ignore[misc]
-    """Weights from a segment of shared memory that the trainer owns."""
+    """Receives weights from a segment of shared memory that the trainer owns."""
 
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def start_weight_update(self) -> None:
-        """From here to finish_weight_update weights come in the checkpoint's form."""
+        """Begin a push: until finish_weight_update, weights are loaded in the checkpoint's form."""
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """One bucket; done when this returns."""
+        """Load one bucket; it is loaded when this returns."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Copy and load. Raises ValueError for a segment, type or offset that no sender of ours gives."""
+        """Copy and load one bucket. Raises ValueError for a segment, dtype or offset that our senders never use."""
         self.model.load_weights(read_segment(update_info, self.device))
 
     def finish_weight_update(self) -> None:
-        """Process what came, layer by layer, as vLLM does after reading a checkpoint."""
+        """Process the loaded weights layer by layer, as vLLM does after reading a checkpoint."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing: no bucket outlives its update."""
+        """Does nothing: no bucket is kept after its update."""
 
 
 def read_segment(info: SharedMemoryUpdateInfo, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a bucket, copied: vLLM keeps some until their layer is complete, past the next bucket."""
+    """Copies of a bucket's tensors: vLLM keeps some until their layer is complete, when the next bucket has
+    overwritten the memory.
+    """
     if not SEGMENT_NAME.fullmatch(info.segment):
         raise ValueError(f"segment is {info.segment!r}: must be {SEGMENT_PREFIX} and 32 hexadecimal digits")
     with (SEGMENTS / info.segment).open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # frombuffer asks for memory it could write
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # frombuffer needs writable memory
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     for name, dtype_name, shape, offset in zip(info.names, info.dtype_names, info.shapes, info.offsets, strict=True):
         if dtype_name not in DTYPES:
@@ -90,15 +92,15 @@ def read_segment(info: SharedMemoryUpdateInfo, device: torch.device) -> Iterator
         dtype = DTYPES[dtype_name]
         size = torch.Size(shape).numel() * dtype.itemsize
         if not 0 <= offset <= len(flat) - size:
-            raise ValueError(f"{name} lies at bytes {offset} to {offset + size} of a segment of {len(flat)}")
+            raise ValueError(f"{name} is at bytes {offset} to {offset + size} of a segment of {len(flat)} bytes")
         yield name, flat[offset : offset + size].view(dtype).view(shape).to(device, copy=True)
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class; reached by collective_rpc."""
+    """Methods added to vLLM's worker class, called by collective_rpc."""
 
     def open_transfer(self: Any, kind: str, info: dict[str, Any]) -> None:
-        """Take weights by `kind` from now on."""
+        """Receive weights by this kind of transfer from now on."""
         if self.weight_transfer_engine is not None:
             self.shutdown_weight_transfer_engine()
         self.weight_transfer_engine = WeightTransferEngineFactory.create_engine(
@@ -107,17 +109,18 @@ class WorkerExtension:
         self.init_weight_transfer_engine(info)
 
     def receive_bucket(self: Any, info: dict[str, Any]) -> None:
-        """One bucket of a push, as a sender's `stage` described it."""
+        """Load one bucket of a push, as described by a sender's `stage`."""
         if "ipc_handles" in info:
             handles = {uuid: ipc_arguments(plain) for uuid, plain in info["ipc_handles"].items()}
             info = {**info, "ipc_handles": handles}
         self.update_weights(info)
 
     def repack_heads(self: Any) -> None:
-        """Renew the CPU's packed copies of output heads.
+        """Update the packed copies of output heads on a CPU.
 
-        A push need not bring a head that is tied to the embedding: its weight is the embedding's, which is new. But on
-        a CPU logits come from a packed copy, which only loading the head renews: it would silently stay the old one.
+        A push need not contain a head that is tied to the embedding. But on a CPU logits are computed from a packed
+        copy of the head, which vLLM updates only when the head itself is loaded; the old one would silently stay in
+        use.
         """
         if not current_platform.is_cpu():
             return
@@ -126,7 +129,7 @@ class WorkerExtension:
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
     def scale_logits(self: Any, factor: float) -> None:
-        """Multiply logits by `factor` where the model makes them, on top of a scale of the model's own."""
+        """Multiply logits by `factor` inside the model, in addition to the model's own scale."""
         for module in self.model_runner.get_model().modules():
             if isinstance(module, LogitsProcessor):
                 module.own_scale = getattr(module, "own_scale", module.scale)
@@ -134,7 +137,9 @@ class WorkerExtension:
 
 
 def ipc_arguments(plain: list[int | bytes]) -> tuple[Any, ...]:
-    """What torch opens another process's tensor with, from `ipc_plain`'s part: a uint8 tensor, all of its storage."""
+    """torch's arguments for opening another process's tensor, from the output of `ipc_plain`: a uint8 tensor that
+    covers its whole storage.
+    """
     offset, device, handle, size, storage_offset, requires_grad, counter, counter_offset, event, sync = plain
     return (
         torch.Tensor,
@@ -155,5 +160,7 @@ def ipc_arguments(plain: list[int | bytes]) -> tuple[Any, ...]:
     )
 
 
-if "shared_memory" not in WeightTransferEngineFactory._registry:  # imported again under another name
+if (
+    "shared_memory" not in WeightTransferEngineFactory._registry
+):  # false if this module is imported again under another name
     WeightTransferEngineFactory.register_engine("shared_memory", SharedMemoryEngine)

@@ -128,7 +128,7 @@ def test_new_weights_are_used_and_versions_do_not_fall(model: Any) -> None:
     assert infer.generate(PROMPTS, 1, greedy, 0).input_ids.equal(
         engine(trained).generate(PROMPTS, 1, greedy, 0).input_ids
     )
-    with pytest.raises(ValueError, match="version is 2: must not fall below the 3"):
+    with pytest.raises(ValueError, match="version is 2: must not be lower than 3"):
         infer.update_weights(trained.state_dict(), version=2)
 
 

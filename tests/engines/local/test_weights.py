@@ -36,9 +36,9 @@ def test_own_tensors_are_left_alone(model: Any) -> None:
 
 def test_what_is_refused(model: Any) -> None:
     weights = model.state_dict()
-    with pytest.raises(ValueError, match=r"version is 1: must not fall below the 2"):
+    with pytest.raises(ValueError, match=r"version is 1: must not be lower than 2"):
         load_weights(model, weights, 1, 2)
-    with pytest.raises(ValueError, match=r"names differ .*model\.norm\.weight"):
+    with pytest.raises(ValueError, match=r"names are not in both .*model\.norm\.weight"):
         load_weights(model, {k: v for k, v in weights.items() if k != "model.norm.weight"}, 1, 0)
     with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(3,\)"):
         load_weights(model, weights | {"model.norm.weight": torch.zeros(3)}, 1, 0)
@@ -69,7 +69,7 @@ def test_a_sync_gives_the_trainers_weights_to_every_engine(
     logprobs = train.log_probs(drawn)[0].logprobs
     inside = drawn.response_mask
     torch.testing.assert_close(drawn.logprobs[inside], logprobs[inside], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="version is 2: must not fall below the 3"):
+    with pytest.raises(ValueError, match="version is 2: must not be lower than 3"):
         sync.sync(2)
 
 

@@ -170,7 +170,7 @@ def test_bad_calls_leave_the_engine_serving(engine: VllmInfer, model: Any) -> No
         engine.update_weights(model.state_dict(), version=-1)
     with pytest.raises(ValueError, match="n is 0"):
         engine.generate([[5]], 0, SAMPLING, seed=0)
-    with pytest.raises(ValueError, match="no empty one"):
+    with pytest.raises(ValueError, match="none may be empty"):
         engine.generate([[5], []], 1, SAMPLING, seed=0)
     with pytest.raises(ValueError, match="max_new_tokens is 24: the longest prompt leaves 20 tokens"):
         engine.generate([[5] * 300], 1, SAMPLING, seed=0)
@@ -230,7 +230,7 @@ def test_assembled_by_hand() -> None:
 
 
 def test_no_engine_without_an_end_or_weights(tmp_path: Path, start: Callable[..., VllmInfer]) -> None:
-    with pytest.raises(ValueError, match="there are no safetensors in it"):
+    with pytest.raises(ValueError, match="it has no safetensors files"):
         start(tmp_path)
 
 

@@ -93,9 +93,9 @@ def test_weights_may_be_sent_in_another_type(worker: Any) -> None:
         ({"segment": "../../etc/passwd"}, "must be rhythm-weights- and 32 hexadecimal digits"),
         ({"segment": SEGMENT_PREFIX + "0" * 32 + "\n"}, "must be rhythm-weights- and 32 hexadecimal digits"),
         ({"dtype_names": ["load"]}, "a is load: must be one of float32, bfloat16, float16"),
-        ({"offsets": [4096]}, "a lies at bytes 4096 to 4128 of a segment of 4096"),
-        ({"offsets": [-64]}, "a lies at bytes -64 to -32"),
-        ({"shapes": [[4096]]}, "a lies at bytes 0 to 16384 of a segment of 4096"),
+        ({"offsets": [4096]}, "a is at bytes 4096 to 4128 of a segment of 4096"),
+        ({"offsets": [-64]}, "a is at bytes -64 to -32"),
+        ({"shapes": [[4096]]}, "a is at bytes 0 to 16384 of a segment of 4096"),
     ],
 )
 def test_only_what_a_sender_gives_is_read(worker: Any, change: dict[str, Any], message: str) -> None:
@@ -156,7 +156,7 @@ def test_a_complete_push(manifest: PushManifest) -> None:
     ("names", "shapes", "message"),
     [
         (["c"], [[1]], "the engine's model has no c"),
-        (["a", "a"], [[2, 3], [2, 3]], "a came twice in one push"),
+        (["a", "a"], [[2, 3], [2, 3]], "a was sent twice in one push"),
         (["a"], [[3, 2]], r"a has shape \(3, 2\), the engine's \(2, 3\)"),
     ],
 )
