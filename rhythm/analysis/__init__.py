@@ -1,5 +1,6 @@
-"""What a model's attention shows of its reasoning: the paper's figures and tables for any causal model.
+"""Computes the paper's figures and tables about attention for any causal model.
 
+WAAD is the windowed average attention distance of a token, FAI its future attention influence.
 from rhythm.analysis import AnalysisConfig, analyze
 from rhythm.analysis.rows import table2_frame
 

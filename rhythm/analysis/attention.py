@@ -1,4 +1,4 @@
-"""One layer's attention of one sequence, kept as query, key and lse: any tile of its map, never the whole.
+"""Attention weights of one layer and sequence, computed tile by tile from query, key and lse, never the whole map.
 
 Shape suffixes: N positions of prompt and response, H query heads, G key heads, D head size, R rows, C columns.
 """
@@ -18,18 +18,18 @@ TILE_ELEMENTS = 2**24  # fp32 weights held at a time: 64 MB
 
 @dataclass(frozen=True, kw_only=True)
 class ObservedAttention(LayerAttention):
-    """A layer of which the pass over a response has kept what its map is made of.
+    """Query, key and lse of a layer, kept from the forward pass over a response.
 
     Attributes:
         lse: fp32 [H, N], log Σ exp(score), natural; NaN on prompt rows.
-        prompt_len: rows that are the prompt's.
+        prompt_len: number of prompt rows.
     """
 
     lse: Tensor
     prompt_len: int
 
     def weights(self, rows: Tensor, columns: Tensor, heads: Tensor) -> Tensor:
-        """fp32 [H, R, C]: A[h, t, s] of those heads, rows and columns, all int64; NaN on prompt rows."""
+        """A[h, t, s] of these heads, rows and columns (int64 indices), fp32 [H, R, C]; NaN on prompt rows."""
         group = self.query.shape[1] // self.key.shape[1]
         query_HRD = self.query[rows][:, heads].transpose(0, 1).float()
         key_HCD = self.key[columns][:, heads // group].transpose(0, 1).float()
@@ -40,7 +40,7 @@ class ObservedAttention(LayerAttention):
         hidden_RC = distance_RC < 0
         if self.sliding_window is not None:
             hidden_RC |= distance_RC >= self.sliding_window
-        # To −inf before exp: a hidden score may be far above its row's lse.
+        # Mask with −inf before exp, because a masked score may be far above its row's lse.
         return torch.exp(score_HRC.masked_fill(hidden_RC, -torch.inf) - self.lse[heads][:, rows, None])
 
     def row_tiles(self) -> Iterator[tuple[Tensor, Tensor]]:

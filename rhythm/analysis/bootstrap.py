@@ -1,4 +1,4 @@
-"""95 % intervals by resampling responses, which are independent as their tokens are not."""
+"""95 % bootstrap intervals. Responses are resampled, not tokens, which are not independent of each other."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def bootstrap(
     """Percentile interval of a statistic of sums over responses; undefined for fewer than two.
 
     Args:
-        sums: [n, k], what each response adds to each sum.
-        statistic: sums [r, k] of r resamples → [r]; NaN where undefined, which is left out.
+        sums: [n, k], the contribution of each response to each sum.
+        statistic: function from the sums [r, k] of r resamples to [r]; resamples where it is NaN are left out.
     """
     n = len(sums)
     if n < 2:
@@ -40,5 +40,5 @@ def bootstrap(
 
 
 def ratio(numerator: int, denominator: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The statistic: one sum over another."""
+    """A statistic for `bootstrap`: the quotient of two sums."""
     return lambda sums: np.asarray(sums[:, numerator] / sums[:, denominator])

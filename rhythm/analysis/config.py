@@ -1,4 +1,4 @@
-"""How an analysis is made: every setting that decides its results."""
+"""The configuration of an analysis: every setting that affects its results."""
 
 from __future__ import annotations
 
@@ -16,58 +16,68 @@ SAMPLING = SamplingConfig(temperature=0.7)
 
 
 class PeaksConfig(BaseModel, extra="forbid", frozen=True):
-    """What counts as a peak: arguments of scipy.signal.find_peaks, on a curve's run of defined values."""
+    """What counts as a peak: arguments of scipy.signal.find_peaks, applied to each run of defined values."""
 
     prominence: float = Field(
-        default=0.25, ge=0, description="least prominence, in standard deviations of the response's curve"
+        default=0.25, ge=0, description="smallest prominence of a peak, in standard deviations of the response's curve"
     )
-    distance: int = Field(default=1, ge=1, description="least distance between peaks, in tokens; the higher one stays")
-    follow: int = Field(default=1, ge=0, description="an FAI peak up to this many tokens after a WAAD peak follows it")
+    distance: int = Field(
+        default=1, ge=1, description="smallest distance between peaks, in tokens; of closer ones the higher is kept"
+    )
+    follow: int = Field(
+        default=1, ge=0, description="an FAI peak counts as following a WAAD peak up to this many tokens after it"
+    )
 
 
 class ReceiverConfig(BaseModel, extra="forbid", frozen=True):
-    """Receiver heads: those whose received attention is the most unevenly spread."""
+    """Receiver heads: those whose attention is most concentrated on a few tokens."""
 
-    sentence_gap: int = Field(default=4, ge=1, description="least distance at which attention between sentences counts")
+    sentence_gap: int = Field(
+        default=4, ge=1, description="smallest distance, in sentences, at which attention between sentences counts"
+    )
     share: float | None = Field(
-        default=None, gt=0, le=1, description="share of the pool that receives; null: as many heads as are global"
+        default=None, gt=0, le=1, description="fraction of the pool chosen as receivers; null: as many as global heads"
     )
 
 
 class Table2Config(BaseModel, extra="forbid", frozen=True):
     """The baselines and intervals of Table 2."""
 
-    permutations: int = Field(default=999, ge=1, description="permutations of the peaks")
+    permutations: int = Field(default=999, ge=1, description="number of permutations of the peaks")
     null: Literal["rotate", "shuffle"] = Field(
         default="rotate",
-        description="rotate: a response's peaks keep their distances and begin elsewhere; shuffle: they keep only "
-        "their number",
+        description="how peaks are permuted. rotate: shift all peaks of a response, keeping their distances; shuffle: "
+        "random positions",
     )
     resamples: int = Field(default=2000, ge=1, description="bootstrap resamples of the responses")
 
 
 class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
-    """What decides the results of an analysis; a directory is continued with the same alone."""
+    """The settings that affect the results of an analysis. They must not change when a directory is continued."""
 
-    sampling: SamplingConfig = Field(default=SAMPLING, description="how responses are generated, where a row has none")
-    responses_per_problem: int = Field(default=1, ge=1, description="responses generated to each problem")
+    sampling: SamplingConfig = Field(default=SAMPLING, description="how responses are generated, for rows without one")
+    responses_per_problem: int = Field(default=1, ge=1, description="responses generated per problem")
     problems_at_once: int = Field(default=8, ge=1, description="problems whose responses are generated together")
     signals: SignalsConfig = Field(
         default=SignalsConfig(),
-        description="heads, WAAD and FAI; the heads of its layers may be local, global or receivers",
+        description="heads, WAAD and FAI; local, global and receiver heads are chosen from its layers",
     )
-    credit: CreditConfig = Field(default=CreditConfig(), description="γ, as training would put it")
+    credit: CreditConfig = Field(default=CreditConfig(), description="γ, computed as in training")
     peaks: PeaksConfig = Field(default=PeaksConfig(), description="what counts as a peak")
     receivers: ReceiverConfig = Field(default=ReceiverConfig(), description="receiver heads")
     table2: Table2Config = Field(default=Table2Config(), description="baselines and intervals of Table 2")
     counterfactuals: CounterfactualConfig | None = Field(
         default=CounterfactualConfig(), description="Table 1; null: no counterfactuals"
     )
-    chat: bool = Field(default=False, description="prompts are put into the tokenizer's chat template, as the user's")
-    attended_anchors: int = Field(default=200, ge=0, description="strongest anchors whose attenders are kept")
-    attenders: int = Field(default=8, ge=1, description="attenders kept of an anchor, the strongest")
-    maps: int = Field(default=12, ge=0, description="first responses that get attention maps")
-    seed: int = Field(default=0, ge=0, description="of sampling, permutations and resamples")
+    chat: bool = Field(
+        default=False, description="apply the tokenizer's chat template, with the prompt as user message"
+    )
+    attended_anchors: int = Field(
+        default=200, ge=0, description="for how many anchors per response, the strongest, attenders are recorded"
+    )
+    attenders: int = Field(default=8, ge=1, description="attenders recorded per anchor, the strongest")
+    maps: int = Field(default=12, ge=0, description="compute attention maps for the first so many responses")
+    seed: int = Field(default=0, ge=0, description="seed of sampling, permutations and resamples")
 
     @model_validator(mode="before")
     @classmethod
@@ -79,12 +89,14 @@ class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
     @field_validator("sampling", mode="before")
     @classmethod
     def _keeps_our_temperature(cls, value: object) -> object:
-        """A section that sets other keys alone has the temperature above, not training's."""
+        """Keep the default temperature of SAMPLING, not training's, where the section sets only other keys."""
         return {"temperature": SAMPLING.temperature, **value} if isinstance(value, Mapping) else value
 
     @field_validator("signals")
     @classmethod
     def _own_groups(cls, value: SignalsConfig) -> SignalsConfig:
         if value.grouping != "sequence":
-            raise ValueError(f"grouping must be sequence: every response has groups of its own; got {value.grouping!r}")
+            raise ValueError(
+                f"grouping must be sequence: each response has its own head groups; got {value.grouping!r}"
+            )
         return value

@@ -1,4 +1,4 @@
-"""Content words of a text, and how much two texts share of them (paper eq. 11)."""
+"""Content words of a text, and their overlap between two texts (paper eq. 11)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 WORD_PATTERN = r"\d+(?:[.,]\d+)*|(?<![\\A-Za-z])[^\W\d_]+(?:'[^\W\d_]+)*"
-"""A number, with its decimals and thousands; or letters, with an apostrophe inside. LaTeX commands are no words."""
+"""A number with decimal and thousands separators, or letters with apostrophes inside; LaTeX commands don't match."""
 
 _GRAMMAR = """
 a an the this that these those
@@ -26,11 +26,11 @@ isn't aren't wasn't weren't don't doesn't didn't haven't hasn't hadn't
 can't cannot couldn't won't wouldn't shouldn't mustn't
 """
 STOP_WORDS = tuple(sorted(_GRAMMAR.split()))
-"""English words of grammar: articles, pronouns, auxiliaries, prepositions, conjunctions, and adverbs of degree."""
+"""English function words: articles, pronouns, auxiliaries, prepositions, conjunctions, and adverbs of degree."""
 
 
 def content_words(text: str, pattern: str = WORD_PATTERN, stop_words: Collection[str] = STOP_WORDS) -> frozenset[str]:
-    """S(·) of eq. 11: what matches `pattern` in `text`, case folded, without the stop words. A set: each word once."""
+    """S(·) of eq. 11: the set of words in `text` that match `pattern`, case folded, without the stop words."""
     folded = text.replace("’", "'").casefold()
     return frozenset(match.group() for match in re.finditer(pattern, folded)).difference(stop_words)
 

@@ -1,7 +1,7 @@
-"""Greedy continuations of one sequence from many of its positions, by one pass over the sequence itself.
+"""Computes greedy continuations of a sequence from many of its positions, with one forward pass over the sequence.
 
-The keys and values of that pass serve all continuations: each takes the part before its own position, and
-runs the model on its forced token and on what follows, many continuations at a time.
+All continuations reuse the keys and values of that pass: each takes those before its position, and runs the model
+only on its replaced token and the tokens after it. Many continuations run in one batch.
 
 Shape suffixes: N tokens of the sequence, K positions, V vocabulary, R continuations at a time, L longest prefix
 among them, H key heads, D head size.
@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 @dataclass(frozen=True)
 class Branch:
-    """A continuation asked for: the sequence before `position`, `token` in its place, then up to `limit` ≥ 1 tokens."""
+    """A requested continuation: the sequence before `position`, then `token`, then up to `limit` ≥ 1 greedy tokens."""
 
     position: int
     token: int
@@ -33,20 +33,20 @@ class Branch:
 
 @dataclass(frozen=True)
 class Prefill:
-    """What the pass over the sequence left behind."""
+    """The results of the pass over the sequence."""
 
-    cache: DynamicCache  # one row: keys and values of the tokens before the last position asked for
-    logits_KV: Tensor  # fp32; of the token at each position asked for
+    cache: DynamicCache  # one row: keys and values of the tokens before the last requested position
+    logits_KV: Tensor  # fp32; logits that predict the token at each requested position
 
 
 @torch.no_grad()
 def prefill(model: Any, ids_N: Tensor, positions: Sequence[int]) -> Prefill:
-    """Run the sequence up to the last of `positions` (rising, from 1 on), keeping the logits that predict each.
+    """Run the model on the sequence up to the last of `positions` (ascending, ≥ 1); keeps the logits that predict each.
 
-    Raises ValueError as `check_cache` does.
+    Raises ValueError from `check_cache`.
     """
     check_cache(model)
-    cache = DynamicCache()  # not given the model's configuration, it keeps what slid out of a window too
+    cache = DynamicCache()  # without the model's configuration it also keeps tokens outside a sliding window
     with evaluating(model):
         output = model(
             input_ids=ids_N[None, : positions[-1]].to(model.device),
@@ -61,27 +61,28 @@ def prefill(model: Any, ids_N: Tensor, positions: Sequence[int]) -> Prefill:
 def continue_greedily(
     model: Any, prefilled: Prefill, branches: Sequence[Branch], *, end_ids: Collection[int], rows_at_once: int
 ) -> list[list[int]]:
-    """What follows each branch's token: the likeliest token at every step, to the first of `end_ids` or the limit.
+    """The greedy tokens after each branch's token, up to the first of `end_ids` or the limit, in the order of
+    `branches`.
 
-    In the order of `branches`; nothing follows a token that is itself one of `end_ids`. `rows_at_once` branches
-    share a forward pass, and those that have ended leave it.
+    A token that is itself one of `end_ids` is not continued. `rows_at_once` branches run in one batch; finished ones
+    are removed from it.
     """
     continuations: list[list[int]] = [[] for _ in branches]
     going = [index for index, branch in enumerate(branches) if branch.token not in end_ids]
-    going.sort(key=lambda index: branches[index].position)  # prefixes of about one length together
+    going.sort(key=lambda index: branches[index].position)  # batch prefixes of similar length
     with evaluating(model):
         for start in range(0, len(going), rows_at_once):
             rows = going[start : start + rows_at_once]
-            found = _continue_batch(model, prefilled.cache, [branches[row] for row in rows], end_ids)
-            for row, continuation in zip(rows, found, strict=True):
+            batch = _continue_batch(model, prefilled.cache, [branches[row] for row in rows], end_ids)
+            for row, continuation in zip(rows, batch, strict=True):
                 continuations[row] = continuation
     return continuations
 
 
 def check_cache(model: Any) -> None:
-    """Raise ValueError unless the model generates from a cache of keys and values, one for each position."""
+    """Raise ValueError unless the model generates from a cache of the keys and values of every position."""
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise ValueError(f"model: {type(model).__name__} is no causal language model; it can't continue a sequence")
+        raise ValueError(f"model: {type(model).__name__} is not a causal language model, so it can't continue text")
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
@@ -92,7 +93,7 @@ def check_cache(model: Any) -> None:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model in eval mode, and back in the mode it was in."""
+    """Context in which the model is in eval mode; restores its previous mode."""
     was_training = model.training
     model.eval()
     try:
@@ -107,7 +108,7 @@ def _continue_batch(
     position_R = torch.tensor([branch.position for branch in branches], device=model.device)
     token_R = torch.tensor([branch.token for branch in branches], device=model.device)
     cache, mask_RL = _prefixes(cache, position_R)
-    # As transformers' generate does: a model without positions of its own takes them from the mask.
+    # Like transformers' generate: a model without a position_ids argument derives positions from the mask.
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     continuations: list[list[int]] = [[] for _ in branches]
     rows = list(range(len(branches)))
@@ -136,9 +137,9 @@ def _continue_batch(
 
 
 def _prefixes(cache: DynamicCache, position_R: Tensor) -> tuple[DynamicCache, Tensor]:
-    """The cache before each position, one a row, padded on the left; and the mask [R, L] int64, 0 on the padding.
+    """The cache before each position, one per row and left-padded, and the mask [R, L] int64, 0 on padding.
 
-    On the left, so that distances in the cache are those in the sequence, which a sliding window counts.
+    Left padding keeps the distances between tokens, which matter for sliding windows.
     """
     length = int(position_R.max())
     source_RL = torch.arange(length, device=position_R.device) - (length - position_R[:, None])

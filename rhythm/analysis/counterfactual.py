@@ -1,4 +1,4 @@
-"""Table 1: does another token where FAI is high change what follows more than one where it is low?
+"""Counterfactuals for Table 1: does replacing a token with high FAI change the continuation more than one with low FAI?
 
 At the positions of highest and of lowest FAI the token is replaced by the model's next best candidates, each is
 continued greedily, and the content words of original and continuation are compared (section 4.1, eq. 11).
@@ -29,37 +29,37 @@ Group = Literal["top", "bottom"]
 
 
 class CounterfactualConfig(BaseModel, extra="forbid", frozen=True):
-    """Which tokens are replaced by what, and how the continuations are compared. The paper states none of these."""
+    """Which tokens are replaced, and how continuations are compared. The paper gives none of these settings."""
 
     positions: int = Field(
         default=5,
         ge=1,
-        description="k: positions of highest FAI, and as many of lowest FAI, in each response; half of the eligible "
-        "ones where there are fewer than 2k",
+        description="k: number of positions of highest FAI, and of lowest FAI, per response; half of the eligible "
+        "positions if there are fewer than 2k",
     )
     candidates: int = Field(
-        default=3, ge=1, description="replacements at each position: the likeliest tokens but for the original"
+        default=3, ge=1, description="replacements per position: the most likely tokens other than the original"
     )
     max_new_tokens: int = Field(
         default=256,
         ge=1,
-        description="longest continuation, in tokens; the original is compared over as many. Shorter where the "
-        "model's context ends, and where the response was cut off before its end",
+        description="longest continuation, in tokens; the same number of original tokens is compared. Shorter at the "
+        "end of the model's context, and in a response that was cut off",
     )
     min_following: int = Field(
         default=1, ge=1, description="tokens that must follow a position in the response for it to be eligible"
     )
     special_tokens: bool = Field(
         default=False,
-        description="special tokens may be candidates too; the end token, then, is continued by nothing",
+        description="allow special tokens as candidates; an end token is not continued",
     )
     word_pattern: str = Field(
         default=WORD_PATTERN,
-        description="regular expression of a word, in the case-folded text; the default finds numbers, and letters "
-        "with an apostrophe inside, and leaves out LaTeX commands, operators and other marks",
+        description="regular expression of a word, applied to the case-folded text; the default matches numbers and "
+        "letters with apostrophes inside, but not LaTeX commands, operators and punctuation",
     )
     stop_words: tuple[str, ...] = Field(default=STOP_WORDS, description="words that are not content words")
-    rows_at_once: int = Field(default=32, ge=1, description="continuations generated at once: a limit on memory")
+    rows_at_once: int = Field(default=32, ge=1, description="continuations generated at once; limits memory")
 
     @field_validator("word_pattern")
     @classmethod
@@ -67,7 +67,7 @@ class CounterfactualConfig(BaseModel, extra="forbid", frozen=True):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from error
+            raise ValueError(f"is not a regular expression: {error}") from error
         return pattern
 
     @field_validator("stop_words")
@@ -81,11 +81,11 @@ class CounterfactualResult:
     """The counterfactuals of one response.
 
     Attributes:
-        trials: those of the top positions, then those of the bottom ones; positions by FAI, the most extreme first,
-            and each position's candidates from the likeliest on.
-        top, bottom: mean Jaccard index over the trials where it is defined, NaN where there is none.
-        top_below_bottom: Pr(Top < Bottom) over all pairs of a top and a bottom trial; NaN without one.
-        eligible: how many positions there were to choose from.
+        trials: of the top positions, then of the bottom positions, each sorted by FAI, the most extreme first; the
+            candidates of a position from the most likely on.
+        top, bottom: mean Jaccard index over the trials where it is defined; NaN if there is none.
+        top_below_bottom: Pr(Top < Bottom) over all pairs of a top and a bottom trial; NaN if there is none.
+        eligible: number of eligible positions.
     """
 
     trials: tuple[Trial, ...]
@@ -105,23 +105,22 @@ def counterfactuals(
     *,
     end_ids: Collection[int] | None = None,
 ) -> CounterfactualResult:
-    """Replace tokens of one response at its highest and lowest FAI, and compare what follows with the original.
+    """Replace tokens of one response at its highest and lowest FAI, and compare the continuations with the original.
 
-    The sequence is run once, and every continuation starts from the keys and values of that pass.
+    The model runs once over the sequence, and every continuation reuses the keys and values of that pass.
 
     Args:
-        model: a causal transformers model, left in the mode (train or eval) it is in.
-        tokenizer: the model's.
-        input_ids: [N] integers; the tokens of the prompt, then those of the response, no padding.
-        prompt_len: how many are the prompt; at least 1, as something must predict the response's first token.
-        fai: [N] at the positions of input_ids, NaN where undefined, as `observe` gives it. Positions where it is NaN
-            are not eligible.
+        model: a causal transformers model; its mode (train or eval) is restored.
+        tokenizer: the model's tokenizer.
+        input_ids: integers [N]: the tokens of the prompt, then of the response, without padding.
+        prompt_len: number of prompt tokens; at least 1, because the response's first token must be predicted.
+        fai: [N], at the positions of input_ids, as returned by `observe`. Positions where it is NaN are not eligible.
         config: CounterfactualConfig() if None.
-        end_ids: a response ends with the first of these; None: the end tokens of tokenizer and generation config.
+        end_ids: tokens that end a response; None: the end tokens of tokenizer and generation config.
 
     Raises:
-        ValueError: an argument is not as described; the message names it. Or the model keeps other things than
-            keys and values in its cache.
+        ValueError: an argument is not as described (the message names it), or the model's cache holds anything but
+            keys and values.
     """
     config = config or CounterfactualConfig()
     ids_N = torch.as_tensor(input_ids)
@@ -150,7 +149,7 @@ def counterfactuals(
         for position, logits_V in zip(positions, prefilled.logits_KV, strict=True)
         for candidate in candidates(logits_V[: len(tokenizer)], never | {ids[position]}, config.candidates)
     ]
-    # Both sides are cut alike: where the model's context ends, and where an unfinished response breaks off.
+    # Original and continuation have the same limit: the end of the model's context, or of a response that was cut off.
     end = context if ids[-1] in ends else length
     limits = {position: min(config.max_new_tokens, end - position - 1) for position in positions}
     continuations = continue_greedily(
@@ -189,20 +188,20 @@ def counterfactuals(
         for (position, candidate), continuation in zip(replacements, continuations, strict=True)
     ]
     place = {position: index for index, position in enumerate(groups)}
-    trials.sort(key=lambda trial: place[trial.position + prompt_len])  # stable: candidates stay in their order
+    trials.sort(key=lambda trial: place[trial.position + prompt_len])  # a stable sort keeps the order of the candidates
     return _result(tuple(trials), eligible=len(eligible))
 
 
 def eligible_positions(fai: Sequence[float], prompt_len: int, min_following: int) -> list[int]:
-    """Response positions with a defined FAI and at least `min_following` tokens after them, rising."""
+    """Response positions with a defined FAI and at least `min_following` tokens after them, ascending."""
     return [t for t in range(prompt_len, len(fai) - min_following) if not math.isnan(fai[t])]
 
 
 def extremes(fai: Sequence[float], eligible: Sequence[int], k: int) -> dict[int, Group]:
     """The k eligible positions of highest FAI, the highest first, then the k of lowest, the lowest first.
 
-    Of equal ones the earlier comes first. With fewer than 2k eligible ones, half of them (rounded down) are
-    top and as many bottom, so that no position is both.
+    Ties go to the earlier position. With fewer than 2k eligible positions, half of them (rounded down) are top and the
+    same number bottom, so that none is both.
     """
     k = min(k, len(eligible) // 2)
     top = sorted(eligible, key=lambda t: (-fai[t], t))[:k]
@@ -213,7 +212,7 @@ def extremes(fai: Sequence[float], eligible: Sequence[int], k: int) -> dict[int,
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that may stand in the original's place; rank 1 is the likeliest of the tokenizer's vocabulary."""
+    """A replacement token; rank 1 is the most likely token of the tokenizer's vocabulary."""
 
     token: int
     rank: int
@@ -221,7 +220,7 @@ class Candidate:
 
 
 def candidates(logits_V: Tensor, excluded: Collection[int], count: int) -> list[Candidate]:
-    """The `count` likeliest tokens that are not excluded, the likeliest first; of equal ones the lower id."""
+    """The `count` most likely tokens that are not excluded, in descending order; ties go to the lower id."""
     probability_V = logits_V.softmax(dim=-1)
     order = logits_V.argsort(descending=True, stable=True)[: count + len(excluded)].tolist()
     ranked = [Candidate(t, rank, float(probability_V[t])) for rank, t in enumerate(order, 1) if t not in excluded]

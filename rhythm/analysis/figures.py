@@ -1,4 +1,4 @@
-"""Figures and tables for papers: the paper's Figs. 2 and 8, the map of heads, Tables 1 and 2 as CSV and LaTeX."""
+"""Draws figures and writes tables for publication: Figs. 2 and 8, the map of heads, Tables 1 and 2 as CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # text stays text
+    "pdf.fonttype": 42,  # embed fonts, so that text can be selected
 }
-LABELLED_TOKENS = 80  # a response with more has no room for its tokens below the curves
-LINE, FONT_PT = 96, 7.0  # characters a line and size of the tokens' figure
+LABELLED_TOKENS = 80  # the tokens of a longer response don't fit below the curves
+LINE, FONT_PT = 96, 7.0  # characters per line and font size of the tokens' figure
 ADVANCE = 0.602  # of DejaVu Sans Mono, in units of its size
 
 
@@ -49,11 +49,11 @@ def write_figures(analysis: Analysis, directory: Path | None = None, *, name: st
     """Writes rhythm, tokens and heads as .pdf and .png, table1 and table2 as .csv and .tex; returns their paths.
 
     Args:
-        directory: by default `figures` in the analysis's.
-        name: of the response drawn; by default the shortest of those with maps, else the shortest.
+        directory: by default `figures` in the directory of the analysis.
+        name: of the response to draw; by default the shortest one with maps, else the shortest.
 
     Raises:
-        ValueError: no response has the name.
+        ValueError: no response has this name.
     """
     directory = analysis.directory / "figures" if directory is None else directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def write_figures(analysis: Analysis, directory: Path | None = None, *, name: st
 
 
 def rhythm_figure(response: ResponseResult) -> Figure:
-    """Fig. 2: the mean local and global maps, if there are any; beside them FAI, WAAD and entropy with their peaks."""
+    """Fig. 2: the mean local and global maps, if there are any, and FAI, WAAD and entropy with their peaks."""
     tokens, peaks, maps = response.tokens, response.peaks, response.maps
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.0 if maps is None else 7.2, 4.0), layout="constrained")
@@ -116,10 +116,10 @@ def rhythm_figure(response: ResponseResult) -> Figure:
 
 
 def tokens_figure(response: ResponseResult, keys: Sequence[str] = ("fai", "waad")) -> Figure:
-    """Fig. 8: the response's tokens once for each of the signals, the colour the stronger the larger the value.
+    """Fig. 8: the response's tokens, once per signal, colored by its value.
 
     Raises:
-        ValueError: a key that is no signal.
+        ValueError: a key that is not a signal.
     """
     if unknown := [key for key in keys if key not in COLOURS]:
         raise ValueError(f"keys holds {unknown[0]!r}; allowed are {', '.join(COLOURS)}")
@@ -200,7 +200,7 @@ def table2_latex(table: Sequence[Table2Row], p_floor: float = 0.0) -> str:
     """Table 2 with both baselines, for booktabs; intervals are of the lift over the closed form.
 
     Args:
-        p_floor: the least p-value that the permutations can give.
+        p_floor: the smallest p-value that the permutations can give.
     """
     rows = []
     for row in table:
@@ -214,12 +214,12 @@ def table2_latex(table: Sequence[Table2Row], p_floor: float = 0.0) -> str:
 
 
 def shown(text: str) -> str:
-    """A token's text with its blanks as signs."""
+    """A token's text with visible white space."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "·"
 
 
 def _shortest(analysis: Analysis) -> ResponseResult:
-    """The paper's choice for Fig. 2, among the responses with maps if there are any; two in memory at a time."""
+    """The shortest response, as in the paper's Fig. 2, preferring responses with maps; holds two in memory."""
     return min(analysis.responses(), key=lambda response: (response.maps is None, len(response.tokens.texts)))
 
 
@@ -227,7 +227,7 @@ def _draw_map(axes: Axes, attention: AttentionMap, title: str, colour: str) -> N
     weights: Floats = np.array(attention.weights, dtype=np.float64)
     left = -attention.prompt_columns * attention.cell
     right, bottom = ((size * attention.cell) for size in (weights.shape[1] - attention.prompt_columns, len(weights)))
-    # The root keeps what is faint visible.
+    # The square root keeps small weights visible.
     axes.imshow(np.sqrt(weights), cmap=_ramp(colour), extent=(left, right, bottom, 0), interpolation="nearest")
     if left:
         axes.axvline(0, color="#8a8f96", linewidth=0.6, linestyle=(0, (3, 3)))
@@ -243,7 +243,7 @@ def _draw_curve(axes: Axes, values: Sequence[float], peaks: Sequence[int], colou
 
 
 def _capped(axes: Axes, values: Sequence[float]) -> str:
-    """Cuts the axis where a token or two would flatten all others; what to say of it."""
+    """Limit the axis where one or two tokens would flatten all others; returns a note for the title."""
     defined = np.sort([value for value in values if not math.isnan(value)])
     if len(defined) <= 4:
         return ""
@@ -260,7 +260,7 @@ def _ramp(colour: str, faint: str = "#ffffff") -> Colormap:
 
 
 def _places(texts: Sequence[str]) -> Iterator[tuple[int, int, int, str, int]]:
-    """(line, column, cells, text, token) of every piece of every token, broken at newlines and at LINE cells."""
+    """(line, column, cells, text, token) per piece of a token, with line breaks at newlines and after LINE cells."""
     line = column = 0
     for token, text in enumerate(texts):
         pieces = (text or "·").replace("\t", "⇥").split("\n")

@@ -1,4 +1,4 @@
-"""One forward pass over a prompt and its response: every layer's heads, and each token's distribution.
+"""Runs one forward pass over a prompt and response, and reads all layers' heads and the tokens' distributions.
 
 Shape suffixes: N positions of prompt and response, M of the response, H query heads, G key heads, D head size, L
 layers, S sentences, V vocabulary, C tokens at a time.
@@ -37,7 +37,7 @@ class LayerHeads:
     Attributes:
         span, kurtosis, kurtosis_sentence: [H].
         waad, fai: [H, M]; None outside the pool.
-        attention: its maps on demand; None outside the pool.
+        attention: computes attention weights on demand; None outside the pool.
     """
 
     span: Tensor
@@ -50,7 +50,7 @@ class LayerHeads:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass showed: layers by index; entropy and logprob of the response's tokens, nats, fp32 [M]."""
+    """The results of one forward pass. layers: by index; entropy, logprob: of the response's tokens, nats, fp32 [M]."""
 
     layers: dict[int, LayerHeads]
     entropy: Tensor
@@ -58,12 +58,12 @@ class Pass:
 
 
 class Observer:
-    """Reads all layers of a model off forward passes.
+    """Reads all layers' attention statistics in forward passes of a model.
 
     Args:
-        model: a causal transformers model; as `AttentionTap` demands.
+        model: a causal transformers model that `AttentionTap` supports.
         signals: window, horizon, backend, and the layers whose heads form the pool.
-        sentence_gap: least distance, in sentences, at which attention between sentences counts.
+        sentence_gap: smallest distance, in sentences, at which attention between sentences counts.
 
     Raises:
         ValueError: too few layers.
@@ -90,10 +90,11 @@ class Observer:
 
     @torch.no_grad()
     def observe(self, input_ids_N: Sequence[int], prompt_len: int, sentence_M: Sequence[int]) -> Pass:
-        """One forward pass. Memory is O(N · heads) beside the model's own, and the pool's queries and keys.
+        """Run one forward pass. It needs O(N · heads) memory in addition to the model's, and keeps the pool's queries
+        and keys.
 
         Args:
-            input_ids_N: prompt and response; both hold at least one token.
+            input_ids_N: prompt and response, each with at least one token.
             sentence_M: the sentence of each response token.
         """
         device = self._model.device
@@ -177,7 +178,7 @@ class Observer:
         )
 
     def _logits(self, ids_1N: Tensor) -> Callable[[slice], Tensor]:
-        """Runs the model; gives a function from positions to their logits [C, V]."""
+        """Run the model; returns a function from positions to their logits [C, V]."""
         if self._head_is_plain:
             hidden_ND = self._model.base_model(input_ids=ids_1N, use_cache=False).last_hidden_state[0]
             head = self._model.get_output_embeddings()
@@ -194,7 +195,7 @@ def _distributions(
     size = max(1, LOGIT_ELEMENTS // vocabulary)
     for start in range(prompt_len, len(ids_N), size):
         stop = min(len(ids_N), start + size)
-        # The token at t was drawn from what the model said at t − 1.
+        # The token at t was sampled from the model's output at t − 1.
         log_softmax_CV = logits_of(slice(start - 1, stop - 1)).float().log_softmax(dim=-1)
         entropies.append(torch.special.entr(log_softmax_CV.exp()).sum(dim=-1))
         logprobs.append(log_softmax_CV.gather(1, ids_N[start:stop, None])[:, 0])
@@ -202,7 +203,9 @@ def _distributions(
 
 
 def _has_plain_head(model: Any) -> bool:
-    """Whether the logits are the output embedding of the last hidden state; if not, all are made at once."""
+    """Whether the logits are the product of last hidden state and output embedding; if not, all are computed at
+    once.
+    """
     try:
         check_output_head(model)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Problems → responses to observe: those given, or generated ones."""
+"""Provides the responses to observe: those given with the problems, or generated ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from rhythm.seeds import analysis_seed
 
 @dataclass(frozen=True)
 class PendingResponse:
-    """A response before it is observed; source, finished, prompt: as in `ResponseResult`."""
+    """A response that has not been observed yet.
+
+    source: "given" in the file, or "generated"; finished: whether it ended with an end token, None if given; prompt:
+    the text given to the model.
+    """
 
     problem: Problem
     sample: int
@@ -35,11 +39,11 @@ def response_name(problem: Problem, sample: int) -> str:
 
 
 class ResponseSource:
-    """Responses to problems, within the context of a model.
+    """Provides responses to problems that fit into the model's context.
 
     Args:
-        infer: generates where a problem has no response.
-        context: longest prompt and response together, in tokens; None: no limit known.
+        infer: generates responses for problems without one.
+        context: longest prompt and response together, in tokens; None: unlimited.
     """
 
     def __init__(self, tokenizer: Any, infer: Infer, config: AnalysisConfig, context: int | None) -> None:
@@ -55,17 +59,17 @@ class ResponseSource:
         finished: Mapping[tuple[int, int], bool],
         on_error: Callable[[RowError], None] | None = None,
     ) -> Iterator[PendingResponse]:
-        """The responses to one batch of problems that are not `finished`, in their order.
+        """The responses to a batch of problems that are not `finished`, in order.
 
-        What is generated is a function of the weights, the batch, its index and the seed: a batch of which
-        something is missing is generated again as a whole, and comes out the same.
+        Generated responses depend only on weights, batch, index and seed. So an incomplete batch is generated again as
+        a whole, with the same result.
 
         Args:
-            finished: whether the response of (row, sample) is done.
-            on_error: gets the error of a problem that is then left out; None: it is raised.
+            finished: (row, sample) → whether this response is finished.
+            on_error: called with the error of a problem, which is then left out; None: the error is raised.
 
         Raises:
-            RowError: a prompt, or a prompt and response, without tokens or longer than the context.
+            RowError: a prompt or response without tokens, or longer than the context together.
         """
         ready: list[tuple[Problem, str, tuple[int, ...]]] = []
         for problem in problems:
@@ -96,7 +100,7 @@ class ResponseSource:
                     yield response
 
     def samples(self, problem: Problem) -> range:
-        """The responses that the problem has or gets."""
+        """Indices of the problem's responses, given or generated."""
         return range(len(problem.responses) or self._config.responses_per_problem)
 
     def _prompt(self, problem: Problem) -> str:
@@ -144,7 +148,7 @@ class ResponseSource:
     def _generated(
         self, items: Sequence[tuple[Problem, str, tuple[int, ...]]], index: int
     ) -> dict[int, list[PendingResponse]]:
-        """Responses by the problem's row."""
+        """Generated responses by the problem's row."""
         if not items:
             return {}
         room = self._context - max(len(ids) for _, _, ids in items)

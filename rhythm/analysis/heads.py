@@ -1,4 +1,4 @@
-"""Every head over all responses: means, sets, how stable the sets are, and how far receivers are global."""
+"""Summarizes heads over all responses: means, sets, their stability, and the overlap of receiver and global heads."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ FIELDS: dict[SetName, str] = {
 
 @dataclass
 class _Sharing:
-    """How much the sets of different problems have in common, from sums over the sets: memory of one head map.
+    """Computes how much the sets of different problems have in common, with the memory of one head map.
 
-    Over ordered pairs (A, B) of sets of different problems, Σ |A∩B| / |A| = Σ_h w_h·m_h, less the same within each
-    problem, where m_h counts the sets that hold head h, and w_h adds up their 1 / |A|.
+    Over ordered pairs (A, B) of sets of different problems, Σ |A∩B| / |A| is Σ_h w_h·m_h minus the same sum within each
+    problem, where m_h is the number of sets that contain head h, and w_h the sum of their 1 / |A|.
     """
 
     chosen: np.ndarray
@@ -58,11 +58,11 @@ class _Sharing:
         self.of_problem = []
 
     def size(self) -> float:
-        """Heads of a set, on average; 0 without sets."""
+        """Mean number of heads per set; 0 without sets."""
         return self.sizes / self.sets if self.sets else 0.0
 
     def share(self) -> float:
-        """Mean |A∩B| / |A|; NaN where all sets are of one problem."""
+        """Mean |A∩B| / |A|; NaN if all sets are of one problem."""
         self.close()
         pairs = self.sets**2 - self.within_pairs
         return float(((self.chosen * self.weight).sum() - self.within) / pairs) if pairs else math.nan
@@ -75,9 +75,9 @@ def summarize_heads(
     resamples: int,
     seed: int,
 ) -> Heads:
-    """Means, sets and stability over (problem, heads) pairs; responses of one problem are adjacent.
+    """Means, sets and stability over (problem, heads) pairs; responses of one problem must be adjacent.
 
-    The sets chosen by the means are as large as the responses' own, on average and rounded.
+    The size of the sets chosen by the means is the mean size of the responses' sets, rounded.
 
     Raises:
         ValueError: no responses.
@@ -99,7 +99,7 @@ def summarize_heads(
             if chosen:
                 shares.append((len(set(chosen) & set(heads.global_)) / len(chosen), 1.0))
     if not means:
-        raise ValueError("responses is empty; heads are summarised over at least one")
+        raise ValueError("responses is empty; there must be at least one")
     layers, count = shape
     pool = np.zeros(shape, dtype=bool)
     pool[list(pool_layers)] = True
@@ -142,7 +142,7 @@ class _Mean:
 
 
 def _smallest(values: np.ndarray, pool: np.ndarray, count: int) -> tuple[Head, ...]:
-    """The heads of the pool with the smallest defined values, as (layer, head), rising."""
+    """The heads of the pool with the smallest defined values, as (layer, head), ascending."""
     layers, heads = np.nonzero(pool & np.isfinite(values))
     order = np.argsort(values[layers, heads], kind="stable")[:count]
     return tuple(sorted((int(layers[i]), int(heads[i])) for i in order))

@@ -1,9 +1,8 @@
-"""The mean local and global attention map of one response, small enough to look at.
+"""Computes the mean local and global attention maps of one response, reduced to a size that can be displayed.
 
-A response that fits gets the map itself, from the reference. A longer one gets a thumbnail, whose cells pool
-`cell` rows and columns, computed a block of rows at a time: no [N, N] map exists. Beside the map stands its
-band, the attention to the nearest `width` tokens at the resolution of tokens, where the sawtooth of the local
-heads shows.
+For a short response this is the map itself, from the reference. For a longer one it is a thumbnail whose cells pool
+`cell` rows and columns, computed one block of rows at a time, so that no [N, N] map is in memory. The band is the
+attention to the nearest `width` tokens at full resolution, which shows the sawtooth of the local heads.
 
 Shape suffixes: N tokens of the sequence, H query heads, G key heads, D head size, h chosen heads of one layer,
 M response rows, R rows and C columns of the thumbnail, W distances of the band, K rows of a block.
@@ -27,12 +26,13 @@ BLOCK_ROWS = 128
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """What the maps of a layer are computed from, for one sequence without padding.
+    """The inputs of a layer's attention maps, for one sequence without padding.
 
     Attributes:
-        query: [N, H, D]; like key, after projection, norm and position embedding.
-        key: [N, G, D], G dividing H.
-        scale, sliding_window, softcap: as in `rhythm.ops.reference.attention_weights`.
+        query: [N, H, D], after projection, norm and position embedding.
+        key: [N, G, D], likewise; G divides H.
+        scale: factor on the scores before softmax. sliding_window: keys at distance ≥ this are masked; None: none.
+            softcap: scores become softcap · tanh(score / softcap); None: unchanged.
     """
 
     query: Tensor
@@ -47,12 +47,12 @@ class MeanMap:
     """The mean attention map Ā of some heads (paper eq. 8) over the rows of a response, pooled.
 
     Attributes:
-        weights: [R, C] fp32. With cell 1 Ā[P + r, c] itself; else the mean over a cell's rows of the attention
-            into its columns, so that a row sums to 1 in either case. 0 above the diagonal.
-        cell: tokens a cell is high and wide. The prompt ends between two cells, so the first column and the
-            last row may pool fewer.
-        prompt_columns: columns that are the prompt's.
-        band: [M, W] fp32, Ā[P + m, P + m − w]; NaN where the sequence has no token so far back.
+        weights: [R, C] fp32. With cell 1, Ā[P + r, c] itself; else the mean over a cell's rows of the sum over its
+            columns, so each row sums to 1. 0 above the diagonal.
+        cell: height and width of a cell in tokens. The prompt ends at a cell boundary, so the first column and the last
+            row may pool fewer.
+        prompt_columns: number of columns of the prompt.
+        band: [M, W] fp32, Ā[P + m, P + m − w]; NaN before the start of the sequence.
     """
 
     weights: Tensor
@@ -72,11 +72,10 @@ def mean_map(
 ) -> MeanMap:
     """The mean map of `heads`, (layer, query head) pairs, over the response that follows `prompt_len` tokens.
 
-    Memory beside the inputs: [h, N, N] of a layer's chosen heads where N ≤ max_cells, else [h, block, N].
+    Memory in addition to the inputs: [h, N, N] for a layer's chosen heads if N ≤ max_cells, else [h, block, N].
 
     Raises:
-        ValueError: no heads, a head whose layer is not among the layers or does not have it, a prompt_len that
-            leaves no response, or a size below 1.
+        ValueError: no heads, a head that is not in `layers`, a prompt_len that leaves no response, or a size below 1.
     """
     _check(layers, heads, prompt_len, max_cells=max_cells, width=width, block_rows=block_rows)
     first = layers[heads[0][0]].query
@@ -103,7 +102,7 @@ def mean_map(
 
 
 def _summed_rows(layer: LayerAttention, heads: list[int], row_K: Tensor, *, whole: bool) -> Tensor:
-    """[K, n] fp32, the rows of the heads' maps, added up; n is N for the whole map, else the last row's columns."""
+    """Sum over heads of these rows of their maps, fp32 [K, n]; n is N for the whole map, else the last row + 1."""
     head_h = torch.tensor(heads, device=layer.query.device)
     group = layer.query.shape[1] // layer.key.shape[1]
     q_NhD, k_NhD = layer.query[:, head_h], layer.key[:, head_h // group]
@@ -124,7 +123,7 @@ def _summed_rows(layer: LayerAttention, heads: list[int], row_K: Tensor, *, whol
 
 
 def _band(weights_KN: Tensor, row_K: Tensor, width: int) -> Tensor:
-    """[K, W]: the weight at distance 0, 1, …; NaN before the sequence's first token."""
+    """The weights at distances 0, 1, … W − 1, [K, W]; NaN before the sequence's first token."""
     column_KW = row_K[:, None] - torch.arange(width, device=row_K.device)
     band_KW = weights_KN.gather(1, column_KW.clamp(min=0))
     return band_KW.masked_fill(column_KW < 0, torch.nan)
@@ -141,7 +140,7 @@ def _check(
     layers: Mapping[int, LayerAttention], heads: Sequence[tuple[int, int]], prompt_len: int, **sizes: int
 ) -> None:
     if not heads:
-        raise ValueError("heads is empty; a mean map needs at least one")
+        raise ValueError("heads is empty; there must be at least one")
     for layer, head in heads:
         if layer not in layers or not 0 <= head < layers[layer].query.shape[1]:
             raise ValueError(f"heads holds (layer {layer}, head {head}); layers, which has {sorted(layers)}, lacks it")

@@ -1,4 +1,4 @@
-"""A response → all that one forward pass shows of it.
+"""Computes the signals, peaks, heads and maps of a response from one forward pass.
 
 Shape suffixes: M response tokens, n heads of the pool, H query heads of a layer, L layers, A anchors.
 """
@@ -31,7 +31,7 @@ MAP_DIGITS = 4
 
 @dataclass(frozen=True)
 class Observation:
-    """What `ResponseResult` holds of one forward pass; fields as there."""
+    """The fields of `rhythm.analysis.results.ResponseResult` that come from the forward pass."""
 
     tokens: Tokens
     peaks: Peaks
@@ -51,11 +51,11 @@ def observe_response(
     maps: bool,
     generator: torch.Generator | None = None,
 ) -> Observation:
-    """Runs the model once over prompt and response.
+    """Run the model once over prompt and response.
 
     Args:
         prompt_ids, response_ids: at least one token each.
-        maps: whether the mean attention maps are wanted.
+        maps: whether to compute the mean attention maps.
         generator: for the credit strategy "random".
 
     Raises:
@@ -113,13 +113,13 @@ def observe_response(
 
 
 def numbers(x: Tensor) -> tuple[float, ...]:
-    """To the digits that fp32 has; NaN and infinities stay."""
+    """The values, rounded to the significant digits of fp32; NaN and infinities are kept."""
     return tuple(_rounded(value, SIGNIFICANT_DIGITS) for value in x.tolist())
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """The heads that may be chosen, layer after layer."""
+    """The heads that may be chosen, in order of layers."""
 
     layers: dict[int, LayerHeads]
     heads: tuple[Head, ...]
@@ -127,38 +127,39 @@ class _Pool:
     @staticmethod
     def of(seen: Pass, layers: Sequence[int]) -> _Pool:
         chosen = {layer: seen.layers[layer] for layer in layers}
-        return _Pool(chosen, tuple((layer, head) for layer, each in chosen.items() for head in range(len(each.span))))
+        heads = ((layer, head) for layer, of_layer in chosen.items() for head in range(len(of_layer.span)))
+        return _Pool(chosen, tuple(heads))
 
     @property
     def span_n(self) -> Tensor:
-        return torch.cat([each.span for each in self.layers.values()])
+        return torch.cat([layer.span for layer in self.layers.values()])
 
     @property
     def kurtosis_n(self) -> Tensor:
-        return torch.cat([each.kurtosis for each in self.layers.values()])
+        return torch.cat([layer.kurtosis for layer in self.layers.values()])
 
     @property
     def kurtosis_sentence_n(self) -> Tensor:
-        return torch.cat([each.kurtosis_sentence for each in self.layers.values()])
+        return torch.cat([layer.kurtosis_sentence for layer in self.layers.values()])
 
     @property
     def waad_nM(self) -> Tensor:
-        return torch.cat([each.waad for each in self.layers.values() if each.waad is not None])
+        return torch.cat([layer.waad for layer in self.layers.values() if layer.waad is not None])
 
     @property
     def fai_nM(self) -> Tensor:
-        return torch.cat([each.fai for each in self.layers.values() if each.fai is not None])
+        return torch.cat([layer.fai for layer in self.layers.values() if layer.fai is not None])
 
     @property
     def attentions(self) -> dict[int, ObservedAttention]:
-        return {layer: each.attention for layer, each in self.layers.items() if each.attention is not None}
+        return {index: layer.attention for index, layer in self.layers.items() if layer.attention is not None}
 
     def named(self, chosen_n: Tensor) -> tuple[Head, ...]:
         return tuple(self.heads[i] for i in chosen_n.nonzero()[:, 0].tolist())
 
 
 def _signals(pool: _Pool, groups: HeadGroups, receivers_n: Tensor, entropy_M: Tensor) -> tuple[RhythmSignals, Tensor]:
-    """The signals of the response [1, M], and FAI over the receiver heads [M]; NaN throughout without one."""
+    """The signals of the response [1, M], and FAI over the receiver heads [M], all NaN without receiver heads."""
     mask_1M = torch.ones(1, len(entropy_M), dtype=torch.bool)
     stacked = pool.waad_nM[None], pool.fai_nM[None], pool.span_n[None]
     signals = aggregate(*stacked, groups, mask_1M, entropy_M[None])
@@ -167,19 +168,19 @@ def _signals(pool: _Pool, groups: HeadGroups, receivers_n: Tensor, entropy_M: Te
 
 
 def _anchors(pool: _Pool, global_n: Tensor, tokens: Tokens, peaks: Peaks, config: AnalysisConfig) -> tuple[Anchor, ...]:
-    """The peaks of FAI in their order, the strongest of them with attenders."""
+    """The peaks of FAI in order, the strongest ones with attenders."""
     strongest = sorted(sorted(peaks.fai, key=lambda i: -tokens.fai[i])[: config.attended_anchors])
     attenders = dict(zip(strongest, _attenders(pool, global_n, strongest, config.attenders), strict=True))
     return tuple(Anchor(i, attenders.get(i, ())) for i in peaks.fai)
 
 
 def _attenders(pool: _Pool, global_n: Tensor, anchors: Sequence[int], count: int) -> list[tuple[Attender, ...]]:
-    """The later tokens that attend to each anchor the most, by the mean over the global heads."""
-    found: list[tuple[Attender, ...]] = []
+    """Per anchor, the later tokens with the largest attention to it, averaged over the global heads."""
+    attenders: list[tuple[Attender, ...]] = []
     chosen = pool.named(global_n)
     attentions = pool.attentions
     if not anchors:
-        return found
+        return attenders
     first = next(iter(attentions.values()))
     prompt_len, n = first.prompt_len, first.query.shape[0]
     device, heads = first.query.device, first.query.shape[1]
@@ -195,12 +196,12 @@ def _attenders(pool: _Pool, global_n: Tensor, anchors: Sequence[int], count: int
         best = weight_MA.masked_fill(~later_MA, -torch.inf).topk(min(count, len(row_M)), dim=0)
         for column in range(len(part_A)):
             pairs = zip(best.indices[:, column].tolist(), best.values[:, column].tolist(), strict=True)
-            found.append(tuple(Attender(i, _rounded(w, SIGNIFICANT_DIGITS)) for i, w in pairs if w > 0))
-    return found
+            attenders.append(tuple(Attender(i, _rounded(w, SIGNIFICANT_DIGITS)) for i, w in pairs if w > 0))
+    return attenders
 
 
 def _head_map(seen: Pass, observer: Observer, name: str) -> HeadMap:
-    """[L][H]; NaN where a layer has no attention that can be read."""
+    """[L][H]; NaN for layers whose attention can't be read."""
     heads = observer.config.num_attention_heads
     return tuple(
         numbers(getattr(seen.layers[layer], name)) if layer in seen.layers else (math.nan,) * heads
@@ -213,11 +214,11 @@ def _maps(pool: _Pool, local: tuple[Head, ...], global_: tuple[Head, ...], promp
     return Maps(local=drawn[0], global_=drawn[1])
 
 
-def _map(found: MeanMap) -> AttentionMap:
+def _map(mean: MeanMap) -> AttentionMap:
     def rows(x: Tensor) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(_rounded(value, MAP_DIGITS) for value in row) for row in x.tolist())
 
-    return AttentionMap(rows(found.weights), found.cell, found.prompt_columns, rows(found.band))
+    return AttentionMap(rows(mean.weights), mean.cell, mean.prompt_columns, rows(mean.band))
 
 
 def _rounded(value: float, digits: int) -> float:

@@ -1,8 +1,7 @@
-"""An analysis → report.html: one file that opens from disk, with no network and no other file.
+"""Writes report.html of an analysis: a single file that needs neither network nor other files.
 
-The findings first; then responses with their tokens in the colours of a signal, curves, and attention maps; the
-heads; the paper's Tables 1 and 2; and every setting. It draws what was found: what is undefined has no colour and
-reads "–". However many responses there are, only the first few are read and drawn.
+It shows the main findings; responses with tokens colored by a signal, curves and attention maps; the heads; the paper's
+Tables 1 and 2; and all settings. Undefined values are hatched or written "–". Only the first responses are shown.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Headline:
-    """A card: what was found, in how many, and what it does not show."""
+    """A card with a finding, the numbers behind it, and what it does not show."""
 
     label: str
     value: str
@@ -40,7 +39,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class LiftBar:
-    """Where a lift and its interval lie on the axis that the rows share, in percent of its width."""
+    """Positions of a lift and its interval on the axis shared by the rows, in percent of its width."""
 
     zero: float
     low: float
@@ -50,7 +49,7 @@ class LiftBar:
 
 @dataclass(frozen=True)
 class Side:
-    """A text after a replaced token, in pieces (text, whether it is a content word that the other side lacks)."""
+    """The text after a token, in pieces (text, whether it is a content word that the other side doesn't have)."""
 
     title: str
     token: str
@@ -59,7 +58,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Example:
-    """A counterfactual as in the paper's appendix: the same context, two tokens, two continuations."""
+    """A counterfactual as shown in the paper's appendix: the same context with two tokens and their continuations."""
 
     title: str
     note: str
@@ -68,16 +67,16 @@ class Example:
 
 
 def write_page(analysis: Analysis, path: Path | None = None, *, max_responses: int = MAX_RESPONSES) -> Path:
-    """Writes the page of an analysis, by default to report.html in its directory; returns its path."""
+    """Write the page of an analysis, by default to report.html in its directory; returns its path."""
     path = analysis.directory / "report.html" if path is None else path
     replace_file(path, render(analysis, max_responses=max_responses))
     return path
 
 
 def render(analysis: Analysis, *, max_responses: int = MAX_RESPONSES) -> str:
-    """The page of an analysis as HTML; draws its first `max_responses` responses."""
+    """The page of an analysis as HTML, with its first `max_responses` responses."""
     environment = template_environment(TEMPLATES)
-    # tojson also writes <, > and & as \u003c, …, so that no text can end the element it stands in.
+    # tojson also writes <, > and & as \u003c, …, so that no text can close the script element.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"number": format_number, "percent": format_percent, "interval": format_interval}
     environment.filters |= {"p_value": format_p_value, "lift": format_lift}
@@ -101,7 +100,7 @@ def render(analysis: Analysis, *, max_responses: int = MAX_RESPONSES) -> str:
 
 
 def facts(analysis: Analysis) -> list[str]:
-    """What was analysed, in a few words each."""
+    """Short descriptions of what was analyzed."""
     count, heads = len(analysis.names), analysis.heads
     pool = ", ".join(map(str, heads.pool_layers))
     return [
@@ -113,7 +112,7 @@ def facts(analysis: Analysis) -> list[str]:
 
 
 def headlines(analysis: Analysis) -> list[Headline]:
-    """The findings a reader looks for first: the lifts of Table 2, and Table 1's Pr(Top < Bottom)."""
+    """The most important findings: the lifts of Table 2, and Table 1's Pr(Top < Bottom)."""
     labels = {
         "entropy": "Entropy at WAAD peaks, in nats, over permuted ones",
         "cooccurrence": "Receiver and global FAI peaks together, over permuted ones",
@@ -135,24 +134,24 @@ def headlines(analysis: Analysis) -> list[Headline]:
                 "Problems where replacing high-FAI tokens changes more",
                 format_percent(table.top_below_bottom),
                 f"Jaccard {format_number(table.top)} against {format_number(table.bottom)}; {_compared(table.p_value)}",
-                "Partly made by position: FAI is higher early in a response, where more is left to change.",
+                "Partly an effect of position: FAI is higher early in a response, where more text is left to change.",
             )
         )
     return shown
 
 
 def shared_heads_caveat(heads: Heads) -> str:
-    """Why receiver and global heads have peaks in common whatever the model has learned; docs/analysis.md has more."""
-    overlap = next(each for each in heads.overlaps if each.name == "receiver")
+    """Why receiver and global heads share peaks even in an untrained model; docs/analysis.md explains it further."""
+    overlap = next(overlap for overlap in heads.overlaps if overlap.name == "receiver")
     return (
-        "The lift is mostly made by the method: both sets come from one pool and share heads by chance "
+        "Most of the lift comes from the method: both sets are chosen from the same pool and share heads by chance "
         f"({format_percent(overlap.random)}; here {format_percent(overlap.share)}), and a shared head has the same "
         "peaks. A small model with random weights shows +50%, too."
     )
 
 
 def lift_bars(rows: Sequence[Table2Row]) -> list[LiftBar | None]:
-    """The lifts over the closed form on one axis; None where a lift is undefined."""
+    """Positions of the lifts over the closed form on a common axis; None where a lift is undefined."""
     edges = [0.0]
     for row in rows:
         edges += [edge for edge in (row.lift, row.lift_interval.low, row.lift_interval.high) if math.isfinite(edge)]
@@ -175,7 +174,7 @@ def lift_bars(rows: Sequence[Table2Row]) -> list[LiftBar | None]:
 
 
 def examples(analysis: Analysis, responses: Sequence[ResponseResult]) -> list[Example]:
-    """The responses' counterfactuals whose overlap is the closest to their group's mean, one a response."""
+    """The counterfactuals whose Jaccard index is closest to their group's mean, at most one per response."""
     if analysis.table1 is None:
         return []
     config = CounterfactualConfig.model_validate(analysis.settings.get("counterfactuals") or {})
@@ -191,7 +190,7 @@ def examples(analysis: Analysis, responses: Sequence[ResponseResult]) -> list[Ex
             if distances:
                 distance, i = min(distances)
                 closest.append((distance, response, response.trials[i]))
-        closest.sort(key=lambda found: found[0])
+        closest.sort(key=lambda candidate: candidate[0])
         chosen += [_example(response, trial, config) for _, response, trial in closest[:EXAMPLES_PER_GROUP]]
     return chosen
 
@@ -207,7 +206,7 @@ def flat_settings(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def format_interval(interval: Interval, percent: bool = False) -> str:
-    """ "0.12 to 0.34"; "" when undefined."""
+    """Format an interval as "0.12 to 0.34"; "" when undefined."""
     if math.isnan(interval.low) or math.isnan(interval.high):
         return ""
     form = format_percent if percent else format_number
@@ -215,7 +214,7 @@ def format_interval(interval: Interval, percent: bool = False) -> str:
 
 
 def format_lift(lift: float) -> str:
-    """+51.2%, −3.0%; "–" when undefined."""
+    """Format a lift as +51.2% or −3.0%; "–" when undefined."""
     return format_percent(lift) if lift < 0 or not math.isfinite(lift) else "+" + format_percent(lift)
 
 
@@ -224,7 +223,7 @@ def _observed(row: Table2Row, value: float) -> str:
 
 
 def _compared(p: float, floor: float = 0.0) -> str:
-    """ "p = 0.034", on one line."""
+    """Format a p-value as "p = 0.034" with non-breaking spaces."""
     text = format_p_value(p, floor)
     return ("p " if text.startswith(("<", "≤")) else "p = ").replace(" ", "\u00a0") + text.replace(" ", "\u00a0")
 
@@ -233,7 +232,7 @@ def _example(response: ResponseResult, trial: Trial, config: CounterfactualConfi
     texts, following = response.tokens.texts, trial.position + 1
     before = "".join(texts[: trial.position])
     context = before if len(before) <= CONTEXT_CHARACTERS else "…" + before[-CONTEXT_CHARACTERS:]
-    # As it was compared: as many tokens as were continued, and without the token that ends the response.
+    # The part that was compared: up to max_new_tokens tokens, without the response's end token.
     compared = "".join(texts[: following + config.max_new_tokens])
     if compared.startswith(response.response):
         compared = response.response
@@ -254,7 +253,7 @@ def _example(response: ResponseResult, trial: Trial, config: CounterfactualConfi
 
 
 def _pieces(text: str, other: str, config: CounterfactualConfig) -> Iterator[tuple[str, bool]]:
-    """The text in pieces; True for a content word that the other text lacks."""
+    """The text in pieces, with True for content words that the other text doesn't have."""
     lacking = content_words(text, config.word_pattern, config.stop_words) - content_words(
         other, config.word_pattern, config.stop_words
     )

@@ -1,4 +1,4 @@
-"""What the script of report.html draws, as plain JSON: responses token by token, attention maps, and heads."""
+"""Prepares the data that report.html's script draws, as plain JSON: responses, attention maps, and heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rhythm.analysis.results import AttentionMap, HeadMap, Heads, ResponseResult
 from rhythm.reports.format import format_number, format_percent, token_scale
 
-MAX_TOKENS = 3000  # of a response
+MAX_TOKENS = 3000  # shown per response
 UNDEFINED = 255  # the byte of a weight that is NaN
 
 Json = dict[str, Any]
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal of the tokens: its field of `Tokens`, the page's colour for it, and where its scale begins."""
+    """A signal of the tokens. key: its field in `Tokens`; hue: the page's color; low: where the color scale begins."""
 
     key: str
     name: str
@@ -34,13 +34,25 @@ class Signal:
 
 
 SIGNALS = (
-    Signal("waad", "WAAD", "waad", "tokens", "how far back the local heads look, clipped at the window"),
-    Signal("fai", "FAI", "fai", "", "mean attention the token receives from the horizon after it, global heads"),
+    Signal(
+        "waad",
+        "WAAD",
+        "waad",
+        "tokens",
+        "windowed average attention distance: how far back the local heads attend, clipped at the window",
+    ),
+    Signal(
+        "fai",
+        "FAI",
+        "fai",
+        "",
+        "future attention influence: mean attention that tokens in the horizon pay to the token, in the global heads",
+    ),
     Signal("fai_receiver", "Receiver FAI", "receiver", "", "the same, over the receiver heads"),
-    Signal("entropy", "Entropy", "entropy", "nats", "of the distribution the token was drawn from, at temperature 1"),
-    Signal("gamma", "γ", "gamma", "", "the factor training would put on the token's advantage; 1 is none", low=1.0),
+    Signal("entropy", "Entropy", "entropy", "nats", "entropy of the token's distribution at temperature 1"),
+    Signal("gamma", "γ", "gamma", "", "factor that training would apply to the token's advantage; 1 is none", low=1.0),
 )
-SETS = {  # of heads: name, hue, and what a member is called
+SETS = {  # set of heads → (name of a member, hue)
     "local": ("local", "waad"),
     "global": ("global", "fai"),
     "receiver": ("receiver", "receiver"),
@@ -65,7 +77,7 @@ def response_data(response: ResponseResult) -> Json:
         "peaks": {key: [i for i in indices if i < n] for key, indices in vars(response.peaks).items()},
         "chunks": [i for i in response.chunks if i < n],
         "attenders": {
-            anchor.token: [[each.token, rounded([each.weight])[0]] for each in anchor.attenders]
+            anchor.token: [[attender.token, rounded([attender.weight])[0]] for attender in anchor.attenders]
             for anchor in response.anchors
             if anchor.attenders and anchor.token < n
         },
@@ -82,7 +94,7 @@ def response_data(response: ResponseResult) -> Json:
 
 
 def _scale(response: ResponseResult, signal: Signal) -> list[float | None] | None:
-    """Where the color of the tokens begins and ends, and the largest value; None where the signal is undefined."""
+    """(low, high, largest value) of the color scale; None where the signal is undefined."""
     values = getattr(response.tokens, signal.key)
     scale = token_scale(values, signal.low)
     return None if scale is None else rounded([*scale, max(value for value in values if not math.isnan(value))])
@@ -94,9 +106,9 @@ def map_data(attention: AttentionMap) -> Json:
 
 
 def pixels(weights: Sequence[Sequence[float]]) -> Json:
-    """Weights as bytes 0…254 of √(weight / peak), row after row, in base64; 255 is NaN.
+    """√(weight / peak) as bytes 0…254, row by row, in base64; 255 is NaN.
 
-    The root keeps what is faint visible: most of a map's weights are far below its largest.
+    The square root keeps small weights visible: most are far below the largest.
     """
     weights_RC: NDArray[np.float64] = np.array(weights, dtype=np.float64)
     known = np.isfinite(weights_RC)
@@ -112,13 +124,13 @@ def pixels(weights: Sequence[Sequence[float]]) -> Json:
 
 
 def heads_data(heads: Heads) -> Json:
-    """Every head of the model: the quantities its square may be coloured by, the sets it is in, and all in words."""
-    members = {each.name: set(each.heads) for each in heads.sets}
+    """Every head of the model: the quantities that can color its square, its sets, and the text of its tooltip."""
+    members = {summary.name: set(summary.heads) for summary in heads.sets}
     quantities: list[tuple[str, str, str, bool, HeadMap]] = [
         ("span", "Mean span", "entropy", True, heads.span),
         ("kurtosis", "Kurtosis", "receiver", True, heads.kurtosis),
         ("kurtosis_sentence", "Kurtosis, sentences", "receiver", True, heads.kurtosis_sentence),
-        *((each.name, f"In {SETS[each.name][0]} sets", SETS[each.name][1], False, each.chosen) for each in heads.sets),
+        *((s.name, f"In {SETS[s.name][0]} sets", SETS[s.name][1], False, s.chosen) for s in heads.sets),
     ]
 
     def notes(layer: int, head: int) -> list[str]:
@@ -127,12 +139,12 @@ def heads_data(heads: Heads) -> Json:
             f"kurtosis {format_number(heads.kurtosis[layer][head])}, "
             f"of sentences {format_number(heads.kurtosis_sentence[layer][head])}",
         ]
-        for each in heads.sets:
-            if not math.isnan(share := each.chosen[layer][head]):
-                belongs = (layer, head) in members[each.name]
+        for summary in heads.sets:
+            if not math.isnan(share := summary.chosen[layer][head]):
+                belongs = (layer, head) in members[summary.name]
                 if share or belongs:
                     texts.append(
-                        f"{SETS[each.name][0]} in {format_percent(share)} of the responses"
+                        f"{SETS[summary.name][0]} in {format_percent(share)} of the responses"
                         + ("" if belongs else ", not pooled")
                     )
         return texts
@@ -158,12 +170,12 @@ def heads_data(heads: Heads) -> Json:
 
 
 def rounded(values: Iterable[float]) -> list[float | None]:
-    """Four significant digits; null where undefined or infinite."""
+    """The values to four significant digits; None (null) where undefined or infinite."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]
 
 
 def _title(response: ResponseResult) -> str:
-    """For the list of responses: its name, and the last line of its prompt that says something."""
+    """The entry in the list of responses: its name and the longest line of its prompt."""
     lines = [line.strip() for line in response.prompt.splitlines() if len(line.strip()) > 3]
     text = max(lines, key=len, default="")
     return f"{response.name} · {text[:70]}{'…' if len(text) > 70 else ''}"

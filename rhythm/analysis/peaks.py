@@ -1,4 +1,4 @@
-"""Peaks of a curve, by scipy.signal.find_peaks."""
+"""Finds the peaks of a curve by scipy.signal.find_peaks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from scipy.signal import find_peaks as scipy_find_peaks
 
 from rhythm.analysis.config import PeaksConfig
 
-ROUNDING = 1e-6  # relative; a curve that is level but for the rounding of fp32 has no peaks
+ROUNDING = 1e-6  # relative; a curve that varies only by fp32 rounding has no peaks
 
 
 def find_peaks(values: Sequence[float], config: PeaksConfig) -> tuple[int, ...]:
-    """Rising indices of the peaks: entries above both neighbours, the middle one of a plateau.
+    """Indices of the peaks, ascending: entries above both neighbors, or the middle of a plateau.
 
-    NaN is undefined: each run of defined values is searched by itself, and its first and last value are no
-    peaks. A peak stands out by `prominence` standard deviations of all defined values.
+    Each run of defined values (not NaN) is searched separately; its first and last value can't be peaks. A peak's
+    prominence is at least `prominence` standard deviations of all defined values.
     """
     x = np.asarray(values, dtype=float)
     defined = np.isfinite(x)
@@ -29,7 +29,7 @@ def find_peaks(values: Sequence[float], config: PeaksConfig) -> tuple[int, ...]:
 
 
 def eligible(values: Sequence[float]) -> np.ndarray:
-    """bool [n]: where a peak could be, which is inside a run of defined values."""
+    """Where a peak is possible, bool [n]: inside a run of defined values."""
     defined = np.isfinite(np.asarray(values, dtype=float))
     inside = np.zeros(len(defined), dtype=bool)
     for begin, end in _runs(defined):
@@ -38,6 +38,6 @@ def eligible(values: Sequence[float]) -> np.ndarray:
 
 
 def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """(begin, end) of the runs of true entries."""
+    """(begin, end) of each run of true entries."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(int)))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Problems from the rows of a JSONL file, or from a list: prompts, with or without responses."""
+"""Reads problems from the rows of a JSONL file or from a list: prompts, with or without responses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-"""Of the paper's prompt (appendix A.1)."""
+"""The instruction of the paper's prompt (appendix A.1)."""
 LAST_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\S)")
 
 
 class RowError(ValueError):
-    """A row that can't be analysed; the message names it."""
+    """A row can't be analyzed; the message names it."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(f"row {row}: {problem}")
@@ -25,7 +25,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One row. row: its number, from 1; responses: those given, else empty; answer: the row's own, if any."""
+    """A problem. row: its row number, from 1; responses: the given ones, or empty; answer: as in the row, if any."""
 
     row: int
     prompt: str
@@ -33,7 +33,7 @@ class Problem:
     answer: str | None = None
 
     def digest(self, sample: int) -> str:
-        """Of the prompt and, where given, that response."""
+        """Hash of the prompt and, if given, this response."""
         parts = [self.prompt, *self.responses[sample : sample + 1]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -42,32 +42,32 @@ Source = Path | Sequence[str | Mapping[str, Any]]
 
 
 def read_problems(source: Source, on_error: Callable[[RowError], None] | None = None) -> Iterator[Problem]:
-    """The problems of a JSONL file, a line at a time, or of a list of prompts or rows.
+    """The problems of a JSONL file, read line by line, or of a list of prompts or rows.
 
-    A row has `prompt`, taken as it stands, or `question` (GSM8K), put into the paper's prompt; perhaps `response` or
-    `responses`; and perhaps `answer`. Empty lines are left out, and counted.
+    A row has `prompt`, which is used unchanged, or `question` (GSM8K), which is put into the paper's prompt; optionally
+    `response` or `responses`; and optionally `answer`. Empty lines are skipped, but count as rows.
 
     Args:
-        on_error: gets the error of a row that is no problem, which is then left out; None: it is raised.
+        on_error: called with the error of an invalid row, which is then left out; None: the error is raised.
 
     Raises:
-        RowError (a ValueError): a row that is no problem.
-        ValueError: no such file, or a directory.
-        OSError: it can't be read.
+        RowError (a ValueError): an invalid row.
+        ValueError: the file doesn't exist or is a directory.
+        OSError: the file can't be read.
     """
     for row, item in _rows(source):
         try:
-            found = problem(row, _parsed(row, item) if isinstance(source, Path) else item)
+            parsed = problem(row, _parsed(row, item) if isinstance(source, Path) else item)
         except RowError as error:
             if on_error is None:
                 raise
             on_error(error)
         else:
-            yield found
+            yield parsed
 
 
 def _rows(source: Source) -> Iterator[tuple[int, Any]]:
-    """(number from 1, line or item)."""
+    """(row number from 1, line or item)."""
     if not isinstance(source, Path):
         for row, item in enumerate(source, start=1):
             yield row, {"prompt": item} if isinstance(item, str) else item
@@ -80,7 +80,7 @@ def _rows(source: Source) -> Iterator[tuple[int, Any]]:
 
 
 def check_file(path: Path) -> None:
-    """Raises ValueError where there is neither a file nor a pipe."""
+    """Raise ValueError unless there is a file or a pipe."""
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     if path.is_dir():
@@ -88,7 +88,7 @@ def check_file(path: Path) -> None:
 
 
 def problem(row: int, fields: Any) -> Problem:
-    """The problem of a row. Raises RowError."""
+    """The problem of a row. Raises RowError if it is invalid."""
     if not isinstance(fields, Mapping):
         raise RowError(row, f"is a {type(fields).__name__}; it must be an object with prompt or question")
     if "prompt" in fields and "question" in fields:
@@ -98,8 +98,8 @@ def problem(row: int, fields: Any) -> Problem:
     elif "question" in fields:
         prompt = paper_prompt(_text(row, "question", fields["question"]))
     else:
-        found = ", ".join(map(repr, fields)) or "nothing"
-        raise RowError(row, f"has no text: neither prompt nor question, only {found}")
+        keys = ", ".join(map(repr, fields)) or "nothing"
+        raise RowError(row, f"has no text: neither prompt nor question, only {keys}")
     answer = fields.get("answer")
     if answer is not None and not isinstance(answer, str | int | float):
         raise RowError(row, f"answer is a {type(answer).__name__}; it must be text or a number")
@@ -138,7 +138,7 @@ def _text(row: int, name: str, value: Any) -> str:
 
 
 def _encodable(row: int, name: str, text: str) -> None:
-    """JSON can spell half of a surrogate pair, which is no character: no tokenizer and no UTF-8 file takes it."""
+    """Raise RowError if the text can't be encoded: JSON can contain half of a surrogate pair, which UTF-8 can't."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

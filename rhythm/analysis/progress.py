@@ -1,4 +1,4 @@
-"""How far an analysis is: a bar on a terminal; elsewhere a line at least every 30 s, in generation too."""
+"""Shows an analysis's progress: a bar on a terminal, elsewhere a line at least every 30 s, also while generating."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rhythm.system.progress import Heartbeat, Rate, duration
 
 
 class AnalysisProgress:
-    """The problems that are done, and what is being done for the others. Without a console nothing is shown."""
+    """Shows the number of finished problems and the current phase. Without a console nothing is shown."""
 
     def __init__(self, console: Console | None, *, problems: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`problems`: of the whole analysis. `clock`: seconds."""
+        """`problems`: their number in the whole analysis. `clock`: returns the time in seconds."""
         shows_bars = console is not None and _shows_bars(console)
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -30,7 +30,7 @@ class AnalysisProgress:
             console=console,
             disable=not shows_bars,
         )
-        self._bar = self._bars.add_task("analysing", total=problems, phase="")
+        self._bar = self._bars.add_task("analyzing", total=problems, phase="")
         self._lines = None if shows_bars else console
         self._problems, self._clock = problems, clock
         self._started = self._phase_began = clock()
@@ -53,27 +53,27 @@ class AnalysisProgress:
         self._bars.stop()
 
     def batch(self, problems: int) -> None:
-        """Work on so many problems together begins."""
+        """Begin a batch of so many problems."""
         self._batch, self._share = problems, 0.0
 
     def phase(self, name: str | Callable[[], str], share: float) -> None:
-        """What is being done now, or what tells it, and which share of the batch's responses is done."""
+        """Set the current phase, or a function that returns it, and the finished fraction of the batch's responses."""
         told: Callable[[], str] = (lambda: name) if isinstance(name, str) else name
         self._phase, self._phase_began, self._share = told, self._clock(), share
         self._bars.update(self._bar, phase=told())
 
     def end_batch(self) -> None:
-        """The batch's problems are done."""
+        """Count the batch's problems as finished."""
         self._done += self._batch
         self._bars.advance(self._bar, self._batch)
         self._batch, self._share = 0, 0.0
 
     def status(self) -> str:
-        """For a line: "4/40 problems, 15.0 s/problem, 9 min left; generating responses for 35 s"."""
+        """The status line, for example "4/40 problems, 15.0 s/problem, 9 min left; generating responses for 35 s"."""
         now = self._clock()
         done, doing = self._done + self._share * self._batch, f"{self._phase()} for {duration(now - self._phase_began)}"
         if not done:
-            return f"0/{self._problems} problems; {doing}; none is done yet, so the remaining time is not known"
+            return f"0/{self._problems} problems; {doing}; none is finished yet, so the remaining time is unknown"
         seconds = (now - self._started) / done
         left = duration((self._problems - done) * seconds)
         return f"{done:.3g}/{self._problems} problems, {self._rate.text(seconds)}, {left} left; {doing}"
@@ -84,7 +84,7 @@ class AnalysisProgress:
 
 
 def finishing(console: Console | None, clock: Callable[[], float] = time.monotonic) -> Heartbeat | nullcontext[None]:
-    """Signs of life for what comes after the last problem: tables, figures and the page."""
+    """Progress lines while tables, figures and the page are written, after the last problem."""
     if console is None or _shows_bars(console):
         return nullcontext()
     began = clock()

@@ -1,7 +1,7 @@
-"""What an analysis finds, as plain frozen dataclasses; to and from JSON (rhythm.analysis.rows: as frames).
+"""The results of an analysis as frozen dataclasses, stored as JSON (rhythm.analysis.rows converts them to frames).
 
-Token indices count a response's tokens from 0, the prompt left out. A head is (layer, head). Undefined numbers
-are NaN here, null in JSON and empty in CSV. Shapes: n tokens of a response, L layers, H query heads a layer.
+Token indices count from the response's first token, 0. A head is (layer, head). Undefined numbers are NaN here, null in
+JSON and empty in CSV. Shapes: n tokens of a response, L layers, H query heads per layer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pydantic import BeforeValidator, TypeAdapter
 from rhythm.system.writing import replace_file
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A float; null in JSON is NaN."""
+"""A float; NaN is null in JSON."""
 Numbers = tuple[Number, ...]
 Head = tuple[int, int]
 HeadMap = tuple[Numbers, ...]
-"""[L][H]; NaN where a layer was not read."""
+"""[L][H]; NaN for layers that were not read."""
 T = TypeVar("T")
 
 
@@ -31,13 +31,14 @@ class Tokens:
 
     Attributes:
         ids: in the tokenizer's vocabulary.
-        texts: joined, they are the response; a token that ends inside a character has "".
-        waad: tokens (eq. 9), mean over the local heads.
-        fai: mean attention received within the horizon (eq. 10), mean over the global heads.
-        fai_receiver: the same over the receiver heads (token level).
-        entropy: nats, of the model's distribution at temperature 1 before the token.
-        logprob: nats, of the token in that distribution.
-        gamma: the factor that training would put on the token's advantage.
+        texts: joined, they are the response; a token that ends within a character has "".
+        waad: windowed average attention distance, tokens (eq. 9), mean over the local heads.
+        fai: future attention influence, mean attention received within the horizon (eq. 10), mean over the global
+            heads.
+        fai_receiver: FAI over the receiver heads (token level).
+        entropy: of the model's distribution for the token at temperature 1, nats.
+        logprob: of the token in that distribution, nats.
+        gamma: factor that training would apply to the token's advantage.
     """
 
     ids: tuple[int, ...]
@@ -52,7 +53,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Rising token indices of the peaks of four curves."""
+    """Token indices of the peaks of four curves, ascending."""
 
     waad: tuple[int, ...]
     fai: tuple[int, ...]
@@ -62,7 +63,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Attender:
-    """A later token of the response that attends to an anchor; weight: mean over the global heads of A[t, s]."""
+    """A later token of the response that attends to an anchor. weight: mean of A[t, s] over the global heads."""
 
     token: int
     weight: float
@@ -70,7 +71,7 @@ class Attender:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A peak of FAI, and who attends to it, the strongest first."""
+    """A peak of FAI and the tokens that attend to it, the strongest first."""
 
     token: int
     attenders: tuple[Attender, ...]
@@ -78,15 +79,17 @@ class Anchor:
 
 @dataclass(frozen=True)
 class ResponseHeads:
-    """Every head on one response, and the sets chosen from the pool.
+    """Statistics of all heads on one response, and the sets chosen from the pool.
 
     Attributes:
         span: [L][H] tokens (eq. 7).
         kurtosis: [L][H] excess kurtosis of the to-the-end column scores over the response's tokens.
-        kurtosis_sentence: the same of scores between sentences, at least the minimum gap apart; NaN with too few.
-        local, global_: the heads of the pool that look back the least and the furthest.
-        receiver, receiver_sentence: those of largest kurtosis; as many as global ones, none where undefined.
-        sentences: how many the response has.
+        kurtosis_sentence: [L][H] excess kurtosis of scores between sentences at least the minimum gap apart; NaN with
+            too few sentences.
+        local, global_: heads of the pool with the smallest and the largest span.
+        receiver, receiver_sentence: heads of the pool with the largest kurtosis; by default as many as global heads,
+            none where it is undefined.
+        sentences: number of sentences in the response.
     """
 
     span: HeadMap
@@ -101,13 +104,14 @@ class ResponseHeads:
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """A mean attention map (eq. 8) over the rows of a response, as `rhythm.analysis.maps.MeanMap` says; 4 digits.
+    """A mean attention map (eq. 8) over the rows of a response, rounded to 4 digits; see
+    `rhythm.analysis.maps.MeanMap`.
 
     Attributes:
         weights: [R][C].
-        cell: tokens a cell is high and wide.
-        prompt_columns: columns that are the prompt's.
-        band: [n][W], attention to the nearest W tokens; NaN before the sequence.
+        cell: height and width of a cell in tokens.
+        prompt_columns: number of columns of the prompt.
+        band: [n][W], attention to the nearest W tokens; NaN before the start of the sequence.
     """
 
     weights: tuple[Numbers, ...]
@@ -129,16 +133,16 @@ class Trial:
     """A counterfactual: one token replaced, and a greedy continuation.
 
     Attributes:
-        group: among the positions of highest or of lowest FAI.
+        group: whether the position is among those of highest (top) or lowest (bottom) FAI.
         position: index of the replaced token.
-        fai: of that token.
-        original_token, replacement_token: texts; `*_id` in the vocabulary.
-        candidate: rank of the replacement in the model's distribution there, 1 is the likeliest.
-        probability: of the replacement there.
-        jaccard: overlap of the content words after the position, original and continued (eq. 11); NaN where
-            neither has one.
+        fai: FAI of the replaced token.
+        original_token, replacement_token: texts of the two tokens; `*_id`: their ids.
+        candidate: rank of the replacement in the model's distribution at this position; 1 is the most likely.
+        probability: probability of the replacement at this position.
+        jaccard: Jaccard index of the content words after the position, of original and continuation (eq. 11); NaN if
+            neither has any.
         continuation: text after the replacement.
-        finished: the continuation ended by itself.
+        finished: whether the continuation ended with an end token.
     """
 
     group: Literal["top", "bottom"]
@@ -157,20 +161,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class ResponseResult:
-    """All that was found in one response.
+    """The results for one response.
 
     Attributes:
-        name: "00012-0": row and sample.
-        row: of the file of problems, from 1; sample: which of its responses, from 0.
-        source: the response was in the file, or generated.
-        finished: it ended by itself, rather than at the limit; None where it was given.
-        prompt: as the model got it; prompt_tokens: how many.
-        answer: the row's own, if it has one.
-        chunks: index of the first token of each chunk: 0, and the peaks of WAAD.
-        anchors: the peaks of FAI, the strongest `attended_anchors` of them with attenders.
-        maps: None if they were not asked for.
-        trials: empty if counterfactuals were not asked for.
-        digest: of the row's prompt and, where given, response; a changed row is told by it.
+        name: row and sample, for example "00012-0".
+        row: row in the file of problems, from 1; sample: index of the response, from 0.
+        source: whether the response was given in the file or generated.
+        finished: whether it ended with an end token, not at the limit; None if it was given.
+        prompt: the text given to the model; prompt_tokens: its number of tokens.
+        answer: as in the row, if it has one.
+        chunks: index of the first token of each chunk: 0 and the peaks of WAAD.
+        anchors: the peaks of FAI; the strongest `attended_anchors` ones have attenders.
+        maps: None if they were not requested.
+        trials: empty if counterfactuals were not requested.
+        digest: hash of the row's prompt and given response, to detect changed rows.
     """
 
     name: str
@@ -198,7 +202,7 @@ class ResponseResult:
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval; NaN where there are too few responses for one."""
+    """A 95 % interval; NaN if there are too few responses."""
 
     low: Number
     high: Number
@@ -210,9 +214,9 @@ class Table1:
 
     Attributes:
         top, bottom: mean Jaccard index of the trials at the highest and lowest FAI.
-        top_below_bottom: share of the problems whose mean over the top is lower than that over the bottom.
-        p_value: of a sign test over the problems, one-sided: top lower than bottom.
-        problems, top_trials, bottom_trials: how many there are.
+        top_below_bottom: fraction of problems whose mean over the top is lower than that over the bottom.
+        p_value: of a one-sided sign test over the problems (top lower than bottom).
+        problems, top_trials, bottom_trials: numbers of them.
     """
 
     top: Number
@@ -231,15 +235,16 @@ class Table2Row:
     """A coupling of two signals, over all responses.
 
     Attributes:
-        key: entropy: mean entropy at peaks of WAAD, nats. cooccurrence: share of the receiver heads' FAI peaks that
-            are the global heads' too. follows: share of FAI peaks at a peak of WAAD or up to `follow` tokens after.
-        observed, interval: the statistic, and its bootstrap interval over responses.
-        random: the paper's closed form: mean entropy of all tokens; share of tokens that are global FAI peaks;
-            share of tokens at or just after a peak of WAAD.
+        key: entropy: mean entropy at peaks of WAAD, nats. cooccurrence: fraction of the receiver heads' FAI peaks that
+            are also peaks of the global heads. follows: fraction of FAI peaks at a peak of WAAD or up to `follow`
+            tokens after one.
+        observed, interval: the statistic and its bootstrap interval over responses.
+        random: the paper's closed form: mean entropy of all tokens; fraction of tokens that are global FAI peaks;
+            fraction of tokens at or just after a peak of WAAD.
         lift, lift_interval: observed / random − 1.
         permuted, permuted_lift: mean over the permutations of the first signal's peaks, and the lift over it.
-        p_value: share of the permutations, the observed one included, that reach the observed statistic.
-        peaks: how many the statistic is over; responses: how many have some.
+        p_value: fraction of the permutations, including the observed order, that reach the observed statistic.
+        peaks: number of peaks in the statistic; responses: number of responses with peaks.
     """
 
     key: Literal["entropy", "cooccurrence", "follows"]
@@ -268,15 +273,15 @@ TABLE2_NAMES = {
 
 @dataclass(frozen=True)
 class SetSummary:
-    """One of the sets of heads, over all responses.
+    """A set of heads over all responses.
 
     Attributes:
         name: local, global, receiver or receiver_sentence.
         heads: chosen by the mean span or kurtosis over the responses.
-        chosen: [L][H] share of the responses whose own set has the head; NaN outside the pool.
-        stability: mean share of a set that the sets of two different problems have in common.
-        stability_random: the same for sets drawn at random from the pool.
-        responses: how many have such a set.
+        chosen: [L][H] fraction of responses whose own set contains the head; NaN outside the pool.
+        stability: mean |A∩B| / |A| over the sets A, B of different problems.
+        stability_random: its expected value for sets drawn at random from the pool.
+        responses: number of responses with such a set.
     """
 
     name: Literal["local", "global", "receiver", "receiver_sentence"]
@@ -289,9 +294,9 @@ class SetSummary:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of a response's receiver set is in its global set, mean over the responses.
+    """Fraction of a response's receiver heads that are also global heads, averaged over the responses.
 
-    random: expected of a random set of the pool; pooled: that of the sets chosen by the means.
+    random: expected value for a random set of the pool; pooled: the fraction for the sets chosen by the means.
     """
 
     name: Literal["receiver", "receiver_sentence"]
@@ -303,11 +308,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Heads:
-    """Every head of the model, over all responses.
+    """Statistics of all heads of the model over all responses.
 
     Attributes:
-        layers, heads: L and H; pool_layers: those whose heads form the pool.
-        span, kurtosis, kurtosis_sentence: [L][H] means over the responses where defined.
+        layers, heads: L and H; pool_layers: layers whose heads form the pool.
+        span, kurtosis, kurtosis_sentence: [L][H] means over the responses where they are defined.
         sets: local, global, receiver, receiver_sentence.
         overlaps: receiver and receiver_sentence with global.
     """
@@ -322,22 +327,22 @@ class Heads:
     overlaps: tuple[Overlap, ...]
 
     def set(self, name: str) -> SetSummary:
-        """The set of that name."""
-        return next(each for each in self.sets if each.name == name)
+        """The set with this name."""
+        return next(summary for summary in self.sets if summary.name == name)
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything of a run but its responses, which stay on disk and are read one at a time.
+    """The results of an analysis. Its responses stay on disk and are read one at a time.
 
     Attributes:
-        model: its directory or name; problems: the file, or "" for a list.
+        model: directory or name of the model; problems: the file, or "" for a list.
         settings: AnalysisConfig as JSON.
-        names: of the responses, in the order of the file.
-        failures: messages of rows that could not be analysed.
+        names: names of the responses, in the order of the file.
+        failures: error messages of rows that could not be analyzed.
         table1: None without counterfactuals.
-        table2: entropy, cooccurrence, follows.
-        directory: where it all is; not part of the JSON.
+        table2: rows entropy, cooccurrence, follows.
+        directory: directory of the analysis; not part of the JSON.
     """
 
     model: str
@@ -352,12 +357,12 @@ class Analysis:
 
     @property
     def p_floor(self) -> float:
-        """The least p-value that Table 2's permutations can give, the observed one being one of them; 0 if unknown."""
+        """The smallest p-value that Table 2's permutations, including the observed order, can give; 0 if unknown."""
         table2 = self.settings.get("table2")
         return 1 / (1 + int(table2["permutations"])) if table2 else 0.0
 
     def response(self, name: str) -> ResponseResult:
-        """Read one response back."""
+        """Read one response from disk."""
         return read_json(ResponseResult, response_path(self.directory, name))
 
     def responses(self) -> Iterator[ResponseResult]:
@@ -370,13 +375,13 @@ def response_path(directory: Path, name: str) -> Path:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write a dataclass of this module, replacing the file in one go. Raises OSError naming the file."""
+    """Write a dataclass of this module, replacing the file atomically. Raises OSError naming the file."""
     exclude = {"directory"} if isinstance(value, Analysis) else None
     replace_file(path, TypeAdapter(type(value)).dump_json(value, exclude=exclude))
 
 
 def read_json(kind: type[T], path: Path) -> T:
-    """Read back what `write_json` wrote. Raises ValueError naming the file where it is something else."""
+    """Read what `write_json` wrote. Raises ValueError naming the file if it contains anything else."""
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""An analysis as rows: dictionaries for its CSV files, and pandas frames of them."""
+"""Converts an analysis to rows: dictionaries for its CSV files, and pandas frames."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def not_run(cell: Any) -> Any:
-    """`cell` of a CSV file; text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    """A value for a CSV file; text that a spreadsheet would run as a formula gets a leading apostrophe."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_RUN_BY_SPREADSHEETS) else cell
 
 
 def table1_frame(analysis: Analysis) -> pd.DataFrame:
-    """One row: Table 1; empty without counterfactuals."""
+    """Table 1 as one row; empty without counterfactuals."""
     return _frame([] if analysis.table1 is None else [table1_row(analysis.table1)])
 
 
@@ -31,7 +31,7 @@ def table2_frame(analysis: Analysis) -> pd.DataFrame:
 
 
 def heads_frame(analysis: Analysis) -> pd.DataFrame:
-    """One row per head: layer, head, span, kurtoses, whether in each set, share of responses that chose it."""
+    """One row per head: layer, head, span, kurtoses, membership in each set, fraction of responses that chose it."""
     return _frame(head_rows(analysis.heads))
 
 
@@ -51,17 +51,17 @@ def responses_frame(analysis: Analysis) -> pd.DataFrame:
 
 
 def table1_row(table: Table1) -> dict[str, Any]:
-    """Its fields; an interval becomes two."""
+    """Table 1 as a row; an interval becomes two columns."""
     return _flat(table)
 
 
 def table2_rows(rows: Iterable[Table2Row]) -> Iterator[dict[str, Any]]:
-    """One dictionary a coupling."""
+    """One dictionary per coupling."""
     return ({"name": row.name, **_flat(row)} for row in rows)
 
 
 def token_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
-    """One dictionary a token: response, row, sample, token, id, text, the signals, whether it is a peak or onset."""
+    """One dictionary per token: response, row, sample, token, id, text, signals, and whether it is a peak or onset."""
     tokens, peaks = response.tokens, response.peaks
     marks = {f"{name}_peak": set(indices) for name, indices in vars(peaks).items()} | {"chunk": set(response.chunks)}
     signals = ("waad", "fai", "fai_receiver", "entropy", "logprob", "gamma")
@@ -79,7 +79,7 @@ def token_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
 
 
 def trial_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
-    """One dictionary a counterfactual, with the original's text after the position."""
+    """One dictionary per counterfactual, with the original text after the position."""
     for trial in response.trials:
         yield {
             "response": response.name,
@@ -91,8 +91,8 @@ def trial_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
 
 
 def head_rows(heads: Heads) -> Iterator[dict[str, Any]]:
-    """One dictionary a head of the model."""
-    members = {each.name: set(each.heads) for each in heads.sets}
+    """One dictionary per head of the model."""
+    members = {summary.name: set(summary.heads) for summary in heads.sets}
     for layer in range(heads.layers):
         for head in range(heads.heads):
             yield {
@@ -103,7 +103,7 @@ def head_rows(heads: Heads) -> Iterator[dict[str, Any]]:
                 "kurtosis": heads.kurtosis[layer][head],
                 "kurtosis_sentence": heads.kurtosis_sentence[layer][head],
                 **{name: (layer, head) in those for name, those in members.items()},
-                **{f"{each.name}_chosen": each.chosen[layer][head] for each in heads.sets},
+                **{f"{summary.name}_chosen": summary.chosen[layer][head] for summary in heads.sets},
             }
 
 
@@ -132,13 +132,13 @@ def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _mean(values: Numbers) -> float:
-    """Mean of the defined values, NaN without one."""
+    """Mean of the defined values; NaN if there is none."""
     defined = [value for value in values if not math.isnan(value)]
     return math.fsum(defined) / len(defined) if defined else math.nan
 
 
 def _flat(table: Table1 | Table2Row) -> dict[str, Any]:
-    """The fields of a dataclass; an interval becomes two."""
+    """The fields of a dataclass; an interval becomes two entries."""
     flat: dict[str, Any] = {}
     for name, field in vars(table).items():
         if is_dataclass(field):

@@ -1,7 +1,7 @@
-"""Problems in, a directory of results out: one response at a time, and only those that are not there yet.
+"""Runs an analysis: processes one response at a time, skips those already in the directory, and writes the results.
 
-The directory holds settings.json, responses/<row>-<sample>.json, and once all are done results.json, the CSV files,
-report.html and figures/.
+The directory holds settings.json and responses/<row>-<sample>.json, and when all responses are finished also
+results.json, the CSV files, report.html and figures/.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from rhythm.system.writing import naming, replace_file
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the files; another version's are not continued
-PROBE_TOKENS = 8  # of the pass that finds out whether the model's attention can be read, before all else
+VERSION = 1  # of the file format; files of another version are not continued
+PROBE_TOKENS = 8  # of the first forward pass, which checks that the model's attention can be read
 DIGEST_ENTRIES = 64
 T = TypeVar("T")
 
@@ -60,28 +60,28 @@ def analyze(
     page: bool = True,
     console: Console | None = None,
 ) -> Analysis:
-    """Generate (or take) responses, observe each in one forward pass, and write down what was found.
+    """Generate responses (or use given ones), observe each in one forward pass, and write the results.
 
-    Responses that `out` has already are not done again, and what is finished stays, whatever happens to the rest.
-    Memory does not grow with the number of problems, but for a few numbers a response.
+    Responses that are already in `out` are not repeated, and finished ones are kept if a later one fails. Memory does
+    not grow with the number of problems, except for a few numbers per response.
 
     Args:
-        model: a causal transformers model, put into eval mode; tokenizer: its own.
+        model: a causal transformers model, which is put into eval mode; tokenizer: its tokenizer.
         problems: a JSONL file, or a list of prompts or rows; see `read_problems`.
-        out: directory, made if missing; None: a new temporary one, the result's `directory`.
+        out: directory, created if missing; None: a new temporary one, see `directory` of the result.
         config: AnalysisConfig() if None.
         infer: generates responses; None: transformers, with the same model.
-        end_ids: a response ends with the first of these; None: those of the tokenizer and the generation config.
-        model_name: for the report; None: the model's own.
-        keep_going: leave rows out that can't be analysed, and list them in `failures`, instead of raising.
-        page: write report.html and figures/ too.
-        console: for a progress bar.
+        end_ids: tokens that end a response; None: those of the tokenizer and the generation config.
+        model_name: name in the report; None: the model's own.
+        keep_going: leave out rows that can't be analyzed and list them in `failures`, instead of raising.
+        page: also write report.html and figures/.
+        console: shows the progress.
 
     Raises:
-        RowError (a ValueError): a row that can't be analysed; the message names it.
-        DirectoryLockedError (a ValueError): another process works in `out`.
-        ValueError: a model of a kind that can't be analysed, `out` with another analysis in it, or no response left.
-        OSError: a file can't be read or written; the message names it. What was finished stays.
+        RowError (a ValueError): a row can't be analyzed; the message names it.
+        DirectoryLockedError (a ValueError): another process is using `out`.
+        ValueError: the model can't be analyzed, `out` contains another analysis, or no response is left.
+        OSError: a file can't be read or written; the message names it. Finished responses are kept.
     """
     config = config or AnalysisConfig()
     asked: Source = Path(problems) if isinstance(problems, str) else problems
@@ -97,12 +97,12 @@ def analyze(
     on_error = (lambda error: failures.append(str(error))) if keep_going else None
     with ExitStack() as stack:
         source = _readable_twice(asked, stack)
-        total = sum(1 for _ in read_problems(source, on_error))  # every row is looked at before the work begins
+        total = sum(1 for _ in read_problems(source, on_error))  # check every row before the work begins
         failures.clear()
         directory = Path(tempfile.mkdtemp(prefix="rhythm-analysis-")) if out is None else Path(out)
         stack.enter_context(lock_directory(directory))
         name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        _claim(
+        _check_settings(
             directory,
             {"version": VERSION, "model": name, "weights": _weights_digest(model), **config.model_dump(mode="json")},
         )
@@ -114,10 +114,10 @@ def analyze(
             try:
                 before = read_json(ResponseResult, path)
             except ValueError:
-                log.warning("%s is damaged: this response is analysed again", path)
+                log.warning("%s is damaged: this response is analyzed again", path)
                 return False
             if before.digest != problem.digest(sample):
-                raise RowError(problem.row, f"is not the row that {path} was made of; name another directory")
+                raise RowError(problem.row, f"is not the row from which {path} was made; use another directory")
             return True
 
         names: list[str] = []
@@ -126,7 +126,7 @@ def analyze(
             for index, batch in enumerate(_batches(read_problems(source, on_error), config.problems_at_once)):
                 wanted = [(problem, sample) for problem in batch for sample in responses.samples(problem)]
                 finished = {(problem.row, sample): is_finished(problem, sample) for problem, sample in wanted}
-                place = {response_name(*each): attempted + i for i, each in enumerate(wanted)}
+                place = {response_name(*pair): attempted + i for i, pair in enumerate(wanted)}
                 attempted += len(wanted)
                 progress.batch(len(batch))
                 progress.phase(_generating(infer, config), share=0)
@@ -139,11 +139,11 @@ def analyze(
                         response_path(directory, response.name),
                     )
                     finished[response.problem.row, response.sample] = True
-                names += [response_name(*each) for each in wanted if finished[each[0].row, each[1]]]
+                names += [response_name(task, sample) for task, sample in wanted if finished[task.row, sample]]
                 progress.end_batch()
         stack.enter_context(finishing(console))
         if not names:
-            raise ValueError("\n".join(["problems: no response is left to analyse", *failures]))
+            raise ValueError("\n".join(["problems: no response is left to analyze", *failures]))
         analysis = summarize(
             directory,
             model=name,
@@ -161,7 +161,7 @@ def analyze(
 
 
 def _generating(infer: Infer, config: AnalysisConfig) -> str | Callable[[], str]:
-    """For the progress: with transformers it also counts the tokens."""
+    """The name of the phase; with transformers it includes the number of tokens."""
     if not isinstance(infer, GenerateInfer):
         return "generating responses"
     most = config.sampling.max_new_tokens
@@ -169,7 +169,7 @@ def _generating(infer: Infer, config: AnalysisConfig) -> str | Callable[[], str]
 
 
 def _observer(model: Any, config: AnalysisConfig) -> Observer:
-    """An observer that has read some tokens. Raises ValueError where the model's attention can't be read."""
+    """An observer that has been tried on a few tokens. Raises ValueError if the model's attention can't be read."""
     model.eval()
     observer = Observer(model, config.signals, sentence_gap=config.receivers.sentence_gap)
     probe = [i % observer.config.vocab_size for i in range(PROBE_TOKENS)]
@@ -220,7 +220,7 @@ def _result(
 
 
 def _readable_twice(source: Source, stack: ExitStack) -> Source:
-    """The source, or a copy of what comes out of a pipe, kept until the stack is left."""
+    """The source, or for a pipe a temporary copy of its content, deleted when the stack is left."""
     if not isinstance(source, Path):
         return source
     check_file(source)
@@ -232,10 +232,13 @@ def _readable_twice(source: Source, stack: ExitStack) -> Source:
     return copy
 
 
-def _claim(directory: Path, settings: dict[str, Any]) -> None:
-    """Make the directory this analysis' own. Raises ValueError where it is another's."""
+def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new directory, or check that they are those of an existing one.
+
+    Raises ValueError if the directory belongs to an analysis with other settings, or holds other files.
+    """
     path = directory / "settings.json"
-    settings = json.loads(json.dumps(settings))  # as they will be read back
+    settings = json.loads(json.dumps(settings))  # in the form in which they are read back
     responses = directory / "responses"
     unused = not any(responses.glob("*.json")) and path.is_file() and not path.stat().st_size
     if path.is_file() and not unused:
@@ -245,25 +248,25 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
                 raise ValueError("no object")
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} is damaged, so nobody can tell what the responses beside it were made with: put it back, or "
-                f"name another directory ({error})"
+                f"{path} is damaged, so the settings of the responses beside it are unknown: restore it, or use "
+                f"another directory ({error})"
             ) from error
         if differing := sorted(_differences(before, settings)):
             raise ValueError(
-                f"out is {directory}, which holds an analysis with another {', '.join(differing)}; name another "
+                f"out is {directory}, which holds an analysis with another {', '.join(differing)}; use another "
                 "directory"
             )
         return
-    # A process that was killed while it claimed the directory leaves these.
+    # A process that was killed in this function leaves these.
     ours = {responses, path, path.with_name(f".{path.name}.part")}
     if set(content(directory)) - ours or any(responses.glob("*")):
-        raise ValueError(f"out is {directory}, which is not empty and holds no analysis; name another directory")
+        raise ValueError(f"out is {directory}, which is not empty and holds no analysis; use another directory")
     responses.mkdir(exist_ok=True)
     replace_file(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _weights_digest(model: Any) -> str:
-    """Of some entries of every parameter: training changes nearly all."""
+    """A hash of some entries of every parameter, enough to detect training, which changes nearly all."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -273,7 +276,7 @@ def _weights_digest(model: Any) -> str:
 
 
 def _differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of the entries that differ."""
+    """Dotted names of entries that differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one.keys() | other.keys():
             yield from _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
@@ -282,10 +285,10 @@ def _differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
 
 
 def end_ids_of(model: Any, tokenizer: Any) -> list[int]:
-    """Raises ValueError where nothing ends a response."""
+    """End tokens of tokenizer and generation config. Raises ValueError if there are none."""
     ends = list(model_end_tokens(model, tokenizer))
     if not ends:
-        raise ValueError("tokenizer: has no end token, and nor has the generation config; a response needs one")
+        raise ValueError("tokenizer: neither it nor the generation config has an end token, which responses need")
     return ends
 
 

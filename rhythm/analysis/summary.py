@@ -1,4 +1,4 @@
-"""From the responses on disk to heads, tables, results.json and the CSV files; one response in memory at a time."""
+"""Computes heads and tables from the responses on disk and writes results.json and CSV files, with one in memory."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def summarize(
     config: AnalysisConfig,
     pool_layers: Sequence[int],
 ) -> Analysis:
-    """Writes results.json and the CSV files of the responses `names`, in that order, and returns the analysis.
+    """Write results.json and the CSV files for the responses `names`, in that order; returns the analysis.
 
     Raises:
-        ValueError: no names, or a response that is not what this version writes.
+        ValueError: no names, or a file of another version.
     """
 
     def responses() -> Iterable[ResponseResult]:
         return (read_json(ResponseResult, response_path(directory, name)) for name in names)
 
     couplings = table2(
-        ((each.tokens, each.peaks) for each in responses()),
+        ((response.tokens, response.peaks) for response in responses()),
         config.table2,
         follow=config.peaks.follow,
         seed=config.seed,
@@ -50,30 +50,33 @@ def summarize(
         names=tuple(names),
         failures=tuple(failures),
         heads=summarize_heads(
-            ((each.row, each.heads) for each in responses()),
+            ((response.row, response.heads) for response in responses()),
             pool_layers=tuple(pool_layers),
             resamples=resamples,
             seed=config.seed,
         ),
         table1=None
         if config.counterfactuals is None
-        else table1((each.trials for each in responses()), resamples=resamples, seed=config.seed),
+        else table1((response.trials for response in responses()), resamples=resamples, seed=config.seed),
         table2=couplings,
         directory=directory,
     )
     write_json(analysis, directory / "results.json")
     _write_csv(directory / "heads.csv", head_rows(analysis.heads))
     _write_csv(directory / "table2.csv", table2_rows(analysis.table2))
-    _write_csv(directory / "tokens.csv", (row for each in responses() for row in token_rows(each)))
-    _write_csv(directory / "responses.csv", (response_row(each) for each in responses()))
+    _write_csv(directory / "tokens.csv", (row for response in responses() for row in token_rows(response)))
+    _write_csv(directory / "responses.csv", (response_row(response) for response in responses()))
     if analysis.table1 is not None:
         _write_csv(directory / "table1.csv", [table1_row(analysis.table1)])
-        _write_csv(directory / "counterfactuals.csv", (row for each in responses() for row in trial_rows(each)))
+        trials = (row for response in responses() for row in trial_rows(response))
+        _write_csv(directory / "counterfactuals.csv", trials)
     return analysis
 
 
 def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One line a row, NaN left empty, text as `not_run`; the first row has the columns. Without rows an empty file."""
+    """One line per row, with NaN empty and text escaped by `not_run`; the first row defines the columns. Without rows
+    the file is empty.
+    """
     aside = path.with_name(f".{path.name}.part")
     with naming(path), replacing(aside, path), aside.open("w", encoding="utf-8", newline="") as file:
         writer: csv.DictWriter[str] | None = None

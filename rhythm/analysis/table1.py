@@ -1,4 +1,4 @@
-"""Table 1 from the counterfactual trials of all responses."""
+"""Computes Table 1 from the counterfactual trials of all responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def table1(trials: Iterable[Sequence[Trial]], *, resamples: int, seed: int) -> T
     The sign test leaves out responses where top and bottom are equal.
 
     Args:
-        trials: of each response.
+        trials: per response.
     """
     rows = []
     for of_response in trials:

@@ -1,6 +1,6 @@
-"""Table 2: how far the peaks of one signal go with another signal, and how far they would by chance.
+"""Computes Table 2: how often the peaks of one signal coincide with another signal, compared with chance.
 
-Peaks are permuted within their response, among the places where a peak could be.
+Peaks are permuted within their response, among the positions where a peak is possible.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rhythm.analysis.peaks import eligible
 from rhythm.analysis.results import Peaks, Table2Row, Tokens
 
 Key = Literal["entropy", "cooccurrence", "follows"]
-OBSERVED, PEAKS, RANDOM, TOKENS = range(4)  # the sums: over peaks and how many, over all tokens and how many
-ELEMENTS = 2**20  # permuted peaks held at a time
-ROUNDING = 1e-9  # relative; a permutation that reaches the observed statistic but for rounding has reached it
+OBSERVED, PEAKS, RANDOM, TOKENS = range(4)  # columns: sum over peaks, their number, sum over tokens, their number
+ELEMENTS = 2**20  # permuted peaks in memory at a time
+ROUNDING = 1e-9  # relative; a permutation within this of the observed statistic counts as reaching it
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,9 @@ class Coupling:
     """One coupling in one response.
 
     Attributes:
-        value: float [n], of every token: entropy in nats, or 1 where a peak counts as a hit and 0 elsewhere; NaN is
-            undefined.
-        places: int [m], rising: where a peak of the first signal could be, and `value` is defined.
-        peaks: int [k], of places' entries: where its peaks are.
+        value: float [n], per token: entropy in nats, or 1 where a peak counts as a hit and 0 elsewhere; NaN is
+        undefined. places: int [m], ascending: positions where a peak of the first signal is possible and `value` is
+        defined. peaks: int [k], a subset of places: positions of its peaks.
     """
 
     value: np.ndarray
@@ -57,12 +56,12 @@ def couplings(tokens: Tokens, peaks: Peaks, follow: int) -> dict[Key, Coupling]:
 def table2(
     responses: Iterable[tuple[Tokens, Peaks]], config: Table2Config, *, follow: int, seed: int
 ) -> tuple[Table2Row, ...]:
-    """The three rows over all responses; the statistics are over all peaks of all responses together.
+    """The three rows of the table. The statistics are over the peaks of all responses together.
 
-    Memory is a few numbers a response. The same responses in the same order give the same rows.
+    Memory is a few numbers per response. The same responses in the same order give the same rows.
 
     Args:
-        follow: tokens after a peak of WAAD at which a peak of FAI still follows it.
+        follow: a peak of FAI counts as following a peak of WAAD up to this many tokens after it.
     """
     keys: tuple[Key, ...] = get_args(Key)
     rng = np.random.default_rng([seed, 2])
@@ -78,7 +77,7 @@ def table2(
 
 
 def permuted_sums(coupling: Coupling, config: Table2Config, rng: np.random.Generator) -> np.ndarray:
-    """float [permutations]: the sum of `value` over the peaks, wherever they come to lie."""
+    """The sum of `value` over the permuted peaks, per permutation, float [permutations]."""
     places, k = len(coupling.places), len(coupling.peaks)
     if k == 0:
         return np.zeros(config.permutations)

@@ -1,4 +1,4 @@
-"""The texts of single tokens, and the sentences they lie in."""
+"""Splits a response into the texts of its tokens, and assigns tokens to sentences."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
-LONGEST_CHARACTER = 8  # tokens; bytes that are not text stay unfinished for ever
+UNFINISHED = "\ufffd"  # a decoder's output for the first bytes of a character
+LONGEST_CHARACTER = 8  # tokens; bytes that are not text would never be complete
 SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*\s+|\s*\n\s*")
-"""White space after a full stop, question or exclamation mark (perhaps a closing quote between), or a line break."""
+"""White space after a full stop, question or exclamation mark (and optional closing quotes), or a line break."""
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to those before it; joined, they are the text of all.
+    """The text that each token adds to the tokens before it; joined, they are the whole text.
 
-    Where a character takes several tokens, the last of them has it and the others have "".
+    If a character consists of several tokens, the last one gets the character and the others "".
     """
     texts: list[str] = []
-    start = 0  # of the tokens whose text is not given out yet
+    start = 0  # first token whose text is not assigned yet
     for i in range(len(ids)):
-        # With the token before: some tokenizers drop the space in front of the first one.
+        # Decode with the token before, because some tokenizers drop the space before the first token.
         before = list(ids[max(0, start - 1) : start])
         known, text = (_decode(tokenizer, part) for part in (before, [*before, *ids[start : i + 1]]))
         text = text[len(known) :]
@@ -34,12 +34,12 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def sentence_numbers(texts: Sequence[str]) -> list[int]:
-    """Which sentence each token lies in, by its first character that is not white space; from 0, none left out."""
+    """The sentence index of each token, by its first character that is not white space; consecutive from 0."""
     starts = [match.end() for match in SENTENCE_END.finditer("".join(texts))]
     numbers: dict[int, int] = {}
     sentences, offset = [], 0
     for text in texts:
-        # White space alone belongs to what is before it.
+        # A token of white space belongs to the sentence before it.
         begin = offset + (len(text) - len(text.lstrip()) if text.strip() else 0)
         place = bisect_right(starts, begin) if text.strip() else bisect_right(starts, begin - 1)
         sentences.append(numbers.setdefault(place, len(numbers)))

@@ -63,7 +63,9 @@ class ModelReceiver:
         weight may arrive under either of its names.
         """
         if version < self._version:
-            raise ValueError(f"version is {version}: must not fall below the {self._version} the model already has")
+            raise ValueError(
+                f"version is {version}: must not be lower than {self._version}, the model's current version"
+            )
         if self._missing:
             names = [name for name, tensor in self._own.items() if tensor.data_ptr() in self._missing]
             raise ValueError(f"weights: {len(names)} are missing from the push, among them {names[:5]}")

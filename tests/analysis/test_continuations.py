@@ -139,7 +139,7 @@ def test_a_model_in_training_stays_so_but_is_not_used_so(ids_N: Tensor) -> None:
 
 def test_models_that_cannot_share_a_prefix_are_refused() -> None:
     bert = BertModel(BertConfig(**SHAPE))
-    with pytest.raises(ValueError, match="BertModel is no causal language model"):
+    with pytest.raises(ValueError, match="BertModel is not a causal language model"):
         check_cache(bert)
     linear = Qwen3NextConfig(**SHAPE, num_key_value_heads=2, layer_types=["linear_attention"] * 3)
     with pytest.raises(ValueError, match="keeps a LinearAttentionLayer in its cache"):

@@ -278,7 +278,7 @@ def test_bad_arguments_are_named(tokenizer: Any) -> None:
         counterfactuals(model, tokenizer, ids_N, P, fai_N[:3])
     with pytest.raises(ValueError, match="input_ids has shape"):
         counterfactuals(model, tokenizer, ids_N[None], P, fai_N)
-    with pytest.raises(ValueError, match="is no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         CounterfactualConfig(word_pattern="(")
     with pytest.raises(ValueError, match="candidates"):
         CounterfactualConfig(candidates=0)

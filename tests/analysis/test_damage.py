@@ -63,7 +63,7 @@ def test_a_damaged_response_is_analyzed_again(
     path.write_bytes(damage)
     with caplog.at_level(logging.WARNING):
         again(model, tokenizer, tmp_path)
-    assert f"{path} is damaged: this response is analysed again" in caplog.text
+    assert f"{path} is damaged: this response is analyzed again" in caplog.text
     assert contents(done.directory) == before
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_response_is_analyzed_again(
 def test_damaged_settings_are_named(damage: bytes, done: Analysis, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     (done.directory / "settings.json").write_bytes(damage)
     before = contents(done.directory)
-    with pytest.raises(ValueError, match=r"settings\.json is damaged, .*put it back, or name another directory"):
+    with pytest.raises(ValueError, match=r"settings\.json is damaged, .*restore it, or use another directory"):
         again(model, tokenizer, tmp_path)
     assert contents(done.directory) == before
 

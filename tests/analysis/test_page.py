@@ -302,7 +302,7 @@ def test_what_was_not_found_is_left_out(browser: webdriver.Chrome, invented: Inv
     assert not browser.find_elements(By.CSS_SELECTOR, ".lift")
     assert "–" in texts(browser, "#table-2 td")
     open_page(browser, invented([]))
-    assert "No response was analysed" in texts(browser, "body")[0]
+    assert "No response was analyzed" in texts(browser, "body")[0]
     assert len(browser.find_elements(By.CSS_SELECTOR, "#heads-map .head")) == 24
 
 

@@ -43,11 +43,11 @@ def test_cards_say_what_their_number_does_not_show(browser: webdriver.Chrome, in
     assert len(cards) == 4
     assert cards[1].startswith("Receiver and global FAI peaks together, over permuted ones+164.5%")
     assert "60.8% against 23.0% permuted; p ≤ 0.001" in cards[1]
-    assert "mostly made by the method" in cards[1]
+    assert "Most of the lift comes from the method" in cards[1]
     assert "share heads by chance (25.0%; here 66.0%)" in cards[1]
     assert "random weights shows +50%" in cards[1]
     assert "p = 0.034" in cards[2]
-    assert "by position" in cards[3]
+    assert "an effect of position" in cards[3]
     assert texts(browser, ".headlines .caveat")[0] == texts(browser, ".headlines .caveat")[2] == ""
 
 
@@ -92,9 +92,9 @@ def test_the_scale_says_where_a_colour_begins_and_ends(browser: webdriver.Chrome
     for key in ("waad", "fai", "gamma"):
         browser.find_element(By.CSS_SELECTOR, f"#signal-picks [data-signal={key}]").click()
         said[key] = texts(browser, "#meaning")[0]
-    assert said["waad"].endswith("The colour grows from the response's smallest value to its largest.")
-    assert said["fai"].endswith("The colour grows from the response's smallest value to its 95th percentile.")
-    assert said["gamma"].endswith("The colour grows from 1 to its largest.")
+    assert said["waad"].endswith("The color scale goes from the response's smallest value to its largest.")
+    assert said["fai"].endswith("The color scale goes from the response's smallest value to its 95th percentile.")
+    assert said["gamma"].endswith("The color scale goes from 1 to its largest.")
 
 
 def test_the_page_colours_tokens_by_the_shared_scale(browser: webdriver.Chrome, invented: Invented) -> None:

@@ -104,7 +104,9 @@ def test_progress_within_generation_and_counterfactuals(
     monkeypatch.setattr(run_module, "counterfactuals", noting(run_module.counterfactuals))
     monkeypatch.setattr(_LogProbRecorder, "__call__", noting(_LogProbRecorder.__call__))
     analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
-    assert seen[0].startswith("0/4 problems; generating responses (0 of at most 14 tokens each) for 0 s; none is done")
+    assert seen[0].startswith(
+        "0/4 problems; generating responses (0 of at most 14 tokens each) for 0 s; none is finished"
+    )
     assert seen[3].startswith("0/4 problems; generating responses (3 of at most 14 tokens each) for ")
     observing = [line.partition(" problems")[0] for line in seen if "observing response" in line]
     assert observing == ["0/4", "0.5/4", "1/4", "1.5/4", "2/4", "2.67/4", "3.33/4"]
@@ -195,9 +197,9 @@ def test_another_analysis_is_not_mixed_in(model: Any, tokenizer: Any, tmp_path: 
     out = tmp_path / "out"
     analyze(model, tokenizer, PROBLEMS[:1], out=out, config=CONFIG, page=False)
     other = CONFIG.model_copy(update={"seed": 1})
-    with pytest.raises(ValueError, match=r"holds an analysis with another seed; name another directory"):
+    with pytest.raises(ValueError, match=r"holds an analysis with another seed; use another directory"):
         analyze(model, tokenizer, PROBLEMS[:1], out=out, config=other, page=False)
-    with pytest.raises(RowError, match=r"row 1: is not the row that .*00001-0\.json was made of"):
+    with pytest.raises(RowError, match=r"row 1: is not the row from which .*00001-0\.json was made"):
         analyze(model, tokenizer, ["9,9,9>27:"], out=out, config=CONFIG, page=False)
     trained = build_model(TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, head_size=8, seed=5), tokenizer)
     with pytest.raises(ValueError, match="with another weights"):
@@ -251,7 +253,7 @@ def test_rows_are_looked_at_before_the_work_begins(model: Any, tokenizer: Any, t
 
 
 def test_nothing_left(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no response is left to analyse\nrow 1: prompt is empty"):
+    with pytest.raises(ValueError, match=r"no response is left to analyze\nrow 1: prompt is empty"):
         analyze(model, tokenizer, [""], out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
 
 

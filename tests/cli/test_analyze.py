@@ -56,7 +56,7 @@ def test_a_report_and_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (out / "report.html").read_bytes() == before
     assert run(model, file, out, "signals.window=7", "seed=3") == command.BAD_INPUT
     errors = capsys.readouterr().err
-    assert "which holds an analysis with another seed, signals.window; name another directory" in errors
+    assert "which holds an analysis with another seed, signals.window; use another directory" in errors
     assert f"2 finished responses are kept in {out}" in errors
     # What decides no result may change from one call to the next.
     assert run(model, file, out, "device=cpu", "keep_going=true") == 0

@@ -78,7 +78,7 @@ def test_many_unknown_keys_take_bounded_time_and_message(tmp_path: Path) -> None
     lines = str(caught.value).splitlines()
     assert lines[0] == "optimiser: unknown key; did you mean optimizer?"
     assert lines[1] == "stepz0: unknown key; did you mean steps?"
-    assert lines[-1] == "… and 9,981 keys more"
+    assert lines[-1] == "… and 9,981 more keys"
     assert len(lines) == 21
     assert sum("did you mean" in line for line in lines) == 5
 

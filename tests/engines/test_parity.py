@@ -38,8 +38,8 @@ def test_past_the_threshold_the_error_has_both_numbers() -> None:
     with pytest.raises(ParityError) as caught:
         must_agree(parity, threshold=0.4)
     assert str(caught.value) == (
-        "log-probs of actor_infer and actor_train differ by 0.438 nats on average over 4 tokens; at most 0.4 is allowed. "
-        "The largest difference is 1, at row 1, position 2: -0.5 by actor_infer, -1.5 by actor_train"
+        "log-probs of actor_infer and actor_train differ by 0.438 nats on average over 4 tokens; at most 0.4 is "
+        "allowed. The largest difference is 1, at row 1, position 2: -0.5 by actor_infer, -1.5 by actor_train"
     )
     assert caught.value.parity is parity
 

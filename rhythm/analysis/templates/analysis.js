@@ -15,33 +15,33 @@ function element(tag, options = {}, ...children) {
 }
 const svg = (tag, options = {}, ...children) => element(tag, { svg: true, ...options }, ...children);
 
-function number(value) { // as format_number of rhythm.reports.format
+function number(value) { // formats like format_number in rhythm.reports.format
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value), rounded = Number(size.toPrecision(3)), sign = value < 0 ? "−" : "";
   if (Number.isInteger(value) && size < 1e6) return sign + size.toLocaleString("en");
   if (rounded < 1e-3 || rounded >= 1e6) return sign + size.toExponential(2).replace(/e([+-])(\d)$/, "e$10$2");
   return sign + (rounded >= 1000 ? Math.round(size).toLocaleString("en") : size.toPrecision(3));
 }
-const INSIDE = "·"; // a token that ends inside a character
+const INSIDE = "·"; // shown for a token that ends within a character
 const visible = text => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣") || INSIDE;
 const defined = values => values.filter(value => value !== null);
-function quantile(values, q) { // below the largest, however few there are
+function quantile(values, q) { // always below the largest value, even for few values
   const sorted = Float64Array.from(values).sort();
   return sorted[Math.max(0, Math.min(Math.ceil(q * sorted.length) - 1, sorted.length - 2))];
 }
-// A curve's height runs from `low` to `high`: a few tokens, the first above all, have many times the others' FAI.
+// A curve's axis is cut at `high`, because a few tokens, above all the first, have many times the FAI of the others.
 function heights(signal, values) {
   const all = defined(values), top = all.reduce((a, b) => Math.max(a, b)), low = signal.low ?? 0, usual = quantile(all, .98);
   return { low, high: usual > low && top - low > 2.5 * (usual - low) ? usual : top > low ? top : low + 1, top };
 }
-// A token's colour, by token_scale of rhythm.reports.format.
+// The color scale of the tokens, computed by token_scale in rhythm.reports.format.
 function colours(response, key) {
   const scale = response.scales[key];
   return scale && { low: scale[0], high: scale[1], top: scale[2] };
 }
 const share = (value, { low, high }) => Math.min(1, Math.max(0, (value - low) / (high - low)));
 
-// ---- the tokens of a response, and the signal they wear ----
+// ---- tokens of a response, colored by a signal ----
 let drawn = [];
 function showResponse(index) {
   const response = data.responses[index];
@@ -84,7 +84,7 @@ function foldPrompt() {
   byId("show-prompt").setAttribute("aria-expanded", all);
 }
 
-// On a phone the buttons scroll sideways, and fade out where there are more.
+// On a phone the row of buttons scrolls sideways; it fades out where there are more.
 function hintAtMore() {
   const picks = byId("signal-picks"), most = picks.scrollWidth - picks.clientWidth;
   picks.classList.toggle("more-left", picks.scrollLeft > 1);
@@ -105,7 +105,7 @@ function showSignal(key) {
   });
   for (const button of document.querySelectorAll("#signal-picks button")) button.setAttribute("aria-pressed", button.dataset.signal === key);
   const from = signal.low === null ? "the response's smallest value" : number(signal.low);
-  byId("meaning").textContent = `${signal.name}: ${signal.meaning}.` + (to ? ` The colour grows from ${from} to its ${to.top > to.high ? "95th percentile" : "largest"}.` : "");
+  byId("meaning").textContent = `${signal.name}: ${signal.meaning}.` + (to ? ` The color scale goes from ${from} to its ${to.top > to.high ? "95th percentile" : "largest"}.` : "");
   const ramp = byId("ramp");
   ramp.hidden = !to;
   if (to) { ramp.dataset.low = number(to.low); ramp.dataset.high = number(to.high) + (to.top > to.high ? " and above" : ""); }
@@ -143,7 +143,7 @@ function inspect(i, scroll = false) {
   for (const [t, weight] of attenders) if (drawn[t]) { drawn[t].classList.add("attends"); drawn[t].style.setProperty("--a", (weight / most).toFixed(3)); }
   cross.style.left = `${(i + .5) * layout.step}px`;
   if (!scroll) return;
-  // The boxes are scrolled, never the page.
+  // Scroll the boxes, never the page.
   const plots = byId("plots"), x = (i + .5) * layout.step, tokens = byId("tokens"), y = drawn[i].offsetTop;
   if (x < plots.scrollLeft + 20 || x > plots.scrollLeft + plots.clientWidth - 20) plots.scrollLeft = x - plots.clientWidth / 2;
   if (y < tokens.scrollTop || y > tokens.scrollTop + tokens.clientHeight - 30) tokens.scrollTop = y - tokens.clientHeight / 2;
@@ -181,7 +181,7 @@ function curve(signal, values, peaks) {
     if (value === null) return;
     const joins = i > 0 && values[i - 1] !== null, ends = values[i + 1] === undefined || values[i + 1] === null;
     if (!joins) start = i;
-    // γ is a factor of each token, so it is drawn in steps.
+    // γ is a factor per token, so it is drawn as steps.
     const points = signal.low === null ? `${x(i)} ${y(value)}` : `${x(i - .5)} ${y(value)}L${x(i + .5)} ${y(value)}`;
     line += `${joins ? "L" : "M"}${points}` + (!joins && ends ? "h.01" : "");
     area += joins ? `L${points}` : `M${x(i)} ${height - pad}L${points}`;
@@ -211,7 +211,7 @@ function axis(tokens) {
   }));
 }
 
-// ---- maps: bytes of √(weight / peak), drawn in the colours of the page ----
+// ---- maps: bytes of √(weight / peak), drawn in the page's colors ----
 const bytes = pixels => pixels.bytes ??= Uint8Array.from(atob(pixels.data), character => character.charCodeAt(0));
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim().split(/\s+/).map(Number);
 function paint(canvas, pixels, hue, transposed) {
@@ -297,7 +297,7 @@ function colourHeads(key) {
   ramp.dataset.high = log ? number(Math.max(...all)) : "100%";
 }
 
-// ---- what the reader does ----
+// ---- event handlers ----
 function start() {
   drawHeads();
   if (!data.responses.length) return;
@@ -319,7 +319,7 @@ function start() {
     click(tokenAt(event));
     if (state.token === null) return;
     const hidden = drawn[state.token].getBoundingClientRect().bottom + 8 - byId("inspector").getBoundingClientRect().top;
-    if (hidden > 0) scrollBy(0, hidden); // the numbers don't cover their token
+    if (hidden > 0) scrollBy(0, hidden); // keep the token visible above its numbers
   });
   strip.addEventListener("pointermove", event => { if (!state.held && event.pointerType === "mouse") inspect(positionAt(event), true); });
   strip.addEventListener("click", event => click(positionAt(event)));

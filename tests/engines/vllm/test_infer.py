@@ -166,7 +166,7 @@ def test_parity_catches_a_tied_head_left_behind(
 
 
 def test_bad_calls_leave_the_engine_serving(engine: VllmInfer, model: Any) -> None:
-    with pytest.raises(ValueError, match="version is -1: must not fall below"):
+    with pytest.raises(ValueError, match="version is -1: must not be lower than"):
         engine.update_weights(model.state_dict(), version=-1)
     with pytest.raises(ValueError, match="n is 0"):
         engine.generate([[5]], 0, SAMPLING, seed=0)
