@@ -1,4 +1,4 @@
-// All of pybind11: the op on raw pointers, and what the processor can run.
+// The Python module: the op on raw pointers, and the instruction sets that the processor runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -58,10 +58,11 @@ void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The CPU kernels of rhythm; rhythm.ops.statistics is their public face.";
+  m.doc() = "The CPU kernels of rhythm; rhythm.ops.statistics is their public interface.";
   m.attr("to_the_end") = rhythm::to_the_end;
-  m.def("available_isas", &rhythm::available_isas, "Instruction sets this processor runs, the fastest first.");
-  m.def("selected_isa", &rhythm::selected_isa, "The one in use; RHYTHM_CPU_ISA forces one.");
+  m.def("available_isas", &rhythm::available_isas, "Instruction sets that this processor runs, the fastest first.");
+  m.def("selected_isa", &rhythm::selected_isa,
+        "The instruction set in use: the fastest, or the one that RHYTHM_CPU_ISA names.");
   m.def("attention_statistics", &attention_statistics, py::kw_only(), py::arg("dtype"), py::arg("heads"),
         py::arg("bounds"), py::arg("prompt_lens"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
         py::arg("window"), py::arg("horizon_lo"), py::arg("horizon_hi"), py::arg("given_lse"), py::arg("row_span"),

@@ -1,5 +1,6 @@
-// Given lse: FAI, key-stationary, over the rows whose horizon reaches the keys; and, for a lse that came from outside,
-// the WAAD of the rows, from the band of the window. No sum is shared between tasks, so none needs an order.
+// FAI for known weights, key-stationary: a task owns keys and visits the rows whose horizon reaches them. For a lse
+// that came from outside, tasks also compute the WAAD of their rows, from the keys within the window. No sum is shared
+// between tasks, so results don't depend on their order.
 #pragma once
 
 #include <cmath>
@@ -9,13 +10,13 @@
 namespace rhythm {
 namespace {
 
-// Whether some of the keys of a vector, the first of them `distance` before the row, lie within [lo, hi] of it.
+// Whether any key of a vector lies at a distance within [lo, hi] from the row; the first key lies at `distance`.
 template <class S>
 inline bool touches(float distance, float lo, float hi) {
   return distance >= lo && distance - static_cast<float>(S::lanes - 1) <= hi;
 }
 
-// A = 2^((product − max)·scale − log2_sum) of one row.
+// What turns products of one row into weights: A = 2^((product − max)·scale − log2_sum).
 struct RowWeights {
   float max, scale, log2_sum;
   template <class S>
@@ -24,7 +25,7 @@ struct RowWeights {
   }
 };
 
-// Adds the weights of one row on one panel of keys to the column sums. inside: the whole tile is within the horizon.
+// Adds the weights of one row for one panel of keys to the column sums. inside: all keys are within the horizon.
 template <class S, bool inside>
 inline void add_columns(const float* product, float* columns, RowWeights weights, float distance, float lo, float hi) {
   using V = typename S::V;
@@ -65,10 +66,10 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
   const int64_t key_begin = task.key_begin, key_end = task.key_end;
   const int64_t at = task.head * p.tokens + s.start;
   float* const waad = p.waad + at;
-  // Wide windows are cut to the sequence; W − Σ A·(W − d) would lose the digits that W takes.
+  // A window that holds the whole sequence: W − Σ A·(W − d) would lose the digits that W takes, so WAAD is Σ A·d.
   const bool whole = p.window >= s.length;
   const int64_t window = least(p.window, s.length);
-  // A given lse that is no number, or infinite, leaves its row undefined.
+  // Where a given lse is not finite, the row is undefined.
   const auto weights_of = [&](int64_t t) {
     if (!with_window) return RowWeights{p.row_max[at + t], scale, p.row_log2_sum[at + t]};
     const float given = p.given_lse[at + t];
@@ -79,7 +80,7 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
   float columns[column_chunk];
   for (int64_t i = 0; i < column_chunk; ++i) columns[i] = 0.0f;
 
-  // Rows that some key of this task reaches, and with a given lse the task's own rows as well.
+  // Rows whose horizon reaches a key of this task, and with a given lse the task's own rows as well.
   int64_t row_begin = most(s.prompt, key_begin + p.horizon_lo);
   int64_t row_end = least(last_row, key_end - 1 + hi) + 1;
   if (with_window) {
@@ -89,7 +90,7 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
   for (int64_t t0 = row_begin; t0 < row_end; t0 += rows) {
     const int64_t count = least(rows, row_end - t0), t1 = t0 + count - 1;
     const int64_t band_begin = most(key_begin, t0 - hi), band_end = least(key_end, t1 - p.horizon_lo + 1);
-    const int64_t own = with_window ? least(count, key_end - t0) : 0;  // rows whose WAAD is this task's
+    const int64_t own = with_window ? least(count, key_end - t0) : 0;  // rows whose WAAD this task computes
     int64_t first = band_begin, last = band_end;
     if (own > 0) {
       const int64_t window_begin = most(0, t0 - window + 1), window_end = t0 + own;
@@ -137,7 +138,7 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
   }
 }
 
-// The table of one instruction set and word type.
+// The kernels of one instruction set and word type.
 template <class S, class Words>
 constexpr Kernels kernels_of(const char* name) {
   return Kernels{name,

@@ -1,4 +1,4 @@
-// Elements of the three input types to and from fp32, one at a time, in a form the compiler vectorises.
+// Converts elements of the three input types to and from fp32, in loops that the compiler can vectorize.
 #pragma once
 
 #include <cstdint>

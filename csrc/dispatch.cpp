@@ -51,7 +51,7 @@ const Isa& selected() {
   throw std::runtime_error("RHYTHM_CPU_ISA is '" + std::string(forced) + "'; this machine runs " + names);
 }
 
-// Waits for threads whatever happens: one that is destroyed unjoined ends the process.
+// Joins its threads on every path: destroying an unjoined thread would terminate the process.
 struct Joined {
   std::vector<std::thread> threads;
   ~Joined() {
@@ -59,8 +59,8 @@ struct Joined {
   }
 };
 
-// Calls work(task index, thread index) for every task, on `threads` threads that take the next task when free. Fewer
-// where the system starts no more (limits on memory or processes): this thread alone would do.
+// Calls work(task index, thread index) for every task, on up to `threads` threads that take the next task when free. They
+// are fewer if the system can't start more (limits on memory or processes); this thread always works.
 template <class F>
 void parallel_for(int64_t tasks, int threads, const F& work) {
   std::atomic<int64_t> next{0};
@@ -117,7 +117,7 @@ std::vector<RowTask> row_tasks(const Problem& p, const Kernels& kernels) {
         for (int64_t t = first; t < length; t += rows)
           tasks.push_back({i, head, std::min(head + heads, group + p.group()), t, std::min(t + rows, length)});
   }
-  // The longest rows first, so that the last task to end is a short one.
+  // The longest rows come first, so that the last task to end is a short one.
   std::stable_sort(tasks.begin(), tasks.end(), [](const RowTask& a, const RowTask& b) { return a.row_end > b.row_end; });
   return tasks;
 }
@@ -151,7 +151,7 @@ void run(Problem p, std::vector<Sequence> sequences, int threads) {
   }
   p.sequence = sequences.data();
   if (p.panels == 0) return;
-  // Distances end at the number of tokens; beyond it there is only overflow.
+  // No distance exceeds the number of tokens; larger limits would only overflow.
   p.window = std::min(p.window, p.tokens);
   p.horizon_lo = std::min(p.horizon_lo, p.tokens);
   if (p.horizon_hi != to_the_end) p.horizon_hi = std::min(p.horizon_hi, p.tokens);

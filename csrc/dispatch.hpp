@@ -1,4 +1,4 @@
-// The choice of an instruction set, and a problem run on it.
+// Chooses the instruction set, and runs a problem with it.
 #pragma once
 
 #include <string>
@@ -11,7 +11,7 @@ namespace rhythm {
 // Instruction sets this build has and this processor runs, the fastest first.
 std::vector<std::string> available_isas();
 
-// The one that runs: the fastest, or the one named by the environment variable RHYTHM_CPU_ISA.
+// The instruction set in use: the fastest, or the one that the environment variable RHYTHM_CPU_ISA names.
 // Throws std::runtime_error if that one is unknown or can't run here.
 std::string selected_isa();
 

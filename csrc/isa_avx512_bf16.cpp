@@ -7,7 +7,7 @@
 namespace rhythm {
 namespace {
 
-// Two bf16 a word, multiplied and added to an fp32 sum by vdpbf16ps.
+// Two bf16 per word; vdpbf16ps multiplies them and adds both products to an fp32 sum.
 struct Bf16Words {
   static constexpr int per_word = 2;
   template <class S>

@@ -1,4 +1,4 @@
-// What an op is asked to do, in pointers, strides and plain numbers; and the pieces of work it is cut into.
+// The input of an op as pointers, strides and plain numbers, and the tasks it is split into.
 #pragma once
 
 #include <cstddef>
@@ -19,10 +19,10 @@ struct Sequence {
   int64_t start;        // first token on the flattened token axis of the outputs
   int64_t length;
   int64_t prompt;       // rows before this one are prompt
-  int64_t first_panel;  // of the packed keys
+  int64_t first_panel;  // index of its first panel of packed keys
 };
 
-constexpr int64_t to_the_end = -1;  // as horizon_hi
+constexpr int64_t to_the_end = -1;  // horizon_hi without an upper end
 
 struct Problem {
   DType dtype = DType::float32;
@@ -32,24 +32,24 @@ struct Problem {
   Operand q, k, v;  // v.data may be null: no attention output
   float scale = 1.0f;
   int64_t window = 10, horizon_lo = 10, horizon_hi = 50;
-  bool flat = false;                 // the scale was 0: products count as 0 (NaN where one is not finite), scale is 1
-  const float* given_lse = nullptr;  // [Hq, T]; with it, and without row_span, only bands are visited
+  bool flat = false;                 // the scale was 0 and is now 1; products become 0 (NaN where one is not finite)
+  const float* given_lse = nullptr;  // [Hq, T]; with it and without row_span only bands are visited
 
   // Outputs, [Hq, T] unless said otherwise. Null: not wanted.
-  float* row_span = nullptr;  // Σ_s A[t, s]·(t − s), response rows; needed where no lse is given
+  float* row_span = nullptr;  // Σ_s A[t, s]·(t − s) of response rows; required if no lse is given
   float* waad = nullptr;
   float* fai = nullptr;
   float* lse = nullptr;
-  void* out = nullptr;  // [T, Hq, D], of the inputs' type
+  void* out = nullptr;  // [T, Hq, D], in the inputs' type
 
-  // Packed copies, shared among the query heads of a group: 32-bit words, see tile.hpp.
+  // Packed copies in 32-bit words (tile.hpp), shared by the query heads of a group.
   float* packed_k = nullptr;
   float* packed_v = nullptr;            // 0 in place of elements that are not finite
-  uint8_t* not_finite = nullptr;        // [Hkv, panels]: whether a panel of v has such elements
-  int64_t panels = 0;                   // of one head, all sequences
+  uint8_t* not_finite = nullptr;        // [Hkv, panels]: whether a panel of v has elements that are not finite
+  int64_t panels = 0;                   // per head, over all sequences
 
-  // [Hq, T], of response rows, from the row sweep for the column sweep: A = 2^((product − row_max)·scale·log2 e −
-  // row_log2_sum). In two parts, since the fp32 lse of scores beyond 10^7 has no room for the digits of the second.
+  // [Hq, T], response rows, from the row sweep to the column sweep: A = 2^((product − row_max)·scale·log2 e −
+  // row_log2_sum). One number would not do: the fp32 lse of scores beyond 10^7 has no room for the second's digits.
   float* row_max = nullptr;
   float* row_log2_sum = nullptr;
 
@@ -61,7 +61,7 @@ struct RowTask {
   int64_t sequence, head_begin, head_end, row_begin, row_end;
 };
 
-// Keys [key_begin, key_end) of one query head; with a given lse also the WAAD of the rows of the same numbers.
+// Keys [key_begin, key_end) of one query head; with a given lse also the WAAD of rows [key_begin, key_end).
 struct ColumnTask {
   int64_t sequence, head, key_begin, key_end;
 };
@@ -74,16 +74,16 @@ struct PackTask {
 // The kernels of one instruction set for one element type.
 struct Kernels {
   const char* name;
-  int64_t panel_keys;                                          // keys a packed panel holds
-  int64_t row_chunk, row_blocks;                               // rows of a block, blocks a row task should have
-  int64_t (*panel_words)(const Problem&, bool values);         // 32-bit words of one packed panel of one head
-  int64_t (*workspace_words)(const Problem&);                  // scratch of one thread
+  int64_t panel_keys;                                          // keys per packed panel
+  int64_t row_chunk, row_blocks;                               // rows per block, blocks per row task
+  int64_t (*panel_words)(const Problem&, bool values);         // 32-bit words per packed panel of one head
+  int64_t (*workspace_words)(const Problem&);                  // scratch memory per thread
   void (*pack)(const Problem&, const PackTask&);
   void (*row_sweep)(const Problem&, const RowTask&, float* workspace);
   void (*column_sweep)(const Problem&, const ColumnTask&, float* workspace);
 };
 
-constexpr int64_t column_chunk = 512;  // keys of a column task: a multiple of every panel
+constexpr int64_t column_chunk = 512;  // keys per column task: a multiple of every panel size
 
 const Kernels* portable_kernels(DType);
 const Kernels* avx2_kernels(DType);

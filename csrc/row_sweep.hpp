@@ -1,9 +1,9 @@
 // One sweep over the keys for a block of rows: lse, row spans and WAAD, and the attention output where it is wanted.
 //
-// Flash attention's online softmax with two more sums beside Σ p: Σ p·(t − s), and on the tiles near the diagonal
+// It is flash attention's online softmax with two sums besides Σ p: Σ p·(t − s), and on the tiles near the diagonal
 // Σ p·(W − (t − s)) over t − s < W, since Σ A·min(t − s, W) = W − Σ_{t−s<W} A·(W − (t − s)) for rows that sum to 1.
-// Rows t < W cut nothing: their WAAD is Σ A·(t − s), without the difference that a large W would cancel in.
-// Scores are differences of products, scaled: the largest is 0 exactly, however large the scale.
+// In rows t < W no distance exceeds W: their WAAD is Σ A·(t − s), since a difference from a large W would lose digits.
+// Exponents are differences of products, scaled: the largest is exactly 0, however large the scale.
 #pragma once
 
 #include <cmath>
@@ -13,11 +13,13 @@
 namespace rhythm {
 namespace {
 
-// The running softmax of one row; sums are kept a lane each until the end, the largest product unscaled.
+// The running softmax of one row. Each lane has its own partial sums until the end.
 template <class S>
 struct Row {
-  typename S::V sum, distance, window;
-  float max;
+  typename S::V sum;           // Σ p
+  typename S::V distance_sum;  // Σ p·(t − s)
+  typename S::V window_sum;    // Σ p·(W − (t − s)) over the window
+  float max;                   // the largest product, unscaled
 };
 
 template <class S>
@@ -28,16 +30,18 @@ constexpr int64_t row_words = S::tile_rows * int64_t{sizeof(Row<S>) / sizeof(flo
 
 constexpr int64_t sweep_blocks = 16;  // row blocks that share a pass over the keys
 
-// Scratch of one thread: scores, probabilities as words, and for each row block its queries, output and states.
+// Scratch memory per thread: scores, probabilities as words, and for each row block its queries, output and states.
 template <class S, class Words>
 int64_t workspace_words(const Problem& p) {
   return 2 * tile_words<S> + sweep_blocks * ((p.out ? 2 : 1) * tile_words<S> + row_words<S>);
 }
 
-// Takes in the scores of row t against `vectors` vectors of keys from `key`; gives what earlier sums were scaled by.
-// near: some of them lie above the diagonal or within the window.
+// One online-softmax step for row t over the scores of `vectors` vectors of keys from `key`.
+// Returns the factor by which the previous sums were rescaled. near: some keys may lie above the diagonal or within the
+// window. values: probabilities are written to `words`.
 template <class S, class Words, bool near, bool values>
-inline float absorb(Row<S>& row, float* score, float* words, int vectors, int64_t t, int64_t key, float scale, float window) {
+inline float online_softmax_step(Row<S>& row, float* score, float* words, int vectors, int64_t t, int64_t key,
+                                 float scale, float window) {
   using V = typename S::V;
   const V step = S::set1(static_cast<float>(S::lanes));
   const V first = S::sub(S::set1(static_cast<float>(t - key)), S::iota());
@@ -58,39 +62,39 @@ inline float absorb(Row<S>& row, float* score, float* words, int vectors, int64_
     row.max = candidate;
     const V factor = S::set1(shrink);
     row.sum = S::mul(row.sum, factor);
-    row.distance = S::mul(row.distance, factor);
-    row.window = S::mul(row.window, factor);
+    row.distance_sum = S::mul(row.distance_sum, factor);
+    row.window_sum = S::mul(row.window_sum, factor);
   }
   // While every score so far is −inf any finite reference will do; the probabilities are 0.
   const V reference = S::set1(row.max == -INFINITY ? 0.0f : row.max), scales = S::set1(scale);
-  V sum = row.sum, weighted = row.distance;
+  V sum = row.sum, distance_sum = row.distance_sum;
   distance = first;
   for (int j = 0; j < vectors; ++j) {
     const V p = S::exp2(S::mul(S::sub(S::load(score + j * S::lanes), reference), scales));
     sum = S::add(sum, p);
-    weighted = S::fma(p, distance, weighted);
-    if (near) row.window = S::fma(p, S::max(S::sub(S::set1(window), distance), S::zero()), row.window);
+    distance_sum = S::fma(p, distance, distance_sum);
+    if (near) row.window_sum = S::fma(p, S::max(S::sub(S::set1(window), distance), S::zero()), row.window_sum);
     if (values) Words::template put_vector<S>(p, words, j);
     distance = S::sub(distance, step);
   }
   row.sum = sum;
-  row.distance = weighted;
+  row.distance_sum = distance_sum;
   return shrink;
 }
 
-// Statistics of a finished row, and its share of the output.
+// Writes the statistics and the output of a finished row.
 template <class S>
 void finish_row(const Problem& p, const Sequence& s, int64_t head, int64_t t, const Row<S>& row, const float* output) {
   const int64_t token = s.start + t, at = head * p.tokens + token;
   const float sum = S::sum(row.sum), largest = row.max * std::fabs(p.scale);
   bool defined = sum > 0 && is_finite(largest);  // else a score is NaN or +inf, or all are −inf
   if (t >= s.prompt) {
-    // A given lse is known better here; but where it is no number the row is undefined.
+    // Where a given lse is not finite, the row is undefined.
     if (p.given_lse) defined = defined && is_finite(p.given_lse[at]);
-    p.row_span[at] = defined ? S::sum(row.distance) / sum : NAN;
+    p.row_span[at] = defined ? S::sum(row.distance_sum) / sum : NAN;
     p.waad[at] = !defined       ? NAN
-                 : t < p.window ? S::sum(row.distance) / sum
-                                : static_cast<float>(p.window) - S::sum(row.window) / sum;
+                 : t < p.window ? S::sum(row.distance_sum) / sum
+                                : static_cast<float>(p.window) - S::sum(row.window_sum) / sum;
     p.lse[at] = defined ? largest + std::log(sum) : NAN;
     p.row_max[at] = row.max;
     p.row_log2_sum[at] = defined ? std::log2(sum) : NAN;
@@ -103,8 +107,9 @@ void finish_row(const Problem& p, const Sequence& s, int64_t head, int64_t t, co
   });
 }
 
-// Adds to the output of `count` rows from t0 what the elements of v that are not finite give, for `keys` keys from `key`.
-// words: the rows' probabilities. Packed values hold 0 in their place, so that rows before a key are none the wiser.
+// Adds the products with elements of v that are not finite to the output of `count` rows from t0, for `keys` keys from
+// `key`. Packed values hold 0 in their place, so that they don't reach rows before their key. words: the rows'
+// probabilities.
 template <class S, class Words>
 void add_not_finite(const Problem& p, const RowTask& task, int64_t key_head, int64_t t0, int64_t count, int64_t key,
                     int64_t keys, const float* words, float* output) {
@@ -171,10 +176,11 @@ void row_sweep(const Problem& p, const RowTask& task, float* workspace) {
       for (int64_t r = 0; r < count; ++r) {
         Row<S>& row = states[b * rows + r];
         float* const line = score + r * row_stride;
-        float* const probabilities = words + r * row_stride;
+        float* const weights = words + r * row_stride;
+        const int64_t t = t0 + r;
         const float shrink =
-            near ? absorb<S, Words, true, values>(row, line, probabilities, vectors, t0 + r, key, scale, window)
-                 : absorb<S, Words, false, values>(row, line, probabilities, vectors, t0 + r, key, scale, window);
+            near ? online_softmax_step<S, Words, true, values>(row, line, weights, vectors, t, key, scale, window)
+                 : online_softmax_step<S, Words, false, values>(row, line, weights, vectors, t, key, scale, window);
         if (values && shrink != 1.0f)
           for (int64_t d = 0; d < columns * panel; ++d) output[r * row_stride + d] *= shrink;
       }

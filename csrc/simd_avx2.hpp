@@ -1,4 +1,4 @@
-// AVX2 with FMA: eight floats a vector, a 6×16 register tile.
+// AVX2 with FMA: eight floats per vector, a 6×16 register tile.
 #pragma once
 
 #include <immintrin.h>
@@ -41,7 +41,7 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
   }
 
-  // 2^x; below −126 gives 0, NaN stays. The polynomial is simd_avx512.hpp's; 2^128 comes out as infinity's bits.
+  // 2^x; below −126 it is 0, NaN stays NaN. The polynomial is that of simd_avx512.hpp; 2^128 has the bits of infinity.
   static V exp2(V x) {
     const V least = _mm256_min_ps(x, set1(128.0f));
     const V whole = _mm256_round_ps(least, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL): sixteen floats a vector, a 12×32 register tile.
+// AVX-512 (F, BW, DQ, VL): sixteen floats per vector, a 12×32 register tile.
 #pragma once
 
 #include <immintrin.h>
@@ -34,7 +34,7 @@ struct Avx512 {
   static float sum(V x) { return _mm512_reduce_add_ps(x); }
   static float max_of(V x) { return _mm512_reduce_max_ps(x); }
 
-  // 2^x; −inf gives 0, NaN stays. 2^(x − ⌊x⌋) by a minimax polynomial (relative error 9e-8), times 2^⌊x⌋.
+  // 2^x; −inf gives 0, NaN stays NaN. 2^(x − ⌊x⌋) by a minimax polynomial (relative error 9e-8), times 2^⌊x⌋.
   static V exp2(V x) {
     const V f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     V p = fma(set1(0.00186713005f), f, set1(0.00901703071f));

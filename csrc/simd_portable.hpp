@@ -1,4 +1,4 @@
-// Any processor GCC or Clang compiles for: four floats a vector by the compilers' vector extension.
+// Any processor that GCC or Clang compiles for: four floats per vector, by the compilers' vector extension.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ struct Portable {
     return m;
   }
 
-  // 2^x; below −126 gives 0, NaN stays. The polynomial is simd_avx512.hpp's; 2^128 comes out as infinity's bits.
+  // 2^x; below −126 it is 0, NaN stays NaN. The polynomial is that of simd_avx512.hpp; 2^128 has the bits of infinity.
   static V exp2(V x) {
     const V least = select(x <= set1(128.0f), x, set1(128.0f));
     const V safe = select(least >= set1(-126.0f), least, set1(-126.0f));

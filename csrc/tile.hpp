@@ -1,6 +1,6 @@
 // Packed operands and the register tile that multiplies them.
 //
-// Operands are 32-bit words: a word holds one fp32, or two bf16 that a single instruction multiplies and adds
+// Operands are 32-bit words. A word holds one fp32, or two bf16 that a single instruction multiplies and adds
 // (`Words::per_word`). A packed panel holds `panel` = 2·lanes columns: words[step][panel].
 #pragma once
 
@@ -15,11 +15,11 @@
 namespace rhythm {
 namespace {
 
-constexpr int key_block = 256;                  // keys whose scores a row block keeps in the first-level cache
-constexpr int row_stride = 256 + 16;            // words between rows of a tile operand; no power of two
+constexpr int key_block = 256;                  // keys per step of a row block; their scores fit into the first-level cache
+constexpr int row_stride = 256 + 16;            // words between rows of a tile operand; not a power of two
 
 inline void clear(float* words, int64_t count) { std::memset(words, 0, static_cast<size_t>(count) * sizeof(float)); }
-// The scale of products in units of log2. Finite for a finite scale: a difference of 0 must stay 0.
+// The absolute scale of base-2 exponents. A finite scale stays finite, since a difference of 0 must stay 0.
 inline float log2_scale(const Problem& p) {
   const float magnitude = std::fabs(p.scale), scale = magnitude * 1.44269504f;
   return std::isinf(scale) && !std::isinf(magnitude) ? std::numeric_limits<float>::max() : scale;
@@ -79,7 +79,7 @@ inline void multiply_tile(const float* a, const float* b, int64_t steps, float* 
   }
 }
 
-// Words of one packed panel: of keys, one step a word of the head size; of values, padded to whole panels of columns.
+// Words per packed panel: of keys, one step per word of the head size; of values, in whole panels of columns.
 template <class S, class Words>
 int64_t panel_words(const Problem& p, bool values) {
   const int64_t keys = ceil_div(p.head_size, Words::per_word) * panel_of<S>;
@@ -91,7 +91,7 @@ const float* key_panel(const Problem& p, const Sequence& s, int64_t key_head, in
   return p.packed_k + (key_head * p.panels + s.first_panel + panel) * panel_words<S, Words>(p, false);
 }
 
-// The values of one sequence and head: [column panel][key word][panel], all keys of a column panel in a row.
+// The values of one sequence and head: [column panel][key word][panel], with all keys of a column panel in sequence.
 template <class S, class Words>
 float* value_columns(const Problem& p, const Sequence& s, int64_t key_head, int64_t column_panel) {
   const int64_t keys = ceil_div(s.length, panel_of<S>) * panel_of<S>;
@@ -99,7 +99,7 @@ float* value_columns(const Problem& p, const Sequence& s, int64_t key_head, int6
          column_panel * (keys / Words::per_word) * panel_of<S>;
 }
 
-// Writes `count` elements, `stride` apart, as the words' elements, `step` apart.
+// Encodes `count` elements, `stride` apart, to elements of words, `step` apart.
 template <class Words, class T>
 inline void encode_row(const T* __restrict row, int64_t stride, int64_t count, uint32_t sign,
                        typename Words::Element* __restrict out, int64_t step) {
@@ -129,7 +129,7 @@ void pack(const Problem& p, const PackTask& task) {
                             reinterpret_cast<Element*>(words) + j * per_word + e, panel * per_word);
       }
       if (p.v.data == nullptr) continue;
-      // Values: a column panel at a time, [word of keys][column][element of the word].
+      // Values, one column panel after the other: [word of keys][column][element of the word].
       for (int64_t c = 0; c < columns; ++c) {
         words = value_columns<S, Words>(p, s, task.key_head, c) + n * panel / per_word * panel;
         clear(words, panel / per_word * panel);
@@ -141,7 +141,7 @@ void pack(const Problem& p, const PackTask& task) {
           bool finite = true;
           for (int64_t d = 0; d < width; ++d) finite &= is_finite(to_float(row[d * p.v.dim]));
           if (finite) continue;
-          // A tile would multiply it by the 0 of rows that don't see its key; row_sweep adds it for those that do.
+          // A tile would multiply it by the 0 of rows before its key; add_not_finite adds it to the others.
           p.not_finite[task.key_head * p.panels + s.first_panel + n] = 1;
           for (int64_t d = 0; d < width; ++d)
             if (!is_finite(to_float(row[d * p.v.dim]))) packed[d * per_word] = Element{};
@@ -156,7 +156,7 @@ template <class S, class Words>
 void load_queries(const Problem& p, int64_t sequence, int64_t head, int64_t row_begin, int64_t rows, float* a) {
   using Element = typename Words::Element;
   const int64_t steps = ceil_div(p.head_size, Words::per_word);
-  // The sign of the scale goes into q, exactly in any type, so that the largest product is the largest score.
+  // q takes the sign of the scale, exact in any type, so that the largest product is the largest score.
   const uint32_t sign = p.scale < 0 ? 0x80000000u : 0u;
   with_element_type(p.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;

@@ -1,4 +1,4 @@
-"""The table of odd inputs, through the kernels; about 3 s a case in the interpreter, which no case is left out of.
+"""The table of odd inputs, through the kernels; each case takes about 3 s in the interpreter, and none is left out.
 
 Comparisons with the reference's lse given stop where fp32 can't hold an answer (Case.bands), as for every backend.
 """
@@ -30,7 +30,7 @@ def test_the_kernels_agree_with_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize(("factor", "steep"), [(1.0, 0), (1e3, 1), (1e20, 1)])
 def test_steep_scores_are_noted_and_keep_the_attention_of_later_rows(factor: float, steep: int) -> None:
-    """Two keys of one score in each row, of which an fp32 lse keeps nothing: worked out by hand."""
+    """Each row has two keys of equal score, which an fp32 lse can't resolve: results are worked out by hand."""
     tokens = 70
     q, k = torch.full((tokens, 1, 16), 1.0), torch.full((tokens, 1, 16), 1.0)
     k[2:] = -1.0

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no waiting for it, graphs, the race of tiles, and torch's own forwards there."""
+"""What only a GPU can show: the host never waits, CUDA graphs, the race of tiles, and torch's own forwards."""
 
 from __future__ import annotations
 

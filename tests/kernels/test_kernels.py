@@ -103,7 +103,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_tf32_where_torch_allows_it() -> None:
-    """Ten bits of mantissa: another result than in full fp32 on a GPU, and near it everywhere."""
+    """With ten bits of mantissa results are near those of full fp32, in the interpreter as on a GPU."""
     from rhythm.kernels.tiles import dot_precision
 
     q, k, _ = random_qkv(90, 4, 2, 32, torch.float32)

@@ -1,4 +1,4 @@
-"""What an op launches, and what its small kernels do."""
+"""The kernels that an op launches, and the results of the small ones."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_results_are_undefined_until_written() -> None:
 
 @pytest.mark.parametrize("from_prompt", [True, False])
 def test_spans_from_sums_of_blocks(from_prompt: bool) -> None:
-    """Sequences of several blocks, of one, of none; more blocks than are added at once; unused sums are NaN."""
+    """Sequences of several blocks, one block and none, and of more blocks than one step adds; unused sums are NaN."""
     rows, heads = 8, 2
     lengths, prompts = [16, 0, 9005, 3, 40], [5, 0, 17, 3, 0]
     bounds = torch.tensor([0, *lengths]).cumsum(0)

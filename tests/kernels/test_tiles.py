@@ -1,4 +1,4 @@
-"""Every way a kernel can be launched: all loaders, tile shapes, wide offsets, long and broken sequences."""
+"""Every way to launch a kernel: all loaders, tile shapes, wide offsets, long sequences and invalid lengths."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_tile_shapes_and_loaders(sizes: tuple[int, int], tma: bool, horizon: tup
 
 
 def test_batched_through_descriptors() -> None:
-    """The tensor memory accelerator sees [B, T, H, D] with the heads outside, as transformers lays them out."""
+    """Descriptors of [B, T, H, D] in which heads are the outer dimension, as transformers lays them out."""
     q, k, v = (normal(2, heads, 130, 32, seed=heads).transpose(1, 2) for heads in (4, 2, 2))
     expected_out, expected = attention_with_statistics(q, k, v, prompt_lens=[7, 60], backend="reference")
     with forced(lambda key: [Tile(32, 32, 1, 1, True)]):
@@ -82,7 +82,7 @@ def test_many_sequences() -> None:
 
 @pytest.mark.parametrize("far", ["tokens", "dims"])
 def test_offsets_of_more_than_32_bits(far: str) -> None:
-    """Memory is only reserved: a token (or a dimension) lies 2³¹ / 40 elements beyond the one before it."""
+    """Consecutive tokens (or dimensions) lie 2³¹ / 40 elements apart; the memory between them is only reserved."""
     tokens, heads, size, stride = 70, 2, 16, 2**31 // 40
     shape = (tokens, heads, size)
     strides = (stride, size, 1) if far == "tokens" else (heads, 1, 4 * stride)
@@ -132,7 +132,7 @@ def test_131072_tokens() -> None:
 def test_lengths_beyond_the_tensors_are_cut(
     cu_seqlens: list[int], prompts: list[int], same_as: list[int], same_prompts: list[int], given_lse: bool
 ) -> None:
-    """Past the checks, as on a GPU. What lies around q and k is NaN: whoever reads it shows it."""
+    """Without the checks of the op, as on a GPU. NaN around q and k would show in results if it were read."""
     surrounded = torch.full((290, 2, 16), torch.nan, device=DEVICE)
     surrounded[100:190] = normal(90, 2, 16)
     q = k = surrounded[100:190]

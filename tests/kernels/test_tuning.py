@@ -1,4 +1,4 @@
-"""Which tile runs: what fits, the fixed default, the race and its memory."""
+"""Which tile runs: the tiles that fit, the fixed default, the race and its file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_architecture(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, in
 
 @pytest.fixture
 def races(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tile]:
-    """Autotuning on, over two tiles, with times by the clock of this list of what was timed."""
+    """Turns autotuning on, over two tiles with made-up times; the list names the tiles that were timed."""
     timed: list[Tile] = []
 
     def measured(run: Callable[[Tile], None], tile: Tile) -> float:
@@ -128,7 +128,7 @@ def test_the_fastest_runs_and_is_remembered(races: list[Tile], caplog: pytest.Lo
 
 
 def test_tiles_race_on_a_sample_of_one_length(races: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was called: 3 tokens here, with a head size, heads and a type that the sample has as well."""
+    """A call with 3 tokens races on 8192, with its own heads, head size and type."""
     seen: list[tuple[Tile, Sample]] = []
 
     def measured(run: Callable[[Tile], None], tile: Tile) -> float:
@@ -155,7 +155,7 @@ def test_tiles_race_on_a_sample_of_one_length(races: list[Tile], monkeypatch: py
 
 @pytest.mark.parametrize("kernel", ["row", "row_values", "column", "column_band", "bands", "bands_band", "sampled"])
 def test_every_launcher_races_itself(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a sample of 96 tokens: kernels run, and every tile gets its turn."""
+    """Every tile runs, on a sample of 96 tokens."""
     monkeypatch.setenv("RHYTHM_AUTOTUNE", "1")
     monkeypatch.setattr(tuning, "RACED_TOKENS", 96)
     monkeypatch.setattr("rhythm.kernels.launch.candidates", lambda *a, **options: [FAST, Tile(16, 32, 1, 1)])

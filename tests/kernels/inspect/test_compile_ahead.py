@@ -1,4 +1,4 @@
-"""What the kernels compile to, for GPUs that are not here: no spills, wgmma on Hopper, and no worse than recorded."""
+"""The kernels compiled without a GPU: no spills, wgmma on Hopper, and no worse than recorded."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def record() -> dict[tuple[Any, ...], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The tiles that run by default, for 2-byte types at both head sizes and fp32 at the smaller."""
+    """Reports on the default tiles, for 2-byte types at both head sizes and for fp32 at the smaller one."""
     kernels = []
     for dtype, sizes in (("bf16", "128,256"), ("fp32", "128")):
         file = tmp_path_factory.mktemp("ahead") / f"{dtype}.json"
@@ -105,7 +105,7 @@ def test_every_record_covers_every_shipped_tile(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", ["row", "column", "column_band", "bands", "bands_band"])
 def test_two_programs_share_a_multiprocessor_of_hopper(path: Path, name: str) -> None:
-    """Heads of 128 in 2-byte types, with either Triton: one program alone leaves the units idle while it waits."""
+    """Heads of 128 in 2-byte types, with either Triton: a single program would leave the units idle while it waits."""
     from rhythm.kernels.tile_tables import TABLES
 
     default = TABLES["sm_90"][name]["half128"][0]
@@ -117,11 +117,13 @@ def test_two_programs_share_a_multiprocessor_of_hopper(path: Path, name: str) ->
     assert kernel["barriers"] >= 0
 
 
-def test_programs_a_multiprocessor() -> None:
-    """Worked by hand from NVIDIA's table of compute capability 9.0: 65,536 registers, 228 kB less 1 kB a program."""
+def test_programs_per_multiprocessor() -> None:
+    """Worked by hand from NVIDIA's table of compute capability 9.0: 65,536 registers, 228 kB less 1 kB per program."""
     hopper = MULTIPROCESSORS["sm_90"]
     assert hopper.resident(128, 66064, 8) == 2
-    assert hopper.resident(129, 66064, 8) == 1  # 136 registers: a warp gets them by 256, 15 warps fit, two programs not
+    assert (
+        hopper.resident(129, 66064, 8) == 1
+    )  # 136 registers in units of 256 per warp: 15 warps fit, two programs don't
     assert hopper.resident(64, 115 * 1024, 8) == 1  # 116 kB each
     assert hopper.resident(64, 113 * 1024, 8) == 2
     assert hopper.resident(32, 0, 4) == 16  # 64 warps

@@ -1,4 +1,4 @@
-"""Reading compiled kernels, on listings written by hand."""
+"""Listings written by hand, read as compiled kernels."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_nvidia_loops() -> None:
     assert [len(loop.opcodes) for loop in loops] == [5, 7, 1]
     assert loops[0].opcodes[0] == "HGMMA.64x128x16.F32.BF16"
     binary = Binary(registers=0, spills=0, matrix={}, loops=loops, kinds=NVIDIA_KINDS)
-    # The loop with the fewest instructions to an exponential, not the shortest.
+    # The loop with the fewest instructions per exponential, not the shortest loop.
     assert binary.steady is loops[0]
     assert loops[0].mix(NVIDIA_KINDS) == {
         "exp2": 1, "fma": 1, "add": 1, "multiply": 0, "max": 0, "select": 0, "matrix": 1, "load": 0, "shuffle": 0,
@@ -91,7 +91,7 @@ BARRIER = " /*060*/ BAR.SYNC.DEFER_BLOCKING 0x0 ;\n"
 
 
 def test_products_waited_for_at_once() -> None:
-    """Arithmetic between a product and the wait for it runs beside it; address arithmetic does not count."""
+    """A wait counts if no arithmetic stands between the product and it; address arithmetic is not counted as such."""
     assert loop_of(HGMMA + HGMMA + MOVE + WAIT + MATH).immediate_waits == 1
     assert loop_of(HGMMA + MATH + WAIT).immediate_waits == 0
     assert loop_of(HGMMA + KEEP + MATH + WAIT).immediate_waits == 0
