@@ -63,14 +63,15 @@ def bands_kernel(
     horizon_hi, form: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Even programs own a block of keys, odd ones the block of rows of the same tokens."""
+    # Ahead of the branch, so that both sides share them.
+    program, head = tl.program_id(0) // (2 * heads), tl.program_id(0) // 2 % heads
+    programs = tl.num_programs(0) // (2 * heads)
     if tl.program_id(0) % 2 == 0:
         column_sweep_kernel(
             q, k, q_tiles, lengths, lse, None, None, fai, strides, sequences, tokens, heads, scale, horizon_lo,
             horizon_hi, form, tile, 2,
         )  # fmt: skip
     else:
-        program, head = tl.program_id(0) // (2 * heads), tl.program_id(0) // 2 % heads
-        programs = tl.num_programs(0) // (2 * heads)
         KEYS: tl.constexpr = tile.keys if tile.keys < 32 else 32
         window_program(
             program, programs, head, q, k, lengths, lse, waad, lse_out, strides, sequences, tokens, scale, window,
