@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rhythm.analysis.maps import LayerAttention
+from rhythm.ops.reference import masked_scores, visible_keys
 
 TILE_ELEMENTS = 2**24  # fp32 weights held at a time: 64 MB
 
@@ -33,15 +34,10 @@ class ObservedAttention(LayerAttention):
         group = self.query.shape[1] // self.key.shape[1]
         query_HRD = self.query[rows][:, heads].transpose(0, 1).float()
         key_HCD = self.key[columns][:, heads // group].transpose(0, 1).float()
-        score_HRC = self.scale * (query_HRD @ key_HCD.transpose(1, 2))
-        if self.softcap is not None:
-            score_HRC = self.softcap * torch.tanh(score_HRC / self.softcap)
-        distance_RC = rows[:, None] - columns
-        hidden_RC = distance_RC < 0
-        if self.sliding_window is not None:
-            hidden_RC |= distance_RC >= self.sliding_window
-        # Mask with −inf before exp, because a masked score may be far above its row's lse.
-        return torch.exp(score_HRC.masked_fill(hidden_RC, -torch.inf) - self.lse[heads][:, rows, None])
+        visible_RC = visible_keys(rows, columns, self.sliding_window)
+        # Masked before exp: a hidden score may be far above its row's lse.
+        score_HRC = masked_scores(query_HRD, key_HCD, visible_RC, self.scale, self.softcap)
+        return torch.exp(score_HRC - self.lse[heads][:, rows, None])
 
     def row_tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows [R], A [H, R, last row + 1]) of all heads and response rows, a few rows at a time."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rhythm.ops.reference import attention_weights
+from rhythm.ops.reference import attention_weights, masked_scores, visible_keys
 
 MAX_CELLS = 192
 BAND_WIDTH = 24
@@ -112,14 +112,9 @@ def _summed_rows(layer: LayerAttention, heads: list[int], row_K: Tensor, *, whol
         )
         return weights_hNN[:, row_K].float().sum(dim=0)
     end = int(row_K[-1]) + 1
-    score_hKN = layer.scale * (q_NhD[row_K].float().transpose(0, 1) @ k_NhD[:end].float().permute(1, 2, 0))
-    if layer.softcap is not None:
-        score_hKN = layer.softcap * torch.tanh(score_hKN / layer.softcap)
-    distance_KN = row_K[:, None] - torch.arange(end, device=row_K.device)
-    hidden_KN = distance_KN < 0
-    if layer.sliding_window is not None:
-        hidden_KN |= distance_KN >= layer.sliding_window
-    return score_hKN.masked_fill(hidden_KN, -torch.inf).softmax(dim=-1).sum(dim=0)
+    visible_KN = visible_keys(row_K, torch.arange(end, device=row_K.device), layer.sliding_window)
+    q_hKD, k_hND = (x.float().transpose(0, 1) for x in (q_NhD[row_K], k_NhD[:end]))
+    return masked_scores(q_hKD, k_hND, visible_KN, layer.scale, layer.softcap).softmax(dim=-1).sum(dim=0)
 
 
 def _band(weights_KN: Tensor, row_K: Tensor, width: int) -> Tensor:

@@ -11,6 +11,25 @@ import torch
 from torch import Tensor
 
 
+def visible_keys(row_R: Tensor, column_C: Tensor, sliding_window: int | None = None) -> Tensor:
+    """bool [R, C], true where the row at position row_R sees the key at column_C, s ≤ t and t − s < sliding_window."""
+    distance_RC = row_R[:, None] - column_C
+    visible_RC = distance_RC >= 0
+    if sliding_window is not None:
+        visible_RC &= distance_RC < sliding_window
+    return visible_RC
+
+
+def masked_scores(
+    q_HRD: Tensor, k_HCD: Tensor, visible_RC: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
+    """[H, R, C]: scale·q·k, with a softcap softcap·tanh(score / softcap); −inf where not visible."""
+    score_HRC = (q_HRD @ k_HCD.transpose(1, 2)) * scale
+    if softcap is not None:
+        score_HRC = softcap * torch.tanh(score_HRC / softcap)
+    return score_HRC.masked_fill(~visible_RC, -torch.inf)
+
+
 def attention_weights(
     q_NHD: Tensor,
     k_NGD: Tensor,
@@ -37,14 +56,9 @@ def attention_weights(
     dtype = torch.float64 if q_NHD.dtype == torch.float64 else torch.float32
     group = q_NHD.shape[1] // k_NGD.shape[1]
     k_NHD = k_NGD.to(dtype).repeat_interleave(group, dim=1)
-    score = (q_NHD.to(dtype).transpose(0, 1) @ k_NHD.permute(1, 2, 0)) * scale
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
-    distance = _distance(score.shape[-1], score.device)
-    visible = distance >= 0
-    if sliding_window is not None:
-        visible &= distance < sliding_window
-    score = score.masked_fill(~visible, -torch.inf)
+    position_N = torch.arange(q_NHD.shape[0], device=q_NHD.device)
+    visible = visible_keys(position_N, position_N, sliding_window)
+    score = masked_scores(q_NHD.to(dtype).transpose(0, 1), k_NHD.transpose(0, 1), visible, scale, softcap)
     if lse_HN is None:
         lse_HN = torch.logsumexp(score, dim=-1)
     lse_HN = lse_HN.to(dtype)
