@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rhythm.kernels.launch import launch
-from rhythm.kernels.sequences import Sequences, extent
+from rhythm.kernels.sequences import Lengths, Sequences, extent
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def mean_span(sums: BlockSums, sequences: Sequences, span_BH: Tensor) -> None:
             mean_span_kernel,
             sequences.count * heads,
             sums=sums.sums,
-            lengths=sequences.lengths,
+            lengths=Lengths.of(sequences),
             span=span_BH,
             sequences=sequences.count,
             tokens=sequences.tokens,

@@ -6,12 +6,13 @@ reach beyond the tensors are clamped to them, so that no kernel reads outside.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rhythm.shapes import Sequences as Sequences
 
 
 class Lengths(NamedTuple):
@@ -24,30 +25,9 @@ class Lengths(NamedTuple):
     cu_seqlens: Tensor | None
     prompt_lens: Tensor | None
 
-
-@dataclass(frozen=True)
-class Sequences:
-    """`count` sequences on a flattened axis of `tokens`.
-
-    Attributes:
-        cu_seqlens: int32 [count + 1]; None: all sequences have the same length.
-        prompt_lens: int32 or int64 [count]; None: no prompts.
-    """
-
-    cu_seqlens: Tensor | None
-    prompt_lens: Tensor | None
-    tokens: int
-    count: int
-
-    @property
-    def lengths(self) -> Lengths:
-        return Lengths(self.cu_seqlens, self.prompt_lens)
-
-    def blocks(self, size: int) -> int:
-        """Upper bound on the number of blocks of `size` rows, so that the host never reads cu_seqlens."""
-        if self.cu_seqlens is None:
-            return self.count * int(triton.cdiv(self.tokens // self.count, size))
-        return self.tokens // size + self.count
+    @classmethod
+    def of(cls, sequences: Sequences) -> Lengths:
+        return cls(sequences.cu_seqlens, sequences.prompt_lens)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rhythm.kernels.sequences import Sequences
+from rhythm.kernels.sequences import Lengths, Sequences
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -212,7 +212,7 @@ def common_arguments(
     return {
         "q": q,
         "k": k,
-        "lengths": sequences.lengths,
+        "lengths": Lengths.of(sequences),
         "strides": OperandStrides(strides_of(q), strides_of(k), None if v is None else strides_of(v)),
         "sequences": sequences.count,
         "tokens": sequences.tokens,

@@ -356,21 +356,21 @@ def packed_ops(inputs: Inputs, cu_seqlens: Tensor, prompt_lens: Tensor) -> dict[
 def _varlen_absent(name: str, inputs: Inputs, cu_seqlens: Tensor) -> str | None:
     from rhythm.ops import attention
 
-    forward = attention.FORWARDS[name]
-    return forward.unavailable() or forward.refuses(inputs.q, inputs.k, _layout(inputs, cu_seqlens))
+    implementation = attention.IMPLEMENTATIONS[name]
+    return implementation.unavailable() or implementation.refuses(_request(inputs, cu_seqlens))
 
 
 def _varlen(name: str, inputs: Inputs, cu_seqlens: Tensor) -> Run:
     from rhythm.ops import attention
 
-    layout, forward = _layout(inputs, cu_seqlens), attention.FORWARDS[name]
-    return lambda: forward.run(inputs.q, inputs.k, inputs.v, layout, inputs.scale)
+    request = _request(inputs, cu_seqlens)
+    return lambda: attention.IMPLEMENTATIONS[name].run(request)
 
 
-def _layout(inputs: Inputs, cu_seqlens: Tensor) -> Any:
-    from rhythm.ops.arguments import Layout
+def _request(inputs: Inputs, cu_seqlens: Tensor) -> Any:
+    from rhythm.ops.arguments import checked
 
-    return Layout(inputs.q.shape[0], cu_seqlens.shape[0] - 1, cu_seqlens, None)
+    return checked(inputs.q, inputs.k, inputs.v, cu_seqlens, None, inputs.scale, WINDOW, *HORIZON)
 
 
 def actor_part(settings: Settings, clock: Clock) -> Part:

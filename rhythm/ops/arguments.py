@@ -1,54 +1,100 @@
-"""Checks of the ops' arguments: every refusal names the argument, what it was and what is allowed.
+"""Arguments of the ops, refused by messages that name the argument, what it was and what is allowed.
 
-The static checks read shapes, types and devices only, so they also run under torch.compile; the value checks
-(`check_values`) read the contents of cu_seqlens and prompt_lens.
+The public functions turn Python's values into the types of the ops' schemas (`prompt_lens_tensor`, `softmax_scale`,
+`pair`, `name_of`, `shapes.integer`): what torch's dispatcher would not take is refused there. Which values are allowed
+is checked in `checked`, inside the op, since compiled graphs and C++ call that without the public function; it reads
+shapes, types and devices only, so it also runs on fake tensors. `check_values` reads cu_seqlens and prompt_lens.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from rhythm.shapes import MAX_INT, check_dense, index, integer
+from rhythm.shapes import MAX_INT, Sequences, check_dense, index, integer
 
 MAX_SEQUENCES = 2**24  # a batch of more than that without a token would be hours of nothing
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_SIZE = 256
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the sequences lie on the flattened token axis: as the caller's tensors, and read from them as numbers.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of an op, its arguments checked: what backends and attention implementations compute.
 
     Attributes:
-        tokens: T, of all sequences together.
-        count: B.
-        cu_seqlens: int32 [B + 1] on q's device; None: B sequences of T / B tokens.
-        prompt_tensor: int32 or int64 [B] on q's device; None: no prompts.
+        q, k, v: [T, H, D] or [B, T, H, D], k and v with Hkv heads; v is None where no attention output is wanted.
+        sequences: where the sequences lie on the flattened token axis.
+        scale: softmax scale.
+        window, horizon: W of eq. 9 and (H_lo, H_hi) of eq. 10, tokens; H_hi None: to the end of the sequence.
+        lse_HT: [H, T] on the flattened token axis, to use instead of computing it.
+        span: whether span is wanted.
+        span_rows: with lse_HT given, estimate span from this many rows of each response.
     """
 
-    tokens: int
-    count: int
-    cu_seqlens: Tensor | None
-    prompt_tensor: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    sequences: Sequences
+    scale: float
+    window: int
+    horizon: tuple[int, int | None]
+    lse_HT: Tensor | None = None
+    span: bool = True
+    span_rows: int | None = None
 
-    @cached_property
-    def bounds(self) -> list[int]:
-        """Sequence i is tokens bounds[i] … bounds[i + 1] − 1. Waits for the device."""
-        if self.cu_seqlens is None:
-            return [i * self.tokens // self.count for i in range(self.count + 1)] if self.count else [0]
-        return [int(bound) for bound in self.cu_seqlens.tolist()]
 
-    @cached_property
-    def prompt_lens(self) -> list[int]:
-        """Waits for the device."""
-        return [0] * self.count if self.prompt_tensor is None else [int(n) for n in self.prompt_tensor.tolist()]
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prompt_lens: Tensor | None,
+    scale: float,
+    window: int,
+    horizon_lo: int,
+    horizon_hi: int | None,
+    *,
+    lse: Tensor | None = None,
+    span: bool = True,
+    span_rows: int | None = None,
+) -> Request:
+    """The request that an op's arguments make, after all checks but those of values in cu_seqlens and prompt_lens.
+
+    Args:
+        lse: shaped as the statistics, [H, T] or [B, H, T]; for batched q [H, B·T] too, as the ops return it.
+    """
+    check_tensors(q, k, v)
+    check_options(scale, window, (horizon_lo, horizon_hi))
+    check_sequences(q, cu_seqlens, prompt_lens)
+    check_lse(lse, q)
+    if span_rows is not None:
+        integer("span_rows", span_rows, 1)
+    if lse is not None and lse.ndim == 3:
+        lse = lse.transpose(0, 1).flatten(1)
+    return Request(
+        q=q,
+        k=k,
+        v=v,
+        sequences=_sequences(q, cu_seqlens, prompt_lens),
+        scale=scale,
+        window=window,
+        horizon=(horizon_lo, horizon_hi),
+        lse_HT=lse,
+        span=span,
+        span_rows=span_rows,
+    )
+
+
+def _sequences(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | None) -> Sequences:
+    if q.ndim == 4:
+        return Sequences(None, prompt_lens, q.shape[0] * q.shape[1], q.shape[0])
+    return Sequences(cu_seqlens, prompt_lens, q.shape[0], 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 def prompt_lens_tensor(prompt_lens: object, device: torch.device) -> Tensor:
@@ -65,13 +111,45 @@ def prompt_lens_tensor(prompt_lens: object, device: torch.device) -> Tensor:
             f"prompt_lens is {prompt_lens!r}; it must be int32 or int64 [B], or a sequence of integers{example}"
         )
     # An entry too low or too high for its sequence is refused by `check_values`, which knows the sequence.
-    checked = [integer(f"prompt_lens[{i}]", number, -MAX_INT) for i, number in enumerate(numbers)]
+    checked = [integer(f"prompt_lens[{i}]", number) for i, number in enumerate(numbers)]
     return torch.tensor(checked, dtype=torch.int64, device=device)
 
 
-def check_name(argument: str, name: object, allowed: Sequence[str]) -> None:
-    if not isinstance(name, str) or name not in allowed:
-        raise ValueError(f"{argument} is {name!r}; allowed are {', '.join(allowed)}")
+def softmax_scale(q: Tensor, scale: object) -> float:
+    """scale as Python's number; None: D^−½."""
+    if scale is None:
+        return float(max((1, *q.shape)[-1], 1) ** -0.5)
+    try:
+        # A string such as "0.5" would be taken by float, too.
+        number = None if isinstance(scale, (str, bytes, bool)) else float(scale)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise ValueError(f"scale is {scale!r}; it must be finite, a number")
+    return number
+
+
+def pair(horizon: object) -> tuple[int, int | None]:
+    """horizon as (lo, hi), Python's integers of 64 bits, or hi None."""
+    if not isinstance(horizon, (tuple, list)) or len(horizon) != 2:
+        raise ValueError(f"horizon is {horizon!r}; it must be a pair (lo, hi)")
+    lo, hi = index(horizon[0]), None if horizon[1] is None else index(horizon[1])
+    if lo is None or (hi is None and horizon[1] is not None):
+        raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi), integers, or hi None")
+    if max(abs(lo), abs(hi or 0)) > MAX_INT:
+        raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi) with hi <= {MAX_INT}, or hi None")
+    return lo, hi
+
+
+def name_of(argument: str, name: object, allowed: Iterable[str]) -> str:
+    """The name, if it is a string; which strings are names, the op knows."""
+    if not isinstance(name, str):
+        raise unknown_name(argument, name, allowed)
+    return name
+
+
+def unknown_name(argument: str, name: object, allowed: Iterable[str]) -> ValueError:
+    return ValueError(f"{argument} is {name!r}; allowed are {', '.join(allowed)}")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
@@ -103,50 +181,29 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         raise ValueError(f"q has {query_heads} heads and k has {key_heads}; k's must divide q's, both at least 1")
 
 
-def check_options(
-    scale: float, window: int, horizon: tuple[int, int | None]
-) -> tuple[float, int, tuple[int, int | None]]:
-    """A finite scale, window ≥ 1, and 0 ≤ H_lo ≤ H_hi (H_hi None: to the end of the sequence).
-
-    Returns:
-        The same as Python's numbers.
-    """
-    scale = _finite(scale)
-    window = integer("window", window, 1)
-    if not isinstance(horizon, (tuple, list)) or len(horizon) != 2:
-        raise ValueError(f"horizon is {horizon!r}; it must be a pair (lo, hi)")
-    lo, hi = index(horizon[0]), None if horizon[1] is None else index(horizon[1])
-    if lo is None or (hi is None and horizon[1] is not None):
-        raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi), integers, or hi None")
+def check_options(scale: float, window: int, horizon: tuple[int, int | None]) -> None:
+    """A finite scale, window ≥ 1, and 0 ≤ H_lo ≤ H_hi (H_hi None: to the end of the sequence)."""
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale is {scale!r}; it must be finite, a number")
+    integer("window", window, 1)
+    lo, hi = horizon
     if lo < 0 or (hi is not None and hi < lo):
         raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi) with 0 <= lo <= hi, or hi None")
-    if max(lo, hi or 0) > MAX_INT:
-        raise ValueError(f"horizon is {horizon!r}; it must be (lo, hi) with hi <= {MAX_INT}, or hi None")
-    return scale, window, (lo, hi)
 
 
-def _finite(scale: object) -> float:
-    try:
-        # A string such as "0.5" would be taken by float, too.
-        number = None if isinstance(scale, (str, bytes, bool)) else float(scale)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or not abs(number) < float("inf"):
-        raise ValueError(f"scale is {scale!r}; it must be finite, a number")
-    return number
-
-
-def check_lse(lse: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
-    """lse fp32 of the statistics' own shape, on q's device."""
+def check_lse(lse: Tensor | None, q: Tensor) -> None:
+    """lse fp32 (or fp64) of the statistics' shape, or flat, on q's device."""
     if lse is None:
         return
     check_dense("lse", lse)
-    if tuple(lse.shape) != tuple(shape):
-        raise ValueError(f"lse has shape {tuple(lse.shape)}; it must be {tuple(shape)}")
+    heads, shape = q.shape[-2], tuple(lse.shape)
+    own = (heads, q.shape[0]) if q.ndim == 3 else (q.shape[0], heads, q.shape[1])
+    if shape != own and shape != (heads, q.shape[:-2].numel()):
+        raise ValueError(f"lse has shape {shape}; it must be {own}")
     if lse.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"lse has dtype {lse.dtype}; allowed are torch.float32, and torch.float64 for float64 q")
-    if lse.device != device:
-        raise ValueError(f"lse is on {lse.device}; it must be on q's device, {device}")
+    if lse.device != q.device:
+        raise ValueError(f"lse is on {lse.device}; it must be on q's device, {q.device}")
 
 
 def check_sequences(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | None) -> None:
@@ -167,35 +224,28 @@ def check_sequences(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | 
         if prompt_lens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"prompt_lens has dtype {prompt_lens.dtype}; allowed are torch.int32 and torch.int64")
         if tuple(prompt_lens.shape) != (count,):
-            raise ValueError(f"prompt_lens has shape {tuple(prompt_lens.shape)}; it must be ({count},), one a sequence")
+            raise ValueError(
+                f"prompt_lens has shape {tuple(prompt_lens.shape)}; it must be ({count},), one per sequence"
+            )
         if prompt_lens.device != q.device:
             raise ValueError(f"prompt_lens is on {prompt_lens.device}; it must be on q's device, {q.device}")
 
 
-def layout(q: Tensor, cu_seqlens: Tensor | None, prompt_lens: Tensor | None) -> Layout:
-    """The sequences of q, after the checks of the values in cu_seqlens and prompt_lens.
+def check_values(sequences: Sequences) -> None:
+    """cu_seqlens runs from 0 to T without falling; each prompt is at most as long as its sequence.
 
     Values on a GPU are not read, since that would wait for it, unless RHYTHM_CHECK_VALUES=1 asks for the checks; the
     kernels cut what lies beyond the tensors.
     """
-    if q.ndim == 4:
-        tokens, count = q.shape[0] * q.shape[1], q.shape[0]
-    else:
-        tokens, count = q.shape[0], 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    result = Layout(tokens, count, cu_seqlens, prompt_lens)
-    if q.device.type == "cpu" or os.environ.get("RHYTHM_CHECK_VALUES") == "1":
-        check_values(result)
-    return result
-
-
-def check_values(layout: Layout) -> None:
-    """cu_seqlens runs from 0 to T without falling; each prompt is at most as long as its sequence."""
-    bounds, tokens = layout.bounds, layout.tokens
-    if bounds[0] != 0 or bounds[-1] != tokens:
-        raise ValueError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must cover 0 to T = {tokens}")
-    for i, (start, end) in enumerate(pairwise(bounds)):
+    given = [x for x in (sequences.cu_seqlens, sequences.prompt_lens) if x is not None]
+    if not given or (given[0].device.type != "cpu" and os.environ.get("RHYTHM_CHECK_VALUES") != "1"):
+        return
+    cu_seqlens, tokens = sequences.host.cu_seqlens, sequences.tokens
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
+        raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}; it must cover 0 to T = {tokens}")
+    for i, (start, end) in enumerate(pairwise(cu_seqlens)):
         if end < start:
             raise ValueError(f"cu_seqlens falls from {start} to {end} at entry {i + 1}; it must not fall")
-    for i, (prompt, (start, end)) in enumerate(zip(layout.prompt_lens, pairwise(bounds), strict=True)):
+    for i, (prompt, (start, end)) in enumerate(zip(sequences.host.prompt_lens, pairwise(cu_seqlens), strict=True)):
         if not 0 <= prompt <= end - start:
             raise ValueError(f"prompt_lens[{i}] is {prompt}; its sequence allows 0 to {end - start}")

@@ -1,4 +1,4 @@
-"""Plain attention forwards of other libraries, whose lse the bands are added to.
+"""Attention implementations of other libraries, to whose lse the bands are added.
 
 Each gives (out, lse): out as q, lse fp32 [H, T] natural on the flattened token axis, of all rows.
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from abc import ABC, abstractmethod
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
@@ -20,46 +19,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm.ops.arguments import Layout
+from rhythm.ops.arguments import Request
+from rhythm.ops.plugins import Plugin, named
+from rhythm.shapes import Sequences
 
 logger = logging.getLogger("rhythm")
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-class Forward(ABC):
+Attended = tuple[Tensor, Tensor]
+"""(out shaped and typed as q, lse [H, T])."""
+
+
+class Attention(Plugin[Attended]):
     """A library's causal attention."""
 
-    def unavailable(self) -> str | None:
-        """Why it can't run on this machine; None: it can."""
-        return None
 
-    @abstractmethod
-    def refuses(self, q: Tensor, k: Tensor, layout: Layout) -> str | None:
-        """Why it can't take these tensors; None: it can."""
-
-    @abstractmethod
-    def run(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-        """(out shaped and typed as q, lse [H, T])."""
-
-
-class FlashAttn(Forward):
+class FlashAttn(Attention):
     """The package flash_attn (flash_attn_interface of version 3 where it is installed): varlen, on the GPU."""
 
     def unavailable(self) -> str | None:
         return None if _flash_attn_module() else "neither flash_attn_interface nor flash_attn is installed"
 
-    def refuses(self, q: Tensor, k: Tensor, layout: Layout) -> str | None:
+    def refuses(self, request: Request) -> str | None:
+        q = request.q
         if not q.is_cuda:
             return f"q is on {q.device}; it takes tensors on a GPU"
         return _dtype_refused(q)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def run(self, request: Request) -> Attended:
+        q, k, v, sequences, scale = _inputs(request)
         varlen = import_module(_flash_attn_module()).flash_attn_varlen_func
         q_THD, k_TGD, v_TGD = (x.flatten(0, -3) for x in (q, k, v))
-        cu_seqlens = _cu_seqlens(layout, q.device)
-        longest = _longest(layout)
-        found = varlen(
+        cu_seqlens = _cu_seqlens(sequences, q.device)
+        longest = _longest(sequences)
+        result = varlen(
             q_THD,
             k_TGD,
             v_TGD,
@@ -71,40 +66,43 @@ class FlashAttn(Forward):
             causal=True,
             **_asking_for_lse(varlen),
         )
-        out_THD, lse_HT = found[0], found[1]
+        out_THD, lse_HT = result[0], result[1]
         return out_THD.view(q.shape), lse_HT
 
 
-class SdpaFlash(Forward):
-    """torch's own flash attention: on the GPU packed and batched, on the CPU a sequence at a time."""
+class SdpaFlash(Attention):
+    """torch's own flash attention: on the GPU packed and batched, on the CPU one sequence at a time."""
 
-    def refuses(self, q: Tensor, k: Tensor, layout: Layout) -> str | None:
+    def refuses(self, request: Request) -> str | None:
+        q = request.q
         if q.is_cuda:
             return _dtype_refused(q) or _head_size_refused(q)
         return None if q.dtype in (torch.float32, *HALF) else f"q has dtype {q.dtype}; it takes fp32, fp16 and bf16"
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def run(self, request: Request) -> Attended:
+        q, k, v, sequences, scale = _inputs(request)
         if not q.is_cuda:
-            return self._on_cpu(q, k, v, layout, scale)
-        if layout.cu_seqlens is None:
+            return self._on_cpu(request)
+        if sequences.cu_seqlens is None:
             q_BHTD, k_BGTD, v_BGTD = (_batched(x) for x in (q, k, v))
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             out, lse, *_ = flash(q_BHTD, *_per_query_head(q_BHTD, k_BGTD, v_BGTD), is_causal=True, scale=scale)
             return out.transpose(1, 2).reshape(q.shape), _flat(lse, q)
-        longest = _longest(layout)
+        longest = _longest(sequences)
         out_THD, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, layout.cu_seqlens, layout.cu_seqlens, longest, longest, 0.0, True, False, scale=scale
+            q, k, v, sequences.cu_seqlens, sequences.cu_seqlens, longest, longest, 0.0, True, False, scale=scale
         )
         if lse_HT.shape != (q.shape[1], q.shape[0]):
             raise RuntimeError(f"torch's flash attention gave lse of shape {tuple(lse_HT.shape)}; [Hq, T] was expected")
         return out_THD, lse_HT
 
-    def _on_cpu(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def _on_cpu(self, request: Request) -> Attended:
+        q, k, v, sequences, scale = _inputs(request)
         q_THD, k_TGD, v_TGD = (x.flatten(0, -3) for x in (q, k, v))
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         lse_HT = torch.empty((q_THD.shape[1], q_THD.shape[0]))
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        for start, end in pairwise(layout.bounds):
+        for start, end in pairwise(sequences.host.cu_seqlens):
             if end > start:
                 q_BHTD, k_BGTD, v_BGTD = (_batched(x[start:end]) for x in (q_THD, k_TGD, v_TGD))
                 k_BHTD, v_BHTD = _per_query_head(q_BHTD, k_BGTD, v_BGTD)
@@ -113,21 +111,24 @@ class SdpaFlash(Forward):
         return out_THD.view(q.shape), lse_HT
 
 
-class SdpaCudnn(Forward):
+class SdpaCudnn(Attention):
     """cuDNN's attention through torch: one sequence or a batch, on the GPU."""
 
     def unavailable(self) -> str | None:
         cudnn: Any = torch.backends.cudnn  # without types
         return None if cudnn.is_available() else "torch has no cuDNN here"
 
-    def refuses(self, q: Tensor, k: Tensor, layout: Layout) -> str | None:
+    def refuses(self, request: Request) -> str | None:
+        q = request.q
         if not q.is_cuda:
             return f"q is on {q.device}; it takes tensors on a GPU"
-        if layout.cu_seqlens is not None and layout.count > 1:
-            return f"cu_seqlens packs {layout.count} sequences; it takes one, or a batch [B, T, H, D]"
+        sequences = request.sequences
+        if sequences.cu_seqlens is not None and sequences.count > 1:
+            return f"cu_seqlens packs {sequences.count} sequences; it takes one, or a batch [B, T, H, D]"
         return _dtype_refused(q) or _head_size_refused(q)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    def run(self, request: Request) -> Attended:
+        q, k, v, _, scale = _inputs(request)
         q_BHTD, k_BGTD, v_BGTD = (_batched(x) for x in (q, k, v))
         k_BHTD, v_BHTD = _per_query_head(q_BHTD, k_BGTD, v_BGTD)
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -135,44 +136,41 @@ class SdpaCudnn(Forward):
         return out.transpose(1, 2).reshape(q.shape), _flat(lse.reshape(q_BHTD.shape[:3]), q)
 
 
-FORWARDS: dict[str, Forward] = {"flash_attn": FlashAttn(), "sdpa_flash": SdpaFlash(), "sdpa_cudnn": SdpaCudnn()}
-NAMES = ("fused", *FORWARDS, "auto")
+IMPLEMENTATIONS: dict[str, Attention] = {
+    "flash_attn": FlashAttn(),
+    "sdpa_flash": SdpaFlash(),
+    "sdpa_cudnn": SdpaCudnn(),
+}
+NAMES = ("fused", *IMPLEMENTATIONS, "auto")
 
 
-def choose(name: str, q: Tensor, k: Tensor, layout: Layout) -> Forward | None:
-    """The forward called `name`; None: ours, in the same sweep as the statistics.
+def choose(name: str, request: Request) -> Attention | None:
+    """The implementation called `name`; None: ours, in the same sweep as the statistics.
 
     "auto" takes what the packaged records (attention_records.json) say was fastest for the device and type, if it can
-    take the tensors, else ours.
+    take the request, else ours.
 
     Raises:
-        ValueError: the name is unknown, or the named forward can't take the tensors.
-        RuntimeError: the named forward is not available on this machine.
+        ValueError: the name is unknown, or the named implementation can't take the request.
+        RuntimeError: the named implementation is not available on this machine.
     """
     if name == "auto":
-        name = recorded(
-            _device_name(q.device), str(q.dtype).removeprefix("torch."), layout.tokens // max(layout.count, 1)
-        )
-        if name != "fused" and (FORWARDS[name].unavailable() or FORWARDS[name].refuses(q, k, layout)):
+        q, sequences = request.q, request.sequences
+        device, dtype = _device_name(q.device), str(q.dtype).removeprefix("torch.")
+        name = recorded(device, dtype, sequences.tokens // max(sequences.count, 1))
+        if name != "fused" and (IMPLEMENTATIONS[name].unavailable() or IMPLEMENTATIONS[name].refuses(request)):
             name = "fused"
-        _say(name, _device_name(q.device), q.dtype)
+        _log_choice(name, device, q.dtype)
     if name == "fused":
         return None
-    if name not in FORWARDS:
-        raise ValueError(f"forward is {name!r}; allowed are {', '.join(NAMES)}")
-    forward = FORWARDS[name]
-    if (reason := forward.unavailable()) is not None:
-        raise RuntimeError(f"forward {name!r} is not available: {reason}")
-    if (reason := forward.refuses(q, k, layout)) is not None:
-        raise ValueError(f"forward {name!r} can't run: {reason}")
-    return forward
+    return named("attention", name, IMPLEMENTATIONS, request, allowed=NAMES)
 
 
 def recorded(device: str, dtype: str, tokens: int) -> str:
-    """The forward that the records name for sequences of `tokens` on the device; "fused" where nothing was measured."""
+    """The implementation that the records name for sequences of `tokens`; "fused" where nothing was measured."""
     for record in _records():
         if record["device"] in device and record["dtype"] == dtype and tokens >= record["min_tokens"]:
-            return str(record["forward"])
+            return str(record["attention"])
     return "fused"
 
 
@@ -184,9 +182,9 @@ def _records() -> list[dict[str, Any]]:
 
 
 @cache
-def _say(name: str, device: str, dtype: torch.dtype) -> None:
-    """Cached, so that the choice for a device and type is said once."""
-    logger.info("forward auto: %s for %s on %s", name, dtype, device)
+def _log_choice(name: str, device: str, dtype: torch.dtype) -> None:
+    """Cached, so that the choice for a device and type is logged once."""
+    logger.info("attention auto: %s for %s on %s", name, dtype, device)
 
 
 def _device_name(device: torch.device) -> str:
@@ -198,7 +196,7 @@ def _flash_attn_module() -> str:
 
 
 def _asking_for_lse(varlen: Any) -> dict[str, bool]:
-    """The name under which a version of flash_attn_varlen_func gives lse beside the output."""
+    """The name under which a version of flash_attn_varlen_func returns lse along with the output."""
     names = varlen.__code__.co_varnames[: varlen.__code__.co_argcount + varlen.__code__.co_kwonlyargcount]
     return {name: True for name in ("return_attn_probs", "return_softmax_lse") if name in names}
 
@@ -211,16 +209,21 @@ def _head_size_refused(q: Tensor) -> str | None:
     return f"q has head size {q.shape[-1]}; it takes multiples of 8" if q.shape[-1] % 8 else None
 
 
-def _cu_seqlens(layout: Layout, device: torch.device) -> Tensor:
-    if layout.cu_seqlens is not None:
-        return layout.cu_seqlens
-    length = layout.tokens // layout.count
-    return torch.arange(layout.count + 1, dtype=torch.int32, device=device) * length
+def _inputs(request: Request) -> tuple[Tensor, Tensor, Tensor, Sequences, float]:
+    assert request.v is not None  # attention is asked for with v only
+    return request.q, request.k, request.v, request.sequences, request.scale
 
 
-def _longest(layout: Layout) -> int:
-    """An upper bound of the sequences' lengths that needs no look at them."""
-    return layout.tokens if layout.cu_seqlens is not None else layout.tokens // layout.count
+def _cu_seqlens(sequences: Sequences, device: torch.device) -> Tensor:
+    if sequences.cu_seqlens is not None:
+        return sequences.cu_seqlens
+    length = sequences.tokens // sequences.count
+    return torch.arange(sequences.count + 1, dtype=torch.int32, device=device) * length
+
+
+def _longest(sequences: Sequences) -> int:
+    """An upper bound of the sequences' lengths that reads nothing from the device."""
+    return sequences.tokens if sequences.cu_seqlens is not None else sequences.tokens // sequences.count
 
 
 def _batched(x: Tensor) -> Tensor:

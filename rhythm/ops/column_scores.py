@@ -5,15 +5,19 @@ Shape suffixes: B sequences, T tokens of all sequences on one axis, H query head
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rhythm import shapes
-from rhythm.ops import arguments
-from rhythm.ops.statistics import attention_statistics
+from rhythm.ops import arguments, backends
+from rhythm.ops.arguments import Request
+from rhythm.ops.statistics import run
+from rhythm.shapes import Sequences
 
+REDUCE, PER = ("sum", "mean"), ("head", "group")
 FAR = 2**62
 """Tokens, beyond any sequence; a position can still be added to it."""
 
@@ -46,11 +50,11 @@ def column_scores(
         reduce: "sum" is 0 and "mean" NaN for a key that no row reaches.
         per: "group" adds up (or averages) the query heads that share a key head.
         rows: (begin, end) in tokens of each sequence, as in a slice: negative counts from the end, None is open; or
-            int32 or int64 [B, 2], a range for each. None: all rows that q has.
+            int32 or int64 [B, 2], one range per sequence. None: all rows that q has.
         horizon: (lo, hi), tokens, both ends in; hi None: to the end.
         cu_seqlens: int32 [B + 1]; packed q and k of the same length only.
         scale: softmax scale; None: D^−½.
-        lse: fp32 [Hq, T] or [B, Hq, T], of q's rows, from any flash forward; None: computed, in a sweep of its own.
+        lse: fp32 [Hq, T] or [B, Hq, T], of q's rows, from any flash attention; None: computed, in a separate sweep.
         backend: as in `attention_statistics`.
 
     Returns:
@@ -60,133 +64,177 @@ def column_scores(
         ValueError: an argument is not as described; the message names it.
         RuntimeError: the named backend is not available on this machine.
     """
-    arguments.check_name("reduce", reduce, ("sum", "mean"))
-    arguments.check_name("per", per, ("head", "group"))
+    begin, end, rows_B2 = _rows(rows)
+    lo, hi = arguments.pair(horizon)
     for name, x in (("q", q), ("k", k), ("cu_seqlens", cu_seqlens), ("lse", lse)):
         if x is not None or name in ("q", "k"):
-            shapes.check_dense(name, x)
-    _, _, horizon = arguments.check_options(1.0, 1, horizon)
-    q, lse, missing = _at_the_end(q, k, lse, cu_seqlens)
-    arguments.check_tensors(q, k)
-    heads = q.shape[-2]
-    arguments.check_lse(lse, (heads, q.shape[0]) if q.ndim == 3 else (q.shape[0], heads, q.shape[1]), q.device)
-    arguments.check_sequences(q, cu_seqlens, None)
-    length_B = _lengths(q, cu_seqlens)
-    begin_B, end_B = _range(rows, missing, length_B)
-    if end_B is not None:
-        begin_B = torch.minimum(begin_B, end_B)
+            shapes.check_tensor(name, x)
+    scores: Tensor = _column_scores(
+        q.detach(),
+        k.detach(),
+        arguments.name_of("reduce", reduce, REDUCE),
+        arguments.name_of("per", per, PER),
+        begin,
+        end,
+        rows_B2,
+        lo,
+        hi,
+        cu_seqlens,
+        arguments.softmax_scale(q, scale),
+        None if lse is None else lse.detach(),
+        arguments.name_of("backend", backend, backends.NAMES),
+    )
+    return scores
 
-    flat = q.ndim == 4 and end_B is not None
-    if flat:  # what is cut leaves sequences of different lengths
-        cu_seqlens = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device) * q.shape[1]
-    shape = (q.shape[0], q.shape[1]) if q.ndim == 4 else None
-    position_T, sequence_T = _positions(q, length_B)
+
+@torch.library.custom_op("rhythm::column_scores", mutates_args=())
+def _column_scores(
+    q: Tensor,
+    k: Tensor,
+    reduce: str,
+    per: str,
+    rows_begin: int | None,
+    rows_end: int | None,
+    rows: Tensor | None,
+    horizon_lo: int,
+    horizon_hi: int | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    lse: Tensor | None,
+    backend: str,
+) -> Tensor:
+    request, missing = _checked(q, k, reduce, per, horizon_lo, horizon_hi, cu_seqlens, scale, lse)
+    arguments.check_values(request.sequences)
+    sequences = request.sequences
+    length_B = _lengths(sequences, q.device)
+    begin_B, end_B = _range(rows_begin, rows_end, rows, missing, length_B)
+    position_T, sequence_T = _positions(length_B, sequences.tokens)
+    # The mean is FAI of a sequence whose prompt ends where the range begins.
     if end_B is None:
-        received = _received(q, k, lse, cu_seqlens, begin_B, horizon, scale, backend)
+        received_HT = run(replace(request, sequences=replace(sequences, prompt_lens=begin_B)), backend).fai_HT
     else:
+        begin_B = torch.minimum(begin_B, end_B)
         kept_T = position_T < end_B[sequence_T]
-        q_THD, k_TGD = (x.flatten(0, -3)[kept_T] for x in (q, k))
-        lse_HT = None if lse is None else (lse.transpose(0, 1).flatten(1) if flat else lse)[:, kept_T]
-        bounds = torch.cat([end_B.new_zeros(1), end_B.cumsum(0)]).to(torch.int32)
-        kept = _received(q_THD, k_TGD, lse_HT, bounds, begin_B, horizon, scale, backend)
-        received = kept.new_full((kept.shape[0], kept_T.shape[0]), torch.nan)
-        received[:, kept_T] = kept
-    if received.ndim == 3:
-        received = received.transpose(0, 1).flatten(1)
+        cu_kept = torch.cat([end_B.new_zeros(1), end_B.cumsum(0)]).to(torch.int32)
+        q_THD, k_TGD = (x.flatten(0, -3)[kept_T] for x in (request.q, request.k))
+        lse_HT = None if request.lse_HT is None else request.lse_HT[:, kept_T]
+        kept = Sequences(cu_kept, begin_B, q_THD.shape[0], sequences.count)
+        kept_HT = run(replace(request, q=q_THD, k=k_TGD, lse_HT=lse_HT, sequences=kept), backend).fai_HT
+        received_HT = kept_HT.new_full((kept_HT.shape[0], sequences.tokens), torch.nan)
+        received_HT[:, kept_T] = kept_HT
 
-    lo, hi = min(horizon[0], FAR), None if horizon[1] is None else min(horizon[1], FAR)
+    lo, hi = min(horizon_lo, FAR), None if horizon_hi is None else min(horizon_hi, FAR)
     last_B = (length_B if end_B is None else end_B) - 1
     reach_T = last_B[sequence_T] if hi is None else torch.minimum(last_B[sequence_T], position_T + hi)
     count_T = (reach_T - torch.maximum(begin_B[sequence_T], position_T + lo) + 1).clamp(min=0)
     if reduce == "sum":
-        received = torch.where(count_T > 0, received * count_T, 0.0)
+        received_HT = torch.where(count_T > 0, received_HT * count_T, 0.0)
     if per == "group":
-        grouped = received.view(k.shape[-2], q.shape[-2] // k.shape[-2], received.shape[-1])
-        received = grouped.sum(dim=1) if reduce == "sum" else grouped.mean(dim=1)
-    return received if shape is None else received.view(received.shape[0], *shape).transpose(0, 1)
+        grouped = received_HT.view(k.shape[-2], q.shape[-2] // k.shape[-2], sequences.tokens)
+        received_HT = grouped.sum(dim=1) if reduce == "sum" else grouped.mean(dim=1)
+    return _unflatten(received_HT, k)
 
 
-def _received(
+@_column_scores.register_fake
+def _(
+    q: Tensor, k: Tensor, reduce: str, per: str, rows_begin: object, rows_end: object, rows: Tensor | None, *rest: Any
+) -> Tensor:
+    request, _ = _checked(q, k, reduce, per, *rest[:5])
+    if rows is not None:
+        _check_rows(rows, request.sequences.count)
+    heads, dtype = (q if per == "head" else k).shape[-2], torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _unflatten(q.new_empty((heads, request.sequences.tokens), dtype=dtype), k)
+
+
+def _unflatten(x_HT: Tensor, k: Tensor) -> Tensor:
+    """[H, B·T] → [B, H, T] where k is batched."""
+    return x_HT if k.ndim == 3 else x_HT.view(x_HT.shape[0], *k.shape[:2]).transpose(0, 1)
+
+
+def _checked(
     q: Tensor,
     k: Tensor,
-    lse: Tensor | None,
+    reduce: str,
+    per: str,
+    horizon_lo: int,
+    horizon_hi: int | None,
     cu_seqlens: Tensor | None,
-    begin_B: Tensor,
-    horizon: tuple[int, int | None],
-    scale: float | None,
-    backend: str,
-) -> Tensor:
-    """The mean: FAI of a sequence whose prompt ends where the range begins."""
-    statistics = attention_statistics(
-        q,
-        k,
-        cu_seqlens=cu_seqlens,
-        prompt_lens=begin_B,
-        scale=scale,
-        window=1,
-        horizon=horizon,
-        lse=lse,
-        span=lse is None,
-        backend=backend,
-    )
-    return statistics.fai
-
-
-def _at_the_end(
-    q: Tensor, k: Tensor, lse: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None, int]:
-    """(q and lse as long as k, and how many rows were put before theirs: no kernel reads them)."""
+    scale: float,
+    lse: Tensor | None,
+) -> tuple[Request, int]:
+    """(the request, with q and lse left-padded to k's length; the number of padded rows, which no kernel reads)."""
+    for name, value, allowed in (("reduce", reduce, REDUCE), ("per", per, PER)):
+        if value not in allowed:
+            raise arguments.unknown_name(name, value, allowed)
+    for name, x in (("q", q), ("k", k)):
+        shapes.check_dense(name, x)
     if q.ndim not in (3, 4) or k.ndim != q.ndim:
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; allowed are [(B,) T, heads, D] for both"
         )
     missing = k.shape[-3] - q.shape[-3]
-    if missing == 0:
-        return q, lse, 0
     if missing < 0:
         raise ValueError(f"q has {q.shape[-3]} rows and k {k.shape[-3]}; q may have fewer than k, not more")
-    if cu_seqlens is not None:
+    if missing and cu_seqlens is not None:
         raise ValueError(f"cu_seqlens goes with q and k of the same length; they have {q.shape[-3]} and {k.shape[-3]}")
-    q = torch.cat([q.new_zeros((*q.shape[:-3], missing, *q.shape[-2:])), q], dim=-3)
-    if lse is not None:
-        lse = torch.cat([lse.new_full((*lse.shape[:-1], missing), torch.nan), lse], dim=-1)
-    return q, lse, missing
+    if missing:
+        if lse is not None:
+            arguments.check_lse(lse, q)
+            if lse.ndim < q.ndim - 1:
+                lse = lse.reshape(lse.shape[0], *q.shape[:2]).transpose(0, 1)
+            lse = torch.cat([lse.new_full((*lse.shape[:-1], missing), torch.nan), lse], dim=-1)
+        q = torch.cat([q.new_zeros((*q.shape[:-3], missing, *q.shape[-2:])), q], dim=-3)
+    # Without lse the row sweep has to run, which span asks for; with it the bands are enough.
+    options = (scale, 1, horizon_lo, horizon_hi)
+    return arguments.checked(q, k, None, cu_seqlens, None, *options, lse=lse, span=lse is None), missing
 
 
-def _lengths(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """int64 [B], tokens."""
-    if cu_seqlens is not None:
-        return cu_seqlens.diff().long()
-    count = q.shape[0] if q.ndim == 4 else 1
-    return torch.full((count,), q.shape[-3], dtype=torch.int64, device=q.device)
-
-
-def _positions(q: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [T] each: the position of a token in its sequence, and which sequence that is."""
-    tokens = q.shape[:-2].numel()
-    index_B = torch.arange(length_B.shape[0], device=q.device)
-    sequence_T = torch.repeat_interleave(index_B, length_B, output_size=tokens)
-    start_B = length_B.cumsum(0) - length_B
-    return torch.arange(tokens, device=q.device) - start_B[sequence_T], sequence_T
-
-
-def _range(rows: Rows | Tensor | None, missing: int, length_B: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(first row, row after the last) of each sequence, int64 [B] within its length; no end: the sequence's own."""
-    if rows is None:
-        rows = (missing, None)
-    if isinstance(rows, Tensor):
-        if rows.dtype not in (torch.int32, torch.int64) or rows.shape != (length_B.shape[0], 2):
-            raise ValueError(
-                f"rows has shape {tuple(rows.shape)} and dtype {rows.dtype}; it must be int32 or int64 "
-                f"[{length_B.shape[0]}, 2], a range for each sequence"
-            )
-        begin_B, end_B = rows.to(length_B.device, torch.int64).unbind(dim=1)
-        return _within(begin_B, length_B).clamp(min=missing), _within(end_B, length_B)
+def _rows(rows: Rows | Tensor | None) -> tuple[int | None, int | None, Tensor | None]:
+    """(begin, end) of a pair, or a tensor of ranges, as the op takes them."""
+    if rows is None or isinstance(rows, Tensor):
+        return None, None, rows
     if not isinstance(rows, (tuple, list)) or len(rows) != 2:
         raise ValueError(f"rows is {rows!r}; it must be (begin, end), integers or None, or a tensor [B, 2]")
-    begin, end = (None if x is None else shapes.integer(f"rows[{i}]", x, -FAR, FAR) for i, x in enumerate(rows))
-    begin_B = _within(torch.full_like(length_B, 0 if begin is None else begin), length_B).clamp(min=missing)
-    return begin_B, None if end is None else _within(torch.full_like(length_B, end), length_B)
+    begin, end = (None if x is None else shapes.integer(f"rows[{i}]", x) for i, x in enumerate(rows))
+    return begin, end, None
+
+
+def _lengths(sequences: Sequences, device: torch.device) -> Tensor:
+    """int64 [B], tokens."""
+    if sequences.cu_seqlens is not None:
+        return sequences.cu_seqlens.diff().long()
+    length = sequences.tokens // max(sequences.count, 1)
+    return torch.full((sequences.count,), length, dtype=torch.int64, device=device)
+
+
+def _positions(length_B: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """int64 [T] each: the position of a token in its sequence, and which sequence that is."""
+    index_B = torch.arange(length_B.shape[0], device=length_B.device)
+    sequence_T = torch.repeat_interleave(index_B, length_B, output_size=tokens)
+    start_B = length_B.cumsum(0) - length_B
+    return torch.arange(tokens, device=length_B.device) - start_B[sequence_T], sequence_T
+
+
+def _check_rows(rows_B2: Tensor, count: int) -> None:
+    shapes.check_dense("rows", rows_B2)
+    if rows_B2.dtype not in (torch.int32, torch.int64) or rows_B2.shape != (count, 2):
+        raise ValueError(
+            f"rows has shape {tuple(rows_B2.shape)} and dtype {rows_B2.dtype}; it must be int32 or int64 "
+            f"[{count}, 2], one range per sequence"
+        )
+
+
+def _range(
+    begin: int | None, end: int | None, rows_B2: Tensor | None, missing: int, length_B: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(first row, row after the last) of each sequence, int64 [B] within its length; no end: the sequence's own."""
+    if rows_B2 is not None:
+        _check_rows(rows_B2, length_B.shape[0])
+        begin_B, end_B = rows_B2.to(length_B.device, torch.int64).unbind(dim=1)
+        return _within(begin_B, length_B).clamp(min=missing), _within(end_B, length_B)
+    begin_B, end_B = (torch.full_like(length_B, max(-FAR, min(x or 0, FAR))) for x in (begin, end))
+    begin_B = _within(begin_B, length_B).clamp(min=missing)
+    return begin_B, None if end is None else _within(end_B, length_B)
 
 
 def _within(index_B: Tensor, length_B: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.local.weights import LocalWeightSync
-from rhythm.ops.backends import choose
+from rhythm.ops.backends import check_backend
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.isolation import IsolatedTask
 from rhythm.tiny.warm_start import warm_start
@@ -64,7 +64,7 @@ def check_machine(config: TrainConfig) -> None:
         return  # the statistics run on the cluster's GPUs, not in this process
     device = pick_device("cpu" if config.cluster is not None else config.model.device)
     try:
-        choose(config.signals.backend, torch.empty(0, device=device))
+        check_backend(config.signals.backend, device)
     except (ValueError, RuntimeError) as error:
         raise SetupError(f"signals.backend: {error}") from error
 

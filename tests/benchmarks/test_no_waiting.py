@@ -51,7 +51,7 @@ class NoHost(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values on a GPU are not checked; kernels are launched, and what they compute is of no interest here."""
-    monkeypatch.setattr(arguments, "check_values", lambda layout: None)
+    monkeypatch.setattr(arguments, "check_values", lambda sequences: None)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *args, **kwargs: None)
 
 
@@ -124,7 +124,7 @@ def test_the_stand_in_notices(touch: Callable[[Tensor], Any]) -> None:
 def test_the_ops_own_body_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the lengths inside of the op, as checks of values do, is noticed as well."""
     inputs = make_inputs(SHAPE, torch.bfloat16, backend="triton")
-    monkeypatch.setattr(arguments, "check_values", lambda layout: layout.prompt_lens)
+    monkeypatch.setattr(arguments, "check_values", lambda sequences: sequences.host)
     run = contestants.statistics(inputs)
     with no_host(), pytest.raises(HostTouchedError, match="tolist"):
         run()

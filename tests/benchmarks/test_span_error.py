@@ -1,4 +1,4 @@
-"""The command behind the table of docs/forwards.md."""
+"""The command behind the table of docs/attention.md."""
 
 from __future__ import annotations
 

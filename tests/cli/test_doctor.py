@@ -72,7 +72,9 @@ def test_health_is_that_of_what_is_needed() -> None:
 
 
 def test_without_the_extension_the_core_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.cpu, "unavailable", lambda: "the extension rhythm._C does not import: gone")
+    monkeypatch.setattr(
+        backends.BACKENDS["cpu"], "unavailable", lambda: "the extension rhythm._C does not import: gone"
+    )
     broken = {finding.name: finding.reason for finding in diagnose() if finding.needed and finding.reason}
     assert set(broken) == {"instruction set", "cpu", "CPU op against reference"}
     assert all(reason is not None and "gone" in reason for reason in broken.values())

@@ -69,11 +69,11 @@ def test_autotuning_finds_a_tile_that_is_right(monkeypatch: pytest.MonkeyPatch, 
         )
 
 
-@pytest.mark.parametrize("forward", ["sdpa_flash", "sdpa_cudnn"])
-def test_torchs_forwards(forward: str) -> None:
+@pytest.mark.parametrize("implementation", ["sdpa_flash", "sdpa_cudnn"])
+def test_torchs_attention(implementation: str) -> None:
     q, k, v = (x.unflatten(0, (2, 350)) for x in qkv())
     expected_out, expected = attention_with_statistics(q, k, v, prompt_lens=[40, 100])
-    out, statistics = attention_with_statistics(q, k, v, prompt_lens=[40, 100], forward=forward)
+    out, statistics = attention_with_statistics(q, k, v, prompt_lens=[40, 100], attention=implementation)
     torch.testing.assert_close(out, expected_out, rtol=2e-2, atol=2e-2)
     for name in NAMES:
         actual = getattr(statistics, name)
@@ -83,6 +83,6 @@ def test_torchs_forwards(forward: str) -> None:
 def test_packed_flash() -> None:
     (q, k, v), arguments = qkv(), lengths()
     expected_out, expected = attention_with_statistics(q, k, v, **arguments)
-    out, statistics = attention_with_statistics(q, k, v, forward="sdpa_flash", **arguments)
+    out, statistics = attention_with_statistics(q, k, v, attention="sdpa_flash", **arguments)
     torch.testing.assert_close(out, expected_out, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(statistics.fai, expected.fai, rtol=5e-3, atol=1e-4, equal_nan=True)

@@ -14,9 +14,10 @@ pytest.importorskip("triton", reason="needs the extra triton")
 from rhythm.kernels.launch import forced
 from rhythm.kernels.tile_tables import KernelKey, Tile
 from rhythm.ops import reference
-from rhythm.ops.arguments import Layout
-from rhythm.ops.backends import triton as backend
+from rhythm.ops.arguments import Request
+from rhythm.ops.backends.triton import TritonBackend
 from rhythm.ops.statistics import attention_statistics, attention_with_statistics
+from rhythm.shapes import Sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -139,12 +140,10 @@ def test_lengths_beyond_the_tensors_are_cut(
     lse = attention_statistics(q, k, backend="reference").lse if given_lse else None
 
     def run(bounds: list[int], prompt_lens: list[int]) -> tuple[Tensor, ...]:
-        layout = Layout(
-            90, 2, torch.tensor(bounds, dtype=torch.int32, device=DEVICE), torch.tensor(prompt_lens, device=DEVICE)
-        )
-        outputs = backend.run(
-            q, k, None, layout, scale=0.25, window=10, horizon=(2, 30), lse_HT=lse, span=not given_lse
-        )
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        sequences = Sequences(cu_seqlens, torch.tensor(prompt_lens, device=DEVICE), 90, 2)
+        options = {"scale": 0.25, "window": 10, "horizon": (2, 30), "lse_HT": lse, "span": not given_lse}
+        outputs = TritonBackend().run(Request(q=q, k=k, v=None, sequences=sequences, **options))
         return outputs.span_BH, outputs.waad_HT, outputs.fai_HT, outputs.lse_HT
 
     defined = 0
@@ -157,14 +156,15 @@ def test_lengths_beyond_the_tensors_are_cut(
 def test_values_are_not_read_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading them would wait for the device."""
 
-    def refuse(self: Layout) -> list[int]:
+    def refuse(self: Sequences) -> None:
         raise AssertionError("read by the host")
 
     q, k = normal(60, 2, 16), normal(60, 2, 16, seed=1)
-    layout = Layout(60, 1, torch.tensor([0, 60], dtype=torch.int32, device=DEVICE), torch.tensor([5], device=DEVICE))
-    monkeypatch.setattr(Layout, "bounds", property(refuse))
-    monkeypatch.setattr(Layout, "prompt_lens", property(refuse))
-    outputs = backend.run(q, k, None, layout, scale=0.25, window=10, horizon=(2, 30), lse_HT=None, span=True)
+    cu_seqlens = torch.tensor([0, 60], dtype=torch.int32, device=DEVICE)
+    sequences = Sequences(cu_seqlens, torch.tensor([5], device=DEVICE), 60, 1)
+    monkeypatch.setattr(Sequences, "host", property(refuse))
+    request = Request(q=q, k=k, v=None, sequences=sequences, scale=0.25, window=10, horizon=(2, 30))
+    outputs = TritonBackend().run(request)
     spans, *_ = reference.attention_statistics(
         q.double(), k.double(), bounds=[0, 60], prompt_lens=[5], scale=0.25, window=10, horizon=(2, 30)
     )

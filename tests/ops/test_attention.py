@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rhythm import attention_statistics, attention_with_statistics
 from rhythm.ops import attention
-from rhythm.ops.arguments import Layout
+from rhythm.ops.arguments import Request
 from rhythm.ops.backends.sampled_span import sampled_rows
 from rhythm.ops.reference import attention_weights
+from rhythm.shapes import Sequences
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("span", "waad", "fai", "lse")
@@ -43,7 +44,7 @@ def inputs(packed: bool, dtype: torch.dtype = torch.float32) -> tuple[list[Tenso
 def test_sdpa_flash(backend: str, packed: bool, dtype: torch.dtype) -> None:
     (q, k, v), arguments = inputs(packed, dtype)
     exact = attention_with_statistics(q.double(), k.double(), v.double(), backend="reference", **arguments)
-    out, statistics = attention_with_statistics(q, k, v, forward="sdpa_flash", backend=backend, **arguments)
+    out, statistics = attention_with_statistics(q, k, v, attention="sdpa_flash", backend=backend, **arguments)
     assert out.dtype == dtype
     rtol = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), exact[0], rtol=rtol, atol=rtol)
@@ -57,11 +58,13 @@ def test_the_librarys_output_and_lse_are_used(monkeypatch: pytest.MonkeyPatch) -
     (q, k, v), arguments = inputs(packed=True)
     right = attention_with_statistics(q, k, v, backend="cpu", **arguments)[1]
 
-    def run(self: object, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-        return torch.full_like(q, 7.0), torch.full((4, 120), 100.0)
+    def run(self: object, request: Request) -> tuple[Tensor, Tensor]:
+        return torch.full_like(request.q, 7.0), torch.full((4, 120), 100.0)
 
     monkeypatch.setattr(attention.SdpaFlash, "run", run)
-    out, statistics = attention_with_statistics(q, k, v, forward="sdpa_flash", backend="cpu", span_rows=4, **arguments)
+    out, statistics = attention_with_statistics(
+        q, k, v, attention="sdpa_flash", backend="cpu", span_rows=4, **arguments
+    )
     assert (out == 7).all()
     assert statistics.fai[:, :10].nan_to_num().max() < 1e-30 < right.fai[:, :10].nan_to_num().max()
     assert statistics.span[0].max() < 1e-30 < right.span[0].max()
@@ -107,7 +110,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[dict[str
         module.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec(version, None)
         module.flash_attn_varlen_func = two if version == "flash_attn" else three
         monkeypatch.setitem(sys.modules, version, module)
-        monkeypatch.setattr(attention.FlashAttn, "refuses", lambda self, q, k, layout: None)  # it would ask for a GPU
+        monkeypatch.setattr(attention.FlashAttn, "refuses", lambda self, request: None)  # it would ask for a GPU
         return calls
 
     return install
@@ -119,7 +122,7 @@ def test_flash_attn(flash_attn: Callable[[str], list[dict[str, Any]]], version: 
     calls = flash_attn(version)
     (q, k, v), arguments = inputs(packed, torch.bfloat16)
     expected_out, expected = attention_with_statistics(q, k, v, backend="reference", **arguments)
-    out, statistics = attention_with_statistics(q, k, v, forward="flash_attn", backend="cpu", **arguments)
+    out, statistics = attention_with_statistics(q, k, v, attention="flash_attn", backend="cpu", **arguments)
     assert calls == [{"longest": 120 if packed else 60}]
     torch.testing.assert_close(out, expected_out, rtol=1e-2, atol=1e-2)
     for name in NAMES:
@@ -127,51 +130,58 @@ def test_flash_attn(flash_attn: Callable[[str], list[dict[str, Any]]], version: 
         torch.testing.assert_close(actual, getattr(expected, name), rtol=2e-4, atol=1e-5, equal_nan=True, msg=name)
 
 
-def test_what_a_forward_cannot_take() -> None:
+def test_what_an_implementation_cannot_take() -> None:
     (q, k, v), arguments = inputs(packed=True)
-    with pytest.raises(ValueError, match="forward is 'flash'; allowed are fused, flash_attn, sdpa_flash"):
-        attention_with_statistics(q, k, v, forward="flash", **arguments)
+    with pytest.raises(ValueError, match="attention is 'flash'; allowed are fused, flash_attn, sdpa_flash"):
+        attention_with_statistics(q, k, v, attention="flash", **arguments)
     with pytest.raises(
         RuntimeError, match="'flash_attn' is not available: neither flash_attn_interface nor flash_attn"
     ):
-        attention_with_statistics(q, k, v, forward="flash_attn", **arguments)
+        attention_with_statistics(q, k, v, attention="flash_attn", **arguments)
     cudnn = attention.SdpaCudnn()
     on_gpu = torch.empty(4, 2, 20, dtype=torch.bfloat16, device="meta")
     on_gpu = type("OnGpu", (), {"is_cuda": True, "dtype": on_gpu.dtype, "shape": on_gpu.shape, "device": "cuda:0"})()
-    packed = Layout(4, 2, torch.tensor([0, 2, 4]), None)
-    assert "cu_seqlens packs 2 sequences" in cudnn.refuses(on_gpu, on_gpu, packed)
-    assert "head size 20; it takes multiples of 8" in cudnn.refuses(on_gpu, on_gpu, Layout(4, 1, None, None))
-    assert "q is on cpu" in cudnn.refuses(q, k, packed)
+
+    def request(q: object, sequences: Sequences) -> Request:
+        return Request(q=q, k=k, v=v, sequences=sequences, scale=1.0, window=10, horizon=(10, 50))
+
+    packed = Sequences(torch.tensor([0, 2, 4]), None, 4, 2)
+    assert "cu_seqlens packs 2 sequences" in cudnn.refuses(request(on_gpu, packed))
+    one = Sequences(None, None, 4, 1)
+    assert "head size 20; it takes multiples of 8" in cudnn.refuses(request(on_gpu, one))
+    assert "q is on cpu" in cudnn.refuses(request(q, packed))
     on_gpu.dtype = torch.float32
-    assert "dtype torch.float32; it takes" in attention.SdpaFlash().refuses(on_gpu, on_gpu, packed)
-    assert "dtype torch.float64" in attention.SdpaFlash().refuses(q.double(), k, packed)
+    assert "dtype torch.float32; it takes" in attention.SdpaFlash().refuses(request(on_gpu, packed))
+    assert "dtype torch.float64" in attention.SdpaFlash().refuses(request(q.double(), packed))
+    with pytest.raises(ValueError, match=r"^forward is now attention$"):
+        attention_with_statistics(q, k, v, **{"forward": "sdpa_flash"}, **arguments)
 
 
 def test_auto_follows_the_records(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     (q, k, v), arguments = inputs(packed=False)
-    attention._say.cache_clear()
+    attention._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="rhythm"):
         for _ in range(2):
-            fused, _ = attention_with_statistics(q, k, v, forward="auto", backend="cpu", **arguments)
-    assert caplog.text.count("forward auto: fused for torch.float32 on cpu") == 1
+            fused, _ = attention_with_statistics(q, k, v, attention="auto", backend="cpu", **arguments)
+    assert caplog.text.count("attention auto: fused for torch.float32 on cpu") == 1
     assert torch.equal(fused, attention_with_statistics(q, k, v, backend="cpu", **arguments)[0])
-    records = [{"device": "cpu", "dtype": "float32", "min_tokens": 60, "forward": "sdpa_flash"}]
+    records = [{"device": "cpu", "dtype": "float32", "min_tokens": 60, "attention": "sdpa_flash"}]
     monkeypatch.setattr(attention, "_records", lambda: records)
     ran = []
     monkeypatch.setattr(
-        attention.SdpaFlash, "run", lambda self, q, *rest: ran.append(1) or (q.clone(), torch.zeros(4, 120))
+        attention.SdpaFlash, "run", lambda self, request: ran.append(1) or (request.q.clone(), torch.zeros(4, 120))
     )
-    attention_with_statistics(q, k, v, forward="auto", backend="cpu", **arguments)
+    attention_with_statistics(q, k, v, attention="auto", backend="cpu", **arguments)
     assert ran == [1]
     # Shorter than the record says, or of a type that it does not name: ours.
-    attention_with_statistics(q[:, :59], k[:, :59], v[:, :59], forward="auto", backend="cpu", prompt_lens=[5, 5])
-    attention_with_statistics(*(x.bfloat16() for x in (q, k, v)), forward="auto", backend="cpu", **arguments)
+    attention_with_statistics(q[:, :59], k[:, :59], v[:, :59], attention="auto", backend="cpu", prompt_lens=[5, 5])
+    attention_with_statistics(*(x.bfloat16() for x in (q, k, v)), attention="auto", backend="cpu", **arguments)
     assert ran == [1]
 
 
 def test_packaged_records_name_what_was_measured() -> None:
     for record in attention._records():
-        assert record["forward"] in attention.NAMES
+        assert record["attention"] in attention.NAMES
         measured = json.loads((ROOT / record["record"]).read_text(encoding="utf-8"))
         claims = measured["parts"][f"race_{record['dtype']}"]["claims"]
         (ratio,) = [claim["value"] for claim in claims if claim["name"].startswith("with output")]
@@ -225,13 +235,15 @@ def test_span_rows_where_it_makes_no_sense() -> None:
     (q, k, v), arguments = inputs(packed=True)
     with pytest.raises(ValueError, match="span_rows is 8; it goes with lse given"):
         attention_statistics(q, k, span_rows=8, **arguments)
-    with pytest.raises(ValueError, match="span_rows is 8; it goes with a forward other than 'fused'"):
+    with pytest.raises(ValueError, match="span_rows is 8; it goes with attention other than 'fused'"):
         attention_with_statistics(q, k, v, span_rows=8, **arguments)
     with pytest.raises(ValueError, match="span_rows is 0; it must be an integer of at least 1"):
-        attention_with_statistics(q, k, v, forward="sdpa_flash", span_rows=0, **arguments)
+        attention_with_statistics(q, k, v, attention="sdpa_flash", span_rows=0, **arguments)
 
 
-@pytest.mark.parametrize("options", [{}, {"forward": "sdpa_flash"}, {"forward": "sdpa_flash", "span_rows": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"attention": "sdpa_flash"}, {"attention": "sdpa_flash", "span_rows": 8}], ids=str
+)
 def test_compiled(options: dict[str, Any]) -> None:
     (q, k, v), arguments = inputs(packed=False)
     arguments["prompt_lens"] = torch.tensor(arguments["prompt_lens"])

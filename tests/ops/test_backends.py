@@ -10,15 +10,17 @@ from tensors import normal
 
 from rhythm import _C
 from rhythm.ops import backends
+from rhythm.ops.arguments import Request, check_values
 from rhythm.ops.backends import cpu
 from rhythm.ops.statistics import attention_statistics
+from rhythm.shapes import Sequences
 
 Q = normal(5, 2, 8)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_choice() -> None:
-    backends._automatic.cache_clear()
+    backends._log_choice.cache_clear()
 
 
 def test_auto_takes_the_kernels_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -33,7 +35,7 @@ def test_auto_passes_over_what_cannot_take_the_type(caplog: pytest.LogCaptureFix
         statistics = attention_statistics(Q.double(), Q.double())
     assert statistics.waad.dtype == torch.float64
     assert "reference for torch.float64" in caplog.text
-    assert "not cpu: it has dtype torch.float64" in caplog.text
+    assert "not cpu: q has dtype torch.float64" in caplog.text
 
 
 def test_a_missing_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,12 +59,18 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_a_gpu_too_old_for_the_kernels_is_told_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from rhythm.ops.backends import triton
 
+    class OnGpu:
+        device, dtype = torch.device("cuda", 0), torch.float16
+
+    request = Request(
+        q=OnGpu(), k=OnGpu(), v=None, sequences=Sequences(None, None, 5, 1), scale=1.0, window=10, horizon=(10, 50)
+    )
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         triton.too_old.cache_clear()
-        reason = triton.refuses(torch.device("cuda", 0), torch.float16)
+        reason = triton.TritonBackend().refuses(request)
         assert (reason is not None) == refused
         if reason is not None:
             assert "Tesla T4 of compute capability 7.5; the kernels need 8.0" in reason
@@ -71,13 +79,20 @@ def test_a_gpu_too_old_for_the_kernels_is_told_what_would_do(monkeypatch: pytest
 
 
 def test_values_on_a_gpu_are_checked_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rhythm.ops import arguments
-
     class OnGpu:
-        ndim, shape, device = 3, (10, 2, 8), torch.device("cuda")
+        device = torch.device("cuda")
+        read = False
 
-    bad = torch.tensor([0, 4, 20], dtype=torch.int32)
-    assert arguments.layout(OnGpu(), bad, None).count == 2
+        def tolist(self) -> list[int]:
+            self.read = True
+            return [0, 4, 20]
+
+    bad = OnGpu()
+    check_values(Sequences(bad, None, 10, 2))
+    assert not bad.read
     monkeypatch.setenv("RHYTHM_CHECK_VALUES", "1")
     with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 20; it must cover 0 to T = 10"):
-        arguments.layout(OnGpu(), bad, None)
+        check_values(Sequences(bad, None, 10, 2))
+    monkeypatch.delenv("RHYTHM_CHECK_VALUES")
+    with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 20"):
+        check_values(Sequences(torch.tensor([0, 4, 20]), None, 10, 2))

@@ -196,3 +196,46 @@ def test_example_thought_anchors() -> None:
     exec(example("Thought Anchors"), scope)
     assert scope["receiver_heads"].tolist() == [5]
     assert int(scope["score_S"].nan_to_num().argmax()) == 3
+
+
+@pytest.mark.parametrize("per", ["head", "group"])
+@pytest.mark.parametrize("rows", [None, (3, -2), torch.tensor([[0, 9], [5, 24]])], ids=["all", "pair", "tensor"])
+def test_compiled_without_a_graph_break(rows: Any, per: Any) -> None:
+    """A cut range gives tensors whose lengths depend on its values: inside the op, no compiler sees them."""
+    torch._dynamo.reset()
+    q, k = normal(2, 24, 4, 8, seed=1), normal(2, 24, 2, 8, seed=2)
+
+    def call(q: Tensor, k: Tensor) -> Tensor:
+        return column_scores(q * 2, k, rows=rows, per=per, reduce="sum") + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k)
+    expected = call(q, k)
+    assert compiled.stride() == expected.stride()
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=0)
+    assert float(expected.sum()) > 2 * 24  # scores are not all 0
+
+
+def test_the_registered_op_refuses_bad_arguments() -> None:
+    q, k = normal(6, 4, 8), normal(6, 2, 8)
+    good = ["sum", "head", None, None, None, 0, None, None, 0.5, None, "cpu"]
+    bad = {
+        0: ("max", "reduce is 'max'; allowed are sum, mean"),
+        1: ("heads", "per is 'heads'; allowed are head, group"),
+        4: (torch.zeros(2, 2, dtype=torch.int64), r"rows has shape \(2, 2\)"),
+        5: (-1, r"horizon is \(-1, None\)"),
+        7: (torch.tensor([0, 7], dtype=torch.int32), "cu_seqlens runs from 0 to 7"),
+        8: (float("nan"), "scale is nan"),
+        9: (torch.zeros(4, 5), r"lse has shape \(4, 5\)"),
+        10: ("gpu", "backend is 'gpu'; allowed are auto"),
+    }
+    op = torch.ops.rhythm.column_scores
+    assert op(q, k, *good).equal(column_scores(q, k, scale=0.5, backend="cpu"))
+    for place, (value, message) in bad.items():
+        arguments = good.copy()
+        arguments[place] = value
+        with pytest.raises(ValueError, match=message):
+            op(q, k, *arguments)
+    with pytest.raises(ValueError, match="q may have fewer than k, not more"):
+        op(q, k[:3], *good)
+    with pytest.raises(ValueError, match=r"q has shape \(6, 4\)"):
+        op(q[..., 0], k, *good)

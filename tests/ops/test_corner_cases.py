@@ -114,7 +114,7 @@ def test_autocast_leaves_the_statistics_alone(backend: str) -> None:
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 9), (3, 0), (0, 0), (None, 0)])
 def test_empty_batches_compile(batch: int | None, tokens: int) -> None:
     def call(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        out, beside = attention_with_statistics(q, k, v, forward="sdpa_flash")
+        out, beside = attention_with_statistics(q, k, v, attention="sdpa_flash")
         alone = attention_statistics(q, k)
         return [out, beside.waad, alone.span, alone.fai, column_scores(q, k, per="group")]
 

@@ -118,7 +118,7 @@ def test_one_compilation_serves_every_batch() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("op", ["attention_statistics", "attention_with_statistics"])
+@pytest.mark.parametrize("op", ["attention_statistics", "attention_with_statistics", "column_scores"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_opcheck(op: str, packed: bool) -> None:
     """torch's own checks of a registration; arguments by name, so that added ones keep their defaults."""
@@ -129,9 +129,15 @@ def test_opcheck(op: str, packed: bool) -> None:
     values = {
         "q": q, "k": k, "v": v, "cu_seqlens": torch.tensor([0, 8, 20], dtype=torch.int32) if packed else None,
         "prompt_lens": None, "scale": 0.25, "window": 10, "horizon_lo": 0, "horizon_hi": 5, "lse": None, "span": True,
-        "backend": "cpu",
+        "backend": "cpu", "reduce": "sum", "per": "group", "rows_begin": 2, "rows_end": -1, "rows": None,
     }  # fmt: skip
     registered = getattr(torch.ops.rhythm, op).default
     names = [argument.name for argument in registered._schema.arguments]
-    assert set(names) >= values.keys() - ({"v"} if op == "attention_statistics" else {"lse", "span"})
+    columns = {"reduce", "per", "rows_begin", "rows_end", "rows"}
+    missing = {
+        "attention_statistics": columns | {"v"},
+        "attention_with_statistics": columns | {"lse", "span"},
+        "column_scores": {"v", "prompt_lens", "window", "span"},
+    }
+    assert set(names) >= values.keys() - missing[op]
     torch.library.opcheck(registered, (), {name: values[name] for name in names if name in values})

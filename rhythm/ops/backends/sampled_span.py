@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rhythm.ops.arguments import Layout
+from rhythm.shapes import Sequences
 
 SCORES_AT_ONCE = 1 << 24
 """A limit on memory: 64 MB of fp32."""
@@ -23,7 +23,7 @@ def sampled_rows(response: int, count: int, device: torch.device) -> Tensor:
     return (2 * torch.arange(count, device=device) + 1) * response // (2 * count)
 
 
-def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, layout: Layout, *, scale: float, count: int) -> Tensor:
+def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, sequences: Sequences, *, scale: float, count: int) -> Tensor:
     """[B, H] fp32, tokens: the mean of Σ_s A[t, s]·(t − s) over the sampled rows, A = exp(score − lse).
 
     NaN without response rows, and where the lse of a sampled row is not finite. Sums are fp32 (fp64 for fp64 q); reads
@@ -32,8 +32,9 @@ def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, layout: Layout, *, scale:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_THD, k_TGD = q.flatten(0, -3), k.flatten(0, -3)
     heads, group = q_THD.shape[1], q_THD.shape[1] // k_TGD.shape[1]
-    span_BH = torch.full((layout.count, heads), torch.nan, dtype=dtype, device=q.device)
-    for i, ((start, end), prompt) in enumerate(zip(pairwise(layout.bounds), layout.prompt_lens, strict=True)):
+    span_BH = torch.full((sequences.count, heads), torch.nan, dtype=dtype, device=q.device)
+    lengths = zip(pairwise(sequences.host.cu_seqlens), sequences.host.prompt_lens, strict=True)
+    for i, ((start, end), prompt) in enumerate(lengths):
         row_n = prompt + sampled_rows(end - start - prompt, count, q.device)
         if not row_n.numel():
             continue

@@ -6,15 +6,15 @@ With TRITON_INTERPRET=1 in the environment they run in Triton's interpreter, on 
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from rhythm.ops.arguments import Layout
-from rhythm.ops.backends.base import Outputs
+from rhythm.ops.arguments import Request
+from rhythm.ops.backends.base import Backend, BackendResult
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = 8  # the major one: bf16 and asynchronous copies
@@ -26,22 +26,13 @@ def interpreted() -> bool:
 
 
 @cache
-def unavailable() -> str | None:
+def missing() -> str | None:
+    """Why the kernels can't run on this machine; None: they can."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not interpreted():
         return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
     return None
-
-
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    wanted = "cpu" if interpreted() else "cuda"
-    if device.type != wanted:
-        where = " in the interpreter" if interpreted() else ""
-        return f"it is on {device}; the triton backend takes {wanted} tensors{where}"
-    if dtype not in DTYPES:
-        return f"it has dtype {dtype}; the triton backend takes {', '.join(map(str, DTYPES))}"
-    return None if interpreted() else too_old(device)
 
 
 @cache
@@ -53,54 +44,64 @@ def too_old(device: torch.device) -> str | None:
     if major >= MIN_CAPABILITY:
         return None
     return (
-        f"it is on a {torch.cuda.get_device_name(device)} of compute capability {major}.{minor}; the kernels need "
+        f"q is on a {torch.cuda.get_device_name(device)} of compute capability {major}.{minor}; the kernels need "
         f"{MIN_CAPABILITY}.0 or later, and backend 'reference' runs there (backend 'cpu' for tensors on the CPU)"
     )
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    layout: Layout,
-    *,
-    scale: float,
-    window: int,
-    horizon: tuple[int, int | None],
-    lse_HT: Tensor | None,
-    span: bool,
-) -> Outputs:
-    from rhythm.kernels import Sequences, bands, column_sweep, mean_span, mend_output, row_sweep, undefined_results
+class TritonBackend(Backend):
+    def unavailable(self) -> str | None:
+        return missing()
 
-    heads, tokens, out_THD = q.shape[-2], layout.tokens, None
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        got = undefined_results(layout.count, heads, tokens, q.device, lse_HT)
-        if tokens == 0 or layout.count == 0:
-            return Outputs(got.span, got.waad, got.fai, got.lse, None if v is None else torch.zeros_like(q))
-        sequences = Sequences(layout.cu_seqlens, layout.prompt_tensor, tokens, layout.count)
-        given = got.given_lse
-        if span or given is None:
-            sums, out_THD = row_sweep(
-                q, k, v, sequences, got.waad, got.lse, scale=scale, window=window, given_lse_HT=given,
-                softmax=got.softmax,
-            )  # fmt: skip
-            mean_span(sums, sequences, got.span)
-            if v is not None and out_THD is not None:
-                mend_output(q, k, v, sequences, out_THD, scale=scale)
-        if given is None:
-            column_sweep(q, k, got.lse, sequences, got.fai, scale=scale, horizon=horizon, softmax=got.softmax)
-        else:  # these go by the lse from outside, and take the place of what the row sweep wrote
-            bands(q, k, given, sequences, got.waad, got.fai, got.lse, scale=scale, window=window, horizon=horizon)
-    return Outputs(got.span, got.waad, got.fai, got.lse, out_THD)
+    def refuses(self, request: Request) -> str | None:
+        q, wanted = request.q, "cpu" if interpreted() else "cuda"
+        if q.device.type != wanted:
+            return f"q is on {q.device}; it takes {wanted} tensors{' in the interpreter' if interpreted() else ''}"
+        if q.dtype not in DTYPES:
+            return f"q has dtype {q.dtype}; it takes {', '.join(map(str, DTYPES))}"
+        return None if interpreted() else too_old(q.device)
+
+    def only_by_name(self) -> str | None:
+        return "its interpreter is for tests" if interpreted() else None
+
+    def run(self, request: Request) -> BackendResult:
+        from rhythm.kernels import bands, column_sweep, mean_span, mend_output, row_sweep, undefined_results
+
+        q, k, v, sequences = request.q, request.k, request.v, request.sequences
+        scale, window, horizon, out_THD = request.scale, request.window, request.horizon, None
+        with _on(q.device):
+            got = undefined_results(sequences.count, q.shape[-2], sequences.tokens, q.device, request.lse_HT)
+            if sequences.tokens == 0 or sequences.count == 0:
+                return BackendResult(got.span, got.waad, got.fai, got.lse, None if v is None else torch.zeros_like(q))
+            given = got.given_lse
+            if request.span or given is None:
+                sums, out_THD = row_sweep(
+                    q, k, v, sequences, got.waad, got.lse, scale=scale, window=window, given_lse_HT=given,
+                    softmax=got.softmax,
+                )  # fmt: skip
+                mean_span(sums, sequences, got.span)
+                if v is not None and out_THD is not None:
+                    mend_output(q, k, v, sequences, out_THD, scale=scale)
+            if given is None:
+                column_sweep(q, k, got.lse, sequences, got.fai, scale=scale, horizon=horizon, softmax=got.softmax)
+            else:  # these go by the lse from outside, and take the place of what the row sweep wrote
+                bands(q, k, given, sequences, got.waad, got.fai, got.lse, scale=scale, window=window, horizon=horizon)
+        return BackendResult(got.span, got.waad, got.fai, got.lse, out_THD)
+
+    def sampled_span(self, request: Request, lse_HT: Tensor, count: int) -> Tensor:
+        """As the base class, without reading the lengths on the host."""
+        from rhythm.kernels import sampled_span
+
+        q, sequences = request.q, request.sequences
+        if sequences.tokens == 0 or sequences.count == 0:
+            return torch.full((sequences.count, q.shape[-2]), torch.nan, device=q.device)
+        with _on(q.device):
+            span_BH: Tensor = sampled_span(
+                q, request.k, lse_HT.float().contiguous(), sequences, scale=request.scale, count=count
+            )
+            return span_BH
 
 
-def sampled_span(q: Tensor, k: Tensor, lse_HT: Tensor, layout: Layout, *, scale: float, count: int) -> Tensor:
-    """As rhythm.ops.backends.sampled_span.sampled_span, without reading the lengths on the host."""
-    from rhythm.kernels import Sequences, sampled_span
-
-    if layout.tokens == 0 or layout.count == 0:
-        return torch.full((layout.count, q.shape[-2]), torch.nan, device=q.device)
-    sequences = Sequences(layout.cu_seqlens, layout.prompt_tensor, layout.tokens, layout.count)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        span_BH: Tensor = sampled_span(q, k, lse_HT.float().contiguous(), sequences, scale=scale, count=count)
-        return span_BH
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are launched on torch's current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
