@@ -21,10 +21,17 @@ from rhythm.ops import reference
 from rhythm.ops.column_scores import column_scores
 from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
-from rhythm.tap.attention_form import check_output as check_attention
 from rhythm.tap.attention_tap import check_reference
-from rhythm.tap.interception import ATTENTION_LAYERS, Output, described, diverted, layer_kinds, text_config
-from rhythm.tap.padding import padded_batch
+from rhythm.tap.interception import (
+    ATTENTION_LAYERS,
+    Output,
+    format_layers,
+    intercept_attention,
+    layer_kinds,
+    text_config,
+)
+from rhythm.tap.output_check import check_output
+from rhythm.tap.padding import PaddedBatch
 
 LOGIT_ELEMENTS = 2**24  # fp32 logits held at a time: 64 MB
 LEAST_LAYERS = 3
@@ -83,7 +90,7 @@ class Observer:
         self.pool = signals.layers_of(count, readable)
         if unread := [layer for layer in self.pool if layer not in readable]:
             raise UnsupportedAttention(
-                f"{self.config.model_type}: can't read the attention of {described(unread, self.config)}"
+                f"{self.config.model_type}: can't read the attention of {format_layers(unread, self.config)}"
             )
         self._model, self._signals, self._gap = model, signals, sentence_gap
         self._head_is_plain = _has_plain_head(model)
@@ -99,7 +106,7 @@ class Observer:
         """
         device = self._model.device
         ids_1N = torch.tensor([list(input_ids_N)], device=device)
-        masks = MaskReader(padded_batch(torch.ones_like(ids_1N), [prompt_len]))
+        masks = MaskReader(PaddedBatch.from_mask(torch.ones_like(ids_1N), [prompt_len]))
         sentences = torch.tensor(list(sentence_M), device=device)
         layers: dict[int, LayerHeads] = {}
 
@@ -109,16 +116,16 @@ class Observer:
             form = attention_form(call, masks)
             result = call.run()
             with torch.autocast(device.type, enabled=False):
-                check_attention(call, form, masks.batch.to(call.query.device), result[0])
+                check_output(call, form, masks.batch.to(call.query.device), result[0])
                 layers[call.layer] = self._layer(call, form, prompt_len, sentences)
             return result
 
-        with diverted(self.config, receive):
+        with intercept_attention(self.config, receive):
             logits_of = self._logits(ids_1N)
         if missing := [layer for layer in self.pool if layer not in layers]:
             raise UnsupportedAttention(
-                f"{self.config.model_type}: {described(missing, self.config)} never reached transformers' attention "
-                "interface"
+                f"{self.config.model_type}: {format_layers(missing, self.config)} never reached transformers' "
+                "attention interface"
             )
         entropy_M, logprob_M = _distributions(logits_of, ids_1N[0], prompt_len, self.config.vocab_size)
         return Pass(layers, entropy_M.cpu(), logprob_M.cpu())

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from rhythm.ops import arguments, reference
 from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
+from rhythm.shapes import integer
 from rhythm.system.extras import needs
 from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
 from rhythm.tap.interception import Output
-from rhythm.tap.padding import PaddedBatch, padded_batch, whole_batch
+from rhythm.tap.padding import PaddedBatch, whole_batch
 
 with needs("rhythm.integrations.transformers"):
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -37,7 +38,7 @@ with needs("rhythm.integrations.transformers"):
 
 NAME = "rhythm"
 # Arguments that change the output, and that sdpa, which we fall back on, takes and ignores.
-UNHEEDED = {
+IGNORED_BY_SDPA = {
     "attention_bias": "an attention bias",
     "block_indices": "sparse attention",
     "head_mask": "a head mask",
@@ -124,7 +125,7 @@ def collect_statistics(
             among them decode steps and any other use of a filled KV cache.
         RuntimeError: a context is open already; in the forward pass: a layer ran twice.
     """
-    arguments.check_options(1.0, window, horizon)
+    arguments.check_options(1.0, integer("window", window), arguments.pair(horizon))
     if layers is not None and any(
         isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers
     ):
@@ -196,7 +197,9 @@ class _Collector:
         if self._masks is None:
             real_BT = _tokens(call)
             nothing = torch.zeros(len(real_BT), dtype=torch.int64)
-            self._masks = _Masks(padded_batch(real_BT, nothing if self._prompt_lens is None else self._prompt_lens))
+            self._masks = _Masks(
+                PaddedBatch.from_mask(real_BT, nothing if self._prompt_lens is None else self._prompt_lens)
+            )
         form = attention_form(call, self._masks)
         layer = _Layer(call, form, self._masks.on(call.query.device))
         own = None if layer.fusable else _sdpa(call)[0]
@@ -244,7 +247,7 @@ class _Collector:
         span_BH, waad_HT, fai_HT, lse_HT, _ = reference.attention_statistics(
             q_THD,
             k_TGD,
-            bounds=batch.host.bounds,
+            bounds=batch.host.cu_seqlens,
             prompt_lens=batch.host.prompt_lens,
             scale=form.scale,
             sliding_window=form.window,
@@ -275,7 +278,7 @@ def _attention(
         mask=attention_mask,
         options=options,
     )
-    for name, feature in UNHEEDED.items():
+    for name, feature in IGNORED_BY_SDPA.items():
         if options.get(name) is not None:
             raise UnsupportedAttention(
                 f"{call.where}: {feature} ({name}), which attn_implementation={NAME!r} does not compute; the model's "

@@ -28,10 +28,10 @@ from rhythm.tap.attention_form import (
     UnsupportedAttention,
     Verdicts,
     attention_form,
-    check_output,
 )
-from rhythm.tap.interception import Output, checked_layers, described, diverted, text_config
-from rhythm.tap.padding import PaddedBatch, check_one_of, integers, padded_batch, whole_batch
+from rhythm.tap.interception import Output, checked_layers, format_layers, intercept_attention, text_config
+from rhythm.tap.output_check import check_output
+from rhythm.tap.padding import PaddedBatch, check_one_of, integers, whole_batch
 
 logger = logging.getLogger("rhythm")
 
@@ -121,7 +121,7 @@ class AttentionTap:
         if attention_mask is None and response_mask is not None:
             attention_mask = torch.ones_like(response_mask)
         if attention_mask is not None:
-            self._masks = MaskReader(padded_batch(attention_mask, prompt_lens, response_mask), self._verdicts)
+            self._masks = MaskReader(PaddedBatch.from_mask(attention_mask, prompt_lens, response_mask), self._verdicts)
         else:
             assert prompt_lens is not None
             # Read here, because the first of the layers should not have to.
@@ -138,7 +138,7 @@ class AttentionTap:
     def __enter__(self) -> AttentionTap:
         if self._reached:
             raise RuntimeError("this tap has served its forward pass; open a new one for each")
-        self._exit.enter_context(diverted(self._config, self._receive))
+        self._exit.enter_context(intercept_attention(self._config, self._receive))
         return self
 
     def __exit__(
@@ -170,7 +170,7 @@ class AttentionTap:
         if missing := [layer for layer in self.layers if layer not in self._statistics]:
             hint = "layers= may name others" if self._reached else "no layer did: has a forward pass run?"
             raise UnsupportedAttention(
-                f"{self._config.model_type}: {described(missing, self._config)} never reached transformers' "
+                f"{self._config.model_type}: {format_layers(missing, self._config)} never reached transformers' "
                 f"attention interface ({hint})"
             )
         self._verdicts.settle()
@@ -241,7 +241,7 @@ class AttentionTap:
             span_BH, waad_HT, fai_HT, _, _ = reference.attention_statistics(
                 batch.packed(q_BTHD),
                 batch.packed(k_BTGD),
-                bounds=batch.host.bounds,
+                bounds=batch.host.cu_seqlens,
                 prompt_lens=batch.host.prompt_lens,
                 scale=form.scale,
                 window=self._options.window,

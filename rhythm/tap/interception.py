@@ -1,8 +1,8 @@
-"""Diverts a model's attention calls through a function of ours, by way of transformers' attention interface.
+"""Passes a model's attention calls to a function of ours, through transformers' attention interface.
 
 transformers looks an attention function up by the name in the model's configuration, for every call of every
 layer, and builds the masks for that name. Here each implementation gets a second name with the same masks,
-under which `diverted` receives the calls. No code of the model is changed.
+under which `intercept_attention` receives the calls. No code of the model is changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "hybrid", "hybrid_sli
 
 
 @dataclass(frozen=True)
-class _Diversion:
+class _Interception:
     config: PreTrainedConfig
     implementation: str
     receive: Receiver
@@ -40,24 +40,24 @@ class _Diversion:
 
 # By the id of the configuration whose name was changed. Not thread-local: autograd recomputes activations in
 # threads of its own.
-_diversions: dict[int, _Diversion] = {}
+_interceptions: dict[int, _Interception] = {}
 
 
 @contextmanager
-def diverted(config: PreTrainedConfig, receive: Receiver) -> Iterator[None]:
+def intercept_attention(config: PreTrainedConfig, receive: Receiver) -> Iterator[None]:
     """While open, `receive(call)` is what the layers with this configuration object get for their attention.
 
     Raises:
-        RuntimeError: the configuration's calls are diverted already.
+        RuntimeError: the configuration's calls are intercepted already.
     """
-    diversion = _Diversion(config, config._attn_implementation, receive)
-    if _diversions.setdefault(id(config), diversion) is not diversion:
+    interception = _Interception(config, config._attn_implementation, receive)
+    if _interceptions.setdefault(id(config), interception) is not interception:
         raise RuntimeError(f"a tap is already open on this {config.model_type} model; taps don't nest")
     try:
-        with _named(config, _registered(diversion.implementation)):
+        with _named(config, _registered(interception.implementation)):
             yield
     finally:
-        del _diversions[id(config)]
+        del _interceptions[id(config)]
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
@@ -99,7 +99,7 @@ def checked_layers(signals: SignalsConfig, config: PreTrainedConfig) -> list[int
         raise UnsupportedAttention(f"{config.model_type}: has no layer whose attention could be read")
     if others := [layer for layer in chosen if layer not in usable]:
         raise UnsupportedAttention(
-            f"{config.model_type}: can't read the attention of {described(others, config)}; layers= may name "
+            f"{config.model_type}: can't read the attention of {format_layers(others, config)}; layers= may name "
             f"some of {usable}"
         )
     return chosen
@@ -109,7 +109,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
-def described(layers: Sequence[int], config: PreTrainedConfig) -> str:
+def format_layers(layers: Sequence[int], config: PreTrainedConfig) -> str:
     """For messages: "layers 1 (linear_attention), 2 (full_attention)"."""
     return "layers " + ", ".join(f"{layer} ({layer_kinds(config)[layer]})" for layer in layers)
 
@@ -119,10 +119,10 @@ def _tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: Any
 ) -> Output:
     """The attention function that transformers finds under our names."""
-    diversion = _diversions.get(id(getattr(module, "config", None)))
-    if diversion is None:
+    interception = _interceptions.get(id(getattr(module, "config", None)))
+    if interception is None:
         raise RuntimeError(f"{type(module).__name__} holds a copy of the configuration of a model with an open tap")
-    config, implementation = diversion.config, diversion.implementation
+    config, implementation = interception.config, interception.implementation
     layer = getattr(module, "layer_idx", None)
     where = f"{config.model_type}, layer {layer}"
     function = _models_own(module, implementation)
@@ -130,7 +130,7 @@ def _tapped_attention(
         raise UnsupportedAttention(f"{where}: found no {implementation!r} attention in the model's own file")
     # With the name as it was: flash attention takes its kernel from there.
     with _named(config, implementation):
-        return diversion.receive(
+        return interception.receive(
             AttentionCall(
                 where=where,
                 layer=layer,

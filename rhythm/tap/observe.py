@@ -16,7 +16,7 @@ from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.credit.signals_config import SignalsConfig
 from rhythm.shapes import check_dense, check_shape
 from rhythm.tap.attention_tap import AttentionTap
-from rhythm.tap.padding import PaddedBatch, padded_batch
+from rhythm.tap.padding import PaddedBatch
 
 ENTROPY_ELEMENTS = 2**24  # fp32 probabilities held at a time: 64 MB
 
@@ -101,7 +101,7 @@ def response_entropy(
     kind. Arguments and ValueErrors as in `observe`.
     """
     mask_BT, response_BT = _checked(model, input_ids, attention_mask, response_mask)
-    batch = padded_batch(mask_BT, prompt_lens, response_BT)
+    batch = PaddedBatch.from_mask(mask_BT, prompt_lens, response_BT)
     with torch.no_grad():
         output = _forward(model, input_ids, _inputs(batch, None if attention_mask is None else mask_BT))
         return _entropies(_logits(model, output), batch)

@@ -28,7 +28,7 @@ class HostLengths:
     prompt_lens: list[int]
 
     @property
-    def bounds(self) -> list[int]:
+    def cu_seqlens(self) -> list[int]:
         """Where each sequence begins once the padding is left out, and where the last one ends: B + 1 numbers."""
         return [0, *accumulate(self.lens)]
 
@@ -48,7 +48,7 @@ class PaddedBatch:
     """Sequences padded on the left, on the right or on both sides.
 
     Attributes:
-        real: bool [B, T], true on tokens, false on padding; one contiguous run a row.
+        real: bool [B, T], true on tokens, false on padding; one contiguous run per row.
         first: int64 [B], position of each sequence's first token; 0 for an empty one.
         lens: int64 [B], tokens of each sequence.
         prompt_lens: int64 [B], how many of them are its prompt.
@@ -60,6 +60,69 @@ class PaddedBatch:
     lens: Tensor
     prompt_lens: Tensor
     host: HostLengths
+
+    @classmethod
+    def from_mask(
+        cls,
+        attention_mask_BT: Tensor,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        response_mask_BT: Tensor | None = None,
+    ) -> PaddedBatch:
+        """The batch that a 2D attention mask describes. Waits for the mask's device, once.
+
+        Args:
+            attention_mask_BT: [B, T], any type; 1 on tokens, 0 on padding.
+            prompt_lens: [B] integers, tokens of each sequence (padding not counted) that are its prompt.
+            response_mask_BT: [B, T], 1 on the response, the last tokens of each row; instead of prompt_lens.
+
+        Raises:
+            ValueError: a mask that is not 2D, holds other values or has padding between tokens; prompt_lens
+                that are not integers, not [B], or not in 0 … the tokens of their sequence; a response_mask of
+                another shape, or that doesn't mark the last tokens of each row; both of them, or neither.
+        """
+        check_one_of(prompt_lens, response_mask_BT)
+        B, T = check_shape("attention_mask", attention_mask_BT, ("B", "T"))
+        real_BT = attention_mask_BT.bool()
+        response_BT = None
+        if response_mask_BT is not None:
+            check_dense("response_mask", response_mask_BT)
+            check_shape("response_mask", response_mask_BT, (B, T))
+            response_BT = response_mask_BT.to(real_BT.device).bool()
+            prompt_lens_B = (real_BT & ~response_BT).sum(dim=1)
+        else:
+            assert prompt_lens is not None
+            prompt_lens_B = integers(arguments.prompt_lens_tensor(prompt_lens, real_BT.device).to(real_BT.device))
+            check_shape("prompt_lens", prompt_lens_B, (B,))
+        # A row of one run turns from padding to tokens once, before its first token or within the row.
+        runs_B = real_BT[:, :1].sum(dim=1) + (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(dim=1)
+        others_B = (attention_mask_BT != real_BT.to(attention_mask_BT.dtype)).sum(dim=1)
+        lens_B = real_BT.sum(dim=1)
+        # argmax takes the first of equals, and 0 for a row without tokens.
+        first_B = real_BT.long().argmax(dim=1) if T else torch.zeros_like(lens_B)
+        misplaced_B = torch.zeros_like(lens_B)
+        if response_BT is not None:
+            start_B1 = (first_B + prompt_lens_B)[:, None]
+            last_BT = real_BT & (torch.arange(T, device=real_BT.device) >= start_B1)
+            misplaced_B = (response_BT != last_BT).sum(dim=1)
+        others, runs, misplaced, *on_host = torch.stack(
+            [others_B, runs_B, misplaced_B, first_B, lens_B, prompt_lens_B]
+        ).tolist()
+        if any(others):
+            raise ValueError(
+                "attention_mask holds values other than 0 and 1; sequences packed into one row are not allowed"
+            )
+        if broken := [row for row, count in enumerate(runs) if count > 1]:
+            raise ValueError(
+                f"attention_mask has padding between the tokens of row {broken[0]}; it may only be before or after"
+            )
+        if wrong := [row for row, count in enumerate(misplaced) if count]:
+            raise ValueError(
+                "response_mask must mark the last tokens of each row, in one run, and no padding; "
+                f"that of row {wrong[0]} does not"
+            )
+        host = HostLengths(*on_host)
+        _check_prompts(host)
+        return cls(real_BT, first_B, lens_B, prompt_lens_B, host)
 
     @property
     def response(self) -> Tensor:
@@ -127,68 +190,6 @@ def _copied(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return x.to(device)
     return (x.pin_memory() if x.device.type == "cpu" else x).to(device, non_blocking=True)
-
-
-def padded_batch(
-    attention_mask_BT: Tensor,
-    prompt_lens: Tensor | Sequence[int] | None = None,
-    response_mask_BT: Tensor | None = None,
-) -> PaddedBatch:
-    """The batch that a 2D attention mask describes. Waits for the mask's device, once.
-
-    Args:
-        attention_mask_BT: [B, T], any type; 1 on tokens, 0 on padding.
-        prompt_lens: [B] integers, tokens of each sequence (padding not counted) that are its prompt.
-        response_mask_BT: [B, T], 1 on the response, the last tokens of each row; instead of prompt_lens.
-
-    Raises:
-        ValueError: a mask that is not 2D, holds other values or has padding between tokens; prompt_lens
-            that are not integers, not [B], or not in 0 … the tokens of their sequence; a response_mask of
-            another shape, or that doesn't mark the last tokens of each row; both of them, or neither.
-    """
-    check_one_of(prompt_lens, response_mask_BT)
-    B, T = check_shape("attention_mask", attention_mask_BT, ("B", "T"))
-    real_BT = attention_mask_BT.bool()
-    response_BT = None
-    if response_mask_BT is not None:
-        check_dense("response_mask", response_mask_BT)
-        check_shape("response_mask", response_mask_BT, (B, T))
-        response_BT = response_mask_BT.to(real_BT.device).bool()
-        prompt_lens_B = (real_BT & ~response_BT).sum(dim=1)
-    else:
-        assert prompt_lens is not None
-        prompt_lens_B = integers(arguments.prompt_lens_tensor(prompt_lens, real_BT.device).to(real_BT.device))
-        check_shape("prompt_lens", prompt_lens_B, (B,))
-    # A row of one run turns from padding to tokens once, before its first token or within the row.
-    runs_B = real_BT[:, :1].sum(dim=1) + (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(dim=1)
-    others_B = (attention_mask_BT != real_BT.to(attention_mask_BT.dtype)).sum(dim=1)
-    lens_B = real_BT.sum(dim=1)
-    # argmax takes the first of equals, and 0 for a row without tokens.
-    first_B = real_BT.long().argmax(dim=1) if T else torch.zeros_like(lens_B)
-    misplaced_B = torch.zeros_like(lens_B)
-    if response_BT is not None:
-        start_B1 = (first_B + prompt_lens_B)[:, None]
-        last_BT = real_BT & (torch.arange(T, device=real_BT.device) >= start_B1)
-        misplaced_B = (response_BT != last_BT).sum(dim=1)
-    others, runs, misplaced, *on_host = torch.stack(
-        [others_B, runs_B, misplaced_B, first_B, lens_B, prompt_lens_B]
-    ).tolist()
-    if any(others):
-        raise ValueError(
-            "attention_mask holds values other than 0 and 1; sequences packed into one row are not allowed"
-        )
-    if broken := [row for row, count in enumerate(runs) if count > 1]:
-        raise ValueError(
-            f"attention_mask has padding between the tokens of row {broken[0]}; it may only be before or after"
-        )
-    if wrong := [row for row, count in enumerate(misplaced) if count]:
-        raise ValueError(
-            "response_mask must mark the last tokens of each row, in one run, and no padding; "
-            f"that of row {wrong[0]} does not"
-        )
-    host = HostLengths(*on_host)
-    _check_prompts(host)
-    return PaddedBatch(real_BT, first_B, lens_B, prompt_lens_B, host)
 
 
 def whole_batch(B: int, T: int, prompt_lens_B: Tensor, prompt_lens: list[int], device: torch.device) -> PaddedBatch:

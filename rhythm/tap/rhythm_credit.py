@@ -18,7 +18,7 @@ from rhythm.credit.signals import RhythmSignals
 from rhythm.credit.signals_config import SignalsConfig
 from rhythm.shapes import check_shape
 from rhythm.tap.observe import observe, response_entropy
-from rhythm.tap.padding import padded_batch
+from rhythm.tap.padding import PaddedBatch
 
 
 class RhythmCredit:
@@ -131,5 +131,5 @@ class RhythmCredit:
         check_shape("response_mask", response_mask, shape)
         signals, entropy_BT = self.read(model, input_ids, attention_mask=attention_mask, response_mask=response_mask)
         if not self.config.reads:
-            padded_batch(mask_BT, response_mask_BT=response_mask)  # checked by the pass, where there is one
+            PaddedBatch.from_mask(mask_BT, response_mask_BT=response_mask)  # checked by the pass, where there is one
         return batch_credit_weights(signals, response_mask.bool(), self.config, self.generator, entropy=entropy_BT)

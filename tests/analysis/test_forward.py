@@ -17,7 +17,7 @@ from rhythm.analysis.receivers import excess_kurtosis
 from rhythm.ops import reference
 from rhythm.tap import attention_tap
 from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
-from rhythm.tap.interception import diverted, text_config
+from rhythm.tap.interception import intercept_attention, text_config
 from rhythm.tap.observe import observe
 from rhythm.tiny.model import build_tokenizer
 
@@ -71,7 +71,7 @@ def test_spans_and_kurtosis_of_every_layer(kind: str) -> None:
         calls.append(call)
         return call.run()
 
-    with torch.no_grad(), diverted(text_config(model), kept):
+    with torch.no_grad(), intercept_attention(text_config(model), kept):
         model(torch.tensor([IDS]))
     assert sorted(seen.layers) == list(range(6))
     for call in calls:

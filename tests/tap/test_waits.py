@@ -24,12 +24,12 @@ from rhythm import attention_statistics
 from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import select_heads
 from rhythm.credit.signals import aggregate
-from rhythm.tap import attention_form
+from rhythm.tap import attention_form, output_check
 from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
-from rhythm.tap.interception import diverted, text_config
+from rhythm.tap.interception import intercept_attention, text_config
 from rhythm.tap.observe import observe
-from rhythm.tap.padding import padded_batch
+from rhythm.tap.padding import PaddedBatch
 
 T, PROMPT_LENS = 40, [6, 3]
 WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "_unique2", "unique_dim"}
@@ -38,9 +38,9 @@ SIZES = models.SIZES | models.GQA
 
 
 class Dispatched(TorchDispatchMode):
-    def __init__(self, found: list[str]) -> None:
+    def __init__(self, waiting: list[str]) -> None:
         super().__init__()
-        self.found = found
+        self.waiting = waiting
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
@@ -51,27 +51,27 @@ class Dispatched(TorchDispatchMode):
         )
         unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
         if name in WAITING or by_mask or unsized:
-            self.found.append(name)
+            self.waiting.append(name)
         return func(*args, **kwargs)
 
 
 class Called(TorchFunctionMode):
-    def __init__(self, found: list[str]) -> None:
+    def __init__(self, waiting: list[str]) -> None:
         super().__init__()
-        self.found = found
+        self.waiting = waiting
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READING:
-            self.found.append(func.__name__)
+            self.waiting.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def waits() -> Iterator[list[str]]:
     """The operations inside that would wait for a device."""
-    found: list[str] = []
-    with Called(found), Dispatched(found):
-        yield found
+    waiting: list[str] = []
+    with Called(waiting), Dispatched(waiting):
+        yield waiting
 
 
 def qwen3(layers: int = 4, implementation: str = "sdpa") -> Any:
@@ -138,14 +138,14 @@ def test_what_waits_is_seen() -> None:
         lambda: x.equal(x),
         lambda: torch.repeat_interleave(torch.arange(2), torch.tensor([1, 2])),
     ):
-        with waits() as found:
+        with waits() as waiting:
             wait()
-        assert len(found) >= 1
-    with waits() as found:
+        assert len(waiting) >= 1
+    with waits() as waiting:
         torch.repeat_interleave(torch.arange(2), torch.tensor([1, 2]), output_size=3)
         x[torch.tensor([0, 2])] = x[torch.tensor([1, 1])]
         torch.where(mask, x, 0.0)
-    assert found == []
+    assert waiting == []
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -156,9 +156,9 @@ def test_no_tapped_layer_waits(name: str, implementation: str, side: str, monkey
     of_layers: list[list[str]] = []
 
     def receive(self: AttentionTap, call: AttentionCall, original: Any = AttentionTap._receive) -> Any:
-        with waits() as found:
+        with waits() as waiting:
             result = original(self, call)
-        of_layers.append(found)
+        of_layers.append(waiting)
         return result
 
     monkeypatch.setattr(AttentionTap, "_receive", receive)
@@ -168,9 +168,9 @@ def test_no_tapped_layer_waits(name: str, implementation: str, side: str, monkey
     ):
         model(input_ids, **mask)
     assert of_layers == [[]] * 4
-    with waits() as found:
+    with waits() as waiting:
         signals = tap.signals()
-    assert found == ["tolist"]
+    assert waiting == ["tolist"]
     assert signals.waad[0, 6:].isfinite().all()
 
 
@@ -187,7 +187,7 @@ def test_the_number_of_waits_does_not_grow_with_the_layers(name: str, side: str,
         model = made(name, "sdpa", layers)
         with torch.no_grad(), waits() as by_the_model:
             model(input_ids, **mask, use_cache=False)
-        with waits() as found:
+        with waits() as waiting:
             observe(
                 model,
                 input_ids,
@@ -196,7 +196,7 @@ def test_the_number_of_waits_does_not_grow_with_the_layers(name: str, side: str,
                 signals=SignalsConfig(layers=range(layers)),
                 entropy=True,
             )
-        counts.append(len(found) - len(by_the_model))
+        counts.append(len(waiting) - len(by_the_model))
     assert counts == [2, 2]  # the mask before the forward pass, the verdicts after it
 
 
@@ -208,7 +208,7 @@ def calls_of(model: Any, **inputs: Any) -> list[AttentionCall]:
         calls.append(call)
         return call.run()
 
-    with torch.no_grad(), diverted(text_config(model), keep):
+    with torch.no_grad(), intercept_attention(text_config(model), keep):
         model(**inputs, use_cache=False)
     return calls
 
@@ -268,16 +268,16 @@ def test_signals_are_those_of_packed_tensors(side: str) -> None:
 
 def test_places_are_those_of_the_mask() -> None:
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]])
-    found = padded_batch(mask, [1, 0, 0, 2])
+    made = PaddedBatch.from_mask(mask, [1, 0, 0, 2])
     for places, expected in (
-        (found.places, mask.bool()),
-        (found.drawn_places, found.response & (found.positions > 0)),
+        (made.places, mask.bool()),
+        (made.drawn_places, made.response & (made.positions > 0)),
     ):
         assert torch.stack(places).equal(torch.stack(expected.nonzero(as_tuple=True)))
-    assert found.host.bounds == found.cu_seqlens.tolist() == [0, 3, 8, 8, 10]
+    assert made.host.cu_seqlens == made.cu_seqlens.tolist() == [0, 3, 8, 8, 10]
     x = torch.arange(40.0).view(4, 5, 2)
-    assert found.packed(x).equal(x[mask.bool()])
-    assert found.padded(found.packed(x), -1.0).equal(torch.where(mask.bool()[..., None], x, -1.0))
+    assert made.packed(x).equal(x[mask.bool()])
+    assert made.padded(made.packed(x), -1.0).equal(torch.where(mask.bool()[..., None], x, -1.0))
 
 
 def test_an_output_that_disagrees_is_refused_in_signals_by_layer() -> None:
@@ -321,15 +321,16 @@ def test_outputs_are_checked_without_copies_of_all_keys_and_values(
 ) -> None:
     model, (input_ids, mask) = qwen3().to(torch.bfloat16), batch("left")
     limit = 2 * 2 * 16 * 7  # seven keys at a time
-    monkeypatch.setattr(attention_form, "CHECKED_ELEMENTS", limit + 3)
-    call, found = calls_of(model, input_ids=input_ids, **mask)[1], padded_batch(mask["attention_mask"], PROMPT_LENS)
-    form = attention_form.attention_form(call, attention_form.MaskReader(found))
+    monkeypatch.setattr(output_check, "CHECKED_ELEMENTS", limit + 3)
+    call = calls_of(model, input_ids=input_ids, **mask)[1]
+    padded = PaddedBatch.from_mask(mask["attention_mask"], PROMPT_LENS)
+    form = attention_form.attention_form(call, attention_form.MaskReader(padded))
     output = call.run()[0] * (1.3 if scaled else 1.0)
     with Copies() as copies:
         if scaled:
             with pytest.raises(UnsupportedAttention, match="an output of 'sdpa' attention"):
-                attention_form.check_output(call, form, found, output)
+                output_check.check_output(call, form, padded, output)
         else:
-            attention_form.check_output(call, form, found, output)
+            output_check.check_output(call, form, padded, output)
     assert copies.sizes.count(limit) >= 3 * 5  # five times seven keys, values and absolute values
     assert max(copies.sizes) < call.key.numel()

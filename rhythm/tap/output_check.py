@@ -1,0 +1,105 @@
+"""Checks an attention output against the form of attention that was read off its call.
+
+What a call's arguments don't show (a sink or a bias inside the module, a kernel that ignores an argument) shows here:
+some rows of the attention are computed and compared with what the model got.
+
+Shape suffixes: B sequences, T positions, H query heads, G key heads, V value heads, R query heads of one of these,
+C positions at a time, D head size, E value head size, P probed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rhythm.tap.attention_form import AtOnce, AttentionCall, AttentionForm, Verdicts
+from rhythm.tap.padding import PaddedBatch
+
+CHECKED_ELEMENTS = 2**22  # of keys or of values that check_output holds in fp32 at a time: 16 MB
+# Largest error of a probed row relative to Σ_s A[t, s]·|v_s|, for arithmetic in full fp32 and for any other.
+PRECISE, COARSE = 1e-3, 0.1
+
+
+def check_output(
+    call: AttentionCall,
+    form: AttentionForm,
+    batch: PaddedBatch,
+    output: Tensor,
+    verdicts: Verdicts | None = None,
+) -> None:
+    """Computes the first, middle and last row of each sequence in this form and compares with the model's.
+
+    Args:
+        batch: on the call's device.
+        output: [B, T, H, E], of `call.run()`.
+        verdicts: what collects the outcome. None: it is read at once, which waits for the device.
+
+    Raises:
+        UnsupportedAttention: they differ by more than rounding; from the verdicts, where there are some.
+    """
+    B, H, T, _ = call.query.shape
+    batch = batch.to(call.query.device)
+    if output.shape[:3] != (B, T, H):
+        raise call.refusal(f"an attention output of shape {list(output.shape)}, not [{B}, {T}, {H}, …]")
+    row_B1 = torch.arange(B, device=output.device)[:, None]
+    step_BP = torch.stack([torch.zeros_like(batch.lens), batch.lens // 2, batch.lens - 1], dim=1)
+    probed_BP = batch.first[:, None] + step_BP.clamp(min=0)
+
+    # Eager attention rounds its scores to the model's type, so the probe does too.
+    dtype = call.query.dtype if call.implementation == "eager" else torch.float32
+    query_BPHD = call.query.transpose(1, 2)[row_B1, probed_BP].to(dtype)
+    query_BPGRD = _grouped(query_BPHD, call.key.shape[1])
+    score_BPHT = torch.cat(
+        [
+            (torch.einsum("bpgrd,bgtd->bpgrt", query_BPGRD, key_BGCD.to(dtype)) * form.scale).flatten(2, 3).float()
+            for key_BGCD in _some_at_a_time(call.key)
+        ],
+        dim=-1,
+    )
+    if form.softcap is not None:
+        score_BPHT = form.softcap * torch.tanh(score_BPHT / form.softcap)
+    distance_BPT = probed_BP[:, :, None] - torch.arange(T, device=output.device)
+    visible_BPT = (distance_BPT >= 0) & batch.real[:, None, :]
+    if form.window is not None:
+        visible_BPT &= distance_BPT < form.window
+    weight_BPHT = score_BPHT.masked_fill(~visible_BPT[:, :, None], -torch.inf).softmax(dim=-1)
+
+    ours_BPHE = size_BPHE = torch.zeros((), device=output.device)
+    start = 0
+    for value_BVCE in _some_at_a_time(call.value):
+        value_BVCE = value_BVCE.float()
+        end = start + value_BVCE.shape[2]
+        weight_BPVRC = _grouped(weight_BPHT[..., start:end], call.value.shape[1])
+        ours_BPHE = ours_BPHE + torch.einsum("bpvrc,bvce->bpvre", weight_BPVRC, value_BVCE).flatten(2, 3)
+        size_BPHE = size_BPHE + torch.einsum("bpvrc,bvce->bpvre", weight_BPVRC, value_BVCE.abs()).flatten(2, 3)
+        start = end
+    error_BH = (output[row_B1, probed_BP].float() - ours_BPHE).norm(dim=(1, 3))
+    size_BH = size_BPHE.norm(dim=(1, 3))
+    # A NaN of ours comes from NaN in the inputs or an empty sequence; a NaN of the model's alone disagrees.
+    agrees_BH = (error_BH <= _tolerance(call, output) * size_BH) | size_BH.isnan()
+    (verdicts or AtOnce()).refuse_if(
+        ~agrees_BH.all(),
+        call.refusal(
+            f"an output of {call.implementation!r} attention that is not that of causal attention with {form}"
+        ),
+    )
+
+
+def _some_at_a_time(x_BGTX: Tensor) -> tuple[Tensor, ...]:
+    """[B, G, C, X] views of up to CHECKED_ELEMENTS elements: a copy of all keys or values would be as large as they."""
+    B, G, _, X = x_BGTX.shape
+    return torch.split(x_BGTX, max(1, CHECKED_ELEMENTS // max(1, B * G * X)), dim=2)
+
+
+def _grouped(x_BPHX: Tensor, groups: int) -> Tensor:
+    """[B, P, H, X] → [B, P, groups, H / groups, X]."""
+    B, P, H, X = x_BPHX.shape
+    return x_BPHX.reshape(B, P, groups, H // groups, X)
+
+
+def _tolerance(call: AttentionCall, output: Tensor) -> float:
+    full = torch.float32, torch.float64
+    precise = call.query.dtype in full and output.dtype in full and "flash" not in call.implementation
+    if call.query.device.type == "cuda":
+        precise = precise and torch.get_float32_matmul_precision() == "highest"
+    return PRECISE if precise else COARSE
