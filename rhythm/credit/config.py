@@ -62,7 +62,8 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
 
     strategy: str = Field(
         default="coupled",
-        description="tokens to amplify; " + "; ".join(f"{name}: {each.meaning}" for name, each in STRATEGIES.items()),
+        description="tokens to amplify; "
+        + "; ".join(f"{name}: {strategy.meaning}" for name, strategy in STRATEGIES.items()),
     )
     top_fraction: float = Field(
         default=0.4, gt=0, le=1, description="share of a response's tokens to select; rounded up"
@@ -93,8 +94,8 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
     )
     select: Select = Field(
         default="top",
-        description="bottom selects the tokens of lowest Δ, FAI or entropy instead, for ablations; which "
-        "anchors count as dominated, and by which token, is judged as ever, and random stays random",
+        description="bottom selects the tokens of lowest Δ, FAI or entropy instead (ablation); dominance is decided "
+        "as usual, and random is unaffected",
     )
     apply_to: ApplyTo = Field(
         default="nonnegative", description="advantages that γ multiplies: the nonnegative ones, or all"

@@ -93,7 +93,7 @@ def batch_credit_weights(
     Args:
         signals: [B, T] each; what they hold outside the responses is ignored. May be None for a strategy that
             reads no attention (config.reads).
-        response_mask_BT: [B, T], true on response tokens: one contiguous run a row, anywhere in it; an empty
+        response_mask_BT: [B, T], true on response tokens: one contiguous run per row, anywhere in it; an empty
             one is fine.
         config: strategy and options.
         generator: for the strategy "random"; torch's default one if None.

@@ -1,4 +1,4 @@
-"""Which heads are watched: the sampled layers, and the local and global heads among their query heads.
+"""Chooses heads: the sampled layers, and the local and global heads among their query heads.
 
 Shape suffixes: B sequences, n heads of the pool (all query heads of the sampled layers, layer after layer).
 """

@@ -105,8 +105,8 @@ def policy_loss(
     """Minus the clipped objective, the mean of min(r·Ã, clip(r, 1 − ε_low, 1 + ε_high)·Ã) (eq. 12).
 
     With kl_coef, the k3 estimate ρ − 1 − log ρ, ρ = reference/new, is added per token; with entropy_coef, the
-    entropy is subtracted. Both are averaged as the objective is. Whatever stands outside the responses, NaN
-    included, changes neither the loss nor a gradient; inside, NaN shows. Log-ratios are cut at ±20.
+    entropy is subtracted. Both are averaged as the objective is. Values outside the responses, NaN included,
+    change neither the loss nor a gradient; NaN inside a response makes the loss NaN. Log-ratios are cut at ±20.
 
     Args:
         logprobs_BT: [B, T] under the policy being trained.
@@ -127,7 +127,7 @@ def policy_loss(
     totals = totals or BatchTotals.of(response_BT)
 
     def inside(name: str, x_BT: Tensor) -> Tensor:
-        # where, before any arithmetic: the gradient of whatever stands outside is 0, not 0 times NaN.
+        # where, before any arithmetic: the gradient of values outside is 0, not 0 times NaN.
         check_shape(name, x_BT, shape)
         return torch.where(response_BT, x_BT.float(), 0.0)
 

@@ -18,7 +18,7 @@ MAX_TOKENS = 2**31 - 1
 
 
 class _Choices:
-    """What the options say of a model."""
+    """What the options mean for a given model."""
 
     if TYPE_CHECKING:
         layers: int | tuple[int, ...] | Literal["all"] | None

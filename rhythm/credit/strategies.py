@@ -1,7 +1,7 @@
 """How γ is made of the signals: every strategy with what it reads.
 
 A strategy is a function from `StrategyInputs` to the bonus of each token, and an entry in STRATEGIES; configuration,
-trainer, RhythmCredit and TRL take all they need to know from there.
+trainer, RhythmCredit and TRL read everything about it from there.
 
 Shape suffixes: B responses, T positions, k tokens before an anchor, where its introductory token is sought.
 """

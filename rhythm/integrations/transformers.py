@@ -1,4 +1,4 @@
-"""transformers: `attn_implementation="rhythm"`, attention that leaves its statistics in a context the caller opens.
+"""transformers: `attn_implementation="rhythm"`, attention that also computes its statistics, inside a context manager.
 
     register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="rhythm")
@@ -37,7 +37,7 @@ with needs("rhythm.integrations.transformers"):
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 NAME = "rhythm"
-# Arguments that change the output, and that sdpa, which we fall back on, takes and ignores.
+# Arguments that change the output, and that transformers' sdpa function accepts and ignores.
 IGNORED_BY_SDPA = {
     "attention_bias": "an attention bias",
     "block_indices": "sparse attention",
@@ -362,5 +362,5 @@ def _padded(packed: AttentionStatistics, batch: PaddedBatch) -> AttentionStatist
 
 @cache
 def _say_reference(model_type: str) -> None:
-    """Cached, so that it is said once for each type of model."""
+    """Cached, so that it is logged once per model type."""
     logger.warning("%s: statistics of layers with a sliding window take O(heads · T²) memory", model_type)

@@ -1,4 +1,4 @@
-"""TRL: GRPOTrainer with token credit, its advantages [B] made into advantages × γ [B, C].
+"""TRL: GRPOTrainer with token credit, which turns advantages [B] into advantages × γ [B, C].
 
     trainer = RhythmGRPOTrainer(model, reward, args, dataset, credit=RhythmCredit(strategy="coupled"))
     trainer.train()
@@ -39,8 +39,9 @@ class RhythmGRPOTrainer(GRPOTrainer):
     """GRPOTrainer that multiplies advantages by γ, token by token (eq. 12).
 
     A forward pass of the policy, without gradients and no further than the last sampled layer, gives the signals of
-    each generated batch, `per_device_train_batch_size` (or `…_eval_…`) rows at a time; γ, made of them once, is shared
-    by all optimizer steps on that batch. Everything else is TRL's, and with `credit=None` all of it, bit for bit.
+    each generated batch, `per_device_train_batch_size` (or `…_eval_…`) rows at a time; γ is computed from them
+    once and used by all optimizer steps on that batch. Everything else is TRL's; with `credit=None` the results are
+    TRL's, bit for bit.
 
     Logged beside TRL's metrics, over the completion tokens of all processes: rhythm/gamma_mean, rhythm/bonus_mass (the
     mean of γ − 1), rhythm/amplified_fraction (tokens with γ > 1) and, where the strategy reads attention,

@@ -110,7 +110,7 @@ def prompt_lens_tensor(prompt_lens: object, device: torch.device) -> Tensor:
         raise ValueError(
             f"prompt_lens is {prompt_lens!r}; it must be int32 or int64 [B], or a sequence of integers{example}"
         )
-    # An entry too low or too high for its sequence is refused by `check_values`, which knows the sequence.
+    # Whether an entry fits its sequence is checked by `check_values`.
     checked = [integer(f"prompt_lens[{i}]", number) for i, number in enumerate(numbers)]
     return torch.tensor(checked, dtype=torch.int64, device=device)
 
@@ -142,7 +142,7 @@ def pair(horizon: object) -> tuple[int, int | None]:
 
 
 def name_of(argument: str, name: object, allowed: Iterable[str]) -> str:
-    """The name, if it is a string; which strings are names, the op knows."""
+    """The name, if it is a string; whether it is an allowed one is checked in the op."""
     if not isinstance(name, str):
         raise unknown_name(argument, name, allowed)
     return name

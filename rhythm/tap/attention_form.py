@@ -111,7 +111,7 @@ class AttentionForm:
     softcap: float | None
 
 
-class Verdicts:
+class DeferredChecks:
     """Which checks of tensors' values failed, kept on the device until `settle` reads all of them at once."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Verdicts:
         self._pending = []
 
 
-class AtOnce(Verdicts):
+class ImmediateChecks(DeferredChecks):
     """Reads the outcome of each check where it is made, waiting for the device each time."""
 
     def refuse_if(self, wrong: Tensor, refusal: UnsupportedAttention) -> None:
@@ -145,14 +145,14 @@ class MaskReader:
     """Finds which keys the queries of a padded batch see. A mask shared by several layers is read once.
 
     Args:
-        verdicts: what collects the checks of masks' values. None: each is read at once, and so are the windows of 4D
+        checks: what collects the checks of masks' values. None: each is read at once, and so are the windows of 4D
             masks. Else nothing here waits for the device: the window of a 4D mask is the one that the layer's
             arguments or configuration name, and that the mask has no other is one of the checks.
     """
 
-    def __init__(self, batch: PaddedBatch, verdicts: Verdicts | None = None) -> None:
+    def __init__(self, batch: PaddedBatch, checks: DeferredChecks | None = None) -> None:
         self.batch = batch
-        self._verdicts = verdicts
+        self._checks = checks
         self._elsewhere: dict[torch.device, PaddedBatch] = {}
         # The mask is kept with its window: an id is only good as long as its object lives.
         self._windows: dict[tuple[int, int | None], tuple[object, int | None]] = {}
@@ -167,11 +167,11 @@ class MaskReader:
         """The sliding window of causal attention among the batch's own tokens; None without one.
 
         Raises:
-            UnsupportedAttention: tokens see anything else; from the verdicts, where there are some.
+            UnsupportedAttention: tokens see anything else; from the checks, where there are some.
         """
         mask = call.mask
         if (isinstance(mask, Tensor) and mask.ndim == 4) or isinstance(mask, BlockMask):
-            named = None if self._verdicts is None else _named_window(call)
+            named = None if self._checks is None else _named_window(call)
             if (id(mask), named) not in self._windows:
                 dense = self._dense(call, mask) if isinstance(mask, BlockMask) else mask
                 self._windows[id(mask), named] = (mask, self._window_of_mask(call, dense, named))
@@ -182,7 +182,7 @@ class MaskReader:
                 raise refusal
             if (id(mask), None) not in self._windows:
                 self._windows[id(mask), None] = (mask, None)
-                (self._verdicts or AtOnce()).refuse_if((mask.bool() != batch.real).any(), refusal)
+                (self._checks or ImmediateChecks()).refuse_if((mask.bool() != batch.real).any(), refusal)
         elif mask is not None:
             kind = f"{mask.ndim}D tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise call.refusal(f"a mask of unknown kind ({kind}) for {call.implementation!r} attention")
@@ -194,7 +194,7 @@ class MaskReader:
         return None if window is None else int(window)
 
     def _dense(self, call: AttentionCall, mask: BlockMask) -> Tensor:
-        """A BlockMask as the bool [B, 1, T, T] that it stands for, T² bytes per sequence while it is checked."""
+        """A BlockMask as the bool [B, 1, T, T] mask it describes, T² bytes per sequence while it is checked."""
         batches, heads, queries, keys = mask.shape
         B, T = self.batch.real.shape
         if heads != 1 or batches not in (1, B) or (queries, keys) != (T, T):
@@ -210,11 +210,11 @@ class MaskReader:
         if not mask.is_floating_point() and mask.dtype != torch.bool:
             raise call.refusal(f"a 4D mask of dtype {mask.dtype}")
         visible = mask == 0 if mask.is_floating_point() else mask
-        if self._verdicts is None:
+        if self._checks is None:
             window = _window_seen(visible, batch)
         else:
             window = named if named is not None and named < batch.host.longest else None
-        _check_mask(call, mask, visible, batch, window, self._verdicts or AtOnce())
+        _check_mask(call, mask, visible, batch, window, self._checks or ImmediateChecks())
         return window
 
 
@@ -279,12 +279,12 @@ def _window_seen(visible: Tensor, batch: PaddedBatch) -> int | None:
 
 
 def _check_mask(
-    call: AttentionCall, mask: Tensor, visible: Tensor, batch: PaddedBatch, window: int | None, verdicts: Verdicts
+    call: AttentionCall, mask: Tensor, visible: Tensor, batch: PaddedBatch, window: int | None, checks: DeferredChecks
 ) -> None:
     """Refuses a mask other than the causal one of the batch, with the window if there is one."""
     if mask.is_floating_point():
         hidden = mask <= torch.finfo(mask.dtype).min / 2
-        verdicts.refuse_if(~(visible | hidden).all(), call.refusal("a position bias (in the mask)"))
+        checks.refuse_if(~(visible | hidden).all(), call.refusal("a position bias (in the mask)"))
     T = batch.real.shape[1]
     position_T = torch.arange(T, device=mask.device)
     ahead, other = torch.zeros((2,), dtype=torch.bool, device=mask.device)
@@ -298,17 +298,17 @@ def _check_mask(
         seen_BHRT = visible[:, :, rows] & query_B1R1
         ahead = ahead | (seen_BHRT & key_B11T & (distance_RT < 0)).any()
         other = other | (seen_BHRT != (visible_RT & key_B11T & query_B1R1)).any()
-    verdicts.refuse_if(ahead, call.refusal("bidirectional attention"))
+    checks.refuse_if(ahead, call.refusal("bidirectional attention"))
     # Told apart only to be named: tokens that see themselves, but not each other, belong to two texts.
     after_B1T = batch.real[:, None, 1:] & batch.real[:, None, :-1]
     itself_BHT = visible.diagonal(0, -2, -1)
     begins_BHT = itself_BHT[..., 1:] & itself_BHT[..., :-1] & ~visible.diagonal(-1, -2, -1)
-    verdicts.refuse_if(
+    checks.refuse_if(
         other & (begins_BHT & after_B1T).any() if window != 1 else torch.zeros_like(other),
         call.refusal(
             "packed rows, or chunks (position_ids or the mask start again within a row; give each text its own row)"
         ),
     )
-    verdicts.refuse_if(
+    checks.refuse_if(
         other, call.refusal("a mask other than the causal or sliding-window mask of the attention_mask given")
     )

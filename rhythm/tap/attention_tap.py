@@ -24,9 +24,9 @@ from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import (
     AttentionCall,
     AttentionForm,
+    DeferredChecks,
     MaskReader,
     UnsupportedAttention,
-    Verdicts,
     attention_form,
 )
 from rhythm.tap.interception import Output, checked_layers, format_layers, intercept_attention, text_config
@@ -70,7 +70,7 @@ class AttentionTap:
     opened it, and should run nothing but that tap's forward pass meanwhile.
 
     No tapped layer waits for the device. What can be seen only in the values of tensors there (masks, and the output
-    of the attention) is therefore judged in `signals`, which waits for it once; an attention_mask on the device is
+    of the attention) is therefore checked in `signals`, which waits for it once; an attention_mask on the device is
     read once, on construction.
 
     Refused by name: attention sinks, biases, chunked or bidirectional attention, cross-attention, attention
@@ -116,12 +116,12 @@ class AttentionTap:
         self._config = text_config(model)
         self._options = signals
         self.layers = checked_layers(signals, self._config)
-        self._verdicts = Verdicts()
+        self._checks = DeferredChecks()
         self._masks: MaskReader | None = None
         if attention_mask is None and response_mask is not None:
             attention_mask = torch.ones_like(response_mask)
         if attention_mask is not None:
-            self._masks = MaskReader(PaddedBatch.from_mask(attention_mask, prompt_lens, response_mask), self._verdicts)
+            self._masks = MaskReader(PaddedBatch.from_mask(attention_mask, prompt_lens, response_mask), self._checks)
         else:
             assert prompt_lens is not None
             # Read here, because the first of the layers should not have to.
@@ -173,7 +173,7 @@ class AttentionTap:
                 f"{self._config.model_type}: {format_layers(missing, self._config)} never reached transformers' "
                 f"attention interface ({hint})"
             )
-        self._verdicts.settle()
+        self._checks.settle()
         batch = self.batch
         of_layers = [self._statistics[layer] for layer in self.layers]
         span_Bn, waad_BnT, fai_BnT = (
@@ -204,13 +204,13 @@ class AttentionTap:
         if self._masks is None:
             B, _, T, _ = call.query.shape
             batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)
-            self._masks = MaskReader(batch, self._verdicts)
+            self._masks = MaskReader(batch, self._checks)
         form = attention_form(call, self._masks)
         result = call.run()
         # Autocast around the forward pass would take the statistics to low precision as well.
         with self.watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
             batch = self._masks.on(call.query.device)
-            check_output(call, form, batch, result[0], self._verdicts)
+            check_output(call, form, batch, result[0], self._checks)
             self._statistics[call.layer] = self._layer_statistics(call, form, batch)
         if self._stop and len(self._statistics) == len(self.layers):
             raise _SeenEnoughError
@@ -265,7 +265,7 @@ def check_reference(call: AttentionCall, backend: str, model_type: str) -> None:
 
 @cache
 def _say_reference(model_type: str) -> None:
-    """Cached, so that it is said once for each type of model."""
+    """Cached, so that it is logged once per model type."""
     logger.warning(
         "%s: statistics of layers with a sliding window or capped scores take O(heads · T²) memory",
         model_type,

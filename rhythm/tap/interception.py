@@ -61,7 +61,7 @@ def intercept_attention(config: PreTrainedConfig, receive: Receiver) -> Iterator
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
-    """The configuration object that the attention layers of a causal model look at.
+    """The configuration object that the attention layers of a causal model read.
 
     Raises:
         ValueError: model is not a transformers model.
@@ -158,7 +158,7 @@ def _models_own(module: nn.Module, implementation: str) -> Callable[..., Output]
 
 
 def _registered(implementation: str) -> str:
-    """Our name for an implementation; transformers knows it from then on, with the implementation's masks."""
+    """Registers our name for an implementation with transformers, with the implementation's masks; returns the name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = PREFIX + implementation

@@ -38,8 +38,8 @@ def observe(
     it is in. Padding has no influence: each row's signals are those of the row alone, up to the model's own
     rounding. Attention that is plain and causal costs O(heads · T) memory here. See `AttentionTap` for
     other kinds, for those that are refused, and for reading the same signals off a forward pass that
-    happens anyway. Waits for the device once before the forward pass, to read attention_mask, and once after it; in the
-    forward pass nothing of it waits.
+    happens anyway. Waits for the device once before the forward pass, to read attention_mask, and once after it, but
+    not during it.
 
     Args:
         model: any causal transformers model whose attention goes through transformers' attention interface.
@@ -163,7 +163,7 @@ def _inputs(batch: PaddedBatch, mask_BT: Tensor | None) -> dict[str, Any]:
 
 
 def _forward(model: nn.Module, input_ids: Tensor, inputs: dict[str, Any]) -> object:
-    """The model's output. Token ids are looked at only where it fails: reading them first would wait for the device."""
+    """The model's output. Token ids are read only if it fails: reading them first would wait for the device."""
     try:
         return model(input_ids, **inputs)
     except IndexError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rhythm.tap.attention_form import AtOnce, AttentionCall, AttentionForm, Verdicts
+from rhythm.tap.attention_form import AttentionCall, AttentionForm, DeferredChecks, ImmediateChecks
 from rhythm.tap.padding import PaddedBatch
 
 CHECKED_ELEMENTS = 2**22  # of keys or of values that check_output holds in fp32 at a time: 16 MB
@@ -25,17 +25,17 @@ def check_output(
     form: AttentionForm,
     batch: PaddedBatch,
     output: Tensor,
-    verdicts: Verdicts | None = None,
+    checks: DeferredChecks | None = None,
 ) -> None:
     """Computes the first, middle and last row of each sequence in this form and compares with the model's.
 
     Args:
         batch: on the call's device.
         output: [B, T, H, E], of `call.run()`.
-        verdicts: what collects the outcome. None: it is read at once, which waits for the device.
+        checks: what collects the outcome. None: it is read at once, which waits for the device.
 
     Raises:
-        UnsupportedAttention: they differ by more than rounding; from the verdicts, where there are some.
+        UnsupportedAttention: they differ by more than rounding; from the checks, where there are some.
     """
     B, H, T, _ = call.query.shape
     batch = batch.to(call.query.device)
@@ -77,7 +77,7 @@ def check_output(
     size_BH = size_BPHE.norm(dim=(1, 3))
     # A NaN of ours comes from NaN in the inputs or an empty sequence; a NaN of the model's alone disagrees.
     agrees_BH = (error_BH <= _tolerance(call, output) * size_BH) | size_BH.isnan()
-    (verdicts or AtOnce()).refuse_if(
+    (checks or ImmediateChecks()).refuse_if(
         ~agrees_BH.all(),
         call.refusal(
             f"an output of {call.implementation!r} attention that is not that of causal attention with {form}"

@@ -54,7 +54,7 @@ def test_sdpa_flash(backend: str, packed: bool, dtype: torch.dtype) -> None:
 
 
 def test_the_librarys_output_and_lse_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not ours beside it: what the library says, however wrong, is what comes out."""
+    """The library's output and lse are returned and used as they are, even if wrong."""
     (q, k, v), arguments = inputs(packed=True)
     right = attention_with_statistics(q, k, v, backend="cpu", **arguments)[1]
 
@@ -72,7 +72,7 @@ def test_the_librarys_output_and_lse_are_used(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[dict[str, Any]]]:
-    """Puts a module with flash-attn's varlen signature in place, which computes in plain torch."""
+    """Installs a stand-in module with flash-attn's varlen signature, which computes in plain torch."""
 
     def install(version: str) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []

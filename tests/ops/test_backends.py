@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rhythm import _C
 from rhythm.ops import backends
 from rhythm.ops.arguments import Request, check_values
 from rhythm.ops.backends import cpu
+from rhythm.ops.backends.base import BackendResult
 from rhythm.ops.statistics import attention_statistics
 from rhythm.shapes import Sequences
 
@@ -96,3 +98,28 @@ def test_values_on_a_gpu_are_checked_on_request_only(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("RHYTHM_CHECK_VALUES")
     with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 20"):
         check_values(Sequences(torch.tensor([0, 4, 20]), None, 10, 2))
+
+
+class ShortOnly(backends.Backend):
+    """A backend of another project: a table entry is all that it takes."""
+
+    def refuses(self, request: Request) -> str | None:
+        tokens = request.sequences.tokens
+        return f"q has {tokens} tokens; it takes 5" if tokens > 5 else None
+
+    def run(self, request: Request) -> BackendResult:
+        result = backends.BACKENDS["reference"].run(replace(request, scale=0.0))
+        return replace(result, waad_HT=result.waad_HT + request.window)
+
+
+def test_a_backend_in_the_table_is_called_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "short", ShortOnly())
+    statistics = attention_statistics(Q, Q, window=3, backend="short")
+    even = torch.tensor([sum(min(j, 3) for j in range(t + 1)) / (t + 1) for t in range(5)])
+    torch.testing.assert_close(statistics.waad, (even + 3).expand(2, 5))
+    with pytest.raises(ValueError, match="backend 'short' can't run: q has 10 tokens; it takes 5"):
+        attention_statistics(torch.cat([Q, Q]), torch.cat([Q, Q]), backend="short")
+    # Auto tries the table in order and goes on where a backend refuses the request.
+    monkeypatch.setattr(backends, "BACKENDS", {"short": ShortOnly(), "reference": backends.BACKENDS["reference"]})
+    assert attention_statistics(Q, Q).waad.min() >= 10
+    assert attention_statistics(torch.cat([Q, Q]), torch.cat([Q, Q])).waad.min() < 10

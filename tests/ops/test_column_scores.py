@@ -79,7 +79,7 @@ def test_a_range_for_each_sequence() -> None:
 
 @pytest.mark.parametrize("given_lse", [False, True])
 def test_fewer_rows_than_keys(given_lse: bool) -> None:
-    """As at decoding: the last rows are all there is."""
+    """As at decoding: q has the last rows only."""
     q, k = normal(2, 33, 4, 16), normal(2, 33, 2, 16, seed=1)
     lse = None
     if given_lse:
@@ -174,7 +174,7 @@ def test_example_h2o() -> None:
 
 
 def test_example_snapkv() -> None:
-    """What the last window looks at is kept with its neighbours; what only earlier rows looked at is not."""
+    """Keys that the last rows attend to are kept with their neighbors, those of earlier rows are not."""
     q, k = 0.1 * normal(200, 4, 16), 0.1 * normal(200, 2, 16, seed=1)
     k[60, :, 0], q[-32:, :, 0] = 20.0, 3.0
     k[100, :, 1], q[:-32, :, 1] = 20.0, 3.0
@@ -188,7 +188,7 @@ def test_example_snapkv() -> None:
 
 
 def test_example_thought_anchors() -> None:
-    """Head 5 alone keeps looking at sentence 3: it is the receiver head, and the sentence its anchor."""
+    """Head 5 alone keeps attending to sentence 3: it is the receiver head, and the sentence its anchor."""
     sentences = [range(a, a + 12) for a in range(0, 240, 12)]
     q, k = 0.1 * normal(240, 8, 16), 0.1 * normal(240, 2, 16, seed=1)
     k[36:48, 1, 0], q[:, 5, 0] = 12.0, 4.0

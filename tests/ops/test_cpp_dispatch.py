@@ -1,4 +1,4 @@
-"""The registered ops as others reach them: C++ through the dispatcher, and torch.compile with lengths that change.
+"""The registered ops as other code calls them: C++ through the dispatcher, and torch.compile with lengths that change.
 
 Shape suffixes: T tokens of all sequences on one axis, H query heads, G key heads, D head size.
 """
@@ -29,7 +29,7 @@ def random_qkv(tokens: int) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled() -> None:
-    """What one test found to be dynamic must not help the next."""
+    """Shapes that one test marked dynamic must not help the next."""
     torch._dynamo.reset()
 
 
@@ -77,7 +77,7 @@ def test_cpp_gets_the_checks_of_options(caller: torch._ops._OpNamespace) -> None
 
 
 def statistics(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prompt_lens: Tensor) -> tuple[Tensor, ...]:
-    """Everything the public ops give, with arithmetic round it that a compiler takes up."""
+    """Everything the public ops give, with arithmetic around it that a compiler fuses."""
     options = {"cu_seqlens": cu_seqlens, "prompt_lens": prompt_lens, "horizon": (2, 9)}
     out, fused = rhythm.attention_with_statistics(q * 2, k, v, **options)
     bands = rhythm.attention_statistics(q * 2, k, lse=fused.lse, span=False, **options)

@@ -14,7 +14,7 @@ from rhythm.ops.reference import attention_statistics, attention_weights, sequen
 def by_the_definition(
     weights: Tensor, prompt_len: int, window: int, lo: int, hi: int | None
 ) -> tuple[list, list, list]:
-    """The definitions of docs/numbers.md, one head, an index at a time."""
+    """The definitions of docs/numbers.md, one head, one index at a time."""
     n = len(weights)
     a = weights.tolist()
     rows = range(prompt_len, n)
@@ -53,7 +53,7 @@ def test_equals_the_definition(n: int, prompt_len: int, window: int, horizon: tu
 
 
 def test_uniform_attention_by_hand() -> None:
-    """q = 0 looks at all of its past alike: A[t, s] = 1/(t + 1). N = 4, P = 1, W = 2, horizon (1, 2)."""
+    """q = 0 attends to all of its past evenly: A[t, s] = 1/(t + 1). N = 4, P = 1, W = 2, horizon (1, 2)."""
     q, k = torch.zeros(4, 1, 16, dtype=torch.float64), torch.randn(4, 1, 16, dtype=torch.float64)
     span, waad, fai, lse, _ = attention_statistics(
         q, k, bounds=[0, 4], prompt_lens=[1], scale=0.25, window=2, horizon=(1, 2)

@@ -99,7 +99,7 @@ def test_accuracy(isa: str, dtype: torch.dtype, index: int, assert_accurate: Cal
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_extreme_logits(isa: str, dtype: torch.dtype, assert_accurate: Callable[..., None]) -> None:
-    """Scores of some hundreds: rows that are all but one-hot, with maxima that rise late."""
+    """Scores of several hundred: nearly one-hot rows whose maximum comes late."""
     q, k, v = random_qkv(400, 2, 1, 64, dtype, sharp=60.0)
     options = {"window": 10, "horizon": (10, 50)}
     exact, plain = exact_and_plain(q, k, v, [0, 400], [0], **options)
@@ -322,7 +322,7 @@ def test_registered_ops_are_sound() -> None:
 
 @pytest.mark.timing
 def test_other_python_threads_run_meanwhile() -> None:
-    """The GIL is released: a counting thread gets on while the op runs."""
+    """The GIL is released: a counting thread runs while the op does."""
     q, k, _ = random_qkv(6000, 4, 1, 64, torch.float32)
     counted, stop = [0], threading.Event()
 

@@ -26,7 +26,7 @@ for room in ({rooms}):
 
 
 def run(rooms: str, stack: int, hard: int) -> subprocess.CompletedProcess[str]:
-    """A process whose threads take `stack` bytes of address space each, with little more than it has."""
+    """A process whose threads take `stack` bytes of address space each, and little more is left."""
     # The C library takes a new thread's stack size from this limit as a process starts.
     set_stack = f"resource.setrlimit(resource.RLIMIT_STACK, ({stack}, {hard}))"
     code = CODE.format(rooms=rooms)
@@ -35,7 +35,7 @@ def run(rooms: str, stack: int, hard: int) -> subprocess.CompletedProcess[str]:
 
 
 def test_threads_that_cannot_be_started_are_done_without() -> None:
-    """With room for two threads more, then for none: the same bits, by the threads there are."""
+    """With room for two more threads, then for none: the same bits, computed by the threads that started."""
     gib = 1 << 30
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     stack = gib if hard == resource.RLIM_INFINITY else hard

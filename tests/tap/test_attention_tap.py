@@ -1,4 +1,4 @@
-"""AttentionTap round forward passes that happen anyway."""
+"""AttentionTap around forward passes that happen anyway."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ SDPA = transformers.AttentionInterface()["sdpa"]
 
 
 def flash_like(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """Flash attention's manners: takes its name from the configuration, unpads, has windows and softcaps."""
+    """Behaves like flash attention: takes its name from the configuration, unpads, has windows and softcaps."""
     assert module.config._attn_implementation == "test_flash"
     window, T = kwargs.pop("sliding_window", None), query.shape[2]
     real = torch.ones(query.shape[0], T) if attention_mask is None else attention_mask

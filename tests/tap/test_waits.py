@@ -82,7 +82,7 @@ def qwen3(layers: int = 4, implementation: str = "sdpa") -> Any:
 
 
 def gemma3(layers: int = 4, implementation: str = "sdpa") -> Any:
-    """Windows that bite in every other layer."""
+    """Windows shorter than the sequence in every other layer."""
     torch.manual_seed(0)
     kinds = (["sliding_attention", "full_attention"] * layers)[:layers]
     config = transformers.Gemma3TextConfig(**SIZES, num_hidden_layers=layers, layer_types=kinds, sliding_window=8)
@@ -94,7 +94,7 @@ def gemma3(layers: int = 4, implementation: str = "sdpa") -> Any:
 def flash(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding_window: int | None = None, **rest: Any
 ) -> Any:
-    """Flash attention's manners: a 2D mask and a window."""
+    """Behaves like flash attention: a 2D mask and a window."""
     distance = torch.arange(T)[:, None] - torch.arange(T)
     visible = (distance >= 0) & (distance < (sliding_window or T))
     visible = visible if mask is None else visible & mask.bool()[:, None, None]
@@ -197,7 +197,7 @@ def test_the_number_of_waits_does_not_grow_with_the_layers(name: str, side: str,
                 entropy=True,
             )
         counts.append(len(waiting) - len(by_the_model))
-    assert counts == [2, 2]  # the mask before the forward pass, the verdicts after it
+    assert counts == [2, 2]  # the mask before the forward pass, the outcomes of the checks after it
 
 
 def calls_of(model: Any, **inputs: Any) -> list[AttentionCall]:
