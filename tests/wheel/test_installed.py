@@ -86,7 +86,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("op", ["attention_statistics", "attention_with_statistics"])
+@pytest.mark.parametrize("op", ["attention_statistics", "attention_with_statistics", "column_scores"])
 def test_ops_are_registered(op: str, tmp_path: Path) -> None:
     assert run(f"import torch, rhythm; print(torch.ops.rhythm.{op})", tmp_path).strip() == f"rhythm.{op}"
 
