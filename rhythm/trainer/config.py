@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, PositiveInt, SerializeAsAny, ValidationIn
 from rhythm.cluster.config import ClusterConfig
 from rhythm.credit.advantages import AdvantageConfig
 from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.correction import CorrectionConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
@@ -145,6 +146,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     credit: CreditConfig = CreditConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
+    correction: CorrectionConfig = CorrectionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

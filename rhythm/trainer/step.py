@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rhythm.credit.advantages import gamma_share, group_advantages, token_advantages
 from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.correction import Correction, rollout_correction
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
@@ -158,7 +159,11 @@ def train_step(
     _leave_if(stop_asked)
     phase("training")
     with watch("training"):
-        batch, advantages_B = _train_batch(engines.train, scored, credited, config)
+        rollout = scored.rollout
+        correction = rollout_correction(
+            rollout.logprobs, credited.log_probs.logprobs, rollout.response_mask, config.correction
+        )
+        batch, advantages_B = _train_batch(engines.train, scored, credited, correction, config)
         step_metrics = [engines.train.step(part) for part in mini_batches(batch, config, step)]
     phase("push")
     with watch("push"):
@@ -170,6 +175,7 @@ def train_step(
         **_rollout_metrics(scored, credited),
         **_mean_metrics(step_metrics),
         **_credit_metrics(credited, advantages_B, scored.rollout.response_mask, config.credit),
+        **_correction_metrics(correction),
         **parity,
         **(engines.meter.pop_metrics(total) if engines.meter is not None else {}),
         "attention_share": watch.seconds["attention"] / total + unknown,
@@ -186,11 +192,12 @@ def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[
 
 
 def _train_batch(
-    train: Train, scored: ScoredRollout, credited: TokenCredit, config: TrainConfig
+    train: Train, scored: ScoredRollout, credited: TokenCredit, correction: Correction, config: TrainConfig
 ) -> tuple[TrainBatch, Tensor]:
     rollout = scored.rollout
     advantages_B = group_advantages(scored.scores, rollout.group, config.advantages)
     advantages_BT = token_advantages(advantages_B, credited.gamma, rollout.response_mask, config.credit.apply_to)
+    advantages_BT = advantages_BT * correction.weight
     reference = train.reference_log_probs(rollout) if config.loss.kl_coef else None
     return TrainBatch(rollout, credited.log_probs.logprobs, advantages_BT, reference), advantages_B
 
@@ -250,4 +257,15 @@ def _credit_metrics(credited: TokenCredit, advantages_B: Tensor, mask_BT: Tensor
         "applied_fraction": float(share.applied),
         "waad_mean": math.nan if signals is None else float(signals.waad[mask_BT].double().nanmean()),
         "fai_mean": math.nan if signals is None else float(signals.fai[mask_BT].double().nanmean()),
+    }
+
+
+def _correction_metrics(correction: Correction) -> Record:
+    """Ratios trainer/rollout of the sampled tokens, and the share that the correction cut or masked."""
+    return {
+        "rollout_ratio_mean": float(correction.ratio_mean),
+        "rollout_ratio_max": float(correction.ratio_max),
+        "rollout_sequence_ratio_mean": float(correction.sequence_ratio_mean),
+        "rollout_kl": float(correction.kl),
+        "corrected_share": float(correction.outside),
     }

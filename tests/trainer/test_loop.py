@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,41 @@ def test_faulty_rewards_are_counted_and_the_run_goes_on(
     row = rows(config.run_dir)[1]
     assert (row["rewards_invalid"], row["rewards_raised"], row["rewards_late"]) == (4, 2, 0)
     assert row["loss"] is not None
+
+
+def test_the_loss_is_corrected_for_the_engine_that_generated(
+    small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts that claim log-probs half a nat higher: every ratio is exp(−½), and so is every advantage's factor."""
+    from rhythm.engines.local.infer import GenerateInfer
+
+    honest_generate, honest_step, seen = GenerateInfer.generate, TorchTrain.step, []
+
+    def generate(self: GenerateInfer, *arguments: Any) -> Any:
+        rollout = honest_generate(self, *arguments)
+        return replace(rollout, logprobs=rollout.logprobs + 0.5 * rollout.response_mask)
+
+    def step(self: TorchTrain, batch: Any) -> Any:
+        seen.append(batch)
+        return honest_step(self, batch)
+
+    monkeypatch.setattr(TorchTrain, "step", step)
+    overrides = (f"runs_dir={tmp_path}", "steps=1", "evaluation.samples=0")
+    run(small_config(*overrides, "name=honest", "correction.mode=token_truncate"))
+    monkeypatch.setattr(GenerateInfer, "generate", generate)
+    records = {}
+    for mode in ("none", "token_truncate", "token_mask", "sequence_mask"):
+        records[mode] = rows(run(small_config(*overrides, f"name={mode}", f"correction.mode={mode}",
+                                              "correction.low=0.5")).run_dir)[1]  # fmt: skip
+    honest, plain, truncated, masked, sequences = (
+        torch.cat([x.advantages for x in seen[i : i + 2]]) for i in range(0, 10, 2)
+    )
+    assert honest.abs().sum() > 0
+    torch.testing.assert_close(plain, honest, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(truncated, honest * math.exp(-0.5), rtol=1e-4, atol=1e-5)
+    assert torch.equal(masked, truncated)
+    assert not sequences.any()  # exp(−½) for each of several tokens is below ½ together
+    assert [record["corrected_share"] for record in records.values()] == [0, 0, 0, 1]
+    for record in records.values():
+        assert record["rollout_ratio_mean"] == pytest.approx(math.exp(-0.5), rel=1e-4)
+        assert record["rollout_kl"] == pytest.approx(math.exp(-0.5) - 1 + 0.5, rel=1e-3)
