@@ -1,4 +1,4 @@
-"""The policy loss: PPO's clipped objective over token advantages (eqs. 5 and 12), with GRPO's normalisations.
+"""The policy loss: PPO's clipped objective, or CISPO, over token advantages (eqs. 5 and 12), normalised as in GRPO.
 
 Shape suffixes: B responses, T positions. logprobs[b, t] is that of input_ids[b, t]; only response tokens are
 read.
@@ -25,11 +25,28 @@ _MAX_LOG_RATIO = 20.0
 class LossConfig(BaseModel, extra="forbid", frozen=True):
     """The clipped objective and what is added to it."""
 
-    clip_low: float = Field(default=0.2, gt=0, le=1, description="ε below: the ratio is clipped at 1 − clip_low")
+    objective: Literal["clip", "cispo"] = Field(
+        default="clip",
+        description="clip: PPO's, no gradient of a token past the clip; cispo: the ratio, clipped and constant, times "
+        "log-prob, a gradient of every token (MiniMax-M1)",
+    )
+    clip_low: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="ε below: the ratio is clipped at 1 − clip_low; 1: not (cispo)",
+    )
     clip_high: float = Field(
         default=0.2,
         gt=0,
-        description="ε above: the ratio is clipped at 1 + clip_high; DAPO takes 0.28",
+        description="ε above: the ratio is clipped at 1 + clip_high; DAPO takes 0.28, cispo as a rule 3 or more",
+    )
+    dual_clip: float | None = Field(
+        default=None,
+        gt=1,
+        allow_inf_nan=False,
+        description="clip: largest ratio that counts where the advantage is negative (dual-clip PPO's c, 3 as a rule; "
+        "TRL's delta, verl's clip_ratio_c); null: none",
     )
     normalization: Literal["sequence", "token", "dr_grpo"] = Field(
         default="sequence",
@@ -48,6 +65,16 @@ class LossConfig(BaseModel, extra="forbid", frozen=True):
     def _dr_grpo_has_its_divisor(self) -> Self:
         if self.normalization == "dr_grpo" and self.max_tokens is None:
             raise ValueError("normalization is dr_grpo, which needs max_tokens; it is not set")
+        return self
+
+    @model_validator(mode="after")
+    def _dual_clip_beyond_the_clip(self) -> Self:
+        if self.dual_clip is None:
+            return self
+        if self.objective != "clip":
+            raise ValueError(f"dual_clip is {self.dual_clip:g}, which needs objective clip, not {self.objective}")
+        if self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(f"dual_clip is {self.dual_clip:g}: must be above 1 + clip_high = {1 + self.clip_high:g}")
         return self
 
 
@@ -74,7 +101,8 @@ class LossOutput:
 
     Attributes:
         loss: what to minimise.
-        clip_share: fraction of tokens whose gradient the clip cuts off.
+        clip_share: fraction of tokens whose gradient the clip cuts off; of tokens whose ratio it changes with cispo.
+        dual_clip_share: fraction of tokens whose gradient the dual clip cuts off.
         approx_kl: KL(old ‖ new), nats per token, estimated as mean(r − 1 − log r) with r = new/old on the
             sampled tokens.
         ratio_mean: mean of r.
@@ -85,10 +113,17 @@ class LossOutput:
 
     loss: Tensor
     clip_share: Tensor
+    dual_clip_share: Tensor
     approx_kl: Tensor
     ratio_mean: Tensor
     entropy: Tensor | None
     reference_kl: Tensor | None
+
+    def parts(self) -> Tensor:
+        """fp64 [5] on the CPU: loss, clip_share, dual_clip_share, approx_kl and reference_kl, 0 where it is None."""
+        kl = torch.zeros(()) if self.reference_kl is None else self.reference_kl
+        parts = (self.loss, self.clip_share, self.dual_clip_share, self.approx_kl, kl)
+        return torch.stack([part.detach().double().cpu() for part in parts])
 
 
 def policy_loss(
@@ -102,7 +137,10 @@ def policy_loss(
     ref_logprobs_BT: Tensor | None = None,
     entropy_BT: Tensor | None = None,
 ) -> LossOutput:
-    """Minus the clipped objective, the mean of min(r·Ã, clip(r, 1 − ε_low, 1 + ε_high)·Ã) (eq. 12).
+    """Minus the objective: by default the mean of min(r·Ã, clip(r, 1 − ε_low, 1 + ε_high)·Ã) (eq. 12).
+
+    With dual_clip c, a token with Ã < 0 has max(that, c·Ã) (dual-clip PPO, Ye et al., 2020). With objective "cispo" a
+    token has sg(clip(r, 1 − ε_low, 1 + ε_high))·Ã·log π, sg: taken as a constant (MiniMax-M1).
 
     With kl_coef, the k3 estimate ρ − 1 − log ρ, ρ = reference/new, is added per token; with entropy_coef, the
     entropy is subtracted. Both are averaged as the objective is. Values outside the responses, NaN included,
@@ -138,7 +176,18 @@ def policy_loss(
     ratio_BT = log_ratio_BT.exp()
     free_BT = ratio_BT * advantage_BT
     clipped_BT = ratio_BT.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage_BT
-    loss_BT = -torch.minimum(free_BT, clipped_BT)
+    dual_BT = torch.zeros_like(response_BT)
+    if config.objective == "cispo":
+        loss_BT = -clipped_BT.detach() * logprob_BT
+        cut_BT = clipped_BT != free_BT
+    else:
+        objective_BT = torch.minimum(free_BT, clipped_BT)
+        if config.dual_clip is not None:
+            floor_BT = torch.where(advantage_BT < 0, config.dual_clip * advantage_BT, -torch.inf)
+            dual_BT = objective_BT < floor_BT
+            objective_BT = torch.maximum(objective_BT, floor_BT)
+        loss_BT = -objective_BT
+        cut_BT = clipped_BT < free_BT
 
     token_BT = response_BT.float() / max(totals.tokens, 1)
     entropy = reference_kl = None
@@ -159,7 +208,8 @@ def policy_loss(
 
     return LossOutput(
         loss=(loss_BT * _token_weights(response_BT, totals, config)).sum(),
-        clip_share=((clipped_BT < free_BT) * token_BT).sum(),
+        clip_share=(cut_BT * token_BT).sum(),
+        dual_clip_share=(dual_BT * token_BT).sum(),
         approx_kl=(_k3(log_ratio_BT.detach()) * token_BT).sum(),
         ratio_mean=(ratio_BT.detach() * token_BT).sum(),
         entropy=entropy,

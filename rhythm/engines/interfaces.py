@@ -102,13 +102,15 @@ class TrainBatch:
 class StepMetrics:
     """Metrics of one gradient step.
 
-    loss: the optimized loss; clip_share: fraction of tokens whose gradient was clipped to 0; approx_kl: KL divergence
-    to the policy that generated the rollout, nats per token; kl: to the reference policy, NaN without one; grad_norm:
-    before clipping; lr: learning rate of this step.
+    loss: the optimized loss; clip_share: fraction of tokens whose gradient was clipped to 0 (with cispo: whose ratio
+    was clipped); dual_clip_share: the same for the dual clip; approx_kl: KL divergence to the policy that generated the
+    rollout, nats per token; kl: to the reference policy, NaN without one; grad_norm: before clipping; lr: learning rate
+    of this step.
     """
 
     loss: float
     clip_share: float
+    dual_clip_share: float
     approx_kl: float
     kl: float
     grad_norm: float

@@ -12,6 +12,7 @@ from rhythm.credit.advantages import AdvantageConfig
 from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.credit.correction import CorrectionConfig
 from rhythm.credit.loss import LossConfig
+from rhythm.credit.overlong import OverlongConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.system.renamed import renamed_keys
@@ -74,6 +75,13 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
     mini_batch_size: int = Field(default=32, ge=1, description="responses per gradient step")
     micro_batch_size: int = Field(
         default=8, ge=1, description="responses per forward and backward pass; limits memory, not the result"
+    )
+
+    extra_rounds: int = Field(
+        default=0,
+        ge=0,
+        description="rounds of dynamic sampling at most: groups whose rewards all tie are replaced by groups of other "
+        "prompts (DAPO; verl's filter_groups.max_num_gen_batches, less one)",
     )
 
     @property
@@ -145,6 +153,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     signals: RunSignalsConfig = RunSignalsConfig()
     credit: CreditConfig = CreditConfig()
     advantages: AdvantageConfig = AdvantageConfig()
+    overlong: OverlongConfig = OverlongConfig()
     loss: LossConfig = LossConfig()
     correction: CorrectionConfig = CorrectionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -187,4 +196,14 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     def _samples(self) -> TrainConfig:
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: must be positive, or all responses to a prompt are equal")
+        return self
+
+    @model_validator(mode="after")
+    def _penalty_within_the_response(self) -> TrainConfig:
+        longest = self.overlong.max_tokens or self.sampling.max_new_tokens
+        if (self.overlong.penalty_tokens or 0) > longest:
+            raise ValueError(
+                f"overlong.penalty_tokens is {self.overlong.penalty_tokens}: must be at most {longest}, the longest "
+                "response in tokens (overlong.max_tokens, or sampling.max_new_tokens)"
+            )
         return self

@@ -33,8 +33,8 @@ from rhythm.engines.interfaces import (
 from rhythm.seeds import derive_seed, generator
 from rhythm.tasks import Task
 from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.drawing import Drawn, draw, zero_variance_share
 from rhythm.trainer.metrics import Record, Stopwatch
-from rhythm.trainer.rollout import ScoredRollout, batch_instances, roll_out
 
 
 class Meter(Protocol):
@@ -132,15 +132,8 @@ def train_step(
     torch.manual_seed(derive_seed(config.seed, "dropout", step))
     phase("rollout")
     with watch("rollout"):
-        scored = roll_out(
-            engines.infer,
-            task,
-            tokenizer,
-            batch_instances(task.train, config.batch.prompts_per_batch, seed=config.seed, step=step),
-            responses_per_prompt=config.batch.responses_per_prompt,
-            sampling=config.sampling,
-            seed=derive_seed(config.seed, "rollout", step),
-        )
+        drawn = draw(engines.infer, task, tokenizer, config, step=step, stop_asked=stop_asked)
+    scored = drawn.scored
     _leave_if(stop_asked)
     phase("attention")
     credited = credit_tokens(
@@ -163,7 +156,7 @@ def train_step(
         correction = rollout_correction(
             rollout.logprobs, credited.log_probs.logprobs, rollout.response_mask, config.correction
         )
-        batch, advantages_B = _train_batch(engines.train, scored, credited, correction, config)
+        batch, advantages_B = _train_batch(engines.train, drawn, credited, correction, config)
         step_metrics = [engines.train.step(part) for part in mini_batches(batch, config, step)]
     phase("push")
     with watch("push"):
@@ -172,7 +165,8 @@ def train_step(
     unknown = math.nan if math.isnan(engines.train.statistics_seconds) else 0.0
     record = {
         "step": float(step),
-        **_rollout_metrics(scored, credited),
+        **_rollout_metrics(drawn, credited),
+        **drawn.metrics,
         **_mean_metrics(step_metrics),
         **_credit_metrics(credited, advantages_B, scored.rollout.response_mask, config.credit),
         **_correction_metrics(correction),
@@ -192,13 +186,15 @@ def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[
 
 
 def _train_batch(
-    train: Train, scored: ScoredRollout, credited: TokenCredit, correction: Correction, config: TrainConfig
+    train: Train, drawn: Drawn, credited: TokenCredit, correction: Correction, config: TrainConfig
 ) -> tuple[TrainBatch, Tensor]:
-    rollout = scored.rollout
-    advantages_B = group_advantages(scored.scores, rollout.group, config.advantages)
+    rollout = drawn.scored.rollout
+    advantages_B = group_advantages(drawn.rewards, rollout.group, config.advantages)
     advantages_BT = token_advantages(advantages_B, credited.gamma, rollout.response_mask, config.credit.apply_to)
     advantages_BT = advantages_BT * correction.weight
     reference = train.reference_log_probs(rollout) if config.loss.kl_coef else None
+    if config.overlong.mask:
+        rollout = replace(rollout, response_mask=rollout.response_mask & rollout.finished[:, None])
     return TrainBatch(rollout, credited.log_probs.logprobs, advantages_BT, reference), advantages_B
 
 
@@ -207,9 +203,10 @@ def _leave_if(stop_asked: Callable[[], bool]) -> None:
         raise StepAbandonedError
 
 
-def _rollout_metrics(scored: ScoredRollout, credited: TokenCredit) -> Record:
+def _rollout_metrics(drawn: Drawn, credited: TokenCredit) -> Record:
     """Means over responses (reward … response_length), over groups (zero_variance_share) and over tokens (entropy, and
     logprob_gap: |log-prob of the Infer engine − log-prob of the Train engine| of the sampled token)."""
+    scored = drawn.scored
     rollout, mask_BT = scored.rollout, scored.rollout.response_mask
     gap_BT = (rollout.logprobs - credited.log_probs.logprobs).abs()
     return {
@@ -219,19 +216,13 @@ def _rollout_metrics(scored: ScoredRollout, credited: TokenCredit) -> Record:
         "rewards_late": float(sum(reward.fault == "late" for reward in scored.rewards)),
         "rewards_raised": float(sum(reward.fault == "raised" for reward in scored.rewards)),
         "rewards_invalid": float(sum(reward.fault == "invalid" for reward in scored.rewards)),
-        "zero_variance_share": zero_variance_share(scored.scores, rollout.group),
+        "zero_variance_share": zero_variance_share(drawn.rewards, rollout.group),
         "finished_share": float(rollout.finished.double().mean()),
         "response_length": float(rollout.response_lens.double().mean()),
         "response_tokens": float(mask_BT.sum()),
         "entropy": float(credited.log_probs.entropy[mask_BT].double().mean()),
         "logprob_gap": float(gap_BT[mask_BT].double().mean()),
     }
-
-
-def zero_variance_share(scores_B: Tensor, group_B: Tensor) -> float:
-    """Fraction of groups in which all scores are equal, so that all advantages are 0. A group of one counts too."""
-    groups = [scores_B[group_B == group] for group in set(group_B.tolist())]
-    return sum(bool((scores == scores[0]).all()) for scores in groups) / len(groups)
 
 
 def _mean_metrics(step_metrics: list[StepMetrics]) -> Record:

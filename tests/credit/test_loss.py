@@ -106,6 +106,58 @@ def test_clip_is_one_sided() -> None:
     close(logprobs.grad, [[-0.05, 1.5]])
 
 
+def test_dual_clip() -> None:
+    """Dual-clip PPO, Ye et al. (2020): with Ã < 0, max(min(r·Ã, clip(r)·Ã), c·Ã), whatever r > c is; Ã ≥ 0 as ever."""
+    # r    5     2.9   5 (Ã > 0)   0.5
+    # Ã   −2    −2     1          −1
+    # r·Ã −10   −5.8   5          −0.5
+    # min −10   −5.8   1.2        −0.8      (clip: 1.2 of Ã > 0, 0.8 of Ã < 0)
+    # max −6    −5.8   1.2        −0.8      (c = 3)
+    ratio = torch.tensor([[5.0, 2.9, 5.0, 0.5]])
+    advantages = torch.tensor([[-2.0, -2.0, 1.0, -1.0]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    logprobs = ratio.log().requires_grad_()
+    output = policy_loss(logprobs, torch.zeros(1, 4), advantages, mask, LossConfig(dual_clip=3))
+    close(output.loss, -(-6 - 5.8 + 1.2 - 0.8) / 4)
+    output.loss.backward()
+    assert logprobs.grad is not None
+    close(logprobs.grad, [[0, 5.8 / 4, 0, 0]])
+    close(output.dual_clip_share, 1 / 4)
+    close(output.clip_share, 2 / 4)
+    close(output.parts().float(), [output.loss.item(), 0.5, 0.25, output.approx_kl.item(), 0])
+    without = policy_loss(ratio.log(), torch.zeros(1, 4), advantages, mask)
+    close(without.loss, -(-10 - 5.8 + 1.2 - 0.8) / 4)
+    close(without.dual_clip_share, 0.0)
+
+
+def test_cispo() -> None:
+    """MiniMax-M1: sg(clip(r, 1 − ε_low, 1 + ε_high))·Ã·log π; every token has a gradient."""
+    # clip_low 1 is none, clip_high 0.2: weights 1.2, 1.1, 0.5 | 0.5; times Ã: 1.2, 1.1, 0.5 | −1.
+    output, gradient = run(LossConfig(objective="cispo", clip_low=1, normalization="token"))
+    now = OLD + RATIO.log()
+    close(output.loss, (-(1.2 * now[0, 1] + 1.1 * now[0, 2] + 0.5 * now[0, 3] - 1.0 * now[1, 0]) / 4).item())
+    close(gradient, [[0, -1.2 / 4, -1.1 / 4, -0.5 / 4], [1 / 4, 0, 0, 0]])
+    close(output.clip_share, 1 / 4)
+    close(output.dual_clip_share, 0.0)
+    # With a lower end as well, 0.8: weights 1.2, 1.1, 0.8 | 0.8.
+    _, gradient = run(LossConfig(objective="cispo", normalization="token"))
+    close(gradient, [[0, -1.2 / 4, -1.1 / 4, -0.8 / 4], [1.6 / 4, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dual_clip": 1.0}, "dual_clip"),
+        ({"dual_clip": 1.2}, r"dual_clip is 1\.2: must be above 1 \+ clip_high = 1\.2"),
+        ({"dual_clip": 3, "objective": "cispo"}, "dual_clip is 3, which needs objective clip, not cispo"),
+        ({"objective": "ppo"}, "objective"),
+    ],
+)
+def test_objectives_that_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LossConfig.model_validate(options)
+
+
 def test_on_policy_gradient_is_the_policy_gradient() -> None:
     # r = 1: the loss is −mean A, its gradient −A/(|o|·B).
     logprobs = OLD.clone().requires_grad_()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.drawing import zero_variance_share
 from rhythm.trainer.loop import run
 from rhythm.trainer.metrics import read_metrics
 from rhythm.trainer.notices import Notices
-from rhythm.trainer.step import zero_variance_share
 
 TIES, UNFINISHED = "all rewards tie", "no response finished"
 

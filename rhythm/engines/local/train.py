@@ -124,7 +124,7 @@ class TorchTrain:
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         totals = BatchTotals.of(batch.rollout.response_mask)
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
         for index, width in micro_batches(batch.rollout, self._micro_batch_size):
             sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
@@ -136,10 +136,11 @@ class TorchTrain:
             group["lr"] = lr
         self._optimizer.step()
         self._gradient_steps += 1
-        loss, clip_share, approx_kl, kl = sums.tolist()
+        loss, clip_share, dual_clip_share, approx_kl, kl = sums.tolist()
         return StepMetrics(
             loss=loss,
             clip_share=clip_share,
+            dual_clip_share=dual_clip_share,
             approx_kl=approx_kl,
             kl=kl if batch.reference_logprobs is not None else math.nan,
             grad_norm=grad_norm,
@@ -173,7 +174,7 @@ class TorchTrain:
         self._gradient_steps = state["gradient_steps"]
 
     def _accumulate(self, micro: TrainBatch, totals: BatchTotals, batch: TrainBatch) -> Tensor:
-        """Add a micro-batch's gradients; returns its part of loss, clip share and the two KL divergences, fp64 [4]."""
+        """Add a micro-batch's part to the gradients; returns its part of the step's numbers, `LossOutput.parts`."""
         with autocast(self._model, self._precision):
             now = self._response_logprobs(self._model, micro.rollout)
         out = policy_loss(
@@ -191,9 +192,7 @@ class TorchTrain:
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError("loss", loss, batch)
         torch.autograd.backward(out.loss)
-        kl = torch.zeros(()) if out.reference_kl is None else out.reference_kl
-        parts = torch.stack([out.clip_share.detach(), out.approx_kl.detach(), kl.to(out.loss.device)])
-        return torch.cat([torch.tensor([loss], dtype=torch.float64), parts.double().cpu()])
+        return out.parts()
 
     def _log_probs(
         self,

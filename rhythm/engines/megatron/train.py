@@ -114,7 +114,7 @@ class MegatronTrain:
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         totals = BatchTotals.of(batch.rollout.response_mask)
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
 
         def part(packed: Packed, hidden_ND: Tensor) -> Tensor:
             loss, parts = self._loss_part(packed, hidden_ND, batch, totals)
@@ -123,7 +123,7 @@ class MegatronTrain:
 
         self._model.train()
         self._run(self._model, batch.rollout, part, backward=True)
-        loss, clip_share, approx_kl, kl = self._groups.all_reduce_sum(
+        loss, clip_share, dual_clip_share, approx_kl, kl = self._groups.all_reduce_sum(
             sums if self._groups.is_output_rank else 0 * sums
         ).tolist()
         grad_norm = self._clipped_gradients() if math.isfinite(loss) else math.nan
@@ -140,6 +140,7 @@ class MegatronTrain:
         return StepMetrics(
             loss=loss,
             clip_share=clip_share,
+            dual_clip_share=dual_clip_share,
             approx_kl=approx_kl,
             kl=kl if batch.reference_logprobs is not None else math.nan,
             grad_norm=grad_norm,
@@ -267,7 +268,7 @@ class MegatronTrain:
     def _loss_part(
         self, packed: Packed, hidden_TD: Tensor, batch: TrainBatch, totals: BatchTotals
     ) -> tuple[Tensor, Tensor]:
-        """A micro-batch's part of the step's loss, and its part of (loss, clip share, two KL divergences), fp64 [4]."""
+        """A micro-batch's part of the step's loss, and of the step's numbers, `LossOutput.parts`."""
         now = self._scores(self._model.module, packed, hidden_TD)
         micro = take_rows(batch, packed.rows)
 
@@ -285,9 +286,7 @@ class MegatronTrain:
             ref_logprobs_BT=None if reference is None else placed(reference),
             entropy_BT=now.entropy if self._loss.entropy_coef else None,
         )
-        kl = torch.zeros(()) if out.reference_kl is None else out.reference_kl
-        parts = [out.loss.detach(), out.clip_share, out.approx_kl, kl]
-        return out.loss, torch.stack([part.detach().double().cpu() for part in parts])
+        return out.loss, out.parts()
 
     def _clipped_gradients(self) -> float:
         """Clip the gradients to max_grad_norm; returns the norm before clipping."""

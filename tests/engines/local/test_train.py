@@ -71,6 +71,23 @@ def test_a_step_is_the_loss_the_clip_and_adamw(model: Any, make: Make, batch: Tr
     assert math.isnan(metrics.kl)
 
 
+@pytest.mark.parametrize("loss", [LossConfig(dual_clip=1.25), LossConfig(objective="cispo", clip_low=1)])
+def test_a_step_has_the_objective_asked_for(model: Any, make: Make, batch: TrainBatch, loss: LossConfig) -> None:
+    by_hand = copy.deepcopy(model).train()
+    now = response_logprobs(by_hand, batch.rollout, temperature=0.8, chunk=100).logprobs
+    out = policy_loss(now, batch.old_logprobs, batch.advantages, batch.rollout.response_mask, loss)
+    out.loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(by_hand.parameters(), math.inf)
+    metrics = make(model, micro_batch_size=1, loss=loss).step(batch)
+    assert metrics.loss == pytest.approx(out.loss.item(), abs=1e-5)
+    assert metrics.clip_share == pytest.approx(out.clip_share.item(), abs=1e-6)
+    assert metrics.dual_clip_share == pytest.approx(out.dual_clip_share.item(), abs=1e-6)
+    assert (metrics.dual_clip_share > 0) == (loss.dual_clip is not None)
+    assert metrics.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    plain = policy_loss(now, batch.old_logprobs, batch.advantages, batch.rollout.response_mask)
+    assert metrics.loss != pytest.approx(plain.loss.item(), abs=1e-4)
+
+
 @pytest.mark.parametrize("normalization", ["sequence", "token", "dr_grpo"])
 def test_micro_batches_add_up(model: Any, make: Make, batch: TrainBatch, normalization: Any) -> None:
     loss = LossConfig(normalization=normalization, max_tokens=20)

@@ -228,6 +228,36 @@ def test_steps_follow_one_machine(ranks: Any, case: Case) -> None:
         assert_weights(found["weights"], case.found["weights"], atol=2e-4)
 
 
+@pytest.mark.parametrize("loss", [LossConfig(dual_clip=1.25), LossConfig(objective="cispo", clip_low=1, clip_high=3)])
+def test_other_objectives_follow_one_machine(case: Case, tmp_path: Path, loss: LossConfig) -> None:
+    """Off-policy, on two data ranks; the longest three rows are masked as overlong, a whole micro-batch among them."""
+    masked = torch.isin(torch.arange(7), case.rollout.lens.argsort(descending=True)[:3])
+    rollout = replace(case.rollout, response_mask=case.rollout.response_mask & ~masked[:, None])
+    noise = torch.randn(case.rollout.input_ids.shape, generator=torch.Generator().manual_seed(8))
+    batches = make_batches(rollout, case.found["log_probs"].logprobs + 0.5 * noise, None, count=1)
+    options = OPTIONS | {"loss": loss}
+    model = AutoModelForCausalLM.from_pretrained(case.checkpoint, dtype=torch.float32)
+    engine = TorchTrain(model, build_tokenizer(), micro_batch_size=2, **options)
+    expected = engine.step(batches[0])
+    assert (expected.dual_clip_share > 0.01) == (loss.dual_clip is not None)
+    assert expected.clip_share > 0.01 or loss.dual_clip is None
+    for found in run_ranks(
+        tmp_path,
+        scenario="scores",
+        parallel=LAYOUTS["data"],
+        checkpoint=case.checkpoint,
+        options=options,
+        rollout=rollout,
+        batches=batches,
+    ):
+        (step,) = found["steps"]
+        assert step.loss == pytest.approx(expected.loss, abs=1e-4)
+        assert step.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert step.clip_share == pytest.approx(expected.clip_share, abs=0.01)
+        assert step.dual_clip_share == pytest.approx(expected.dual_clip_share, abs=0.01)
+        assert_weights(found["weights"], engine.weights(), atol=2e-4)
+
+
 def test_infinity_stops_every_rank_and_changes_no_weight(ranks: Any) -> None:
     for found in ranks[1]:
         assert found["refused"] == ("loss", True)
