@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -42,3 +43,33 @@ def test_threads_that_cannot_be_started_are_done_without() -> None:
     done = run(f"{2 * stack + stack // 2}, {stack // 2}", stack, hard)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "equal\nequal\n"
+
+
+IDLE = """
+import time, torch, rhythm
+
+def calls(threads):
+    torch.set_num_threads(threads)
+    before = time.process_time()
+    for _ in range(20):
+        rhythm.attention_statistics(q, k, prompt_lens=[40], backend="cpu")
+    return time.process_time() - before
+
+generator = torch.Generator().manual_seed(0)
+q, k = torch.randn(900, 4, 64, generator=generator), torch.randn(900, 2, 64, generator=generator)
+calls(1)
+one, many = calls(1), calls(8)
+rhythm.attention_statistics(q, k, prompt_lens=[40], backend="cpu")
+before = time.process_time()
+time.sleep(0.5)
+print(one, many, time.process_time() - before)
+"""
+
+
+def test_threads_that_wait_use_no_cpu_time() -> None:
+    """Eight threads for few cores spend what one does; nothing runs once a call is over, which libgomp's would."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True, env=environment)
+    one, many, idle = map(float, done.stdout.split())
+    assert many < 1.5 * one
+    assert idle < 0.002
