@@ -1,7 +1,7 @@
-"""Benchmarks: a registry of ops, a gate that checks them, and a run that times them side by side.
+"""Benchmarks: a registry of ops, a correctness check, and a run that times the ops in interleaved rounds.
 
-`python -m benchmarks.run --device cpu`. Nothing here imports transformers: the repository's root is on sys.path then,
-and its kernels/ must not be taken for Hugging Face's package of that name.
+`python -m benchmarks.run --device cpu`. Nothing here imports transformers, because the repository's root is on sys.path
+then, and its kernels/ would shadow Hugging Face's package of that name.
 """
 
 from pathlib import Path

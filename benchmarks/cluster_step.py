@@ -1,10 +1,10 @@
 """python -m benchmarks.cluster_step: what attention statistics cost in a training step of the cluster.
 
 Runs `rhythm-train configs/countdown_cluster_cpu.yaml` (vLLM, Megatron-core, Ray) on a model with random weights, whose
-responses go on for as long as they may, once for each way to γ: inline, in Megatron's old-log-prob pass; separate, a
-pass of our own on actor_attn; eager, the same pass with whole T × T maps, as the authors compute them. All three
-stop after the last sampled layer, where the authors' pass runs through the whole model. The first step warms up; the
-numbers are medians of the others. Writes a record, and prints a markdown table.
+responses reach the length limit, once for each source of γ: none; inline, in Megatron's old-log-prob pass; separate, an
+extra pass on actor_attn; eager, the same pass with whole T × T maps, as the authors compute them. All passes stop after
+the last sampled layer, while the authors' pass runs through the whole model. The first step is a warm-up; the numbers
+are medians over the others. Writes a record and prints a markdown table.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / "model"
         _random_model(checkpoint, max_positions=options.tokens + 64)
-        found = {way: _run(way, checkpoint, Path(scratch), options.tokens, options.steps) for way in options.ways}
+        medians = {way: _run(way, checkpoint, Path(scratch), options.tokens, options.steps) for way in options.ways}
     where = machine()
     path = record_path("cpu", where).with_name("cluster_step.json")
     write_record(
@@ -56,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "commit": commit(),
             "tokens": options.tokens,
             "responses": PROMPTS * RESPONSES,
-            "ways": found,
+            "ways": medians,
         },
     )
-    print("| γ from | statistics, s a step | share of the step | step, s | rollout, s | tokens |")
+    print("| γ from | statistics, s per step | share of the step | step, s | rollout, s | tokens |")
     print("|---|---|---|---|---|---|")
-    for way, numbers in found.items():
+    for way, numbers in medians.items():
         spent = numbers["attention_share"] * numbers["seconds_total"]
         print(
             f"| {way} | {spent:.2f} | {numbers['attention_share']:.1%} | {numbers['seconds_total']:.1f} "

@@ -1,4 +1,6 @@
-"""Time and memory: interleaved rounds, so that whatever disturbs the machine disturbs all contestants alike."""
+"""Measures time in interleaved rounds, so that disturbances of the machine affect all implementations alike, and
+memory.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import ROOT
-from benchmarks.contestants import Outputs
+from benchmarks.implementations import Outputs
 from benchmarks.shapes import Shape
 
-PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 starts the process's peak memory anew
+PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the process's peak memory
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call of every round, of one contestant."""
+    """Seconds per call of one implementation, one value per round."""
 
     seconds: tuple[float, ...]
 
@@ -32,46 +34,47 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A callable to time on that many threads."""
+class Implementation:
+    """A callable to time, and its number of threads."""
 
     run: Callable[[], Outputs]
     threads: int
 
 
-def race(contestants: Mapping[str, Contestant], *, rounds: int, least_seconds: float) -> dict[str, Timing]:
-    """Times every contestant once a round, in turn; each time is the mean of calls that take `least_seconds` together.
+def race(implementations: Mapping[str, Implementation], *, rounds: int, least_seconds: float) -> dict[str, Timing]:
+    """Time the implementations in interleaved rounds: each one once per round, as the mean over calls that take at
+    least `least_seconds` together.
 
-    Every contestant is warmed up first. The number of threads is as before when this returns.
+    Every implementation is warmed up first. torch's number of threads is restored.
     """
     before = torch.get_num_threads()
     calls: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in implementations}
     try:
-        for name, contestant in contestants.items():
-            torch.set_num_threads(contestant.threads)
-            first = _seconds(contestant.run, 1)
-            warm = first if first > 1.0 else _seconds(contestant.run, 1)
+        for name, implementation in implementations.items():
+            torch.set_num_threads(implementation.threads)
+            first = _seconds(implementation.run, 1)
+            warm = first if first > 1.0 else _seconds(implementation.run, 1)
             calls[name] = max(1, math.ceil(least_seconds / warm))
         for _ in range(rounds):
-            for name, contestant in contestants.items():
-                torch.set_num_threads(contestant.threads)
-                seconds[name].append(_seconds(contestant.run, calls[name]))
+            for name, implementation in implementations.items():
+                torch.set_num_threads(implementation.threads)
+                seconds[name].append(_seconds(implementation.run, calls[name]))
     finally:
         torch.set_num_threads(before)
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
 def ratio(numerator: Timing, denominator: Timing) -> float:
-    """Median over the rounds of numerator / denominator: both of a round met the same machine."""
+    """Median over the rounds of numerator / denominator, since both times of a round are under the same conditions."""
     return statistics.median(a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True))
 
 
 def peak_extra_bytes(shape: Shape, dtype: torch.dtype, op: str, threads: int) -> int:
-    """Peak memory beyond the inputs of one call of an op, in a process of its own (Linux).
+    """Peak memory in addition to the inputs of one call of an op, measured in a separate process (Linux).
 
     Raises:
-        subprocess.CalledProcessError: the process failed; its words are on stderr.
+        subprocess.CalledProcessError: the process failed; its output is on stderr.
     """
     arguments = [op, str(shape.tokens), str(dtype).removeprefix("torch."), str(threads)]
     command = [sys.executable, "-m", "benchmarks.peak_memory", *arguments]

@@ -1,6 +1,7 @@
-"""python -m benchmarks.peak_memory OP TOKENS DTYPE THREADS: prints the peak bytes of one call beyond its inputs.
+"""python -m benchmarks.peak_memory OP TOKENS DTYPE THREADS: prints the peak bytes of one call in addition to its
+inputs.
 
-A process of its own: the peak is the process's, read from Linux after the kernel was told to forget the one before.
+It runs in a separate process, because Linux reports the peak per process; the peak is reset before the call.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main(op: str, tokens: str, dtype_name: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     dtype = getattr(torch, dtype_name)
     make = REGISTRY[op].make
-    make(make_inputs(Shape(512), dtype))()  # what is loaded or allocated once is no part of a call's memory
+    make(make_inputs(Shape(512), dtype))()  # so that what is loaded or allocated once doesn't count
     run = make(make_inputs(Shape(int(tokens)), dtype))
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would hide what the call takes
     PEAK_RESET.write_text("5")

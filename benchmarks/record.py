@@ -1,4 +1,4 @@
-"""Where a number comes from: machine, software, commit; and the file that keeps it."""
+"""Describes machine, software and commit of a measurement, and writes records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECORDS = ROOT / "benchmarks" / "records"
 
 def machine() -> dict[str, object]:
     """Processor, cores, instruction set in use, system."""
-    from rhythm import _C  # here: a machine with a GPU may have the source tree alone
+    from rhythm import _C  # imported here, because a machine with a GPU may have only the source tree
     from rhythm.cli.doctor import cpu_model
 
     return {
@@ -37,7 +37,7 @@ def cores() -> int:
 
 
 def software() -> dict[str, str]:
-    """Versions of Python, torch and rhythm; the source tree alone has no version but its commit."""
+    """Versions of Python, torch and rhythm; a source tree that is not installed has only its commit."""
     try:
         rhythm = version("rhythm")
     except PackageNotFoundError:
@@ -46,9 +46,9 @@ def software() -> dict[str, str]:
 
 
 def commit() -> dict[str, object]:
-    """The commit checked out, None where there is none, and whether anything but records differs from it.
+    """The checked-out commit (None if there is none), and whether any file except records differs from it.
 
-    Where there is no repository, as in a copy of the source tree, RHYTHM_COMMIT says which commit was copied.
+    In a copy of the source tree without its repository, RHYTHM_COMMIT names the commit.
     """
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
     if head is None and (told := os.environ.get("RHYTHM_COMMIT")):
@@ -58,7 +58,7 @@ def commit() -> dict[str, object]:
 
 
 def record_path(device: str, where: Mapping[str, object], records: Path = RECORDS) -> Path:
-    """records/<machine>/attention_<device>.json, the machine's name made of processor, cores and instruction set."""
+    """records/<machine>/attention_<device>.json, where <machine> consists of processor, cores and instruction set."""
     name = f"{where['cpu']} {where['cores']} cores {where['isa']}"
     return records / re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-") / f"attention_{device}.json"
 
@@ -69,7 +69,7 @@ def write_record(path: Path, record: Mapping[str, object]) -> None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says; None where there is no repository, no commit or no git."""
+    """The output of git; None if there is no repository, no commit or no git."""
     try:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The registry: every op that is timed, with the FLOPs and bytes counted for it."""
+"""The registry of benchmarked ops, with the FLOPs and bytes counted for each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import contestants
-from benchmarks.contestants import Maker
+from benchmarks import implementations
+from benchmarks.implementations import Maker
 from benchmarks.shapes import Shape, band_flops, operand_bytes, score_flops, statistics_bytes
 
 
@@ -17,8 +17,8 @@ class Benchmark:
     """One op.
 
     Attributes:
-        make: inputs → a callable that computes the op once and returns its results by name.
-        flops, bytes: what the computation needs at least, whatever this op spends; `counted` says how.
+        make: takes inputs, returns a callable that computes the op once and returns its results by name.
+        flops, bytes: the minimum that the computation needs, not what this implementation uses; `counted` says how.
     """
 
     name: str
@@ -28,10 +28,10 @@ class Benchmark:
     counted: str
 
 
-_SCORES = "FLOPs: 2·D a causal pair and query head. Bytes: q, k read once; waad, fai, lse written"
-_FORWARD = "FLOPs: 4·D a causal pair and query head. Bytes: q, k, v read once; out written"
-_BOTH = "FLOPs: 4·D a causal pair and query head. Bytes: q, k, v read once; out, waad, fai, lse written"
-_BANDS = "FLOPs: 2·D a pair of the bands and query head. Bytes: q, k, lse read once; waad, fai written"
+_SCORES = "FLOPs: 2·D per causal pair and query head. Bytes: q, k read once; waad, fai, lse written"
+_FORWARD = "FLOPs: 4·D per causal pair and query head. Bytes: q, k, v read once; out written"
+_BOTH = "FLOPs: 4·D per causal pair and query head. Bytes: q, k, v read once; out, waad, fai, lse written"
+_BANDS = "FLOPs: 2·D per pair of the bands and query head. Bytes: q, k, lse read once; waad, fai written"
 
 BLOCKS = (64, 128, 256)
 
@@ -55,15 +55,15 @@ def _forward_flops(shape: Shape) -> int:
 REGISTRY: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("eager", contestants.eager, score_flops, _score_bytes, _SCORES),
+        Benchmark("eager", implementations.eager, score_flops, _score_bytes, _SCORES),
         *(
-            Benchmark(f"blocked_{block}", contestants.blocked(block), score_flops, _score_bytes, _SCORES)
+            Benchmark(f"blocked_{block}", implementations.blocked(block), score_flops, _score_bytes, _SCORES)
             for block in BLOCKS
         ),
-        Benchmark("sdpa", contestants.sdpa, _forward_flops, _forward_bytes, _FORWARD),
-        Benchmark("statistics", contestants.statistics, score_flops, _score_bytes, _SCORES),
-        Benchmark("with_output", contestants.with_output, _forward_flops, _both_bytes, _BOTH),
-        Benchmark("bands", contestants.bands, band_flops, _score_bytes, _BANDS),
+        Benchmark("sdpa", implementations.sdpa, _forward_flops, _forward_bytes, _FORWARD),
+        Benchmark("statistics", implementations.statistics, score_flops, _score_bytes, _SCORES),
+        Benchmark("with_output", implementations.with_output, _forward_flops, _both_bytes, _BOTH),
+        Benchmark("bands", implementations.bands, band_flops, _score_bytes, _BANDS),
     )
 }
 

@@ -1,7 +1,7 @@
-"""python -m benchmarks.roofline: the least time each GPU kernel can take, from the rates on NVIDIA's data sheets.
+"""python -m benchmarks.roofline: lower bounds on the time of each GPU kernel, from the rates in NVIDIA's data sheets.
 
-Nothing is measured here. The work of a kernel is counted, each unit of the GPU gets its share of it at its full rate,
-and the slowest unit gives the floor. `--write` puts the tables into docs/roofline.md, which explains them.
+Nothing is measured. The work of a kernel is counted per unit of the GPU; at full rate, the slowest unit gives the lower
+bound. `--write` writes the tables into docs/roofline.md, which explains them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ BEGIN, END = "<!-- begin: python -m benchmarks.roofline --write -->\n", "<!-- en
 LENGTHS = tuple(1024 << i for i in range(8))
 AIM_LENGTH = 8192
 L2_RATE = 5e12
-"""Bytes a second from L2 to all SMs: an assumption until it is measured. docs/roofline.md says where it is from."""
-TIE = 0.01  # units within 1% of the slowest are named beside it
+"""Bytes per second from L2 to all SMs: an assumption, not yet measured. docs/roofline.md gives its source."""
+TIE = 0.01  # units within 1% of the slowest are named too
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates: of an SM per clock, and of the memory in bytes per second. docs/roofline.md gives the sources."""
+    """Peak rates: per SM and clock, and of the memory in bytes per second. docs/roofline.md gives the sources."""
 
     name: str
     memory: float
@@ -36,12 +36,12 @@ class Gpu:
     clock: float = 1.83e9
     tensor: int = 4096  # dense bf16 FLOPs
     exp: int = 16  # exp2
-    issue: int = 128  # instructions times lanes: four schedulers, a warp each
+    issue: int = 128  # instructions × lanes: four schedulers with one warp each
 
 
 @dataclass(frozen=True)
 class Units:
-    """A number for each unit: the work of a kernel (FLOPs, exp2, issue slots, bytes), or the seconds it takes."""
+    """One number per unit: the work of a kernel (FLOPs, exp2, issue slots, bytes), or the seconds that it takes."""
 
     tensor: float
     exp: float
@@ -50,7 +50,7 @@ class Units:
 
     @property
     def overlapped(self) -> float:
-        """Every unit works all the time: the slowest decides."""
+        """All units work in parallel: the time of the slowest."""
         return max(self.tensor, self.exp, self.issue, self.memory)
 
     @property
@@ -71,15 +71,15 @@ class Units:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel visits and touches.
+    """The work of a kernel.
 
     Attributes:
-        distances: (lo, hi) of the pairs (t, s) it looks at, both ends in; hi None: all from lo on.
-        stationary, moving: tokens of a tile on the side that a program owns, and on the side it walks along.
-        owns_keys: the programs own keys and walk along the rows that reach them; else the other way round.
-        products: matrix products, 2·D FLOPs a score each.
-        slots: issue slots a score, exp2 included.
-        query_arrays, key_arrays: arrays of T·Hq·D, and of T·Hkv·D, moved between memory and chip once, in bf16.
+        distances: (lo, hi) of the pairs (t, s) that it computes, inclusive; hi None: all from lo on.
+        stationary, moving: tokens of a tile on the side that a program keeps, and on the side that it iterates over.
+        owns_keys: whether a program keeps keys and iterates over rows; else it keeps rows and iterates over keys.
+        products: matrix products, with 2·D FLOPs per score each.
+        slots: issue slots per score, including exp2.
+        query_arrays, key_arrays: bf16 arrays of T·Hq·D and of T·Hkv·D moved between memory and chip once.
         row_arrays: fp32 arrays of Hq·T moved once.
     """
 
@@ -95,7 +95,7 @@ class Kernel:
     row_arrays: int = 2
 
     def work(self, shape: Shape, *, in_tiles: bool = False) -> Units:
-        """Of one sequence without a prompt; in_tiles: every tile that is touched counts whole."""
+        """The work for one sequence without a prompt; in_tiles: count all scores of every tile that is computed."""
         pairs = self.tile_scores(shape.tokens) if in_tiles else self.pairs(shape.tokens)
         scores = pairs * shape.query_heads
         heads = self.query_arrays * shape.query_heads + self.key_arrays * shape.key_heads
@@ -108,12 +108,12 @@ class Kernel:
         )
 
     def pairs(self, tokens: int) -> int:
-        """Pairs (t, s) of one head at the distances looked at."""
+        """Number of pairs (t, s) of one head within `distances`."""
         lo, hi = self._reach(tokens)
         return sum(tokens - distance for distance in range(lo, hi + 1))
 
     def tile_scores(self, tokens: int) -> int:
-        """Scores of one head in all tiles that hold such a pair."""
+        """Number of scores of one head in all tiles that contain such a pair."""
         lo, hi = self._reach(tokens)
         tiles = 0
         for first in range(0, tokens, self.stationary):
@@ -126,9 +126,8 @@ class Kernel:
         return tiles * self.stationary * self.moving
 
     def l2_bytes(self, shape: Shape) -> int:
-        """Read by all programs of one sequence without a prompt: each its own block once, and all tiles it walks along.
-
-        Heads that share keys read them each for itself.
+        """Bytes read from L2 by all programs of one sequence without a prompt: each reads its own block once, and all
+        tiles that it iterates over. Query heads that share keys each read them.
         """
         walked = self.tile_scores(shape.tokens) // self.stationary * (1 if self.owns_keys else self.key_arrays)
         return (shape.tokens + walked) * shape.query_heads * shape.head_size * torch.bfloat16.itemsize
@@ -163,7 +162,7 @@ KERNELS = (ROWS, ROWS_WITH_OUTPUT, COLUMNS_TO_END, COLUMN_BAND, WINDOW_BAND, FOR
 
 @dataclass(frozen=True)
 class Op:
-    """What a caller calls: launches one after the other, each of kernels that read q, k and lse together."""
+    """An op: consecutive launches, each of kernels that read q, k and lse together."""
 
     name: str
     launches: tuple[tuple[Kernel, ...], ...]
@@ -184,7 +183,7 @@ def shape_of(tokens: int) -> Shape:
 
 
 def seconds(work: Units, gpu: Gpu) -> Units:
-    """What each unit needs for its work at its peak rate."""
+    """Seconds that each unit needs for its work at its peak rate."""
     clocks = gpu.sms * gpu.clock
     return Units(
         work.tensor / (gpu.tensor * clocks),
@@ -195,7 +194,7 @@ def seconds(work: Units, gpu: Gpu) -> Units:
 
 
 def launch_work(kernels: Sequence[Kernel], shape: Shape, *, in_tiles: bool = False) -> Units:
-    """Of kernels in one launch: matrix work and arithmetic add up; q, k and lse are read once."""
+    """The work of kernels in one launch: matrix products and arithmetic add up; q, k and lse are read once."""
     works = [kernel.work(shape, in_tiles=in_tiles) for kernel in kernels]
     further_result = torch.float32.itemsize * shape.query_heads * shape.tokens
     return Units(
@@ -207,7 +206,7 @@ def launch_work(kernels: Sequence[Kernel], shape: Shape, *, in_tiles: bool = Fal
 
 
 def op_floor(op: Op, shape: Shape, gpu: Gpu, *, in_tiles: bool = False) -> float:
-    """Seconds: the overlapped floors of its launches, one after the other."""
+    """Lower bound in seconds: the sum of the overlapped lower bounds of its launches."""
     return sum(seconds(launch_work(kernels, shape, in_tiles=in_tiles), gpu).overlapped for kernels in op.launches)
 
 
@@ -292,7 +291,7 @@ def _ratios(gpu: Gpu) -> str:
 
 
 def _needed() -> str:
-    """How near to its own floor an op must come to meet its aim."""
+    """How close to its own lower bound an op must come to reach its target."""
     shape = shape_of(AIM_LENGTH)
     forward = seconds(FORWARD.work(shape, in_tiles=True), H200).overlapped
     reached = (1.0, 0.75, 0.65, 0.55)
@@ -327,12 +326,12 @@ def _micro(time: float) -> str:
 
 
 def _three(number: float) -> str:
-    """Three significant digits, or the whole number; never in powers of ten."""
+    """Three significant digits, or all digits of a larger integer, without an exponent."""
     return f"{number:,.{max(0, 2 - math.floor(math.log10(number)))}f}"
 
 
 def with_tables(text: str) -> str:
-    """The document with its block of tables made anew.
+    """The document with its block of tables replaced.
 
     Raises:
         ValueError: the document has no such block.
@@ -346,8 +345,8 @@ def with_tables(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/roofline.md as well")
-    parser.add_argument("--doc", type=Path, default=DOC, metavar="FILE", help="that document")
+    parser.add_argument("--write", action="store_true", help="also write the tables into docs/roofline.md")
+    parser.add_argument("--doc", type=Path, default=DOC, metavar="FILE", help="the document to write into")
     options = parser.parse_args(arguments)
     print(report())
     if options.write:

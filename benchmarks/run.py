@@ -1,7 +1,7 @@
-"""python -m benchmarks.run --device cpu: checks every op against the reference, then times them side by side.
+"""python -m benchmarks.run --device cpu: checks every op against the reference, then times them in interleaved rounds.
 
-A run of everything at full size leaves its record in benchmarks/records/<machine>/. Exit code 1 if an op is wrong;
-then no number is reported.
+A run of all ops at full size writes its record into benchmarks/records/<machine>/. Exit code 1 if an op is wrong; no
+number is reported then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.measure import PEAK_RESET
 from benchmarks.record import RECORDS, commit, cores, machine, record_path, software, write_record
 from benchmarks.registry import REGISTRY, Benchmark, select
 from benchmarks.suite import QUICK, Claim, Part, Settings
-from benchmarks.verify import GateError
+from benchmarks.verify import WrongResultError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.gpu.clock import Budget
         from benchmarks.gpu.run import run
 
-        # What the interpreter takes says nothing: it leaves no record unless asked where.
+        # Times of the interpreter are meaningless, so it writes a record only into a given directory.
         records = None if options.device != "cuda" and options.records == RECORDS else options.records
         return run(options.device, records, console, errors, Budget(options.budget))
     settings = QUICK if options.quick else Settings()
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with console.status("checking every op against the reference in fp64"):
             gates = suite.check(benchmarks, settings, options.device)
-    except GateError as error:
-        errors.print(f"The gate is closed: no number is reported.\n{error}", style="red", markup=False)
+    except WrongResultError as error:
+        errors.print(f"The correctness check failed: no number is reported.\n{error}", style="red", markup=False)
         return 1
-    results = sum(len(gate.verdicts) for gate in gates)
+    results = sum(len(gate.results) for gate in gates)
     console.print(f"{results} results of {len(benchmarks)} ops agree with the reference\n")
 
     parts = []
@@ -84,16 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda", "interpreter", "rehearsal"), default="cpu")
     parser.add_argument("--ops", nargs="+", metavar="OP", help=f"only these of: {', '.join(REGISTRY)}")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all? No aims, no record")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every contestant (1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file as well")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, to see that it runs; without targets and record"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every implementation (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     parser.add_argument("--budget", type=float, default=400, metavar="S", help="GPU only: seconds to end within (400)")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR", help="where records are kept")
     return parser
 
 
 def _parts(benchmarks: list[Benchmark], settings: Settings, device: str, console: Console) -> list[Callable[[], Part]]:
-    """The parts whose ops are all among the benchmarks, yet to be run; says which this machine can't run."""
+    """The parts to run: those whose ops are all among the benchmarks. Prints which ones this machine can't run."""
     chosen = {benchmark.name: benchmark for benchmark in benchmarks}
     parts: list[Callable[[], Part]] = [
         partial(suite.race_part, benchmarks, settings, device, dtype) for dtype in suite.DTYPES

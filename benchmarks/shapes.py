@@ -1,4 +1,4 @@
-"""What is measured: shapes, the tensors of a shape, and the FLOPs and bytes that the computation needs."""
+"""Shapes of the benchmarks, their input tensors, and the FLOPs and bytes that the computation needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shape:
 
     @property
     def band_pairs(self) -> int:
-        """Those at a distance that WAAD (below the window) or FAI (within the horizon) looks at."""
+        """Pairs at a distance that WAAD (below the window) or FAI (within the horizon) uses."""
         lo, hi = HORIZON
         distances = set(range(WINDOW)) | set(range(lo, hi + 1))
         return sum(self.tokens - max(self.prompt, distance) for distance in distances if distance < self.tokens)
@@ -46,7 +46,7 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    backend: str = "cpu"  # of rhythm's ops: named, so that the kernels' benchmark never times a stand-in
+    backend: str = "cpu"  # of rhythm's ops; never "auto", which might time another backend
 
     @property
     def scale(self) -> float:
@@ -54,7 +54,7 @@ class Inputs:
 
     @cached_property
     def prompt_lens(self) -> Tensor | None:
-        """[1] int32 on the device of q; None without a prompt. Copied there once, so that no timed call has to."""
+        """[1] int32 on the device of q; None without a prompt. Cached, so that timed calls don't copy it."""
         if self.shape.prompt == 0:
             return None
         return torch.tensor([self.shape.prompt], dtype=torch.int32, device=self.q.device)
@@ -66,7 +66,9 @@ class Inputs:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", backend: str = "cpu") -> Inputs:
-    """Normal q, k, v from a fixed seed, drawn on the device, with q doubled so that attention is not flat."""
+    """Normally distributed q, k, v from a fixed seed, drawn on the device; q is doubled so that attention is not
+    flat.
+    """
     generator = torch.Generator(device=device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""python -m benchmarks.span_error: how well spans from sampled rows agree with the exact ones, as a markdown table.
+"""python -m benchmarks.span_error: compares spans from sampled rows with the exact ones, as a markdown table.
 
-The attention is made up, with what real heads show: each head prefers a distance scale of its own (from 8 tokens to
-the whole sequence, by random Fourier features of the position), looks at content that drifts from token to token, and
-some heads look at the first token. Made up all the same: real models may be easier or harder.
+The attention is synthetic, with properties of real heads: each head prefers its own scale of distances (from 8 tokens
+to the whole sequence, by random Fourier features of the position) and attends to content that drifts from token to
+token; some heads also attend to the first token. Real models may be easier or harder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def structured(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def row(tokens: int, counts: Sequence[int], seeds: int) -> list[tuple[int, float, float, float]]:
-    """For each number of rows: it, median and largest relative error over the heads, share of heads chosen alike."""
+    """(rows, median and largest relative error over the heads, fraction of heads chosen alike) per number of rows."""
     errors: dict[int, list[Tensor]] = {count: [] for count in counts}
     alike: dict[int, list[float]] = {count: [] for count in counts}
     for seed in range(seeds):
@@ -50,9 +50,9 @@ def row(tokens: int, counts: Sequence[int], seeds: int) -> list[tuple[int, float
         arguments = {"scale": 1.0, "prompt_lens": [tokens // 8]}
         exact = attention_statistics(q, k, **arguments)
         for count in counts:
-            found = attention_statistics(q, k, lse=exact.lse, span_rows=count, **arguments)
-            errors[count].append((found.span - exact.span).abs() / exact.span)
-            chosen, right = select_heads(found.span), select_heads(exact.span)
+            sampled = attention_statistics(q, k, lse=exact.lse, span_rows=count, **arguments)
+            errors[count].append((sampled.span - exact.span).abs() / exact.span)
+            chosen, right = select_heads(sampled.span), select_heads(exact.span)
             same = (chosen.local & right.local).sum() + (chosen.global_ & right.global_).sum()
             alike[count].append(float(same / (right.local.sum() + right.global_.sum())))
     results = []

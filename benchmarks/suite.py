@@ -1,4 +1,4 @@
-"""The parts of a run: what races against what, and the aims for it."""
+"""The parts of a benchmark run: which ops are compared, and the targets."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from benchmarks.measure import Contestant, Timing, peak_extra_bytes, race, ratio
+from benchmarks.measure import Implementation, Timing, peak_extra_bytes, race, ratio
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Shape, make_inputs
-from benchmarks.verify import Verdict, verify
+from benchmarks.verify import CheckedResult, verify
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -21,7 +21,8 @@ FULL, ODD = Shape(4096), Shape(257, prompt=31)
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of a run. `aims` says whether they are those that the aims were set for."""
+    """Sizes of a run. aims: whether these are the sizes for which the targets were set; gate: the odd shape that is
+    checked."""
 
     shape: Shape = FULL
     band_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -46,7 +47,7 @@ QUICK = Settings(
 
 @dataclass(frozen=True)
 class Measurement:
-    """One op at one shape. Seconds a call; FLOPs and bytes as `counted` says."""
+    """The measurement of one op at one shape: seconds per call; FLOPs and bytes, counted as `counted` says."""
 
     op: str
     dtype: str
@@ -62,13 +63,13 @@ class Measurement:
 
     @property
     def gflops(self) -> float:
-        """10⁹ counted FLOPs a second."""
+        """10⁹ counted FLOPs per second."""
         return self.flops / self.seconds_median / 1e9
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A measured number and the aim set for it: at least or at most; None where there is none."""
+    """A measured number and its target, at_least or at_most; both are None without a target."""
 
     name: str
     value: float
@@ -91,32 +92,32 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What was checked at one shape in one type; all of it passed."""
+class CheckedShape:
+    """The results that were checked, and are right, at one shape in one type."""
 
     shape: Shape
     dtype: str
-    verdicts: tuple[Verdict, ...]
+    results: tuple[CheckedResult, ...]
 
 
-def check(benchmarks: list[Benchmark], settings: Settings, device: str) -> list[Gate]:
-    """Every result of every op, at an odd shape with a prompt and at the one that races.
+def check(benchmarks: list[Benchmark], settings: Settings, device: str) -> list[CheckedShape]:
+    """Check every result of every op, at an odd shape with a prompt and at the shape that is timed.
 
     Raises:
-        GateError: a result is wrong.
+        WrongResultError: a result is wrong.
     """
     return [
-        Gate(shape, _name(dtype), tuple(verify(benchmarks, make_inputs(shape, dtype, device))))
+        CheckedShape(shape, _name(dtype), tuple(verify(benchmarks, make_inputs(shape, dtype, device))))
         for shape in (settings.gate, settings.shape)
         for dtype in DTYPES
     ]
 
 
 def race_part(benchmarks: list[Benchmark], settings: Settings, device: str, dtype: torch.dtype) -> Part:
-    """All ops against each other at one shape, in one type."""
+    """Compare all ops at one shape, in one type."""
     inputs = make_inputs(settings.shape, dtype, device)
     timings = race(
-        {benchmark.name: Contestant(benchmark.make(inputs), settings.threads) for benchmark in benchmarks},
+        {benchmark.name: Implementation(benchmark.make(inputs), settings.threads) for benchmark in benchmarks},
         rounds=settings.rounds,
         least_seconds=settings.least_seconds,
     )
@@ -142,14 +143,14 @@ def race_part(benchmarks: list[Benchmark], settings: Settings, device: str, dtyp
 
 
 def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: str) -> Part:
-    """Bands only against the full sweep, at growing lengths: its share of the time has to fall as 1/T."""
+    """Compare only the bands with the full sweep at increasing lengths: their share of its time should fall as 1/T."""
     measurements, shares = [], {}
     for tokens in settings.band_tokens:
         shape = replace(settings.shape, tokens=tokens)
         inputs = make_inputs(shape, torch.float32, device)
         pair = [benchmarks["statistics"], benchmarks["bands"]]
         timings = race(
-            {benchmark.name: Contestant(benchmark.make(inputs), settings.threads) for benchmark in pair},
+            {benchmark.name: Implementation(benchmark.make(inputs), settings.threads) for benchmark in pair},
             rounds=settings.rounds,
             least_seconds=settings.least_seconds,
         )
@@ -166,7 +167,7 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
         )
         for tokens, share in shares.items()
     ]
-    # The last doubling: at short lengths what the sweep spends once a token still counts.
+    # Only the last doubling: at short lengths the sweep's cost per token matters too.
     *_, before, last = shares
     falls = Claim(
         f"bands only: share at T={last} over that at T={before} (½ is 1/T)",
@@ -178,11 +179,11 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
 
 
 def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
-    """The full sweep on one thread and on two."""
+    """Compare the full sweep on one thread and on two."""
     inputs = make_inputs(settings.shape, torch.float32, device)
     run = benchmark.make(inputs)
     timings = race(
-        {str(threads): Contestant(run, threads) for threads in (1, 2)},
+        {str(threads): Implementation(run, threads) for threads in (1, 2)},
         rounds=settings.rounds,
         least_seconds=settings.least_seconds,
     )
@@ -199,7 +200,7 @@ def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
 
 
 def memory_part(benchmark: Benchmark, settings: Settings) -> Part:
-    """Peak memory beyond the inputs of a long sequence, in a process of its own."""
+    """Measure the peak memory in addition to the inputs for a long sequence, in a separate process."""
     shape = replace(FULL, tokens=settings.memory_tokens)
     claims = [
         Claim(
@@ -213,14 +214,14 @@ def memory_part(benchmark: Benchmark, settings: Settings) -> Part:
     return Part("memory", (), tuple(claims))
 
 
-def gate_json(gate: Gate) -> dict[str, object]:
+def gate_json(gate: CheckedShape) -> dict[str, object]:
     """{shape, dtype, results: {"op result": "error, at most allowed"}}."""
-    results = {f"{v.op} {v.result}": f"{v.error:.1e}, at most {v.allowed:.1e}" for v in gate.verdicts}
+    results = {f"{v.op} {v.result}": f"{v.error:.1e}, at most {v.allowed:.1e}" for v in gate.results}
     return {"shape": asdict(gate.shape), "dtype": gate.dtype, "results": results}
 
 
 def part_json(part: Part) -> dict[str, object]:
-    """The part with what its properties say."""
+    """The part as JSON, including computed properties."""
     measurements = [asdict(m) | {"gflops_per_second": m.gflops} for m in part.measurements]
     claims = [asdict(claim) | {"met": claim.met} for claim in part.claims]
     return {"measurements": measurements, "claims": claims}

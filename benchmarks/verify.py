@@ -1,6 +1,6 @@
-"""The gate: every op's results against the reference in fp64, before a single number is reported.
+"""The correctness check: compares every op's results with the fp64 reference before any number is reported.
 
-The rule is flash attention's: an error at most twice that of a plain torch computation in the same type.
+The rule is flash attention's: the error may be at most twice that of a plain torch computation in the same type.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import Outputs
+from benchmarks.implementations import Outputs
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import HORIZON, WINDOW, Inputs
 from rhythm.ops import reference
 
-ALLOWED = 2.0  # times the plain computation's error
-FLOOR = 4e-6  # for results on which the plain computation happens to be exact: 32 roundings of fp32
+ALLOWED = 2.0  # factor on the plain computation's error
+FLOOR = 4e-6  # allowed where the plain computation happens to be exact: 32 roundings of fp32
 
 
-class GateError(AssertionError):
-    """An op's results are wrong; nothing of the run may be reported."""
+class WrongResultError(AssertionError):
+    """An op's results are wrong, so no number of the run is reported."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One result of one op: its largest error relative to the largest value, and what is allowed."""
+class CheckedResult:
+    """One result of one op: its largest error relative to the largest value, and the allowed error."""
 
     op: str
     result: str
@@ -37,29 +37,29 @@ class Verdict:
         return self.error <= self.allowed
 
 
-def verify(benchmarks: list[Benchmark], inputs: Inputs) -> list[Verdict]:
-    """Runs each op once on the inputs.
+def verify(benchmarks: list[Benchmark], inputs: Inputs) -> list[CheckedResult]:
+    """Run each op once on the inputs and check its results.
 
     Raises:
-        GateError: a result that is wrong, or undefined where the reference is not, or the other way round.
+        WrongResultError: a result is wrong, or is NaN at other places than the reference.
     """
     expected = _exact(inputs)
     plain = {name: relative_error(value, expected[name]) for name, value in _plain(inputs).items()}
-    verdicts = []
+    results = []
     for benchmark in benchmarks:
         for name, value in benchmark.make(inputs)().items():
             error = relative_error(value, expected[name])
-            verdicts.append(Verdict(benchmark.name, name, error, max(ALLOWED * plain[name], FLOOR)))
-    if failed := [verdict for verdict in verdicts if not verdict.passed]:
+            results.append(CheckedResult(benchmark.name, name, error, max(ALLOWED * plain[name], FLOOR)))
+    if failed := [result for result in results if not result.passed]:
         lines = [f"{v.op}: {v.result} has error {v.error:.1e}, allowed is {v.allowed:.1e}" for v in failed]
-        raise GateError(f"at {inputs.shape}, {inputs.q.dtype}:\n" + "\n".join(lines))
-    return verdicts
+        raise WrongResultError(f"at {inputs.shape}, {inputs.q.dtype}:\n" + "\n".join(lines))
+    return results
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max |actual − expected| / max |expected|; infinite if they are not undefined (NaN) at the same places."""
+    """max |actual − expected| / max |expected|; infinite unless both are NaN at the same places."""
     if actual.shape != expected.shape:
-        raise GateError(f"a result has shape {tuple(actual.shape)}, the reference's is {tuple(expected.shape)}")
+        raise WrongResultError(f"a result has shape {tuple(actual.shape)}, the reference's is {tuple(expected.shape)}")
     if not torch.equal(actual.isnan(), expected.isnan()):
         return float("inf")
     defined = ~expected.isnan()
@@ -70,7 +70,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _exact(inputs: Inputs) -> Outputs:
-    """The reference in fp64, a query head at a time: one map in memory, not all."""
+    """The reference in fp64, one query head at a time, so that only one map is in memory."""
     shape = inputs.shape
     group = shape.query_heads // shape.key_heads
     columns: dict[str, list[Tensor]] = {"span": [], "waad": [], "fai": [], "lse": [], "out": []}
@@ -95,7 +95,7 @@ def _exact(inputs: Inputs) -> Outputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """The same in plain torch, in the input's type: matmuls in it, softmax and sums in fp32; a query head at a time."""
+    """Plain torch, one query head at a time: matmuls in the input's type, softmax and sums in fp32."""
     shape = inputs.shape
     group = shape.query_heads // shape.key_heads
     causal = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool, device=inputs.q.device).tril()

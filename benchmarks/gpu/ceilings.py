@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.gpu.clock import Clock, Run, told
-from benchmarks.gpu.contestants import Contestant
+from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Part, nvidia_smi
 from benchmarks.measure import Timing
 from benchmarks.shapes import Shape, make_inputs
@@ -57,7 +57,7 @@ def card_part() -> Part:
     return Part("card", (), (), (f"{CLOCKS}: {told_by}",), missing, facts={"nvidia-smi": {CLOCKS: told_by}})
 
 
-def ceilings_part(clock: Clock, sizes: Sizes, shape: Shape, forwards: tuple[Contestant, ...], rounds: int) -> Part:
+def ceilings_part(clock: Clock, sizes: Sizes, shape: Shape, forwards: tuple[Implementation, ...], rounds: int) -> Part:
     """Each ceiling by graph replays; one that fails is named and costs no other."""
     wanted: dict[str, tuple[Callable[[], Run], float, str]] = {
         f"matmul {sizes.matmul}³, bf16": (lambda: _matmul(clock, sizes), 2 * sizes.matmul**3 / 1e12, "TFLOP/s"),

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import ROOT
-from benchmarks.contestants import Outputs
 from benchmarks.gpu.ceilings import HOPPER, Sizes, card_part, ceilings_part
 from benchmarks.gpu.clock import Budget, Clock, clock_of, told
-from benchmarks.gpu.contestants import Contestant
+from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Console, Part, Planned, Report
 from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Settings
+from benchmarks.implementations import Outputs
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Inputs, Shape, make_inputs
-from benchmarks.verify import GateError, verify
+from benchmarks.verify import WrongResultError, verify
 
 IMPORT_MODE = "--import-mode=importlib"
 
@@ -81,30 +81,30 @@ def run(device: str, records: Path | None, console: Console, errors: Console, bu
 
 
 def parts(settings: CheckSettings, clock: Clock, budget: Budget) -> list[Planned]:
-    """The contestants come before the tests: they are what the other two commands race."""
+    """The implementations come before the tests: they are what the other two commands race."""
     suite = settings.suite
-    plain = tuple(one for one in suite.contestants if one.plain)
+    plain = tuple(one for one in suite.implementations if one.plain)
     return [
         Planned("card", 1.0, card_part),
         Planned("ceilings", 20.0, lambda: ceilings_part(clock, settings.sizes, suite.shape, plain, settings.rounds)),
-        Planned("contestants", 30.0, lambda: contestants_part(suite, clock)),
+        Planned("contestants", 30.0, lambda: implementations_part(suite, clock)),
         *(Planned(tests.name, 10.0, lambda tests=tests: tests_part(tests, budget)) for tests in settings.tests),
     ]
 
 
-def contestants_part(suite: Settings, clock: Clock) -> Part:
-    """Rhythm's contestants replayed from CUDA graphs, their results overwritten before, against the fp64 reference."""
+def implementations_part(suite: Settings, clock: Clock) -> Part:
+    """Checks rhythm's ops, replayed from CUDA graphs with results overwritten before, against the fp64 reference."""
     rows, wrong = [], []
     for one, shape, dtype in _cases(suite):
         inputs = make_inputs(shape, dtype, clock.device, clock.backend)
         case = {"op": one.name, "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
         try:
-            verdicts = verify([_replayed(one, clock)], inputs)
+            results = verify([_replayed(one, clock)], inputs)
         except Exception as error:  # wrong, or it could not be captured: both are findings
-            reason = str(error).splitlines()[-1] if isinstance(error, GateError) else told(error)
+            reason = str(error).splitlines()[-1] if isinstance(error, WrongResultError) else told(error)
             wrong.append(f"{' '.join(case.values())}: {reason}")
         else:
-            rows += [case | {"result": v.result, "error": v.error, "allowed": v.allowed} for v in verdicts]
+            rows += [case | {"result": v.result, "error": v.error, "allowed": v.allowed} for v in results]
     table = tuple({key: f"{x:.1e}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
     return Part("contestants", tuple(rows), (), (), tuple(wrong), bool(wrong), table, {"wrong": wrong})
 
@@ -124,7 +124,7 @@ def bisection_part(suite: Settings, clock: Clock) -> Part:
     facts: dict[str, list[str]] = {}
     for name, choice in choices.items():
         with forced(choice):
-            facts[name] = contestants_part(suite, clock).facts["wrong"]
+            facts[name] = implementations_part(suite, clock).facts["wrong"]
     table = tuple(
         {"tiles": name, "": "right", "what": ""} if not wrong else {"tiles": name, "": "WRONG", "what": wrong[0]}
         for name, wrong in facts.items()
@@ -166,13 +166,13 @@ def tests_part(tests: Selection, budget: Budget) -> Part:
     return Part(tests.name, (), (), said, (), wrong, facts=facts)
 
 
-def _cases(suite: Settings) -> list[tuple[Contestant, Shape, torch.dtype]]:
-    ours = [one for one in suite.contestants if one.name in OURS]
+def _cases(suite: Settings) -> list[tuple[Implementation, Shape, torch.dtype]]:
+    ours = [one for one in suite.implementations if one.name in OURS]
     return [(one, shape, dtype) for shape in suite.gates for dtype in suite.gate_dtypes for one in ours]
 
 
-def _replayed(one: Contestant, clock: Clock) -> Benchmark:
-    """The contestant as the gate takes it."""
+def _replayed(one: Implementation, clock: Clock) -> Benchmark:
+    """The implementation in the form that `verify` takes."""
 
     def make(inputs: Inputs) -> Callable[[], Outputs]:
         run = one.make(inputs)

@@ -63,7 +63,7 @@ class Clock(ABC):
         return replay()
 
     def race(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
-        """Every contestant once a round, in turn, after two calls to warm up (and compile)."""
+        """Every implementation once a round, in turn, after two calls to warm up (and compile)."""
         for run in runs.values():
             run()
             run()
@@ -74,7 +74,7 @@ class Clock(ABC):
         return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
     def race_replays(self, runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, Timing], dict[str, str]]:
-        """The same of CUDA graphs, and why a contestant could not be captured."""
+        """The same of CUDA graphs, and why an implementation could not be captured."""
         replays, reasons = {}, {}
         for name, run in runs.items():
             try:
@@ -172,7 +172,7 @@ class InterpreterClock(Clock):
 
 
 class MadeUpClock(InterpreterClock):
-    """Times that follow from a contestant's name, for rehearsals: everything runs, once, and nothing is measured."""
+    """Made-up times, computed from an implementation's name, for rehearsals: everything runs once, unmeasured."""
 
     name = "rehearsal"
 

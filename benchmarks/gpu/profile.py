@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.gpu.clock import Budget, Clock, told
-from benchmarks.gpu.contestants import Contestant
+from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Part
 from benchmarks.shapes import Shape, make_inputs
 
@@ -31,9 +31,9 @@ COUNTERS = (
 
 @dataclass(frozen=True)
 class Counted:
-    """A kernel whose counters are read: the contestant that runs it, and a pattern of its name."""
+    """A kernel whose counters are read: the implementation that runs it, and a pattern of its name."""
 
-    contestant: str
+    implementation: str
     kernel: str
 
 
@@ -45,11 +45,11 @@ COUNTED = (
 )
 
 
-def kernels_part(contestants: Sequence[Contestant], shape: Shape, clock: Clock) -> Part:
-    """torch.profiler: seconds per call of every kernel of a contestant."""
+def kernels_part(implementations: Sequence[Implementation], shape: Shape, clock: Clock) -> Part:
+    """torch.profiler: seconds per call of every kernel of an implementation."""
     inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
     rows, failed = [], []
-    for one in contestants:
+    for one in implementations:
         if one.absent() is not None:
             continue
         try:
@@ -88,14 +88,14 @@ def counters_part(device: str, budget: Budget) -> Part:
         return Part("counters", not_measured=("ncu: the command ncu (Nsight Compute) is not on the PATH",))
     found, failed = {}, []
     for counted in COUNTED:
-        name = f"{counted.contestant}, {counted.kernel}"
+        name = f"{counted.implementation}, {counted.kernel}"
         if budget.left < SECONDS / 2:
             failed.append(f"{name}: budget")
             continue
         command = [ncu, "--clock-control", "none", "--launch-skip", "3", "-c", "1", "-k", f"regex:{counted.kernel}"]
         command += [word for section in SECTIONS for word in ("--section", section)]
         command += ["--metrics", ",".join(COUNTERS)]
-        command += [sys.executable, "-P", "-m", "benchmarks.gpu.profile", counted.contestant, device]
+        command += [sys.executable, "-P", "-m", "benchmarks.gpu.profile", counted.implementation, device]
         try:
             seconds = min(SECONDS, budget.left)
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
@@ -117,13 +117,13 @@ def counters_part(device: str, budget: Budget) -> Part:
     )
 
 
-def main(contestant: str, device: str) -> None:
-    """Calls a contestant six times, for ncu to look at: python -m benchmarks.gpu.profile statistics cuda."""
+def main(implementation: str, device: str) -> None:
+    """Calls an implementation six times, for ncu to look at: python -m benchmarks.gpu.profile statistics cuda."""
     from benchmarks.gpu.suite import INTERPRETED, Settings
 
     settings = Settings() if device == "cuda" else INTERPRETED
     on, backend = ("cuda", "triton") if device == "cuda" else ("cpu", "triton")
-    (one,) = (one for one in settings.contestants if one.name == contestant)
+    (one,) = (one for one in settings.implementations if one.name == implementation)
     run = one.make(make_inputs(settings.shape, torch.bfloat16, on, backend))
     for _ in range(6):
         run()

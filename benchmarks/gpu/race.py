@@ -15,16 +15,16 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.contestants import Maker, Outputs
 from benchmarks.gpu.clock import Budget, Clock, clock_of, told
-from benchmarks.gpu.contestants import Contestant
+from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.profile import counters_part, kernels_part
 from benchmarks.gpu.report import Console, Part, Planned, Report
 from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Field, Settings
 from benchmarks.gpu.tile_race import tiles_part, tuner_part
+from benchmarks.implementations import Maker, Outputs
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Inputs, Shape, make_inputs, score_flops
-from benchmarks.verify import GateError, verify
+from benchmarks.verify import WrongResultError, verify
 
 PROTOTYPES = "benchmarks.gpu.prototypes"
 SWEEPS = ("row", "bands_band", "row_values", "column_band", "column", "bands", "sampled")
@@ -82,8 +82,8 @@ def parts(settings: RaceSettings, clock: Clock, device: str, budget: Budget) -> 
         Planned(f"tiles_{sweep}", 15.0, partial(tiles_part, sweep, suite.shape, clock, settings.rounds, budget))
         for sweep in settings.sweeps
     ]
-    plain = tuple(one for one in suite.contestants if one.plain)
-    profiled = [one for one in suite.contestants if one.name in OURS or one.plain]
+    plain = tuple(one for one in suite.implementations if one.plain)
+    profiled = [one for one in suite.implementations if one.name in OURS or one.plain]
 
     def inputs() -> Inputs:
         return make_inputs(suite.shape, torch.bfloat16, clock.device, clock.backend)
@@ -107,12 +107,12 @@ def prototypes() -> Sequence[Prototype]:
 
 
 def prototypes_part(
-    racing: Sequence[Prototype], plain: Sequence[Contestant], settings: RaceSettings, clock: Clock, budget: Budget
+    racing: Sequence[Prototype], plain: Sequence[Implementation], settings: RaceSettings, clock: Clock, budget: Budget
 ) -> Part:
     """Each checked against the fp64 reference at the gates, then all raced beside the plain forwards and the ops."""
     inputs = make_inputs(settings.raced, torch.bfloat16, clock.device, clock.backend)
     found = Field()
-    beside = [*plain, *(one for one in settings.suite.contestants if one.name in ("statistics", "with_output"))]
+    beside = [*plain, *(one for one in settings.suite.implementations if one.name in ("statistics", "with_output"))]
     for one in beside:
         if (reason := one.absent()) is not None:
             found.absent.append(f"{one.name}: {reason}")
@@ -151,7 +151,7 @@ def _refused(trial: Prototype, settings: RaceSettings, clock: Clock) -> str | No
         for shape in settings.gates:
             inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
             verify([Benchmark(trial.name, make, score_flops, lambda shape, dtype: 0, "")], inputs)
-    except GateError as error:
+    except WrongResultError as error:
         return str(error).splitlines()[-1].removeprefix(f"{trial.name}: ")
     except Exception as error:
         return told(error)

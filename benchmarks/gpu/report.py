@@ -42,7 +42,7 @@ class Part:
     """What a part found.
 
     Attributes:
-        table: a row per contestant or fact, each with the same keys; what is printed, and recorded with `rows`.
+        table: a row per implementation or fact, each with the same keys; what is printed, and recorded with `rows`.
         rows: what is recorded of the table: numbers as measured.
         absent: what can't run here, or not at this length, and why; notes.
         not_measured: "what: why" of what should have run and failed, or had no room.

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.gpu.clock import Budget, clock_of
 from benchmarks.gpu.report import Console, Report
 from benchmarks.gpu.suite import INTERPRETED, Settings, check, parts, refusals
-from benchmarks.verify import GateError
+from benchmarks.verify import WrongResultError
 
 
 def run(device: str, records: Path | None, console: Console, errors: Console, budget: Budget) -> int:
@@ -24,12 +24,12 @@ def run(device: str, records: Path | None, console: Console, errors: Console, bu
     report = Report(clock, f"attention_{device}.json", records, console, errors)
     try:
         passed = check(settings, clock)
-    except GateError as error:
-        report.complain(f"The gate is closed: no number is reported.\n{error}")
+    except WrongResultError as error:
+        report.complain(f"The correctness check failed: no number is reported.\n{error}")
         return 1
     report.record["gate"] = [
-        {"shape": asdict(shape), "dtype": dtype, "results": {f"{v.op} {v.result}": f"{v.error:.1e}" for v in verdicts}}
-        for shape, dtype, verdicts in passed
+        {"shape": asdict(shape), "dtype": dtype, "results": {f"{v.op} {v.result}": f"{v.error:.1e}" for v in results}}
+        for shape, dtype, results in passed
     ]
     report.say(f"{sum(len(v) for *_, v in passed)} results agree with the reference\n")
     report.run(parts(settings, clock, refusals(settings, clock), budget), budget)

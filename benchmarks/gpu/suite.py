@@ -13,12 +13,12 @@ from torch import Tensor
 from benchmarks.gpu import actor_attn
 from benchmarks.gpu.actor_attn import Dimensions
 from benchmarks.gpu.clock import Budget, Clock, Run, told
-from benchmarks.gpu.contestants import GPU, INTERPRETER, Contestant
+from benchmarks.gpu.implementations import GPU, INTERPRETER, Implementation
 from benchmarks.gpu.report import Part, Planned
 from benchmarks.measure import Timing, ratio
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, Shape, make_inputs, score_flops
 from benchmarks.suite import Claim
-from benchmarks.verify import GateError, Verdict, verify
+from benchmarks.verify import CheckedResult, WrongResultError, verify
 from rhythm import attention_statistics, attention_with_statistics
 
 QWEN3_4B, QWEN3_4B_MODEL = Shape(8192, query_heads=32, key_heads=8, head_size=128), Dimensions()
@@ -29,7 +29,7 @@ OURS = ("statistics", "with_output", "bands")
 class Settings:
     """Sizes of a run; the defaults are the ones that the aims were set for."""
 
-    contestants: tuple[Contestant, ...] = GPU
+    implementations: tuple[Implementation, ...] = GPU
     shape: Shape = QWEN3_4B
     gates: tuple[Shape, ...] = (
         Shape(257, prompt=31, query_heads=8, key_heads=2, head_size=128),
@@ -47,7 +47,7 @@ class Settings:
 
 FULL = Settings()
 INTERPRETED = Settings(
-    contestants=INTERPRETER,
+    implementations=INTERPRETER,
     shape=Shape(96, query_heads=4, key_heads=2, head_size=16),
     gates=(Shape(70, prompt=9, query_heads=4, key_heads=2, head_size=16),),
     gate_dtypes=(torch.bfloat16, torch.float32),
@@ -112,10 +112,10 @@ class Row:
 
 @dataclass
 class Field:
-    """Contestants that ran once, and what their race showed.
+    """Implementations that ran once, and what their race showed.
 
     Attributes:
-        runs: what races; a contestant that can't run isn't in it.
+        runs: what races; an implementation that can't run isn't in it.
         absent: what can't run here or at this length, and why.
         failed: "name: why" of what should have run.
         eager, replayed: times by name; whatever could not be captured has no replays, but a reason in `failed`.
@@ -130,7 +130,7 @@ class Field:
     replayed: dict[str, Timing] = field(default_factory=dict)
 
     def enter(self, name: str, make: Callable[[], Run], clock: Clock) -> None:
-        """Builds and runs a contestant; whatever it raises costs its own row."""
+        """Builds and runs an implementation; whatever it raises costs its own row."""
         try:
             run = make()
             run()
@@ -182,16 +182,16 @@ def parts(settings: Settings, clock: Clock, refused: Mapping[str, str], budget: 
         shape = replace(settings.shape, tokens=tokens)
         needed = 15.0 + tokens / 4096
         planned.append(Planned(f"race_{tokens}", needed, partial(race_part, settings, clock, shape, refused)))
-    if any(one.late for one in settings.contestants):
+    if any(one.late for one in settings.implementations):
         for tokens in settings.late_lengths:
             shape = replace(settings.shape, tokens=tokens)
             planned.append(Planned(f"rivals_{tokens}", 30.0, partial(late_part, settings, clock, shape, budget)))
     return planned
 
 
-def check(settings: Settings, clock: Clock) -> list[tuple[Shape, str, list[Verdict]]]:
-    """Results of rhythm's ops against the fp64 reference, on the device. Raises GateError."""
-    ours = [one for one in settings.contestants if one.name in OURS]
+def check(settings: Settings, clock: Clock) -> list[tuple[Shape, str, list[CheckedResult]]]:
+    """Results of rhythm's ops against the fp64 reference, on the device. Raises WrongResultError."""
+    ours = [one for one in settings.implementations if one.name in OURS]
     return [
         (shape, _name(dtype), verify(ours, make_inputs(shape, dtype, clock.device, clock.backend)))
         for shape in settings.gates
@@ -202,12 +202,12 @@ def check(settings: Settings, clock: Clock) -> list[tuple[Shape, str, list[Verdi
 def refusals(settings: Settings, clock: Clock, late: bool = False) -> dict[str, str]:
     """Which others give wrong results or can't be checked, and why: they may not race, and nothing else is lost."""
     refused = {}
-    for one in settings.contestants:
+    for one in settings.implementations:
         if one.name in OURS or one.late != late or one.absent() is not None:
             continue
         try:
             verify([one], make_inputs(settings.gates[0], torch.bfloat16, clock.device, clock.backend))
-        except GateError as error:
+        except WrongResultError as error:
             refused[one.name] = str(error).splitlines()[-1].removeprefix(f"{one.name}: ")
         except Exception as error:
             refused[one.name] = told(error)
@@ -215,27 +215,27 @@ def refusals(settings: Settings, clock: Clock, late: bool = False) -> dict[str, 
 
 
 def race_part(settings: Settings, clock: Clock, shape: Shape, refused: Mapping[str, str]) -> Part:
-    """All contestants that are there and can take the length; claims at the settings' own shape."""
-    able = [one for one in settings.contestants if not one.late]
+    """All implementations that are there and can take the length; claims at the settings' own shape."""
+    able = [one for one in settings.implementations if not one.late]
     return _race(f"race_{shape.tokens}", able, settings, clock, shape, refused)
 
 
 def late_part(settings: Settings, clock: Clock, shape: Shape, budget: Budget) -> Part:
     """The rivals that take long to compile, beside the plain forwards and rhythm's sweep: checked, then raced."""
-    late = replace(settings, contestants=tuple(one for one in settings.contestants if one.late))
+    late = replace(settings, implementations=tuple(one for one in settings.implementations if one.late))
     refused: dict[str, str] = {}
-    for one in late.contestants:
+    for one in late.implementations:
         if budget.left < 20.0:
             refused[one.name] = "budget"
         else:
-            refused |= refusals(replace(late, contestants=(one,)), clock, late=True)
-    able = [one for one in settings.contestants if one.late or one.plain or one.name == "statistics"]
+            refused |= refusals(replace(late, implementations=(one,)), clock, late=True)
+    able = [one for one in settings.implementations if one.late or one.plain or one.name == "statistics"]
     return _race(f"rivals_{shape.tokens}", able, settings, clock, shape, refused)
 
 
 def _race(
     name: str,
-    able: list[Contestant],
+    able: list[Implementation],
     settings: Settings,
     clock: Clock,
     shape: Shape,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import Outputs
 from benchmarks.gpu.clock import Budget, Clock, told
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.suite import Field
+from benchmarks.implementations import Outputs
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, Shape, make_inputs
 from benchmarks.verify import relative_error
 from rhythm import attention_statistics, attention_with_statistics

@@ -34,7 +34,7 @@ def smallest() -> Any:
     names = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "statistics", "with_output", "bands")
     return replace(
         suite.INTERPRETED,
-        contestants=tuple(one for one in suite.INTERPRETED.contestants if one.name in names),
+        implementations=tuple(one for one in suite.INTERPRETED.implementations if one.name in names),
         shape=Shape(40, query_heads=2, key_heads=1, head_size=16),
         gates=(Shape(33, prompt=5, query_heads=2, key_heads=1, head_size=16),),
         gate_dtypes=(torch.bfloat16,),

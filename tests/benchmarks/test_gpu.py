@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import contestants as cpu_contestants
-from benchmarks.gpu import contestants, suite
+from benchmarks import implementations as cpu_implementations
+from benchmarks.gpu import implementations, suite
 from benchmarks.gpu.clock import Budget, InterpreterClock
 from benchmarks.gpu.run import run
 from benchmarks.measure import Timing
@@ -69,14 +69,14 @@ def test_what_the_budget_has_no_room_for_is_named(tmp_path: Path, monkeypatch: p
 
 def test_a_wrong_result_closes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(inputs: Any) -> Any:
-        right = cpu_contestants.eager(inputs)
+        right = cpu_implementations.eager(inputs)
         return lambda: {name: x * 1.01 for name, x in right().items()}
 
-    broken = (contestants.Contestant("statistics", wrong, lambda shape: 1),)
-    monkeypatch.setattr("benchmarks.gpu.run.INTERPRETED", replace(QUICK, contestants=broken))
+    broken = (implementations.Implementation("statistics", wrong, lambda shape: 1),)
+    monkeypatch.setattr("benchmarks.gpu.run.INTERPRETED", replace(QUICK, implementations=broken))
     console = Console(record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     assert run("interpreter", tmp_path, console, console, Budget(60)) == 1
-    assert "The gate is closed" in console.export_text()
+    assert "The correctness check failed" in console.export_text()
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -89,7 +89,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flex_attention_gives_column_sums() -> None:
     shape = Shape(75, prompt=9, query_heads=4, key_heads=2, head_size=16)
     inputs = make_inputs(shape, torch.float32)
-    found = contestants.flex(compiled=False)(inputs)()
+    found = implementations.flex(compiled=False)(inputs)()
     _, _, fai, lse, _ = reference.attention_statistics(
         inputs.q, inputs.k, bounds=[0, 75], prompt_lens=[9], scale=inputs.scale
     )

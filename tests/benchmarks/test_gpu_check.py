@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import contestants as ops
+from benchmarks import implementations as ops
 from benchmarks.gpu import check
 from benchmarks.gpu.check import Selection
 from benchmarks.gpu.clock import Budget
@@ -49,7 +49,7 @@ def test_check_finds_ceilings(checked: dict[str, Any]) -> None:
     assert claim["met"] is False
 
 
-def test_check_compares_our_contestants_with_the_reference(checked: dict[str, Any]) -> None:
+def test_check_compares_our_implementations_with_the_reference(checked: dict[str, Any]) -> None:
     rows = checked["parts"]["contestants"]["rows"]
     assert {(row["op"], row["result"]) for row in rows} == {
         *(("statistics", name) for name in ("span", "waad", "fai", "lse")),
@@ -84,8 +84,8 @@ def test_a_wrong_kernel_is_bisected(
 
         return wrong_with_large_tiles
 
-    contestants_ = tuple(replace(one, make=make) for one in smallest.contestants if one.name == "statistics")
-    settings = replace(check.REHEARSED, suite=replace(smallest, contestants=contestants_), tests=())
+    implementations_ = tuple(replace(one, make=make) for one in smallest.implementations if one.name == "statistics")
+    settings = replace(check.REHEARSED, suite=replace(smallest, implementations=implementations_), tests=())
     monkeypatch.setattr(check, "REHEARSED", settings)
     record = rehearse("check", tmp_path, code=1)
     (reason,) = record["parts"]["contestants"]["wrong"]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks import contestants as ops
-from benchmarks.contestants import Maker
+from benchmarks import implementations as ops
 from benchmarks.gpu import race, tile_race
 from benchmarks.gpu.clock import Budget, MadeUpClock
 from benchmarks.gpu.suite import Settings
+from benchmarks.implementations import Maker
 from benchmarks.shapes import Inputs, Shape
 from rhythm.kernels.launch import _forced, run_with_tile
 from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile

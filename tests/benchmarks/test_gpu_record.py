@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import contestants as ops
-from benchmarks.contestants import Maker
-from benchmarks.gpu import contestants, run, suite
+from benchmarks import implementations as ops
+from benchmarks.gpu import implementations, run, suite
 from benchmarks.gpu.clock import Budget, Clock, MadeUpClock
-from benchmarks.gpu.contestants import Contestant
+from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Part, Plain, Planned, Report
+from benchmarks.implementations import Maker
 from benchmarks.shapes import Inputs, Shape
 
 pytestmark = [
@@ -54,19 +54,19 @@ def counted(shape: Shape) -> int:
 
 
 RIVALS = (
-    Contestant("builds_not", raising(RuntimeError("no such layout\nand more"), at_once=True), counted),
-    Contestant("compiles_not", raising(ValueError("inductor gave up"), at_once=False), counted, plain=True),
-    Contestant("lies", lying, counted),
-    Contestant("no_room", raising(torch.OutOfMemoryError("17 GB"), at_once=False), counted, late=True),
-    Contestant("lies_late", lying, counted, late=True),
-    Contestant("eager_late", ops.eager, counted, late=True),
-    Contestant("short", ops.eager, counted, late=True, max_tokens=8),
+    Implementation("builds_not", raising(RuntimeError("no such layout\nand more"), at_once=True), counted),
+    Implementation("compiles_not", raising(ValueError("inductor gave up"), at_once=False), counted, plain=True),
+    Implementation("lies", lying, counted),
+    Implementation("no_room", raising(torch.OutOfMemoryError("17 GB"), at_once=False), counted, late=True),
+    Implementation("lies_late", lying, counted, late=True),
+    Implementation("eager_late", ops.eager, counted, late=True),
+    Implementation("short", ops.eager, counted, late=True, max_tokens=8),
 )
 
 
 @pytest.fixture(scope="module")
 def tiny(smallest: suite.Settings) -> suite.Settings:
-    return replace(smallest, contestants=(*smallest.contestants, *RIVALS))
+    return replace(smallest, implementations=(*smallest.implementations, *RIVALS))
 
 
 def names(part: dict[str, Any], key: str = "op") -> list[str]:
@@ -140,7 +140,7 @@ def test_the_table_names_them_too(tiny: suite.Settings, tmp_path: Path, capsys: 
     assert rows[1].split()[2] == f"{1005 * MADE_UP('statistics'):.3f}"
 
 
-def test_a_contestant_that_cannot_be_captured_is_timed_eagerly(
+def test_a_implementation_that_cannot_be_captured_is_timed_eagerly(
     tiny: suite.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def captured(self: Clock, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -150,7 +150,7 @@ def test_a_contestant_that_cannot_be_captured_is_timed_eagerly(
 
     monkeypatch.setattr(MadeUpClock, "captured", captured)
     settings = replace(
-        tiny, contestants=tuple(one for one in tiny.contestants if one.name in ("sdpa_flash", "eager_late"))
+        tiny, implementations=tuple(one for one in tiny.implementations if one.name in ("sdpa_flash", "eager_late"))
     )
     part = suite.late_part(settings, MadeUpClock(), SHAPE, Budget(1000))
     forward, eager = part.rows
@@ -169,15 +169,15 @@ def test_an_op_of_ours_that_fails_is_an_error_with_a_record(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = next(one for one in smallest.contestants if one.name == "statistics")
+    real = next(one for one in smallest.implementations if one.name == "statistics")
 
     def make(inputs: Inputs) -> Callable[[], Any]:
         if inputs.shape == SHAPE:
             raise RuntimeError("misaligned address")
         return real.make(inputs)
 
-    broken = tuple(replace(one, make=make) if one is real else one for one in smallest.contestants)
-    monkeypatch.setattr(run, "INTERPRETED", replace(smallest, contestants=broken, lengths=(), packed=()))
+    broken = tuple(replace(one, make=make) if one is real else one for one in smallest.implementations)
+    monkeypatch.setattr(run, "INTERPRETED", replace(smallest, implementations=broken, lengths=(), packed=()))
     record = rehearse("record", tmp_path, code=1)
     assert "race, statistics: RuntimeError: misaligned address" in record["not_measured"]
     assert names(record["parts"]["race"]) == ["sdpa_flash", "with_output", "bands"]
@@ -231,13 +231,13 @@ def test_no_room_is_named(
     assert len(record["not_measured"]) == count
 
 
-def test_contestants_of_a_gpu() -> None:
+def test_implementations_of_a_gpu() -> None:
     """What races there, which can't be run here: rhythm's ops in the race, whatever compiles at the end."""
-    by_name = {one.name: one for one in contestants.GPU}
+    by_name = {one.name: one for one in implementations.GPU}
     assert not any(by_name[name].late for name in suite.OURS)
-    assert all(one.late for one in contestants.GPU if not one.plain and one.name not in suite.OURS)
+    assert all(one.late for one in implementations.GPU if not one.plain and one.name not in suite.OURS)
     assert by_name["flex"].max_tokens <= 16384
-    plain = [one.name for one in contestants.GPU if one.plain]
+    plain = [one.name for one in implementations.GPU if one.plain]
     assert {"sdpa_cudnn", "sdpa_cudnn_expanded", "sdpa_flash", "sdpa_flash_expanded"} <= set(plain)
     planned = [one.name for one in suite.parts(suite.FULL, MadeUpClock(), {}, Budget(1))]
     assert planned[:7] == [

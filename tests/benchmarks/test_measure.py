@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.contestants import Outputs
-from benchmarks.measure import PEAK_RESET, Contestant, Timing, peak_extra_bytes, race, ratio
+from benchmarks.implementations import Outputs
+from benchmarks.measure import PEAK_RESET, Implementation, Timing, peak_extra_bytes, race, ratio
 from benchmarks.shapes import Shape
 
 
@@ -25,7 +25,9 @@ def test_rounds_are_interleaved_on_the_threads_asked_for() -> None:
         return run
 
     before = torch.get_num_threads()
-    timings = race({"a": Contestant(noting("a"), 1), "b": Contestant(noting("b"), 2)}, rounds=3, least_seconds=0.0)
+    timings = race(
+        {"a": Implementation(noting("a"), 1), "b": Implementation(noting("b"), 2)}, rounds=3, least_seconds=0.0
+    )
     warm_up = 2 * [("a", 1)] + 2 * [("b", 2)]
     assert calls == warm_up + 3 * [("a", 1), ("b", 2)]
     assert torch.get_num_threads() == before
@@ -42,7 +44,7 @@ def test_short_calls_are_repeated_and_the_time_is_that_of_one() -> None:
         time.sleep(0.002)
         return {}
 
-    timing = race({"a": Contestant(run, 1)}, rounds=1, least_seconds=0.02)["a"]
+    timing = race({"a": Implementation(run, 1)}, rounds=1, least_seconds=0.02)["a"]
     assert 2 + 2 <= calls <= 2 + 10
     assert 0.002 <= timing.median < 0.02
 

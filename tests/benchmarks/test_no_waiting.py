@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from benchmarks import contestants
+from benchmarks import implementations
 from benchmarks.gpu import suite
 from benchmarks.shapes import Shape, make_inputs
 from rhythm.ops import arguments, statistics
@@ -73,12 +73,12 @@ def no_host() -> Iterator[None]:
 
 
 SHAPE = Shape(70, prompt=9, query_heads=4, key_heads=2, head_size=16)
-MAKERS = {name: getattr(contestants, name) for name in suite.OURS}
+MAKERS = {name: getattr(implementations, name) for name in suite.OURS}
 
 
 @pytest.mark.parametrize("prompt", [0, 9])
 @pytest.mark.parametrize("name", MAKERS)
-def test_our_contestants_touch_no_host(name: str, prompt: int) -> None:
+def test_our_implementations_touch_no_host(name: str, prompt: int) -> None:
     shape = Shape(70, prompt=prompt, query_heads=4, key_heads=2, head_size=16)
     run = MAKERS[name](make_inputs(shape, torch.bfloat16, backend="triton"))
     with no_host():
@@ -87,7 +87,7 @@ def test_our_contestants_touch_no_host(name: str, prompt: int) -> None:
 
 
 @pytest.mark.parametrize("name", suite.OURS)
-def test_our_packed_contestants_touch_no_host(name: str) -> None:
+def test_our_packed_implementations_touch_no_host(name: str) -> None:
     inputs = make_inputs(SHAPE, torch.bfloat16, backend="triton")
     cu_seqlens, prompt_lens = torch.tensor([0, 30, 70], dtype=torch.int32), torch.tensor([4, 9])
     run = suite.packed_ops(inputs, cu_seqlens, prompt_lens)[name]()
@@ -96,7 +96,7 @@ def test_our_packed_contestants_touch_no_host(name: str) -> None:
 
 
 def test_lists_of_numbers_are_noticed() -> None:
-    """What the contestants once did: prompt_lens as a list goes to the device in every call."""
+    """What the implementations once did: prompt_lens as a list goes to the device in every call."""
     inputs = make_inputs(SHAPE, torch.bfloat16, backend="triton")
     with no_host(), pytest.raises(HostTouchedError, match="lift_fresh"):
         statistics.attention_statistics(inputs.q, inputs.k, prompt_lens=[9], backend="triton")
@@ -125,7 +125,7 @@ def test_the_ops_own_body_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> Non
     """Reading the lengths inside of the op, as checks of values do, is noticed as well."""
     inputs = make_inputs(SHAPE, torch.bfloat16, backend="triton")
     monkeypatch.setattr(arguments, "check_values", lambda sequences: sequences.host)
-    run = contestants.statistics(inputs)
+    run = implementations.statistics(inputs)
     with no_host(), pytest.raises(HostTouchedError, match="tolist"):
         run()
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the benchmark: its contestants in CUDA graphs, and which of its times is which."""
+"""What only a GPU can show of the benchmark: its implementations in CUDA graphs, and which of its times is which."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from benchmarks.gpu.clock import CudaClock
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_our_contestants_replay_what_the_reference_computes() -> None:
+def test_our_implementations_replay_what_the_reference_computes() -> None:
     settings = replace(suite.FULL, gates=suite.FULL.gates[:1], gate_dtypes=(torch.bfloat16,))
-    part = check.contestants_part(settings, CudaClock())
+    part = check.implementations_part(settings, CudaClock())
     assert part.facts["wrong"] == []
     assert {row["op"] for row in part.rows} == set(suite.OURS)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT, suite
-from benchmarks.contestants import Outputs
+from benchmarks.implementations import Outputs
 from benchmarks.record import commit, machine, record_path
 from benchmarks.registry import REGISTRY
 from benchmarks.run import main

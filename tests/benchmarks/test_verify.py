@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import Outputs
+from benchmarks.implementations import Outputs
 from benchmarks.registry import REGISTRY, Benchmark, select
 from benchmarks.shapes import Inputs, Shape, make_inputs
-from benchmarks.verify import GateError, relative_error, verify
+from benchmarks.verify import WrongResultError, relative_error, verify
 
 SHAPE = Shape(150, prompt=13, query_heads=4, key_heads=2, head_size=32)
 
@@ -35,12 +35,12 @@ def changed(name: str, result: str, change: Callable[[Tensor], Tensor]) -> Bench
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_op_passes(dtype: torch.dtype) -> None:
-    verdicts = verify(select(None), make_inputs(SHAPE, dtype))
-    results = {(verdict.op, verdict.result) for verdict in verdicts}
+    checked = verify(select(None), make_inputs(SHAPE, dtype))
+    results = {(result.op, result.result) for result in checked}
     for op in ("eager", "blocked_64", "blocked_128", "blocked_256", "statistics", "with_output"):
         assert {(op, name) for name in ("span", "waad", "fai", "lse")} <= results
     assert {("sdpa", "out"), ("with_output", "out"), ("bands", "waad"), ("bands", "fai")} <= results
-    assert any(verdict.error > 0 for verdict in verdicts)
+    assert any(result.error > 0 for result in checked)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_every_op_passes(dtype: torch.dtype) -> None:
     ],
 )
 def test_a_wrong_result_closes_the_gate(op: str, result: str, change: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(GateError):
+    with pytest.raises(WrongResultError):
         verify([REGISTRY["eager"], changed(op, result, change)], make_inputs(SHAPE, torch.float32))
 
 
 def test_the_refusal_names_the_op_and_the_result() -> None:
     wrong = changed("bands", "fai", lambda x: 2 * x)
-    with pytest.raises(GateError, match=r"at T=150.*bfloat16:\nbands: fai has error 1\.0e\+00, allowed is"):
+    with pytest.raises(WrongResultError, match=r"at T=150.*bfloat16:\nbands: fai has error 1\.0e\+00, allowed is"):
         verify([wrong], make_inputs(SHAPE, torch.bfloat16))
 
 

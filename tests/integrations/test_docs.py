@@ -33,7 +33,7 @@ def names(tmp_path: Path) -> dict[str, Any]:
 
 def test_transformers(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     exec(example("transformers"), names)
-    assert len(re.findall(r"layer \d: head \d looks back farthest", capsys.readouterr().out)) == MODEL.layers
+    assert len(re.findall(r"layer \d: head \d attends farthest back", capsys.readouterr().out)) == MODEL.layers
     waad = names["waad"]
     assert waad.shape[:2] == (2, 4)
     # Of this tokenizer, which makes every character a token; the second row is padded on the left.

@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in OUTPUT_TOLERANCE], default="bfloat16"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each contestant")
+    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each implementation")
     parser.add_argument("--strictness", type=float, default=1.0, help="factor on the tolerances")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)
@@ -115,15 +115,15 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact)[defined].abs().max() / exact[defined].abs().max())
 
 
-def race(contestants: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def race(implementations: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median milliseconds of each; prints them as a table."""
     results = [
         Timer("run()", globals={"run": run}, description=name, num_threads=torch.get_num_threads()).blocked_autorange(
             min_run_time=seconds
         )
-        for name, run in contestants.items()
+        for name, run in implementations.items()
     ]
-    times = {name: 1e3 * result.median for name, result in zip(contestants, results, strict=True)}
+    times = {name: 1e3 * result.median for name, result in zip(implementations, results, strict=True)}
     print("| op | ms | of SDPA's forward |\n| --- | --- | --- |")
     for name, time in times.items():
         print(f"| {name} | {time:.3f} | {time / times['SDPA forward']:.2f} |")

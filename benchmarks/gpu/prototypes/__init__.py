@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks.contestants import Maker, Outputs
+from benchmarks.implementations import Maker, Outputs
 from benchmarks.shapes import Inputs
 
 

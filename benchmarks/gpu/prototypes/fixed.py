@@ -13,9 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from benchmarks.contestants import Outputs
 from benchmarks.gpu.prototypes.operands import blocks, common, results, tiles, two_programs
 from benchmarks.gpu.prototypes.sums import absorb_online, load_tile, moments, overflowed, store_rows
+from benchmarks.implementations import Outputs
 from benchmarks.shapes import Inputs
 from rhythm.kernels.launch import launch
 from rhythm.kernels.tiles import upcast

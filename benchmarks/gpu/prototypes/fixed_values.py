@@ -12,10 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from benchmarks.contestants import Outputs
 from benchmarks.gpu.prototypes.online import redo
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results, tiles
 from benchmarks.gpu.prototypes.sums import absorb_online, load_tile, overflowed, store_out, store_rows
+from benchmarks.implementations import Outputs
 from benchmarks.shapes import Inputs
 from rhythm.kernels.launch import launch
 from rhythm.kernels.tiles import upcast

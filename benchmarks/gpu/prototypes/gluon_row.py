@@ -15,10 +15,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from benchmarks.contestants import Outputs
 from benchmarks.gpu.prototypes.gluon_shim import load_tile, tiles
 from benchmarks.gpu.prototypes.online import redo
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results
+from benchmarks.implementations import Outputs
 from benchmarks.shapes import Inputs
 from rhythm.kernels.launch import launch
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.contestants import Outputs
+from benchmarks.implementations import Outputs
 from benchmarks.shapes import Inputs
 from rhythm.kernels.tiles import LOG2_E, tma_compatible
 

@@ -1,8 +1,8 @@
-"""The contestants: what one writes in PyTorch without custom kernels, and rhythm's ops.
+"""The implementations that are compared: plain PyTorch without custom kernels, and rhythm's ops.
 
-Each maker takes the inputs and gives a callable that computes everything anew and returns its results by name:
-span [Hq], waad, fai, lse [Hq, T] and out [T, Hq, D], those that it computes. What the call needs is built by the
-maker, on the device of the inputs: a call copies nothing from the host and waits for nothing.
+Each maker takes the inputs and returns a callable that computes everything and returns its results by name: those it
+computes of span [Hq], waad, fai, lse [Hq, T] and out [T, Hq, D]. The maker allocates what the call needs on the device
+of the inputs, so that a call neither copies from the host nor waits for the device.
 
 Shape suffixes: T tokens, R rows of a block, C columns of its band, S keys so far, G key heads, M query heads of a
 group, X = M·R rows of a group, D head size.
@@ -44,10 +44,11 @@ def eager(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def blocked(block: int) -> Maker:
-    """Plain torch at its best: blocks of rows whose scores stay in cache, one matmul a key head in the input's type.
+    """The fastest plain torch version: blocks of rows whose scores fit in cache, one matmul per key head in the input's
+    type.
 
     Softmax and sums are fp32; row sums and Σ_s p·s are one pass each; WAAD and FAI read only the band at the block's
-    right edge. Tried and slower or no faster: torch.softmax, [1, s] as one product, the scale as a pass of its own.
+    right edge. Not faster: torch.softmax, [1, s] as one product, the scale in a separate pass.
     """
 
     def make(inputs: Inputs) -> Callable[[], Outputs]:
@@ -94,7 +95,7 @@ def _blocked_statistics(inputs: Inputs, block: int) -> Outputs:
 
 
 def sdpa(inputs: Inputs) -> Callable[[], Outputs]:
-    """torch's flash attention, forward: the output only."""
+    """torch's flash attention forward: only the output."""
     q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
 
     def run() -> Outputs:
@@ -124,7 +125,7 @@ def statistics(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 def with_output(inputs: Inputs) -> Callable[[], Outputs]:
-    """rhythm.attention_with_statistics: the attention output as well, in the same sweep."""
+    """rhythm.attention_with_statistics: statistics and attention output in one sweep."""
     prompt_lens = inputs.prompt_lens
 
     def run() -> Outputs:

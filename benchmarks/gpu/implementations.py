@@ -1,7 +1,7 @@
 """What races on a GPU: other attention forwards, other ways to the statistics, and rhythm's ops.
 
 Each maker takes the inputs and gives a callable that computes everything anew and returns its results by name, as in
-benchmarks/contestants.py; those that give what the reference does not have return nothing that is compared.
+benchmarks/implementations.py; those that give what the reference does not have return nothing that is compared.
 
 Shape suffixes: T tokens, H query heads, G key heads, D head size; S keys of a swapped call, which are rows.
 """
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import contestants
-from benchmarks.contestants import Maker, Outputs
+from benchmarks import implementations
+from benchmarks.implementations import Maker, Outputs
 from benchmarks.shapes import HORIZON, Inputs, Shape, band_flops, score_flops
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Implementation:
     """One op on the GPU.
 
     Attributes:
@@ -141,7 +141,7 @@ def compiled_blocked(block: int) -> Maker:
     """torch.compile of the blocked version."""
 
     def make(inputs: Inputs) -> Callable[[], Outputs]:
-        function = torch.compile(contestants._blocked_statistics)
+        function = torch.compile(implementations._blocked_statistics)
         return lambda: function(inputs, block)
 
     return make
@@ -167,40 +167,46 @@ def _forward_flops(shape: Shape) -> int:
 
 
 # flex's block masks are made by way of dense T × T maps: 16k tokens are what there is room for.
-GPU: tuple[Contestant, ...] = (
-    Contestant("sdpa_flash", sdpa(SDPBackend.FLASH_ATTENTION), _forward_flops, plain=True),
-    Contestant("sdpa_cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), _forward_flops, plain=True),
+GPU: tuple[Implementation, ...] = (
+    Implementation("sdpa_flash", sdpa(SDPBackend.FLASH_ATTENTION), _forward_flops, plain=True),
+    Implementation("sdpa_cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), _forward_flops, plain=True),
     # A library may be slower where heads share keys: the best plain forward must not be slow for that.
-    Contestant("sdpa_flash_expanded", sdpa(SDPBackend.FLASH_ATTENTION, expanded=True), _forward_flops, plain=True),
-    Contestant("sdpa_cudnn_expanded", sdpa(SDPBackend.CUDNN_ATTENTION, expanded=True), _forward_flops, plain=True),
-    Contestant(
+    Implementation("sdpa_flash_expanded", sdpa(SDPBackend.FLASH_ATTENTION, expanded=True), _forward_flops, plain=True),
+    Implementation("sdpa_cudnn_expanded", sdpa(SDPBackend.CUDNN_ATTENTION, expanded=True), _forward_flops, plain=True),
+    Implementation(
         "flash_attn",
         flash_attn,
         _forward_flops,
         plain=True,
         absent=lambda: _missing("flash_attn", bool(_flash_attn())),
     ),
-    Contestant("statistics", contestants.statistics, score_flops),
-    Contestant("with_output", contestants.with_output, _forward_flops),
-    Contestant("bands", contestants.bands, band_flops),
-    Contestant(
+    Implementation("statistics", implementations.statistics, score_flops),
+    Implementation("with_output", implementations.with_output, _forward_flops),
+    Implementation("bands", implementations.bands, band_flops),
+    Implementation(
         "flash_colreduce",
         flash_colreduce,
         score_flops,
         late=True,
         absent=lambda: _missing("flash-colreduce", find_spec("flash_colreduce") is not None),
     ),
-    Contestant("blocked_1024", contestants.blocked(1024), score_flops, max_tokens=1 << 14, late=True),
-    Contestant("eager", contestants.eager, score_flops, max_tokens=1 << 12, late=True),
-    Contestant("flex", flex(compiled=True), score_flops, max_tokens=1 << 14, late=True),
-    Contestant("compiled_blocked_1024", compiled_blocked(1024), score_flops, max_tokens=1 << 13, late=True),
+    Implementation("blocked_1024", implementations.blocked(1024), score_flops, max_tokens=1 << 14, late=True),
+    Implementation("eager", implementations.eager, score_flops, max_tokens=1 << 12, late=True),
+    Implementation("flex", flex(compiled=True), score_flops, max_tokens=1 << 14, late=True),
+    Implementation("compiled_blocked_1024", compiled_blocked(1024), score_flops, max_tokens=1 << 13, late=True),
 )
 
 # On the CPU: SDPA has no cuDNN, and nothing is compiled.
-INTERPRETER: tuple[Contestant, ...] = (
-    Contestant("sdpa_flash", sdpa(SDPBackend.FLASH_ATTENTION), _forward_flops, plain=True),
-    Contestant("sdpa_cudnn", GPU[1].make, _forward_flops, plain=True, absent=lambda: "cuDNN takes tensors on a GPU"),
-    *(contestant for contestant in GPU if contestant.name in ("flash_attn", "statistics", "with_output", "bands")),
-    Contestant("flex", flex(compiled=False), score_flops),
-    Contestant("eager", contestants.eager, score_flops),
+INTERPRETER: tuple[Implementation, ...] = (
+    Implementation("sdpa_flash", sdpa(SDPBackend.FLASH_ATTENTION), _forward_flops, plain=True),
+    Implementation(
+        "sdpa_cudnn", GPU[1].make, _forward_flops, plain=True, absent=lambda: "cuDNN takes tensors on a GPU"
+    ),
+    *(
+        implementation
+        for implementation in GPU
+        if implementation.name in ("flash_attn", "statistics", "with_output", "bands")
+    ),
+    Implementation("flex", flex(compiled=False), score_flops),
+    Implementation("eager", implementations.eager, score_flops),
 )
