@@ -201,8 +201,9 @@ def test_a_step_whose_responses_are_all_cut_off_changes_nothing(small_config: Co
 
 def test_a_resumed_run_with_all_of_it_is_exact(small_config: Configure, tmp_path: Path) -> None:
     options = (
-        f"runs_dir={tmp_path}", "evaluation.samples=0", "sampling.max_new_tokens=6", "batch.extra_rounds=2", "overlong.mask=true",
-        "overlong.penalty_tokens=3", "loss.objective=cispo", "loss.clip_low=1", "correction.mode=sequence_mask",
+        f"runs_dir={tmp_path}", "evaluation.samples=0", "sampling.max_new_tokens=6", "batch.extra_rounds=2",
+        "overlong.mask=true", "overlong.penalty_tokens=3", "loss.objective=cispo", "loss.clip_low=1",
+        "correction.mode=sequence_mask",
         "credit.strategy=random", "credit.random_like=coupled", "credit.mass=matched",
     )  # fmt: skip
     whole = run(small_config(*options, "name=whole", "steps=4")).run_dir
