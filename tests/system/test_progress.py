@@ -117,8 +117,8 @@ def test_an_analysis_says_how_far_it_is_within_a_batch() -> None:
     clock.now += 39
     progress.heartbeat.beat()
     assert shown.getvalue().splitlines() == [
-        "rhythm-analyze: 0/40 problems; generating (130 tokens) for 31 s; none is done yet, so the remaining time is "
-        "not known",
+        "rhythm-analyze: 0/40 problems; generating (130 tokens) for 31 s; none is finished yet, so the remaining "
+        "time is unknown",
         "rhythm-analyze: 2/40 problems, 30.5 s/problem, 19 min left; observing response 0-0 for 30 s",
         "rhythm-analyze: 4/40 problems, 25.0 s/problem, 15 min left; generating for 39 s",
     ]
