@@ -13,7 +13,7 @@ CLUSTER_STAMP := $(VENV)/.installed-cluster-$(TORCH)
 DOCS_STAMP := $(VENV)/.installed-docs-$(TORCH)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-EXTRAS := train,analyze,dev
+EXTRAS := train,analyze,tasks,dev
 
 # An editable install of the tree with the given extras. scikit-build-core's finder needs no path entry; the one that comes with
 # it would make kernels/ importable as `kernels`, another project's name.

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rhythm.tasks.base import TASKS, Reward, Task, load_task, task_class
+from rhythm.tasks.base import TASKS, Reward, Task, load_judge, load_task, task_class
 
-__all__ = ["TASKS", "Reward", "Task", "load_task", "task_class"]
+__all__ = ["TASKS", "Reward", "Task", "load_judge", "load_task", "task_class"]

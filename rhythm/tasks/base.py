@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -40,8 +40,21 @@ from pydantic import BaseModel
 
 Instance = TypeVar("Instance")
 
-TASKS: dict[str, str] = {"countdown": "rhythm.tasks.countdown:Countdown"}
+TASKS: dict[str, str] = {
+    "countdown": "rhythm.tasks.countdown:Countdown",
+    "jsonl": "rhythm.tasks.jsonl:Jsonl",
+    "gsm8k": "rhythm.tasks.presets:Gsm8k",
+    "dapo_math_17k": "rhythm.tasks.presets:DapoMath",
+    "crossthink_qa": "rhythm.tasks.presets:CrossThink",
+    "aime24": "rhythm.tasks.presets:Aime24",
+    "aime25": "rhythm.tasks.presets:Aime25",
+    "amc23": "rhythm.tasks.presets:Amc23",
+    "math500": "rhythm.tasks.presets:Math500",
+    "olympiadbench": "rhythm.tasks.presets:OlympiadBench",
+}
 """Short name → `module:Class`."""
+FAMILIES: dict[str, str] = {"reasoning_gym": "rhythm.tasks.reasoning_gym"}
+"""First part of names such as `reasoning_gym:chain_sum`, and the module whose attribute the second part is."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +105,13 @@ def task_class(name: str) -> type[Any]:
     """
     path = TASKS.get(name, name)
     module, separator, attribute = path.partition(":")
+    module = FAMILIES.get(module, module)
     if not (separator and module and attribute):
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"task is {name!r}: must be one of {sorted(TASKS)}, or 'module:Class'{hint}")
+        raise ValueError(
+            f"task is {name!r}: must be one of {sorted(TASKS)}, 'reasoning_gym:…', or 'module:Class'{hint}"
+        )
     task = getattr(importlib.import_module(module), attribute)
     if not (isinstance(task, type) and hasattr(task, "config_class")):
         raise ValueError(f"task is {name!r}: must name a class with a config_class (see rhythm.tasks.base)")
@@ -110,3 +126,12 @@ def load_task(name: str, options: Mapping[str, object] | None = None) -> Task[An
     class_ = task_class(name)
     task: Task[Any] = class_(class_.config_class.model_validate(dict(options or {})))
     return task
+
+
+def load_judge(name: str, options: Mapping[str, object] | None = None) -> Task[Any]:
+    """The task for its rewards alone: of a class with a `judge(config)` what that gives, which need have no instances
+    and be no work to make; otherwise as `load_task`.
+    """
+    class_ = task_class(name)
+    judge: Callable[[Any], Task[Any]] = getattr(class_, "judge", class_)
+    return judge(class_.config_class.model_validate(dict(options or {})))

@@ -103,7 +103,7 @@ def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None
         record = json.loads((directory / _RECORD).read_bytes())
         return WarmStart(directory, cached=True, loss=record["loss"], seconds=record["seconds"])
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(config.model.vocabulary, (text for pair in texts for text in pair))
     model = build_model(config.model, tokenizer)
     start = time.perf_counter()
     losses = train(model, encode(tokenizer, texts), config, pad=tokenizer.pad_token_id, console=console)

@@ -24,7 +24,7 @@ from rhythm.engines.interfaces import LogProbs, Rollout
 from rhythm.engines.parity import ParityConfig, compare, must_agree
 from rhythm.system.extras import missing
 from rhythm.tasks import Task
-from rhythm.tiny.model import CHARACTERS, TinyModelConfig
+from rhythm.tiny.model import TinyModelConfig
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.metrics import Record
 from rhythm.trainer.run_dir import LOGS
@@ -33,7 +33,6 @@ from rhythm.trainer.step import Engines
 if TYPE_CHECKING:
     from rhythm.cluster.session import Session
 
-_SPECIAL_TOKENS = 4  # in the tiny model's vocabulary, in addition to its characters
 
 
 def model_dimensions(config: TrainConfig, *, known: bool = False) -> tuple[Dimensions, str]:
@@ -209,7 +208,7 @@ def _tiny(model: TinyModelConfig) -> Dimensions:
         query_heads=model.query_heads,
         key_heads=model.key_heads,
         head_size=model.head_size,
-        vocabulary=_SPECIAL_TOKENS + len(CHARACTERS),
+        vocabulary=model.vocabulary_size,
         max_positions=model.max_positions,
         tied=True,
     )
