@@ -89,15 +89,20 @@ _Loader.yaml_implicit_resolvers = {
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """`read_config` for a training run; the keys of `task.options` are those of the task named in it."""
     # Imported here, because rhythm-analyze reads its configuration without the trainer.
+    from rhythm.tasks import task_class
     from rhythm.trainer.config import TaskConfig, TrainConfig
 
     def with_the_task(values: Mapping[str, Any]) -> TrainConfig:
         task = values.get("task")
         name = task.get("name", "countdown") if isinstance(task, Mapping) else "countdown"
         try:
-            return TrainConfig(task=TaskConfig(name=name))
-        except ValidationError:
+            kind = task_class(name).config_class
+        except (ValueError, ImportError, AttributeError, TypeError):  # reported where the values are checked
             return TrainConfig()
+        # Not checked: options that must be given are missing.
+        needed = {key: "…" for key, field in kind.model_fields.items() if field.is_required()}
+        task_config = TaskConfig.model_construct(name=name, options=kind.model_construct(**needed))
+        return TrainConfig().model_copy(update={"task": task_config})
 
     return read_config(TrainConfig, path, overrides, like=with_the_task)
 

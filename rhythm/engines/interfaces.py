@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from rhythm.credit.config import SignalsConfig
@@ -30,10 +30,29 @@ class SamplingConfig(BaseModel, extra="forbid", frozen=True):
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling: probability mass; 1 turns it off")
     top_k: int = Field(default=0, ge=0, description="sample among the k most likely tokens; 0 turns it off")
-    max_new_tokens: int = Field(default=1024, ge=1, description="longest response in tokens, including its end token")
+    max_new_tokens: int = Field(
+        default=1024,
+        ge=1,
+        description="longest response in tokens, including its end token; less where the context has no room for it",
+    )
     rows_at_once: int = Field(
         default=256, ge=1, description="responses generated at once, to limit memory; vLLM ignores it"
     )
+    max_prompt_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="instances with longer prompts are left out; null: those that leave no room for a response",
+    )
+    stop: tuple[str, ...] = Field(
+        default=(), description="strings that end a response; the first one found is its end and part of it"
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_string(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("holds an empty string, which every text contains")
+        return stop
 
 
 @dataclass(frozen=True)

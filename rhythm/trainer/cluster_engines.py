@@ -7,11 +7,11 @@ configuration names.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,7 +23,6 @@ from rhythm.cluster.plan.summary import describe_plan, push_kind
 from rhythm.engines.interfaces import LogProbs, Rollout
 from rhythm.engines.parity import ParityConfig, compare, must_agree
 from rhythm.system.extras import missing
-from rhythm.tasks import Task
 from rhythm.tiny.model import TinyModelConfig
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.metrics import Record
@@ -32,7 +31,6 @@ from rhythm.trainer.step import Engines
 
 if TYPE_CHECKING:
     from rhythm.cluster.session import Session
-
 
 
 def model_dimensions(config: TrainConfig, *, known: bool = False) -> tuple[Dimensions, str]:
@@ -91,18 +89,6 @@ def check_cluster(config: TrainConfig, cluster: ClusterConfig) -> None:
     check(cluster, workload(config), model_dimensions(config)[0])
     if cluster.ray_address is None and torch.cuda.device_count() < cluster.gpus:
         raise ValueError(f"cluster.gpus is {cluster.gpus}: this machine has {torch.cuda.device_count()}")
-
-
-def check_prompts(config: TrainConfig, cluster: ClusterConfig, task: Task[Any], tokenizer: Any) -> None:
-    """Raise ValueError if the longest prompt and its response would not fit into cluster.max_length."""
-    instances: Sequence[Any] = [*task.train, *task.test]
-    lens = [len(ids) for ids in tokenizer([task.prompt(instance) for instance in instances]).input_ids]
-    needed = max(lens) + config.sampling.max_new_tokens
-    if needed > cluster.max_length:
-        raise ValueError(
-            f"cluster.max_length is {cluster.max_length}: must be at least {needed}, the longest prompt's "
-            f"{max(lens)} tokens and sampling.max_new_tokens = {config.sampling.max_new_tokens}"
-        )
 
 
 @contextmanager

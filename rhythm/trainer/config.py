@@ -16,7 +16,7 @@ from rhythm.credit.overlong import OverlongConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.system.renamed import renamed_keys
-from rhythm.tasks import task_class
+from rhythm.tasks import TASKS, task_class
 from rhythm.tiny.warm_start import WarmStartConfig
 from rhythm.trainer.checkpoint import CheckpointConfig
 from rhythm.trainer.evaluation import EvalConfig
@@ -29,7 +29,10 @@ class _NoOptions(BaseModel):
 class TaskConfig(BaseModel, extra="forbid", frozen=True):
     """The task's name, and its own keys under `options`."""
 
-    name: str = Field(default="countdown", description="countdown, or module:Class for your own task")
+    name: str = Field(
+        default="countdown",
+        description=f"{', '.join(TASKS)}, reasoning_gym:GENERATOR, or module:Class for your own task",
+    )
     options: SerializeAsAny[BaseModel] = Field(
         default_factory=dict, validate_default=True, description="the task's own keys"
     )

@@ -36,6 +36,7 @@ from rhythm.trainer.samples import first_rows, sample_lines, write_samples
 from rhythm.trainer.setup import (
     build_task,
     check_machine,
+    fit_task,
     initial_checkpoint,
     load_vocabulary,
     open_engines,
@@ -87,6 +88,8 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     console = console or Console(stderr=True)
     check_machine(config)
     task = build_task(config)
+    if config.model.path is not None:  # the tiny model's tokenizer is there once it has been warm-started
+        task = fit_task(config, task, config.model.path)
     with lock_directory(config.run_dir):
         return _run(config, task, resume, console)
 
@@ -98,6 +101,8 @@ def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -
     # that the run began with. The run's own checkpoints can't serve: old ones are deleted as it goes on.
     keeps_start = config.cluster is not None or config.loss.kl_coef > 0
     start = resumed[0] if resumed and not keeps_start else initial_checkpoint(config, task, console)
+    if config.model.path is None:
+        task = fit_task(config, task, start)
     vocabulary = load_vocabulary(start, config.model)
     restarts = 0
     with open_reward_worker(config, task) as isolated, open_engines(config, task, vocabulary) as build:

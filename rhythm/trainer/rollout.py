@@ -12,7 +12,9 @@ from torch import Tensor
 from rhythm.engines.interfaces import Infer, Rollout, SamplingConfig
 from rhythm.seeds import generator
 from rhythm.tasks import Reward, Task
+from rhythm.tasks.prompts import encode_prompt
 from rhythm.tasks.scoring import score_response
+from rhythm.trainer.prompts import cut_at_stop
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def roll_out(
     The reward gets the response text without special tokens. If it raises, or returns anything but a Reward with a
     finite score, that response scores 0 and its Reward names the fault.
     """
-    prompts = [task.prompt(instance) for instance in instances]
-    rollout = infer.generate([tokenizer.encode(p) for p in prompts], responses_per_prompt, sampling, seed)
+    prompts, ids = zip(*(encode_prompt(tokenizer, task.prompt(instance)) for instance in instances), strict=True)
+    rollout = cut_at_stop(infer.generate(ids, responses_per_prompt, sampling, seed), tokenizer, sampling.stop)
     rows = zip(rollout.input_ids.tolist(), rollout.response_mask.tolist(), strict=True)
     responses = [
         tokenizer.decode([i for i, inside in zip(ids, mask, strict=True) if inside], skip_special_tokens=True)

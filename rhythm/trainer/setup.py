@@ -18,15 +18,17 @@ from transformers import AutoConfig, AutoTokenizer
 from rhythm import checkpoints
 from rhythm.checkpoints import checkpoint_end_tokens, loading_options, refusal_names
 from rhythm.engines.local.attn import ObserveAttn
-from rhythm.engines.local.infer import GenerateInfer
+from rhythm.engines.local.infer import GenerateInfer, max_positions
 from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.local.weights import LocalWeightSync
 from rhythm.ops.backends import check_backend
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.isolation import IsolatedTask
+from rhythm.tasks.prompts import ChatPrompt
 from rhythm.tiny.warm_start import warm_start
-from rhythm.trainer.cluster_engines import check_cluster, check_prompts, open_cluster
+from rhythm.trainer.cluster_engines import check_cluster, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
+from rhythm.trainer.prompts import fit_prompts
 from rhythm.trainer.step import Engines
 
 log = logging.getLogger(__name__)
@@ -89,10 +91,33 @@ def build_task(config: TrainConfig) -> Task[Any]:
         task = load_task(config.task.name, config.task.options.model_dump())
     except ValueError as error:
         raise SetupError(f"task.options: {error}") from error
+    if config.steps and not task.train:
+        raise SetupError(
+            "task.options: all instances are held out, so there is nothing to train on; with steps=0 they count"
+        )
+    if config.model.path is None and any(isinstance(task.prompt(one), ChatPrompt) for one in task.test[:1]):
+        raise SetupError("task.options.chat is true: the tiny model has no chat template; give model.path")
     wanted = config.warm_start.examples
     if config.model.path is None and wanted is not None and wanted > len(task.train):
         raise SetupError(f"warm_start.examples is {wanted}: the task has {len(task.train)} training instances")
     return task
+
+
+def fit_task(config: TrainConfig, task: Task[Any], checkpoint: Path) -> Task[Any]:
+    """The task with the instances whose prompts leave room for a response in the context of the checkpoint's model.
+
+    Raises SetupError where none is left, and where a chat template is asked for and the tokenizer has none.
+    """
+    with _refused(checkpoint):
+        model = AutoConfig.from_pretrained(checkpoint, **loading_options(config.model.trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading_options(config.model.trust_remote_code))
+    longest = max_positions(model) - 1
+    if config.cluster is not None:
+        longest = min(longest, config.cluster.max_length - 1)
+    try:
+        return fit_prompts(task, tokenizer, min(longest, config.sampling.max_prompt_tokens or longest))
+    except ValueError as error:
+        raise SetupError(f"task.options: {error}") from error
 
 
 def initial_checkpoint(config: TrainConfig, task: Task[Any], console: Console) -> Path:
@@ -173,7 +198,6 @@ def open_engines(config: TrainConfig, task: Task[Any], vocabulary: Vocabulary) -
         return
     with ExitStack() as stack:
         try:
-            check_prompts(config, config.cluster, task, vocabulary.tokenizer)
             build = stack.enter_context(open_cluster(config, config.cluster))
         except ValueError as error:
             raise SetupError(str(error)) from error

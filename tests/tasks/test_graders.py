@@ -74,6 +74,7 @@ def test_exact() -> None:
         ("B", r"\boxed{(B) Oxygen}", RIGHT),
         ("(B)", r"\boxed{\text{B}}", RIGHT),
         ("B. Oxygen", r"\boxed{B}", RIGHT),
+        ("B", r"\boxed{option B}", RIGHT),
         ("B", r"\boxed{A}", WRONG),
         ("B", r"\boxed{b}", WRONG),
         ("B", "I think the answer is (B).", Reward(1.0, True, False)),  # right, though in no box

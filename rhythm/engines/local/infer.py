@@ -31,13 +31,16 @@ class GenerateInfer:
     affected.
     """
 
-    def __init__(self, model: Any, *, end_ids: Sequence[int], pad_id: int) -> None:
-        """`model`: a causal transformers model; `end_ids`: tokens that end a response."""
+    def __init__(self, model: Any, *, end_ids: Sequence[int], pad_id: int, max_length: int | None = None) -> None:
+        """`model`: a causal transformers model; `end_ids`: tokens that end a response; `max_length`: longest prompt and
+        response together, in tokens; None: the model's number of positions.
+        """
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
         self._model = model
         self._end_ids = list(end_ids)
         self._pad_id = pad_id
+        self._max_length = max_length or max_positions(model.config)
         self._version = 0
         self._recorder: _LogProbRecorder | None = None
 
@@ -50,11 +53,13 @@ class GenerateInfer:
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
         """Sample `n` responses per prompt, on the model's device.
 
-        Raises ValueError for no prompts, an empty prompt, or n < 1.
+        A response has at most the tokens that its prompt leaves within max_length.
+
+        Raises ValueError for no prompts, an empty prompt, one that leaves no token, or n < 1.
         """
         if n < 1:
             raise ValueError(f"n is {n}: must be at least 1")
-        _check_prompts(prompts)
+        self._check_prompts(prompts)
         rows = [prompt for prompt in prompts for _ in range(n)]
         chunks = [rows[i : i + sampling.rows_at_once] for i in range(0, len(rows), sampling.rows_at_once)]
         device = self._model.device
@@ -68,7 +73,7 @@ class GenerateInfer:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
     ) -> Rollout:
         """See `rhythm.engines.interfaces.SeededInfer`."""
-        _check_prompts(prompts)
+        self._check_prompts(prompts)
         at_once = sampling.rows_at_once
         parts = [
             self._sample(prompts[i : i + at_once], sampling, seeds[i : i + at_once])
@@ -90,6 +95,7 @@ class GenerateInfer:
         ids_BP = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
         prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
         mask_BP = torch.arange(width, device=model.device) >= width - prompt_lens_B[:, None]
+        room_B = (self._max_length - prompt_lens_B).clamp(max=sampling.max_new_tokens)
         recorder = self._recorder = _LogProbRecorder(sampling.temperature or 1.0)
         own_draws = seeds is not None and sampling.temperature > 0
         processors: list[LogitsProcessor] = [recorder]
@@ -101,7 +107,9 @@ class GenerateInfer:
             sequences = model.generate(
                 input_ids=ids_BP,
                 attention_mask=mask_BP.long(),
-                generation_config=self._generation_config(sampling, draw=sampling.temperature > 0 and not own_draws),
+                generation_config=self._generation_config(
+                    sampling, int(room_B.max()), draw=sampling.temperature > 0 and not own_draws
+                ),
                 logits_processor=LogitsProcessorList(processors),
             )
         model.train(was_training)
@@ -110,21 +118,33 @@ class GenerateInfer:
             sequences,
             recorder.logprobs(sequences[:, width:]),
             prompt_lens_B,
+            room_B,
             width,
             self._end_ids,
             self._pad_id,
         )
 
-    def _generation_config(self, sampling: SamplingConfig, *, draw: bool) -> GenerationConfig:
+    def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        if not prompts or not all(prompts):
+            raise ValueError("prompts: must contain at least one prompt, and none may be empty")
+        if (longest := max(map(len, prompts))) >= self._max_length:
+            raise ValueError(f"prompts: the longest has {longest} tokens, which leaves none of {self._max_length}")
+
+    def _generation_config(self, sampling: SamplingConfig, max_new_tokens: int, *, draw: bool) -> GenerationConfig:
         """`draw`: transformers does; else it takes the likeliest token of what the processors leave."""
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         return GenerationConfig(
             do_sample=draw,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_token_id=self._end_ids,
             pad_token_id=self._pad_id,
             **(drawn if draw else {}),
         )
+
+
+def max_positions(config: Any) -> int:
+    """Longest sequence of a transformers model, in tokens; 2^31 where its configuration says nothing."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
 class _LogProbRecorder(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
@@ -187,11 +207,6 @@ class _SeededDraws(LogitsProcessor):  # type: ignore[misc]  # transformers is un
         return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
-    if not prompts or not all(prompts):
-        raise ValueError("prompts: must contain at least one prompt, and none may be empty")
-
-
 @contextmanager
 def _own_generation_config(model: Any) -> Iterator[None]:
     """Ignore the checkpoint's sampling defaults (top-k 20, a repetition penalty …), so that only ours apply."""
@@ -203,14 +218,21 @@ def _own_generation_config(model: Any) -> Iterator[None]:
 
 
 def _right_padded(
-    sequences: Tensor, logprobs_BG: Tensor, prompt_lens_B: Tensor, width: int, end_ids: list[int], pad_id: int
+    sequences: Tensor,
+    logprobs_BG: Tensor,
+    prompt_lens_B: Tensor,
+    room_B: Tensor,
+    width: int,
+    end_ids: list[int],
+    pad_id: int,
 ) -> Rollout:
-    """Convert left-padded prompts with responses to a right-padded Rollout."""
+    """Convert left-padded prompts with responses to a right-padded Rollout, no response longer than its room."""
     response_BG = sequences[:, width:]
-    ends_BG = torch.isin(response_BG, torch.tensor(end_ids, device=sequences.device))
+    within_BG = torch.arange(response_BG.shape[1], device=sequences.device) < room_B[:, None]
+    ends_BG = torch.isin(response_BG, torch.tensor(end_ids, device=sequences.device)) & within_BG
     finished_B = ends_BG.any(dim=1)
     generated = response_BG.shape[1]
-    response_lens_B = torch.where(finished_B, ends_BG.int().argmax(dim=1) + 1, generated)
+    response_lens_B = torch.where(finished_B, ends_BG.int().argmax(dim=1) + 1, room_B.clamp(max=generated))
 
     lens_B = prompt_lens_B + response_lens_B
     t = torch.arange(int(lens_B.max()), device=sequences.device)

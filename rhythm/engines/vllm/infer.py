@@ -154,8 +154,10 @@ class VllmInfer:
         """Sample `n` responses per prompt; the rollout is on the CPU. `sampling.rows_at_once` is ignored: max_num_seqs
         limits the responses at a time.
 
-        Raises ValueError for no prompts, an empty prompt, n < 1, or a prompt that leaves less than max_new_tokens
-        within max_length; RuntimeError if the engine is not serving.
+        A response has at most the tokens that its prompt leaves within max_length.
+
+        Raises ValueError for no prompts, an empty prompt, one that leaves no token, or n < 1; RuntimeError if the
+        engine is not serving.
         """
         if n < 1:
             raise ValueError(f"n is {n}: must be at least 1")
@@ -185,14 +187,19 @@ class VllmInfer:
         self._must_be("serving")
         if not prompts or not all(prompts):
             raise ValueError("prompts: must contain at least one prompt, and none may be empty")
-        room = self._max_length - max(map(len, prompts))
-        if sampling.max_new_tokens > room:
-            raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}: the longest prompt leaves {room} tokens")
+        if (longest := max(map(len, prompts))) >= self._max_length:
+            raise ValueError(f"prompts: the longest has {longest} tokens, which leaves none of {self._max_length}")
         self._set_temperature(sampling.temperature or 1.0)
         # A prefix cached by an earlier call would change the order of sums, and thereby the rollout.
         self._reset_prefix_cache()
         common = self._drawing(sampling)
-        outputs = self._run(prompts, [{**common, "seed": seed} for seed in seeds])
+        outputs = self._run(
+            prompts,
+            [
+                {**common, "seed": seed, "max_tokens": min(sampling.max_new_tokens, self._max_length - len(prompt))}
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ],
+        )
         responses = [output.outputs[0] for output in outputs]
         return assemble(
             prompts,
@@ -330,7 +337,6 @@ class VllmInfer:
             "temperature": 0.0 if greedy else 1.0,
             "top_p": 1.0 if greedy else sampling.top_p,
             "top_k": 0 if greedy else sampling.top_k,
-            "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": self._end_ids,
         }
 

@@ -1,0 +1,103 @@
+"""Prompts as tokens: which instances fit into the model's context; and where stop strings end a response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+
+from rhythm.engines.interfaces import Rollout
+from rhythm.tasks import Reward, Task
+from rhythm.tasks.prompts import encode_prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FittedTask:
+    """A task without the instances whose prompts are too long."""
+
+    config_class: ClassVar[type[BaseModel]] = BaseModel  # of the task within: this one is made from another
+
+    task: Task[Any]
+    train: Sequence[Any]
+    test: Sequence[Any]
+
+    def prompt(self, instance: Any) -> str:
+        """See rhythm.tasks.base.Task."""
+        return self.task.prompt(instance)
+
+    def solution(self, instance: Any) -> str:
+        """See rhythm.tasks.base.Task."""
+        return self.task.solution(instance)
+
+    def reward(self, instance: Any, response: str) -> Reward:
+        """See rhythm.tasks.base.Task."""
+        return self.task.reward(instance, response)
+
+
+def fit_prompts(task: Task[Any], tokenizer: Any, longest: int) -> Task[Any]:
+    """The task with the instances whose prompts have at most `longest` tokens; what is left out is counted in the log.
+
+    Raises ValueError where none of a set that had some is left, and where a chat template is asked for and the
+    tokenizer has none.
+    """
+    sets = {"training": task.train, "held-out": task.test}
+    fitting = {}
+    for name, instances in sets.items():
+        lens = [len(encode_prompt(tokenizer, task.prompt(instance))[1]) for instance in instances]
+        fitting[name] = [each for each, tokens in zip(instances, lens, strict=True) if tokens <= longest]
+        if lens and not fitting[name]:
+            raise ValueError(f"no {name} prompt has at most {longest} tokens; the shortest has {min(lens)}")
+        if left_out := len(lens) - len(fitting[name]):
+            log.warning(
+                "%d of %d %s prompts have more than %d tokens, up to %d: left out",
+                left_out, len(lens), name, longest, max(lens),
+            )  # fmt: skip
+    if all(len(fitting[name]) == len(instances) for name, instances in sets.items()):
+        return task
+    return FittedTask(task, fitting["training"], fitting["held-out"])
+
+
+def cut_at_stop(rollout: Rollout, tokenizer: Any, stop: Sequence[str]) -> Rollout:
+    """Each response without what follows the token that completes the first of the `stop` strings; it ends there by
+    itself.
+    """
+    if not stop:
+        return rollout
+    lens = rollout.lens.tolist()
+    finished = rollout.finished.clone()
+    for row, (start, end) in enumerate(zip(rollout.prompt_lens.tolist(), lens, strict=True)):
+        response = rollout.input_ids[row, start:end].tolist()
+        kept = tokens_to_stop(tokenizer, response, stop)
+        if kept is not None:
+            lens[row], finished[row] = start + kept, True
+    inside = torch.arange(rollout.input_ids.shape[1], device=rollout.input_ids.device)
+    inside_BT = inside < torch.tensor(lens, device=inside.device)[:, None]
+    return replace(
+        rollout,
+        attention_mask=rollout.attention_mask & inside_BT,
+        response_mask=rollout.response_mask & inside_BT,
+        logprobs=rollout.logprobs.masked_fill(~inside_BT, 0.0),
+        finished=finished,
+    )
+
+
+def tokens_to_stop(tokenizer: Any, response: Sequence[int], stop: Sequence[str]) -> int | None:
+    """How many tokens of the response it takes until its text holds one of the strings; None: it holds none."""
+
+    def holds(count: int) -> bool:
+        text = tokenizer.decode(response[:count], skip_special_tokens=True)
+        return any(string in text for string in stop)
+
+    if not holds(len(response)):
+        return None
+    few, enough = 0, len(response)
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if holds(middle) else (middle, enough)
+    return enough

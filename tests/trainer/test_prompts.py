@@ -1,0 +1,188 @@
+"""How prompts become tokens, which fit, and where a response stops; each of the paper's sets trained for one step."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rhythm.cli.train import main
+from rhythm.engines.interfaces import Rollout, SamplingConfig
+from rhythm.engines.local.infer import GenerateInfer
+from rhythm.tasks import load_task
+from rhythm.tasks.prompts import ChatPrompt, PromptConfig, encode_prompt
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.trainer.prompts import cut_at_stop, fit_prompts, tokens_to_stop
+
+_path = Path(__file__).parents[1] / "tasks" / "paper_sets.py"
+_spec = importlib.util.spec_from_file_location("paper_sets", _path)
+assert _spec is not None
+assert _spec.loader is not None
+paper_sets = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(paper_sets)
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[>]{% endif %}"
+)
+SHAPE = TinyModelConfig(
+    layers=2, hidden_size=32, mlp_size=32, query_heads=2, key_heads=1, head_size=16, max_positions=40
+)
+
+
+def config(tmp_path: Path, *more: str) -> list[str]:
+    """A run of one step of a small model."""
+    (tmp_path / "run.yaml").write_text("steps: 1\ntensorboard: false\n")
+    shape = "{layers: 2, hidden_size: 32, mlp_size: 32, query_heads: 2, key_heads: 1, head_size: 16, vocabulary: 400}"
+    return [
+        str(tmp_path / "run.yaml"),
+        f"runs_dir={tmp_path / 'runs'}",
+        f"warm_start.cache_dir={tmp_path / 'cache'}",
+        f"warm_start.model={shape}",
+        "warm_start.steps=2",
+        "warm_start.batch_size=4",
+        "batch={prompts_per_batch: 2, responses_per_prompt: 2, mini_batch_size: 4, micro_batch_size: 4}",
+        "sampling.max_new_tokens=8",
+        "signals.horizon=[1,4]",
+        "evaluation.samples=1",
+        *more,
+    ]
+
+
+def lines(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", paper_sets.ROWS)
+def test_each_of_the_papers_sets_is_trained_for_one_step(name: str, tmp_path: Path) -> None:
+    path = lines(tmp_path, paper_sets.ROWS[name])
+    assert main(config(tmp_path, f"task.name={name}", f"task.options={{path: {path}, held_out: 0.5}}")) == 0
+    records = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1]
+    assert all(record["accuracy_instances"] == 3 for record in records)
+    assert records[1]["response_tokens"] > 0
+
+
+def test_prompts_as_tokens() -> None:
+    tokenizer = build_tokenizer()
+    plain = PromptConfig(system="Be brief.", template="Q: {prompt}").ask("a {b}")
+    assert plain == "Be brief.\nQ: a {b}"
+    assert not isinstance(plain, ChatPrompt)
+    assert encode_prompt(tokenizer, plain) == (plain, tokenizer.encode(plain))
+    chat = PromptConfig(system="Be brief.", template="Q: {prompt}", chat=True).ask("a {b}")
+    with pytest.raises(ValueError, match="chat is true: the model's tokenizer has no chat template"):
+        encode_prompt(tokenizer, chat)
+    tokenizer.chat_template = TEMPLATE
+    text = "[system]Be brief.[user]Q: a {b}[>]"
+    assert encode_prompt(tokenizer, chat) == (text, tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_prompts_too_long_are_counted_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "x" * n, "answer": str(n)} for n in range(1, 11)]
+    options = {"path": str(lines(tmp_path, rows)), "held_out": 0.2}
+    task, tokenizer = load_task("jsonl", options), build_tokenizer()
+    fitted = fit_prompts(task, tokenizer, longest=8)  # a token in front, so seven characters
+    assert sorted(len(each.question) for each in (*fitted.train, *fitted.test)) == [1, 2, 3, 4, 5, 6, 7]
+    train_left_out = len(task.train) - len(fitted.train)
+    assert f"{train_left_out} of 8 training prompts have more than 8 tokens, up to 11: left out" in caplog.text
+    assert fit_prompts(task, tokenizer, longest=11) is task
+    with pytest.raises(ValueError, match="no training prompt has at most 1 tokens; the shortest has 2"):
+        fit_prompts(task, tokenizer, longest=1)
+
+
+def test_a_long_prompt_gets_what_the_context_leaves_and_a_short_one_all() -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(SHAPE, tokenizer)
+    infer = GenerateInfer(model, end_ids=[tokenizer.unk_token_id], pad_id=tokenizer.pad_token_id)
+    prompts = [[5] * 37, [6] * 4]
+    rollout = infer.generate(prompts, 2, SamplingConfig(max_new_tokens=12), seed=0)
+    assert rollout.response_lens.tolist() == [3, 3, 12, 12]
+    assert rollout.lens.max() <= SHAPE.max_positions
+    assert not rollout.finished.any()
+    alone = infer.generate(prompts[:1], 2, SamplingConfig(max_new_tokens=12, temperature=0), seed=0)
+    both = infer.generate(prompts, 2, SamplingConfig(max_new_tokens=12, temperature=0), seed=0)
+    assert torch.equal(both.input_ids[:2, :40], alone.input_ids[:, :40])
+    with pytest.raises(ValueError, match="the longest has 40 tokens: must leave room in the 40"):
+        infer.generate([[5] * 40], 1, SamplingConfig(), seed=0)
+
+
+def test_a_response_ends_with_the_first_stop_string() -> None:
+    tokenizer = build_tokenizer()
+    texts = ["7\nQ: 8\nQ: 9", "7 and 8", "a</answer>b"]
+    rows = [
+        tokenizer.encode("p", add_special_tokens=False) + tokenizer.encode(t, add_special_tokens=False) for t in texts
+    ]
+    width = max(map(len, rows))
+    lens = torch.tensor([len(row) for row in rows])
+    inside = torch.arange(width) < lens[:, None]
+    rollout = Rollout(
+        input_ids=torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+        attention_mask=inside,
+        response_mask=inside & (torch.arange(width) >= 1),
+        prompt_lens=torch.ones(3, dtype=torch.int64),
+        group=torch.arange(3),
+        logprobs=torch.where(inside, -1.0, 0.0),
+        finished=torch.tensor([False, False, False]),
+    )
+    assert cut_at_stop(rollout, tokenizer, ()) is rollout
+    cut = cut_at_stop(rollout, tokenizer, ("</answer>", "\nQ:"))
+    left = [tokenizer.decode(ids[mask]) for ids, mask in zip(cut.input_ids, cut.response_mask, strict=True)]
+    assert left == ["7\nQ:", "7 and 8", "a</answer>"]
+    assert cut.finished.tolist() == [True, False, True]
+    assert cut.lens.tolist() == [5, 8, 11]
+    assert (cut.logprobs != 0).sum(dim=1).tolist() == [5, 8, 11]
+    assert tokens_to_stop(tokenizer, [], ("x",)) is None
+    with pytest.raises(ValueError, match="holds an empty string"):
+        SamplingConfig(stop=("",))
+
+
+def checkpoint(tmp_path: Path, template: str | None) -> Path:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    save_checkpoint(build_model(SHAPE, tokenizer), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_run_asks_through_the_chat_template_with_stop_strings(tmp_path: Path) -> None:
+    path = lines(tmp_path, [{"prompt": f"{n}?", "answer": str(n)} for n in range(8)])
+    model = checkpoint(tmp_path, TEMPLATE)
+    options = f"task.options={{path: {path}, held_out: 0.5, chat: true}}"
+    assert main(config(tmp_path, f"model.path={model}", "task.name=jsonl", options, "sampling.stop=[a, b]")) == 0
+    sample = next((tmp_path / "runs/run/samples").glob("*1.jsonl")).read_text()
+    assert json.loads(sample.splitlines()[0])["prompt"].startswith("[user]")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["task.options.chat=true"], "the tiny model has no chat template; give model.path"),
+        (["task.options.chat=true", "model.path=MODEL"], "the model's tokenizer has no chat template"),
+        (["task.options.held_out=1.0"], "all instances are held out, so there is nothing to train on"),
+        (
+            ["task.options.answer=truth"],
+            r"rows.jsonl, line 1: has no column truth (answer); its columns are prompt, answer",
+        ),
+        (["task.options.path=/none.jsonl"], "path is /none.jsonl: No such file"),
+        (["task.options.promt=x"], "did you mean task.options.prompt?"),
+        (["sampling.max_prompt_tokens=1", "model.path=MODEL"], "no training prompt has at most 1 tokens"),
+        (["task.name=reasoning_gym:countdown", "task.options={}"], "evaluates a response as Python code"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_refused_before_anything_starts(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = lines(tmp_path, [{"prompt": f"{n}?", "answer": str(n)} for n in range(8)])
+    model = checkpoint(tmp_path, None)
+    given = ["task.name=jsonl", f"task.options={{path: {path}, held_out: 0.5}}", *more]
+    assert main(config(tmp_path, *(each.replace("MODEL", str(model)) for each in given))) == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs" / "run" / "config.yaml").exists()
+    assert not (tmp_path / "cache").exists()
