@@ -203,6 +203,7 @@ def test_base_dependencies_are_torch_and_numpy_and_extras_bring_the_rest() -> No
         return found
 
     distributions = {"yaml": "pyyaml", "megatron": "megatron-core"}
+    distributions |= {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
     for package, extra in EXTRAS.items():
         # These three come with transformers.
         if package not in ("tokenizers", "safetensors", "huggingface_hub"):
