@@ -22,8 +22,8 @@ class ChatPrompt(str):
         prompt.messages = [dict(message) for message in messages]
         return prompt
 
-    def __getnewargs__(self) -> tuple[Messages]:
-        return (self.messages,)
+    def __reduce__(self) -> tuple[type[Self], tuple[Messages]]:
+        return type(self), (self.messages,)
 
 
 class PromptConfig(BaseModel, extra="forbid", frozen=True):

@@ -44,7 +44,9 @@ def column(row: Mapping[str, Any], name: str) -> Any:
         return row[name]
     value: Any = row
     for part in name.split("."):
-        value = value[part] if isinstance(value, Mapping) else {}[part]
+        if not isinstance(value, Mapping):
+            raise KeyError(name)
+        value = value[part]
     return value
 
 

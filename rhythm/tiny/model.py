@@ -57,8 +57,8 @@ class TinyModelConfig(BaseModel, extra="forbid", frozen=True):
 
 
 def build_tokenizer(vocabulary: int | None = None, texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """One token per character of CHARACTERS, `<|unknown|>` for others; with `vocabulary`, a byte-level BPE of at most so
-    many tokens, trained on `texts`, in which every digit is a token. `<|bos|>` is put first unless
+    """One token per character of CHARACTERS, `<|unknown|>` for others; with `vocabulary`, a byte-level BPE of at most
+    so many tokens, trained on `texts`, in which every digit is a token. `<|bos|>` is put first unless
     `add_special_tokens=False`.
     """
     tokenizer = _characters() if vocabulary is None else _byte_pairs(texts, vocabulary)

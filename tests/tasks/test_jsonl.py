@@ -179,3 +179,9 @@ def test_a_judge_reads_no_rows(tmp_path: Path) -> None:
     judge = load_judge("jsonl", options(path))
     assert judge.reward(problem, f"\\boxed{{{problem.answer}}}") == Reward(1.0, True, True)
     assert len(load_judge("countdown", {"train_size": 3, "test_size": 2}).train) == 3  # made whole, having no judge
+
+
+def test_a_chat_prompt_survives_the_way_to_another_process() -> None:
+    prompt = ChatPrompt([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    again = pickle.loads(pickle.dumps(prompt))
+    assert (again, again.messages) == ("a\nb", prompt.messages)

@@ -105,3 +105,28 @@ def test_the_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
 def test_bad_shapes_are_named(keys: dict[str, int], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TinyModelConfig.model_validate(keys)
+
+
+def test_a_learned_vocabulary_writes_any_text_and_makes_words_of_its_own() -> None:
+    texts = ["the apples and the pears: 12 apples"] * 20
+    tokenizer = build_tokenizer(300, texts)
+    assert len(tokenizer) <= 300
+    assert tokenizer.get_vocab() == build_tokenizer(300, texts).get_vocab()
+    for text in (texts[0], "été — 東京 <|x|>\n\t\\boxed{1}"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer(" apples", add_special_tokens=False).input_ids) == 1
+    assert len(tokenizer("1234", add_special_tokens=False).input_ids) == 4
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+
+
+def test_a_learned_vocabulary_sets_the_size_of_the_embedding(tmp_path: Path) -> None:
+    config = TinyModelConfig(layers=1, vocabulary=300)
+    tokenizer = build_tokenizer(config.vocabulary, ["few words"])
+    model = build_model(config, tokenizer)
+    assert model.get_input_embeddings().weight.shape == (300, config.hidden_size)
+    save_checkpoint(model, tokenizer, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("few words").input_ids == tokenizer("few words").input_ids
+    with pytest.raises(ValidationError, match="greater than or equal to 260"):
+        TinyModelConfig(vocabulary=259)
