@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from rhythm.tasks import Reward, base, load_task, task_class
 from rhythm.tasks.countdown import Countdown
+from rhythm.tasks.reasoning_gym import _task_class as rhythm_gym
 
 
 @pytest.fixture
@@ -59,3 +61,39 @@ def test_unknown_names_and_options_are_errors(own_module: str) -> None:
         task_class(f"{own_module}:Nothing")
     with pytest.raises(ValidationError, match="train_sze"):
         load_task("countdown", {"train_sze": 3})
+
+
+HEAVY = {"datasets", "pyarrow", "sympy", "math_verify", "reasoning_gym", "transformers"}  # torch comes with rhythm itself
+
+
+@pytest.mark.parametrize(
+    ("more", "loaded"),
+    [
+        ("load_task('countdown', {'train_size': 1, 'test_size': 1})", set()),
+        ("load_judge('jsonl', {'path': 'x.jsonl', 'held_out': 1.0, 'grader': 'numeric'})", set()),
+        ("load_judge('crossthink_qa')", set()),
+        ("load_judge('math500')", {"math_verify", "sympy"}),
+    ],
+)
+def test_a_task_loads_only_what_it_needs(more: str, loaded: set[str]) -> None:
+    code = f"import sys; from rhythm.tasks import *; {more}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(found.split()) == loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("math500", "math_verify"), ("jsonl", "pyarrow"), ("reasoning_gym:dice", "reasoning_gym")]
+)
+def test_a_missing_package_is_named_with_the_command_that_brings_it(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [module for module in sys.modules if module.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    rhythm_gym.cache_clear()
+    options = {} if ":" in name else {"path": str(tmp_path / "x.parquet"), "held_out": 1.0}
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"needs {package}, which is not installed: pip install '\.\[tasks\]'"
+    ):
+        load_task(name, {**options, **({"grader": "exact"} if name == "jsonl" else {})})
+    rhythm_gym.cache_clear()

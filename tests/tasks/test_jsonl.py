@@ -185,3 +185,12 @@ def test_a_chat_prompt_survives_the_way_to_another_process() -> None:
     prompt = ChatPrompt([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     again = pickle.loads(pickle.dumps(prompt))
     assert (again, again.messages) == ("a\nb", prompt.messages)
+
+
+def test_the_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "problems.jsonl", ROWS)
+    names: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    assert (len(names["task"].train), len(names["task"].test)) == (18, 2)
