@@ -9,24 +9,11 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rhythm.analysis.counterfactual import CounterfactualConfig
 from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.peaks import PeaksConfig as PeaksConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.system.renamed import renamed_keys
 
 SAMPLING = SamplingConfig(temperature=0.7)
-
-
-class PeaksConfig(BaseModel, extra="forbid", frozen=True):
-    """What counts as a peak: arguments of scipy.signal.find_peaks, applied to each run of defined values."""
-
-    prominence: float = Field(
-        default=0.25, ge=0, description="smallest prominence of a peak, in standard deviations of the response's curve"
-    )
-    distance: int = Field(
-        default=1, ge=1, description="smallest distance between peaks, in tokens; of closer ones the higher is kept"
-    )
-    follow: int = Field(
-        default=1, ge=0, description="an FAI peak counts as following a WAAD peak up to this many tokens after it"
-    )
 
 
 class ReceiverConfig(BaseModel, extra="forbid", frozen=True):

@@ -17,12 +17,12 @@ from rhythm.analysis.attention import TILE_ELEMENTS, ObservedAttention
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.forward import LayerHeads, Observer, Pass
 from rhythm.analysis.maps import MeanMap, mean_map
-from rhythm.analysis.peaks import find_peaks
 from rhythm.analysis.receivers import choose_receivers, receiver_count
 from rhythm.analysis.results import Anchor, Attender, AttentionMap, Head, HeadMap, Maps, Peaks, ResponseHeads, Tokens
 from rhythm.analysis.text import sentence_numbers, token_texts
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups, select_heads
+from rhythm.credit.peaks import find_peaks
 from rhythm.credit.signals import RhythmSignals, aggregate
 
 SIGNIFICANT_DIGITS = 7  # of fp32, in the files

@@ -6,15 +6,14 @@ Peaks are permuted within their response, among the positions where a peak is po
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
 from rhythm.analysis.bootstrap import bootstrap, ratio
 from rhythm.analysis.config import Table2Config
-from rhythm.analysis.peaks import eligible
 from rhythm.analysis.results import Peaks, Table2Row, Tokens
+from rhythm.credit.peaks import Coupling, coupling, within_reach
 
 Key = Literal["entropy", "cooccurrence", "follows"]
 OBSERVED, PEAKS, RANDOM, TOKENS = range(4)  # columns: sum over peaks, their number, sum over tokens, their number
@@ -22,34 +21,15 @@ ELEMENTS = 2**20  # permuted peaks in memory at a time
 ROUNDING = 1e-9  # relative; a permutation within this of the observed statistic counts as reaching it
 
 
-@dataclass(frozen=True)
-class Coupling:
-    """One coupling in one response.
-
-    Attributes:
-        value: float [n], per token: entropy in nats, or 1 where a peak counts as a hit and 0 elsewhere; NaN is
-        undefined. places: int [m], ascending: positions where a peak of the first signal is possible and `value` is
-        defined. peaks: int [k], a subset of places: positions of its peaks.
-    """
-
-    value: np.ndarray
-    places: np.ndarray
-    peaks: np.ndarray
-
-
 def couplings(tokens: Tokens, peaks: Peaks, follow: int) -> dict[Key, Coupling]:
     """The three couplings of a response; see `Table2Row.key`."""
     n = len(tokens.ids)
-    waad, fai = (np.zeros(n, dtype=bool) for _ in range(2))
-    waad[list(peaks.waad)] = True
+    fai = np.zeros(n, dtype=bool)
     fai[list(peaks.fai)] = True
-    after = waad.copy()
-    for lag in range(1, min(follow, n - 1) + 1):
-        after[lag:] |= waad[:-lag]
     return {
-        "entropy": _coupling(np.asarray(tokens.entropy, dtype=float), tokens.waad, peaks.waad),
-        "cooccurrence": _coupling(fai.astype(float), tokens.fai_receiver, peaks.fai_receiver),
-        "follows": _coupling(after.astype(float), tokens.fai, peaks.fai),
+        "entropy": coupling(np.asarray(tokens.entropy, dtype=float), tokens.waad, peaks.waad),
+        "cooccurrence": coupling(fai.astype(float), tokens.fai_receiver, peaks.fai_receiver),
+        "follows": coupling(within_reach(peaks.waad, n, follow), tokens.fai, peaks.fai),
     }
 
 
@@ -68,11 +48,11 @@ def table2(
     sums: dict[Key, list[tuple[float, ...]]] = {key: [] for key in keys}
     permuted = {key: np.zeros(config.permutations) for key in keys}
     for tokens, peaks in responses:
-        for key, coupling in couplings(tokens, peaks, follow).items():
-            value = coupling.value
+        for key, each in couplings(tokens, peaks, follow).items():
+            value = each.value
             defined = value[np.isfinite(value)]
-            sums[key].append((value[coupling.peaks].sum(), len(coupling.peaks), defined.sum(), len(defined)))
-            permuted[key] += permuted_sums(coupling, config, rng)
+            sums[key].append((value[each.peaks].sum(), len(each.peaks), defined.sum(), len(defined)))
+            permuted[key] += permuted_sums(each, config, rng)
     return tuple(_row(key, np.array(sums[key]).reshape(-1, 4), permuted[key], config, rng) for key in keys)
 
 
@@ -88,12 +68,6 @@ def permuted_sums(coupling: Coupling, config: Table2Config, rng: np.random.Gener
     shifts = rng.integers(places, size=config.permutations)
     parts = np.array_split(shifts, -(-len(shifts) * k // ELEMENTS))
     return np.concatenate([value[(at_k + part[:, None]) % places].sum(axis=1) for part in parts])
-
-
-def _coupling(value: np.ndarray, first: tuple[float, ...], peaks: tuple[int, ...]) -> Coupling:
-    could_be = eligible(first) & np.isfinite(value)
-    at = np.array(peaks, dtype=int)
-    return Coupling(value, np.flatnonzero(could_be), at[could_be[at]])
 
 
 def _row(key: Key, sums: np.ndarray, permuted: np.ndarray, config: Table2Config, rng: np.random.Generator) -> Table2Row:

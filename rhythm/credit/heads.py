@@ -87,6 +87,22 @@ def select_heads(span: Tensor, quantile: float = 0.3, per: Literal["sequence", "
     return HeadGroups(local=local_Rn.expand(span.shape), global_=global_Rn.expand(span.shape))
 
 
+def turnover(before: HeadGroups, now: HeadGroups) -> tuple[float, float]:
+    """(local, global): how far fixed groups have changed, 1 − |A ∩ B| / |A ∪ B| (the Jaccard distance): 0 for the same
+    heads, 1 for none in common; NaN where both are empty.
+
+    Raises ValueError for groups of several rows, or of unlike pools.
+    """
+    changes = []
+    for name in ("local", "global_"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old.shape[:1] != (1,) or old.shape != new.shape:
+            raise ValueError(f"{name} has shapes {list(old.shape)} and {list(new.shape)}; both must be [1, n]")
+        either = int((old.cpu() | new.cpu()).sum())
+        changes.append(1 - int((old.cpu() & new.cpu()).sum()) / either if either else float("nan"))
+    return changes[0], changes[1]
+
+
 def ascending_rank(x: Tensor) -> Tensor:
     """Place of each entry in its row (last dimension): smallest first, ties by position, NaN at the end."""
     return x.argsort(dim=-1, stable=True).argsort(dim=-1)

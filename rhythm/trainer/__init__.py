@@ -2,4 +2,4 @@
 
 from rhythm.system.extras import require
 
-require("rhythm.trainer", "pydantic", "rich", "transformers", "yaml")
+require("rhythm.trainer", "pydantic", "rich", "scipy", "transformers", "yaml")

@@ -44,6 +44,8 @@ class RunState(BaseModel, extra="forbid", frozen=True):
     best_step: int | None = Field(default=None, description="step after which best_accuracy was measured")
     local_heads: list[bool] | None = Field(default=None, description="grouping=calibrated: which heads are local")
     global_heads: list[bool] | None = Field(default=None, description="grouping=calibrated: which heads are global")
+    watched_local: list[bool] | None = Field(default=None, description="local heads at the last evaluation")
+    watched_global: list[bool] | None = Field(default=None, description="global heads at the last evaluation")
 
 
 class DamagedCheckpointError(RuntimeError):

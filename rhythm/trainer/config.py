@@ -124,6 +124,24 @@ class RunSignalsConfig(SignalsConfig, frozen=True):
         default="inline",
         description="inline: signals are computed in the old-log-prob pass; separate: in a forward pass of their own",
     )
+    recalibrate_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="grouping calibrated: training steps after which the head groups are chosen anew; null: never",
+    )
+
+    @model_validator(mode="after")
+    def _calibrated_before(self) -> RunSignalsConfig:
+        if self.recalibrate_steps is not None and self.grouping != "calibrated":
+            raise ValueError(f"recalibrate_steps is {self.recalibrate_steps}, which needs grouping calibrated, not "
+                             f"{self.grouping}")  # fmt: skip
+        return self
+
+    def calibrates(self, step: int) -> bool:
+        """Whether the head groups of calibrated grouping are chosen in step 1, 2, …"""
+        if self.grouping != "calibrated":
+            return False
+        return step == 1 or (self.recalibrate_steps is not None and (step - 1) % self.recalibrate_steps == 0)
 
 
 RENAMED = {"attn": "signals.source", "credit.q": "credit.top_fraction"}

@@ -27,6 +27,11 @@ class EvalConfig(BaseModel, extra="forbid", frozen=True):
         ge=0,
         description="responses per evaluation that are written to samples/ with WAAD, FAI, γ and entropy per token",
     )
+    rhythm_responses: int = Field(
+        default=32,
+        ge=0,
+        description="responses in which the rhythm is watched (rhythm_* in the metrics); 0: none",
+    )
 
 
 def evaluate(

@@ -44,6 +44,7 @@ from rhythm.trainer.setup import (
 )
 from rhythm.trainer.step import Engines, StepAbandonedError, train_step
 from rhythm.trainer.tracking import profiled
+from rhythm.trainer.watch import watch_rhythm
 
 log = logging.getLogger(__name__)
 
@@ -258,6 +259,19 @@ class _Trainer:
             )
             with naming(config.run_dir / SAMPLES):
                 write_samples(config.run_dir / SAMPLES, state.step, lines)
+        if config.evaluation.rhythm_responses:
+            watched, now = watch_rhythm(
+                self.engines,
+                self.tokenizer,
+                first_rows(scored, config.evaluation.rhythm_responses),
+                config.signals,
+                config.credit,
+                groups=_groups(state),
+                before=_fixed(state.watched_local, state.watched_global),
+            )
+            record.update(watched)
+            heads = {"watched_local": now.local[0].tolist(), "watched_global": now.global_[0].tolist()}
+            state = state.model_copy(update=heads)
         record["seconds_evaluation"] = watch.total
         if state.best_accuracy is None or scored.accuracy > state.best_accuracy:
             state = state.model_copy(update={"best_accuracy": scored.accuracy, "best_step": state.step})
@@ -282,9 +296,14 @@ class _Trainer:
 
 def _groups(state: RunState) -> HeadGroups | None:
     """The calibrated head groups, one row; None before calibration and for other groupings."""
-    if state.local_heads is None or state.global_heads is None:
+    return _fixed(state.local_heads, state.global_heads)
+
+
+def _fixed(local: list[bool] | None, global_: list[bool] | None) -> HeadGroups | None:
+    """Groups of one row; None where they are not known."""
+    if local is None or global_ is None:
         return None
-    return HeadGroups(local=torch.tensor([state.local_heads]), global_=torch.tensor([state.global_heads]))
+    return HeadGroups(local=torch.tensor([local]), global_=torch.tensor([global_]))
 
 
 def _with_groups(state: RunState, groups: HeadGroups | None) -> RunState:

@@ -17,7 +17,7 @@ from rhythm.credit.advantages import gamma_share, group_advantages, token_advant
 from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.credit.correction import Correction, rollout_correction
 from rhythm.credit.gamma import batch_credit_weights
-from rhythm.credit.heads import HeadGroups
+from rhythm.credit.heads import HeadGroups, select_heads, turnover
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import (
@@ -136,6 +136,7 @@ def train_step(
     scored = drawn.scored
     _leave_if(stop_asked)
     phase("attention")
+    held, groups = groups, None if config.signals.calibrates(step) else groups
     credited = credit_tokens(
         engines,
         scored.rollout,
@@ -146,9 +147,11 @@ def train_step(
         watch=watch,
     )
     parity = engines.check(scored.rollout, credited.log_probs, step) if engines.check is not None else {}
-    if groups is None and config.signals.grouping == "calibrated" and credited.signals is not None:
-        chosen = credited.signals.groups
-        groups = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
+    turned: Record = {}
+    if config.signals.grouping == "calibrated" and credited.signals is not None:
+        chosen = _of_the_batch(credited.signals, config.signals.quantile)
+        turned = _turnover(held, chosen)
+        groups = chosen if groups is None else groups
     _leave_if(stop_asked)
     phase("training")
     with watch("training"):
@@ -170,12 +173,25 @@ def train_step(
         **_mean_metrics(step_metrics),
         **_credit_metrics(credited, advantages_B, scored.rollout.response_mask, config.credit),
         **_correction_metrics(correction),
+        **turned,
         **parity,
         **(engines.meter.pop_metrics(total) if engines.meter is not None else {}),
         "attention_share": watch.seconds["attention"] / total + unknown,
         **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
     }
     return record, groups
+
+
+def _of_the_batch(signals: RhythmSignals, quantile: float) -> HeadGroups:
+    """The groups that the batch as a whole chooses, [1, n], whichever its signals are of."""
+    chosen = select_heads(signals.span, quantile, "batch")
+    return HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
+
+
+def _turnover(held: HeadGroups | None, chosen: HeadGroups) -> Record:
+    """Jaccard distance of the calibrated groups to those that this batch would choose, or does; NaN at the first."""
+    local, global_ = (math.nan, math.nan) if held is None else turnover(held, chosen)
+    return {"head_turnover_local": local, "head_turnover_global": global_}
 
 
 def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[TrainBatch]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from rhythm.analysis.config import PeaksConfig, Table2Config
-from rhythm.analysis.peaks import find_peaks
+from rhythm.analysis.config import Table2Config
 from rhythm.analysis.results import Peaks, Table2Row, Tokens
-from rhythm.analysis.table2 import Coupling, couplings, permuted_sums, table2
+from rhythm.analysis.table2 import couplings, permuted_sums, table2
+from rhythm.credit.peaks import Coupling, PeaksConfig, find_peaks
 
 nan = float("nan")
 PEAKS = PeaksConfig(prominence=0)

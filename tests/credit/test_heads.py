@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
+from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads, turnover
 
 NAN = math.nan
 
@@ -144,3 +144,18 @@ def test_no_sequences() -> None:
 def test_select_heads_refuses(span: Tensor, options: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         select_heads(span, **options)
+
+
+def test_turnover_by_hand() -> None:
+    """Local heads {0, 1, 2} and {1, 2, 3}: 2 of 4 in common; global ones {4} and {5}: none."""
+
+    def groups(local: list[int], global_: list[int]) -> HeadGroups:
+        rows = [
+            torch.zeros(1, 6, dtype=torch.bool).index_fill(1, torch.tensor(heads), True) for heads in (local, global_)
+        ]
+        return HeadGroups(*rows)
+
+    assert turnover(groups([0, 1, 2], [4]), groups([1, 2, 3], [5])) == (0.5, 1.0)
+    assert turnover(groups([0, 1], [4, 5]), groups([0, 1], [4])) == (0.0, 0.5)
+    with pytest.raises(ValueError, match=r"local has shapes \[1, 6\] and \[2, 6\]; both must be \[1, n\]"):
+        turnover(groups([0], [1]), HeadGroups(torch.zeros(2, 6).bool(), torch.zeros(2, 6).bool()))

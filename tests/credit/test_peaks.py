@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rhythm.analysis.config import PeaksConfig
-from rhythm.analysis.peaks import eligible, find_peaks
+from rhythm.credit.peaks import PeaksConfig, coupling, eligible, find_peaks, rotated_lift, within_reach
 
 ALL = PeaksConfig(prominence=0)
 nan = float("nan")
@@ -43,3 +42,20 @@ def test_a_level_curve_has_no_peaks() -> None:
 def test_a_peak_could_be_inside_a_run(values: list[float]) -> None:
     expected = [i for i in range(1, len(values) - 1) if not np.isnan(values[i - 1 : i + 2]).any()]
     assert np.flatnonzero(eligible(values)).tolist() == expected
+
+
+def test_a_lift_over_rotated_peaks_by_hand() -> None:
+    """Peaks at 1 and 3, where values are 4 and 2; a peak could be at 1, 2, 3, 4 (mean 2), so that chance gives 4."""
+    curve, value = [0, 2, 1, 3, 2, 0.0], np.array([9, 4, 1, 2, 1, 9.0])
+    one = coupling(value, tuple(curve), find_peaks(curve, ALL))
+    assert one.peaks.tolist() == [1, 3]
+    assert one.places.tolist() == [1, 2, 3, 4]
+    assert rotated_lift([one]) == pytest.approx(6 / 4 - 1)
+    # Over all responses together: (6 + 1)/(4 + 2) for one more, whose one peak is at a 1, and the mean of its places 2.
+    other = coupling(np.array([9, 3, 1, 2, 9.0]), (0, 1, 5, 1, 0), (2,))
+    assert rotated_lift([one, other]) == pytest.approx(7 / 6 - 1)
+    assert np.isnan(rotated_lift([]))
+    assert within_reach([0, 3], 6, 1).tolist() == [1, 1, 0, 1, 1, 0]
+    assert within_reach([5], 6, 2).tolist() == [0, 0, 0, 0, 0, 1]
+    assert within_reach([1], 4, 0).tolist() == [0, 1, 0, 0]
+    assert within_reach([1], 4, 10**12).tolist() == [0, 1, 1, 1]
