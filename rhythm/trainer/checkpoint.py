@@ -34,6 +34,11 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     keep: int = Field(
         default=2, ge=1, description="newest checkpoints kept; with 1, a damaged one leaves nothing to resume from"
     )
+    keep_best: bool = Field(
+        default=False,
+        description="also write one after each step evaluated as the best so far, and keep the best beside the newest; "
+        "the start is never written",
+    )
 
 
 class RunState(BaseModel, extra="forbid", frozen=True):
@@ -52,8 +57,11 @@ class DamagedCheckpointError(RuntimeError):
     """There are checkpoints, but all of them are damaged."""
 
 
-def save_checkpoint(directory: Path, state: RunState, write: Callable[[Path], None], keep: int) -> Path:
-    """Write `directory`/step_N and delete all but the newest `keep` checkpoints; returns the new one's path.
+def save_checkpoint(
+    directory: Path, state: RunState, write: Callable[[Path], None], keep: int, keep_best: bool = False
+) -> Path:
+    """Write `directory`/step_N and delete all but the newest `keep` checkpoints; returns the new one's path. With
+    `keep_best` the checkpoint of `state.best_step` is kept as well, if there is one.
 
     `write` fills the folder it is given. The folder gets its final name only once all of it is on disk, so every
     step_N is complete, even if the process or the machine stops while writing.
@@ -81,7 +89,8 @@ def save_checkpoint(directory: Path, state: RunState, write: Callable[[Path], No
     # Newer ones are damaged and were skipped on resume: they must not count among those kept.
     newer = [path for path in _checkpoints(directory) if _step(path) > state.step]
     for path in newer + _checkpoints(directory)[len(newer) + keep :]:
-        remove(path)
+        if not (keep_best and _step(path) == state.best_step):
+            remove(path)
     return final
 
 

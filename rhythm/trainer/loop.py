@@ -212,7 +212,7 @@ class _Trainer:
             self.metrics.write(record)
             self.progress.step(state.step, record)
             notices.look(record)
-            if state.step == self.config.steps or state.step % self.config.checkpoint.every_steps == 0:
+            if self._saves(state):
                 saved = self._save(state)
         if saved != state.step:
             self._save(state)
@@ -277,11 +277,18 @@ class _Trainer:
             state = state.model_copy(update={"best_accuracy": scored.accuracy, "best_step": state.step})
         return state
 
+    def _saves(self, state: RunState) -> bool:
+        """Whether a checkpoint is due after this step."""
+        config = self.config.checkpoint
+        best = config.keep_best and state.best_step == state.step
+        return best or state.step == self.config.steps or state.step % config.every_steps == 0
+
     def _save(self, state: RunState) -> int:
         """Write a checkpoint; returns its step."""
         self.progress.phase("checkpoint")
         directory = self.config.run_dir / CHECKPOINTS
-        save_checkpoint(directory, state, self.engines.train.save, self.config.checkpoint.keep)
+        config = self.config.checkpoint
+        save_checkpoint(directory, state, self.engines.train.save, config.keep, config.keep_best)
         return state.step
 
     def _stopped_by(self, error: NonFiniteError, step: int) -> NonFiniteRunError:

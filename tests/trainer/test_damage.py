@@ -54,6 +54,18 @@ def test_what_is_no_checkpoint_is_passed_over(checkpoints: Path, caplog: pytest.
     assert {path.name for path in checkpoints.iterdir()} == {"step_abc", "step_000004", "step_000006"}
 
 
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    best = {2: 2, 4: 2, 6: 2, 8: 8, 10: 8}
+    left = []
+    for step, best_step in best.items():
+        state = RunState(step=step, best_accuracy=0.5, best_step=best_step)
+        save_checkpoint(tmp_path, state, write, keep=1, keep_best=True)
+        left.append(sorted(int(path.name[5:]) for path in tmp_path.iterdir()))
+    assert left == [[2], [2, 4], [2, 6], [8], [8, 10]]
+    save_checkpoint(tmp_path, RunState(step=12, best_step=8), write, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000012"]
+
+
 @pytest.mark.parametrize(
     ("state", "fault"),
     [

@@ -158,3 +158,34 @@ def test_the_loss_is_corrected_for_the_engine_that_generated(
     for record in records.values():
         assert record["rollout_ratio_mean"] == pytest.approx(math.exp(-0.5), rel=1e-4)
         assert record["rollout_kl"] == pytest.approx(math.exp(-0.5) - 1 + 0.5, rel=1e-3)
+
+
+def test_the_best_checkpoint_is_kept(small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracies by script: the best is after step 3, where no checkpoint is due; on resume it is still known."""
+    from rhythm.trainer import loop
+
+    accuracy = {0: 0.3, 1: 0.2, 2: 0.4, 3: 0.9, 4: 0.5, 5: 0.9, 6: 0.1, 7: 0.1}
+    honest = loop.evaluate
+
+    def scripted(*arguments: Any, step: int, **options: Any) -> Any:
+        scored = honest(*arguments, step=step, **options)
+        right = round(accuracy[step] * 10)
+        rewards = [Reward(0.0, correct=i < right, format_ok=True) for i in range(len(scored.rewards))]
+        return replace(scored, rewards=rewards)
+
+    monkeypatch.setattr(loop, "evaluate", scripted)
+    options = (
+        f"runs_dir={tmp_path}", "evaluation.every_steps=1", "evaluation.instances=10", "evaluation.samples=0",
+        "evaluation.rhythm_responses=0", "checkpoint.every_steps=4", "checkpoint.keep=1",
+    )  # fmt: skip
+
+    def left() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "small" / "checkpoints").iterdir())
+
+    summary = run(small_config(*options, "steps=5", "checkpoint.keep_best=true"))
+    assert (summary.best_step, summary.best_accuracy) == (3, 0.9)
+    assert left() == ["step_000003", "step_000005"]
+    run(small_config(*options, "steps=6", "checkpoint.keep_best=true"), resume=True)
+    assert left() == ["step_000003", "step_000006"]
+    run(small_config(*options, "steps=7"), resume=True)
+    assert left() == ["step_000007"]
