@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         show(_dry_run(config))
         return ExitCode.DONE
-    return _train(config, resume=arguments.resume)
+    return _train(config, _control(config, path, overrides), resume=arguments.resume)
 
 
-def _train(config: TrainConfig, *, resume: bool) -> int:
+def _train(config: TrainConfig, control: str, *, resume: bool) -> int:
     console = ErrorConsole()
     _log_to(console)
     try:
@@ -71,7 +72,7 @@ def _train(config: TrainConfig, *, resume: bool) -> int:
             )
             error.add_note(f"finished files are kept ({saved}); solve the problem, then continue with --resume")
         raise
-    show(_summary(summary))
+    show(_summary(summary, config, control))
     return ExitCode.DONE if summary.stopped_by is None else SIGNALLED + summary.stopped_by
 
 
@@ -134,7 +135,17 @@ def _plan(config: TrainConfig) -> str:
     return "".join(f"\n# {line}" for line in lines)
 
 
-def _summary(summary: RunSummary) -> str:
+def _control(config: TrainConfig, path: Path, overrides: Sequence[str]) -> str:
+    """The command that trains the same without γ, at the same seed and mass; empty where this run is that."""
+    if config.credit.strategy == "none":
+        return ""
+    others = ["credit.random_like=null"] if config.credit.random_like is not None else []
+    words = [str(path), *overrides, f"name={config.name}-control", "credit.strategy=none", *others]
+    return shlex.join(["rhythm-train", *words])
+
+
+def _summary(summary: RunSummary, config: TrainConfig, control: str) -> str:
+    """`control` stands beside the lift, which is that of all of training and says nothing about γ."""
     lines = []
     if summary.stopped_by is not None:
         lines.append(
@@ -145,7 +156,11 @@ def _summary(summary: RunSummary) -> str:
     if not math.isnan(summary.final_accuracy):
         lift = 100 * (summary.final_accuracy - summary.start_accuracy)
         lines.append(f"accuracy after step {summary.step:<4}{_percent(summary.final_accuracy)}")
-        lines.append(f"lift                    {lift:+.1f} points")
+        lines.append(
+            f"lift                    {lift:+.1f} points by training with credit.strategy={config.credit.strategy}"
+        )
+        if control:
+            lines.append(f"without γ               not measured by this run; the control: {control}")
     lines.append(f"best accuracy           {_percent(summary.best_accuracy)} after step {summary.best_step}")
     lines.append(f"report                  {summary.report}")
     return "\n".join(lines)

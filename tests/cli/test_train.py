@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from rhythm.cli.train import main
 from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.loop import RunSummary
 
 
 @pytest.fixture
@@ -115,3 +117,40 @@ def test_a_task_that_cannot_be_built_leaves_nothing(config: Path, capsys: pytest
     assert main([str(config), "task.options={format: steps, numbers: 2, max_number: 4}"]) == 2
     assert "different instances were found" in capsys.readouterr().err
     assert list(config.parent.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
+    ("override", "line", "control"),
+    [
+        ("credit.alpha=0.2", "coupled", "credit.strategy=none"),
+        ("credit.strategy=none", "none", None),
+        (
+            "credit={strategy: random, random_like: coupled}",
+            "random",
+            "credit.strategy=none credit.random_like=null",
+        ),
+    ],
+)
+def test_the_summary_does_not_call_the_lift_that_of_gamma(
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    line: str,
+    control: str | None,
+) -> None:
+    def run(config: TrainConfig, **options: object) -> RunSummary:
+        return RunSummary(config.run_dir, 5, 0.191, 0.326, 0.33, 4, None, config.run_dir / "report.html")
+
+    monkeypatch.setattr("rhythm.cli.train.run", run)
+    assert main([str(config), override]) == 0
+    shown = capsys.readouterr().out
+    assert f"lift                    +13.5 points by training with credit.strategy={line}\n" in shown
+    said = [each for each in shown.splitlines() if each.startswith("without γ")]
+    assert len(said) == (control is not None)
+    if control is not None:
+        command = said[0].partition("the control: rhythm-train ")[2]
+        assert command == f"{config} {shlex.quote(override)} name=it-control {control}"
+        assert main([*shlex.split(command), "--dry-run"]) == 0
+        resolved = yaml.safe_load(capsys.readouterr().out)
+        assert (resolved["name"], resolved["credit"]["strategy"]) == ("it-control", "none")
