@@ -87,14 +87,15 @@ def shaped_rewards(scored: ScoredRollout, config: TrainConfig) -> Tensor:
 
 def tied_groups(rewards_B: Tensor, group_B: Tensor) -> Tensor:
     """int64, rising: the groups in which all rewards are equal, so that their advantages are 0."""
-    groups = group_B.unique()
+    groups = torch.unique(group_B)
     apart = [bool((rewards_B[group_B == group] != rewards_B[group_B == group][0]).any()) for group in groups]
-    return groups[~torch.tensor(apart, dtype=torch.bool, device=groups.device)]
+    tied: Tensor = groups[~torch.tensor(apart, dtype=torch.bool, device=groups.device)]
+    return tied
 
 
 def zero_variance_share(rewards_B: Tensor, group_B: Tensor) -> float:
     """Share of the groups in which all rewards are equal: their advantages are 0. A group of one is such a group."""
-    return len(tied_groups(rewards_B, group_B)) / len(group_B.unique())
+    return len(tied_groups(rewards_B, group_B)) / len(torch.unique(group_B))
 
 
 def replace_groups(scored: ScoredRollout, groups_G: Tensor, by: ScoredRollout, pad_id: int) -> ScoredRollout:
@@ -130,7 +131,7 @@ def _metrics(scored: ScoredRollout, parts: Sequence[ScoredRollout], config: Trai
     tie. Of those to train on: the mean penalty, and the share left out of the loss as overlong.
     """
     ties = sum(len(tied_groups(shaped_rewards(part, config), part.rollout.group)) for part in parts)
-    groups = sum(len(part.rollout.group.unique()) for part in parts)
+    groups = sum(len(torch.unique(part.rollout.group)) for part in parts)
     rewards = [reward for part in parts for reward in part.rewards]
     return {
         "extra_rounds": float(len(parts) - 1),
