@@ -63,7 +63,8 @@ def test_unknown_names_and_options_are_errors(own_module: str) -> None:
         load_task("countdown", {"train_sze": 3})
 
 
-HEAVY = {"datasets", "pyarrow", "sympy", "math_verify", "reasoning_gym", "transformers"}  # torch comes with rhythm itself
+# torch comes with rhythm itself.
+HEAVY = {"datasets", "pyarrow", "sympy", "math_verify", "reasoning_gym", "transformers"}
 
 
 @pytest.mark.parametrize(

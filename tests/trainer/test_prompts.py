@@ -107,7 +107,7 @@ def test_a_long_prompt_gets_what_the_context_leaves_and_a_short_one_all() -> Non
     alone = infer.generate(prompts[:1], 2, SamplingConfig(max_new_tokens=12, temperature=0), seed=0)
     both = infer.generate(prompts, 2, SamplingConfig(max_new_tokens=12, temperature=0), seed=0)
     assert torch.equal(both.input_ids[:2, :40], alone.input_ids[:, :40])
-    with pytest.raises(ValueError, match="the longest has 40 tokens: must leave room in the 40"):
+    with pytest.raises(ValueError, match="the longest has 40 tokens, which leaves none of 40"):
         infer.generate([[5] * 40], 1, SamplingConfig(), seed=0)
 
 

@@ -172,8 +172,11 @@ def test_bad_calls_leave_the_engine_serving(engine: VllmInfer, model: Any) -> No
         engine.generate([[5]], 0, SAMPLING, seed=0)
     with pytest.raises(ValueError, match="none may be empty"):
         engine.generate([[5], []], 1, SAMPLING, seed=0)
-    with pytest.raises(ValueError, match="max_new_tokens is 24: the longest prompt leaves 20 tokens"):
-        engine.generate([[5] * 300], 1, SAMPLING, seed=0)
+    with pytest.raises(ValueError, match="the longest has 320 tokens, which leaves none of 320"):
+        engine.generate([[5] * 320], 1, SAMPLING, seed=0)
+    long_and_short = engine.generate([[5] * 317, [5]], 1, SAMPLING, seed=0)
+    assert long_and_short.response_lens[0] <= 3  # what the context has left
+    assert long_and_short.lens.max() <= 320
     with pytest.raises(RuntimeError, match="is serving: this needs it receiving"):
         engine.finish_push(9)
     engine.sleep()
