@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the record there too")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the busy processes end, too
     environments = {policy: environment(policy) for policy in options.policies}
     where, at = machine(), commit()
     path = record_path("cpu", where, options.records).with_name("busy.json")

@@ -71,9 +71,6 @@ class Deadlines(BaseModel, extra="forbid", frozen=True):
     step: float = Field(default=1800, gt=0, description="seconds for one gradient step")
     push: float = Field(default=600, gt=0, description="seconds for a weight sync to all receivers")
     checkpoint: float = Field(default=1800, gt=0, description="seconds for writing or reading a checkpoint")
-    reward: float = Field(
-        default=10, gt=0, description="seconds for the reward of one response; after that it scores 0"
-    )
 
 
 class ClusterConfig(BaseModel, extra="forbid", frozen=True):

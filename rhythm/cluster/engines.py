@@ -213,7 +213,14 @@ class ClusterInfer(Replicas[InferSpec]):
         self._asleep = False
         self.sleep()
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingConfig,
+        seed: int,
+        done: Callable[[Rollout], None] | None = None,
+    ) -> Rollout:
         """See rhythm.engines.interfaces.Infer. The rollout also depends on the number of replicas."""
         self.wake()
         started = time.perf_counter()

@@ -6,7 +6,7 @@ value at [b, t] belongs to the token input_ids[b, t], so logprobs[b, t] is log p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -151,8 +151,19 @@ class NonFiniteError(ArithmeticError):
 class Infer(Protocol):
     """Generates responses."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
-        """Sample `n` responses per prompt. The same call with the same weights gives the same rollout."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingConfig,
+        seed: int,
+        done: Callable[[Rollout], None] | None = None,
+    ) -> Rollout:
+        """Sample `n` responses per prompt. The same call with the same weights gives the same rollout.
+
+        done: called with the first rows of the rollout, then with the next ones, and so on, as soon as they are
+            generated, by an engine that generates them in parts; another one doesn't call it.
+        """
 
 
 class SeededInfer(Protocol):

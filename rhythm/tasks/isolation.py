@@ -1,69 +1,116 @@
-"""Computes a task's rewards in a child process, which is killed when a reward takes too long."""
+"""Computes a task's rewards in processes of their own, which are killed when a reward takes too long.
+
+with rhythm.tasks.isolated("countdown", {"numbers": 3}, seconds=5, workers=2) as task:
+    instance = task.train[0]
+    task.reward(instance, task.solution(instance))          # Reward(score=1.0, correct=True, …)
+    task.rewards([instance, instance], ["1", "<answer>2</answer>"])
+"""
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+import math
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from rhythm.tasks.base import Reward, Task, load_task
-from rhythm.tasks.scoring import Fault, RewardWorkerError, call_reward, reward_or_zero
+from rhythm.tasks.reward_process import RewardProcess
+from rhythm.tasks.scoring import Fault, reward_or_zero, score_response
 
-_SPAWN = multiprocessing.get_context("spawn")
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-_SAFE_PATH = "PYTHONSAFEPATH"
+START_SECONDS = 300.0
+_LARGEST_PART = 32  # responses that a process is sent at a time
+
+
+class RewardConfig(BaseModel, extra="forbid", frozen=True):
+    """The processes in which rewards are computed, and their deadline."""
+
+    seconds: float = Field(
+        default=10, gt=0, allow_inf_nan=False, description="deadline for scoring one response; its score is 0 after it"
+    )
+    workers: int = Field(default=2, ge=1, description="processes that score responses")
+    start_seconds: float = Field(
+        default=START_SECONDS, gt=0, allow_inf_nan=False, description="deadline for starting such a process"
+    )
+
+
+def isolated(
+    name: str,
+    options: Mapping[str, object] | None = None,
+    *,
+    seconds: float = 10.0,
+    workers: int = 1,
+    start_seconds: float = START_SECONDS,
+) -> IsolatedTask:
+    """The task `name` with `options`, as load_task gives it, its rewards computed in `workers` processes: to be used in
+    a with statement, which starts and ends them.
+
+    Args:
+        seconds: deadline of one reward; past it the score is 0 and the Reward's fault "late".
+        start_seconds: deadline for a process to start.
+
+    Raises ValueError for an unknown task, options it doesn't allow, a deadline that isn't positive, workers < 1.
+    """
+    config = RewardConfig(seconds=seconds, workers=workers, start_seconds=start_seconds)
+    return IsolatedTask(load_task(name, options), name, options or {}, **config.model_dump())
 
 
 class IsolatedTask:
-    """A task whose rewards are computed by a copy of it in a child process.
+    """A task whose rewards are computed by copies of it in child processes.
 
     A reward that raises, misses its deadline or isn't a valid Reward becomes a score of 0 with its `fault` set. After a
-    missed deadline the child is killed and a new one started. On Linux the child ends with this process, even if this
+    missed deadline the child is killed and a new one started. On Linux the children end with this process, even if this
     one is killed.
     """
 
     config_class: ClassVar[type[BaseModel]] = BaseModel  # unused: this task wraps one that is already built
 
     def __init__(
-        self, task: Task[Any], name: str, options: Mapping[str, object], *, seconds: float, start_seconds: float
+        self,
+        task: Task[Any],
+        name: str,
+        options: Mapping[str, object],
+        *,
+        seconds: float,
+        start_seconds: float,
+        workers: int = 1,
     ) -> None:
         """
         Args:
             task: gives instances, prompts and solutions in this process.
-            name, options: the same task, as the child loads it to compute rewards.
+            name, options: the same task, as the children load it to compute rewards.
             seconds: deadline of one reward.
-            start_seconds: deadline for the child to start.
+            start_seconds: deadline for a child to start.
+            workers: children, which score different responses at the same time.
         """
         self._task = task
-        self._name, self._options = name, dict(options)
-        self._seconds, self._start_seconds = seconds, start_seconds
-        self._child: tuple[SpawnProcess, Connection] | None = None
-        self._ready = False
+        self._processes = [
+            RewardProcess(name, options, seconds=seconds, start_seconds=start_seconds) for _ in range(workers)
+        ]
+        self._idle: queue.SimpleQueue[RewardProcess] = queue.SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rewards")
 
     def __enter__(self) -> Self:
-        self._start()
+        for process in self._processes:
+            process.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._kill()
+        for process in self._processes:
+            process.close()
+        self._threads.shutdown(cancel_futures=True)
 
     @property
-    def pid(self) -> int | None:
-        """Process id of the child; None while there is none."""
-        return None if self._child is None else self._child[0].pid
+    def pids(self) -> list[int | None]:
+        """Process ids of the children; None for one that is not running."""
+        return [process.pid for process in self._processes]
 
     @property
     def train(self) -> Sequence[Any]:
@@ -84,93 +131,45 @@ class IsolatedTask:
         return self._task.solution(instance)
 
     def reward(self, instance: Any, response: str) -> Reward:
-        """The reward of `response`. Raises RewardWorkerError where the child can't be started."""
-        connection = self._connection()
+        """The reward of `response`. Raises RewardWorkerError where a child can't be started."""
+        return self.rewards([instance], [response])[0]
+
+    def rewards(self, instances: Sequence[Any], responses: Sequence[str]) -> list[Reward]:
+        """The reward of each response to the instance at its place, computed by all children together.
+
+        Raises ValueError for lists of different lengths, RewardWorkerError where a child can't be started.
+        """
+        return self.start_rewards(instances, responses)()
+
+    def start_rewards(self, instances: Sequence[Any], responses: Sequence[str]) -> Callable[[], list[Reward]]:
+        """Begin `rewards`; what this returns waits for the result."""
+        pairs = list(zip(instances, responses, strict=True))
+        size = min(_LARGEST_PART, max(1, math.ceil(len(pairs) / (4 * len(self._processes)))))
+        parts = [self._threads.submit(self._ask, pairs[at : at + size]) for at in range(0, len(pairs), size)]
+        return lambda: self._settled(pairs, parts)
+
+    def _ask(self, pairs: Sequence[tuple[Any, str]]) -> list[Reward | Fault]:
+        process = self._idle.get()
         try:
-            connection.send((instance, response))
-            answered = connection.poll(self._seconds)
-            answer: Reward | Fault | None = connection.recv() if answered else None
-        except (EOFError, BrokenPipeError, ConnectionResetError):  # the reward function ended its process
-            answer = Fault("raised", "its process ended")
-            self._kill()
-        if answer is None:
-            answer = Fault("late", f"given up after {self._seconds:g} s")
-            self._kill()
-        return reward_or_zero(answer, self._task.prompt(instance), response)
+            return process.rewards(pairs)
+        finally:
+            self._idle.put(process)
 
-    def _start(self) -> None:
-        """Start a child without waiting for it; the first reward waits until it is ready."""
-        ours, theirs = _SPAWN.Pipe()
-        arguments = (theirs, self._name, self._options, os.environ.get(_SAFE_PATH))
-        process = _SPAWN.Process(target=_serve_rewards, args=arguments, daemon=True)
-        with _safe_path():
-            process.start()
-        theirs.close()
-        self._child = (process, ours)
-        self._ready = False
-
-    def _connection(self) -> Connection:
-        if self._child is None:
-            self._start()
-        assert self._child is not None
-        _, connection = self._child
-        if not self._ready:
-            if not connection.poll(self._start_seconds) or connection.recv() is not None:
-                self._kill()
-                raise RewardWorkerError(
-                    f"the reward worker of task {self._name} did not start within {self._start_seconds:g} s"
-                )
-            self._ready = True
-        return connection
-
-    def _kill(self) -> None:
-        if self._child is None:
-            return
-        process, connection = self._child
-        process.kill()
-        process.join()
-        connection.close()
-        self._child = None
+    def _settled(self, pairs: Sequence[tuple[Any, str]], parts: Sequence[Future[list[Reward | Fault]]]) -> list[Reward]:
+        answers = [answer for part in parts for answer in part.result()]
+        return [
+            answer if isinstance(answer, Reward) else reward_or_zero(answer, self._task.prompt(instance), response)
+            for (instance, response), answer in zip(pairs, answers, strict=True)
+        ]
 
 
-@contextmanager
-def _safe_path() -> Iterator[None]:
-    """Set PYTHONSAFEPATH until the block is left, so that a Python started in it does not import modules from the
-    working directory first: a pickle.py there would shadow the standard library's.
+def start_rewards(task: Task[Any], instances: Sequence[Any], responses: Sequence[str]) -> Callable[[], list[Reward]]:
+    """Begin to score responses, each to the instance at its place; what this returns waits for the rewards. Those of a
+    task that is not isolated are computed when they are waited for.
     """
-    before = os.environ.get(_SAFE_PATH)
-    os.environ[_SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        _restore_safe_path(before)
-
-
-def _restore_safe_path(value: str | None) -> None:
-    if value is None:
-        os.environ.pop(_SAFE_PATH, None)
-    else:
-        os.environ[_SAFE_PATH] = value
-
-
-def _serve_rewards(connection: Connection, name: str, options: dict[str, object], safe_path: str | None) -> None:
-    """Main function of the child: sends None once it is ready, then a Reward or a Fault per (instance, response).
-
-    `safe_path`: the value of PYTHONSAFEPATH for processes that the reward function starts.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    _restore_safe_path(safe_path)
-    task = load_task(name, options)
-    connection.send(None)
-    while True:
-        try:
-            instance, response = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer = call_reward(task, instance, response)
-        except BaseException:  # also KeyboardInterrupt and the like: no reward function may end the run
-            answer = Fault("raised", traceback.format_exc())
-        connection.send(answer)  # holds only plain values, so pickling can't fail
+    if isinstance(task, IsolatedTask):
+        return task.start_rewards(instances, responses)
+    return lambda: [
+        score_response(task, instance, task.prompt(instance), response)
+        for instance, response in zip(instances, responses, strict=True)
+    ]

@@ -17,6 +17,7 @@ from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.system.renamed import renamed_keys
 from rhythm.tasks import TASKS, task_class
+from rhythm.tasks.isolation import RewardConfig
 from rhythm.tiny.warm_start import WarmStartConfig
 from rhythm.trainer.checkpoint import CheckpointConfig
 from rhythm.trainer.evaluation import EvalConfig
@@ -144,7 +145,11 @@ class RunSignalsConfig(SignalsConfig, frozen=True):
         return step == 1 or (self.recalibrate_steps is not None and (step - 1) % self.recalibrate_steps == 0)
 
 
-RENAMED = {"attn": "signals.source", "credit.q": "credit.top_fraction"}
+RENAMED = {
+    "attn": "signals.source",
+    "credit.q": "credit.top_fraction",
+    "cluster.deadlines.reward": "reward.seconds",
+}
 """Old key → current key."""
 
 
@@ -167,6 +172,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
         description="steps whose torch profiler trace is written to profile/step_*.json; not on a cluster",
     )
     task: TaskConfig = TaskConfig()
+    reward: RewardConfig = RewardConfig()
     model: ModelConfig = ModelConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     batch: BatchConfig = BatchConfig()

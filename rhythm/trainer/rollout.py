@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Infer, Rollout, SamplingConfig
 from rhythm.seeds import generator
 from rhythm.tasks import Reward, Task
+from rhythm.tasks.isolation import start_rewards
 from rhythm.tasks.prompts import encode_prompt
-from rhythm.tasks.scoring import score_response
 from rhythm.trainer.prompts import cut_at_stop
 
 
@@ -70,21 +71,34 @@ def roll_out(
     """Generate `responses_per_prompt` responses per instance and score them by the task's reward.
 
     The reward gets the response text without special tokens. If it raises, or returns anything but a Reward with a
-    finite score, that response scores 0 and its Reward names the fault.
+    finite score, that response scores 0 and its Reward names the fault. An isolated task scores the responses of one
+    part of the rollout while the engine generates the next.
     """
     prompts, ids = zip(*(encode_prompt(tokenizer, task.prompt(instance)) for instance in instances), strict=True)
-    rollout = cut_at_stop(infer.generate(ids, responses_per_prompt, sampling, seed), tokenizer, sampling.stop)
+    responses: list[str] = []
+    pending: list[Callable[[], list[Reward]]] = []
+
+    def score(part: Rollout) -> None:
+        """`part` holds the rows that follow those scored already."""
+        texts = _texts(cut_at_stop(part, tokenizer, sampling.stop), tokenizer)
+        responses.extend(texts)
+        pending.append(start_rewards(task, [instances[g] for g in part.group.tolist()], texts))
+
+    rollout = infer.generate(ids, responses_per_prompt, sampling, seed, score)
+    if rest := len(rollout.group) - len(responses):
+        score(take_rows(rollout, torch.arange(len(rollout.group))[-rest:]))
+    return ScoredRollout(
+        rollout=cut_at_stop(rollout, tokenizer, sampling.stop),
+        prompts=[prompts[g] for g in rollout.group.tolist()],
+        responses=responses,
+        rewards=[reward for rewards in pending for reward in rewards()],
+    )
+
+
+def _texts(rollout: Rollout, tokenizer: Any) -> list[str]:
+    """Responses without special tokens."""
     rows = zip(rollout.input_ids.tolist(), rollout.response_mask.tolist(), strict=True)
-    responses = [
+    return [
         tokenizer.decode([i for i, inside in zip(ids, mask, strict=True) if inside], skip_special_tokens=True)
         for ids, mask in rows
     ]
-    groups = rollout.group.tolist()
-    return ScoredRollout(
-        rollout=rollout,
-        prompts=[prompts[g] for g in groups],
-        responses=responses,
-        rewards=[
-            score_response(task, instances[g], prompts[g], text) for g, text in zip(groups, responses, strict=True)
-        ],
-    )

@@ -175,15 +175,9 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def open_reward_worker(config: TrainConfig, task: Task[Any]) -> Iterator[Task[Any]]:
-    """The task; in a cluster run its rewards are computed in a separate process with a deadline, until the block is
-    left.
-    """
-    if config.cluster is None:
-        yield task
-        return
-    deadlines = config.cluster.deadlines
+    """The task, its rewards computed in separate processes with a deadline, until the block is left."""
     name, options = config.task.name, config.task.options.model_dump()
-    with IsolatedTask(task, name, options, seconds=deadlines.reward, start_seconds=deadlines.start) as isolated:
+    with IsolatedTask(task, name, options, **config.reward.model_dump()) as isolated:
         yield isolated
 
 

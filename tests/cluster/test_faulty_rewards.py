@@ -32,7 +32,7 @@ def test_faulty_rewards_are_counted(small_cluster: Path, launch: Callable[..., A
     # What no process of the run takes for the installed module, the workers of Ray included.
     for name in ("torch", "transformers", "pickle"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write(__file__)\n")
-    engines = ("cluster.infer.engine=transformers", "cluster.train.engine=torch", "cluster.deadlines.reward=0.5")
+    engines = ("cluster.infer.engine=transformers", "cluster.train.engine=torch", "reward.seconds=0.5")
     # A step that sees every one of the sixty training instances once.
     sizes = ("steps=1", "batch.prompts_per_batch=60", "batch.responses_per_prompt=2", "evaluation.samples=0")
     launched = launch(

@@ -7,15 +7,20 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rhythm import tasks
 from rhythm.tasks import Reward, load_task
-from rhythm.tasks.isolation import IsolatedTask
+from rhythm.tasks.isolation import IsolatedTask, start_rewards
+from rhythm.tasks.scoring import RewardWorkerError
 
 MODULE = """
-import os, re, time
+import os, re, sys, time
+import rhythm
 from pydantic import BaseModel
 from rhythm.tasks import Reward
 
@@ -54,6 +59,13 @@ class Awkward:
             re.match(r"(a+)+$", "a" * 40 + "b")
         if response == "raise":
             raise KeyError("no such key")
+        if response == "pid":
+            time.sleep(0.3)
+            return Reward(score=os.getpid(), correct=True, format_ok=True)
+        if response == "torch":
+            before = "torch" in sys.modules
+            layers = rhythm.sampled_layers(36)
+            return Reward(score=len(layers), correct=not before and "torch" in sys.modules, format_ok=True)
         if response == "exit":
             raise SystemExit(3)
         if response == "die":
@@ -142,11 +154,11 @@ def test_an_invalid_reward_is_a_fault_at_once_and_the_child_stays(
     response: str, why: str, isolated: IsolatedTask, caplog: pytest.LogCaptureFixture
 ) -> None:
     isolated.reward("a", "a")
-    child = isolated.pid
+    children = isolated.pids
     assert isolated.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault="invalid")
     assert f"a reward is not valid: its score is 0; prompt 'a?', response {response!r}: {why}" in caplog.text
     assert isolated.reward("b", "b").score == 1.0
-    assert isolated.pid == child
+    assert isolated.pids == children
 
 
 def test_a_reward_that_cannot_be_pickled_comes_as_its_values(isolated: IsolatedTask) -> None:
@@ -161,7 +173,7 @@ def test_the_child_ends_with_a_parent_that_is_killed(directory: Path) -> None:
         if __name__ == "__main__":
             with IsolatedTask(load_task("awkward:Awkward"), "awkward:Awkward", {}, seconds=1, start_seconds=60) as task:
                 task.reward("a", "a")
-                print(task.pid, flush=True)
+                print(task.pids[0], flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
     """)
     (directory / "parent.py").write_text(script)
@@ -171,3 +183,88 @@ def test_the_child_ends_with_a_parent_that_is_killed(directory: Path) -> None:
     while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
         assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.05)
+
+
+def test_torch_comes_only_when_the_task_asks_for_it(directory: Path) -> None:
+    with tasks.isolated("awkward:Awkward", seconds=60) as task:
+        assert task.reward("a", "torch") == Reward(score=5.0, correct=True, format_ok=True)
+
+
+def test_all_of_a_batch_are_scored_in_order_around_its_faults(directory: Path) -> None:
+    responses = ["a", "b", "die", "raise", "b", "sleep", "none", "a", "b"]
+    with tasks.isolated("awkward:Awkward", seconds=1, workers=2) as task:
+        found = task.rewards(["b"] * 9, responses)
+    assert [reward.fault for reward in found] == [
+        None, None, "raised", "raised", None, "late", "invalid", None, None,
+    ]  # fmt: skip
+    assert [reward.correct for reward in found] == [response == "b" for response in responses]
+    assert [reward.score for reward in found] == [1, 1, 0, 0, 1, 0, 0, 1, 1]
+
+
+def test_workers_score_at_the_same_time(directory: Path) -> None:
+    with tasks.isolated("awkward:Awkward", workers=2) as task:
+        task.rewards(["a"] * 2, ["a"] * 2)
+        found = {reward.score for reward in task.rewards(["a"] * 4, ["pid"] * 4)}
+        assert found == set(task.pids)
+        assert len(found) == 2
+
+
+def test_leaving_ends_what_still_hangs(directory: Path) -> None:
+    with tasks.isolated("awkward:Awkward", seconds=3600, workers=2) as task:
+        task.rewards(["a"] * 2, ["a"] * 2)
+        wait = task.start_rewards(["a"] * 8, ["sleep"] * 8)
+        workers = list(task.pids)
+    assert all(pid is not None and gone(pid) for pid in workers)
+    with pytest.raises((RewardWorkerError, CancelledError)):
+        wait()
+    with pytest.raises(RuntimeError):
+        task.reward("a", "a")
+
+
+def test_a_task_that_does_not_load_in_the_worker_says_why(directory: Path) -> None:
+    with (
+        IsolatedTask(load_task("awkward:Awkward"), "awkward:Missing", {}, seconds=1, start_seconds=60) as task,
+        pytest.raises(RewardWorkerError, match=r"(?s)awkward:Missing did not start.*AttributeError.*Missing"),
+    ):
+        task.reward("a", "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "countdwon"}, "did you mean 'countdown'"),
+        ({"name": "countdown", "seconds": 0}, "seconds"),
+        ({"name": "countdown", "workers": 0}, "workers"),
+        ({"name": "countdown", "options": {"number": 3}}, "number"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tasks.isolated(**arguments)
+
+
+def test_lists_of_different_lengths_are_refused(isolated: IsolatedTask) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        isolated.rewards(["a", "b"], ["a"])
+
+
+def test_a_task_that_is_not_isolated_is_scored_here(directory: Path) -> None:
+    wait = start_rewards(load_task("awkward:Awkward"), ["a", "b", "a"], ["a", "a", "raise"])
+    assert [(reward.correct, reward.fault) for reward in wait()] == [(True, None), (False, None), (False, "raised")]
+
+
+def test_a_script_needs_no_main_guard(directory: Path) -> None:
+    """As its own code does not run again in the workers."""
+    script = """
+import rhythm.tasks
+with rhythm.tasks.isolated("awkward:Awkward", seconds=5, workers=2) as task:
+    print(task.reward("a", "a").score, [reward.correct for reward in task.rewards(["a", "b"], ["a", "a"])])
+"""
+    (directory / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], cwd=directory, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1.0 [True, False]\n", done.stderr
+
+
+def gone(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()

@@ -6,7 +6,7 @@ rollout, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -50,7 +50,14 @@ class GenerateInfer:
         recorder = self._recorder
         return 0 if recorder is None else recorder.calls
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingConfig,
+        seed: int,
+        done: Callable[[Rollout], None] | None = None,
+    ) -> Rollout:
         """Sample `n` responses per prompt, on the model's device.
 
         A response has at most the tokens that its prompt leaves within max_length.
@@ -63,11 +70,16 @@ class GenerateInfer:
         rows = [prompt for prompt in prompts for _ in range(n)]
         chunks = [rows[i : i + sampling.rows_at_once] for i in range(0, len(rows), sampling.rows_at_once)]
         device = self._model.device
+        group_B = torch.arange(len(prompts), device=device).repeat_interleave(n)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            parts = [self._sample(chunk, sampling) for chunk in chunks]
-        group_B = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        return replace(concatenate(parts, self._pad_id), group=group_B)
+            parts: list[Rollout] = []
+            for chunk in chunks:
+                at = sum(len(part.group) for part in parts)
+                parts.append(replace(self._sample(chunk, sampling), group=group_B[at : at + len(chunk)]))
+                if done is not None:
+                    done(parts[-1])
+        return concatenate(parts, self._pad_id)
 
     def generate_each(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +150,14 @@ class VllmInfer:
         """The training step that made the current weights."""
         return self._version
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingConfig,
+        seed: int,
+        done: Callable[[Rollout], None] | None = None,
+    ) -> Rollout:
         """Sample `n` responses per prompt; the rollout is on the CPU. `sampling.rows_at_once` is ignored: max_num_seqs
         limits the responses at a time.
 

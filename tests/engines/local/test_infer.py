@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from rhythm.engines.batches import concatenate
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.infer import GenerateInfer
 
@@ -190,3 +191,16 @@ def test_seeds_change_nothing_at_temperature_0(model: Any) -> None:
         engine(model).generate_each(PROMPTS, greedy, [1, 2, 3]).input_ids,
         engine(model).generate(PROMPTS, 1, greedy, seed=9).input_ids,
     )
+
+
+def test_parts_are_handed_over_as_they_are_generated(model: Any) -> None:
+    """In order, with their groups, as in the whole."""
+    parts: list[Rollout] = []
+    sampling = SamplingConfig(max_new_tokens=6, rows_at_once=4)
+    whole = engine(model).generate(PROMPTS, 3, sampling, 8, parts.append)
+    alone = engine(model).generate(PROMPTS, 3, sampling, 8)
+    assert [len(part.group) for part in parts] == [4, 4, 1]
+    joined = concatenate(parts, 0)
+    for name in ("input_ids", "response_mask", "group", "logprobs"):
+        assert getattr(joined, name).equal(getattr(whole, name))
+        assert getattr(alone, name).equal(getattr(whole, name))
