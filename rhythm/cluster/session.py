@@ -20,6 +20,7 @@ from rhythm.cluster.hosts import AttnHost, Host, InferHost, TrainHost
 from rhythm.cluster.plan.placement import Slot, assign
 from rhythm.cluster.roles import Role
 from rhythm.cluster.rpc import Worker, identify
+from rhythm.system.openmp import worker_waiting
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,7 @@ class Session:
         environment = {
             "OMP_NUM_THREADS": str(self.config.threads),
             "HF_HUB_OFFLINE": "1",
+            **worker_waiting(),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONSAFEPATH": "1",  # their children don't import from the working directory first
         }

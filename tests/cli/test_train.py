@@ -80,6 +80,7 @@ def test_the_default_batch_is_the_papers() -> None:
         ("batch.micro_batch_size=3", "micro_batch_size is 3: must divide mini_batch_size"),
         ("signals.source=both", "signals.source"),
         ("attn=separate", "attn is now signals.source"),
+        ("cluster.deadlines.reward=3", "cluster.deadlines.reward is now reward.seconds"),
         ("credit.q=0.3", "credit.q is now credit.top_fraction"),
         ("signals.layers=[3,2]", "signals.layers: layers is [3, 2]; it must be how many to sample"),
         ("task.name=no.such:Task", "task.name"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -268,3 +269,11 @@ with rhythm.tasks.isolated("awkward:Awkward", seconds=5, workers=2) as task:
 def gone(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     return not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_the_example_in_the_docs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(import rhythm\.tasks\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1.0 [0.0, 0.0]\n", done.stderr
