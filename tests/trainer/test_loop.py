@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from rhythm.engines.local.train import TorchTrain
-from rhythm.tasks import Reward
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, run
-from rhythm.trainer.setup import build_task
 
 Configure = Callable[..., TrainConfig]
 
@@ -99,26 +95,38 @@ def test_the_trained_policy_is_an_ordinary_checkpoint(small_config: Configure, t
     assert summary.step == 1
 
 
+FAULTY = """
+import math, time
+from rhythm.tasks import Reward
+from rhythm.tasks.countdown import Countdown
+
+class Faulty(Countdown):
+    def reward(self, instance, response):
+        place = self.train.index(instance) if instance in self.train else -1
+        if place == 0:
+            return None
+        if place == 1:
+            return Reward(math.nan, correct=True, format_ok=True)
+        if place == 2:
+            raise RuntimeError("no reward for this")
+        if place == 3:
+            time.sleep(600)
+        return super().reward(instance, response)
+"""
+
+
 def test_faulty_rewards_are_counted_and_the_run_goes_on(
     small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = build_task(small_config())
-    answers = {0: None, 1: Reward(math.nan, correct=True, format_ok=True)}
-    real = type(task).reward
-
-    def reward(self: Any, instance: Any, response: str) -> Any:
-        place = task.train.index(instance) if instance in task.train else -1
-        if place == 2:
-            raise RuntimeError("no reward for this")
-        return answers[place] if place in answers else real(self, instance, response)
-
-    monkeypatch.setattr(type(task), "reward", reward)
+    (tmp_path / "faulty_rewards.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
     # A step that sees every one of the sixty training instances twice.
     sizes = ("batch.prompts_per_batch=60", "batch.responses_per_prompt=2", "evaluation.samples=0")
-    config = small_config(f"runs_dir={tmp_path}", "name=faulty", "steps=1", *sizes)
+    task = ("task.name=faulty_rewards:Faulty", "reward.seconds=1")
+    config = small_config(f"runs_dir={tmp_path}", "name=faulty", "steps=1", *task, *sizes)
     run(config)
     row = rows(config.run_dir)[1]
-    assert (row["rewards_invalid"], row["rewards_raised"], row["rewards_late"]) == (4, 2, 0)
+    assert (row["rewards_invalid"], row["rewards_raised"], row["rewards_late"]) == (4, 2, 2)
     assert row["loss"] is not None
 
 
