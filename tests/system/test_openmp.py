@@ -126,7 +126,9 @@ class Wait:
         return self._total
 
     def over(self) -> None:
+        end = time.monotonic() + 20
         while self.looks <= len(self._shares):
+            assert time.monotonic() < end, "the watch has ended"
             time.sleep(0.01)
 
 
