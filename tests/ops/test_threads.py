@@ -68,7 +68,7 @@ print(one, many, time.process_time() - before)
 
 
 def test_threads_that_wait_use_no_cpu_time() -> None:
-    """Eight threads for few cores spend what one does; nothing runs once a call is over, where two of libgomp's would spin."""
+    """Eight threads for few cores spend what one does; nothing runs after a call, where two of libgomp's spin."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     done = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, check=True, env=environment)
     one, many, idle = map(float, done.stdout.split())

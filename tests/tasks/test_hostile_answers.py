@@ -4,22 +4,35 @@ deadline, is never right, runs no code, and the next response is scored as ever.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from rhythm.tasks import TASKS, isolated
+from rhythm.tasks.base import FAMILIES
+from rhythm.tasks.graders import GraderName
 from rhythm.tasks.isolation import IsolatedTask
+
+_spec = importlib.util.spec_from_file_location("paper_sets", Path(__file__).with_name("paper_sets.py"))
+assert _spec is not None
+assert _spec.loader is not None
+paper_sets = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(paper_sets)
 
 SECONDS = 2.0
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "countdown": [{"train_size": 20, "test_size": 1, "format": name} for name in ("answer", "steps")],
+    "jsonl": [{"grader": grader} for grader in get_args(GraderName)],
+    **{name: [{}] for name in paper_sets.ROWS},
+    "reasoning_gym:chain_sum": [{"train_size": 20, "test_size": 1}],
 }
-"""For every task of TASKS, options with which it is built here."""
+"""For every task of TASKS, options with which it is built here; those that read rows get a file of some."""
 
 DEEP = 100_000
 HOSTILE = {
@@ -44,12 +57,23 @@ CASES = [(name, options) for name, every in OPTIONS.items() for options in every
 
 
 def test_every_task_is_among_them() -> None:
-    assert set(OPTIONS) == set(TASKS), "a task of TASKS without options here is not tried"
+    assert {name.partition(":")[0] for name in OPTIONS} == {*TASKS, *FAMILIES}, "a task without options is not tried"
+
+
+def rows(name: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    if name == "jsonl":
+        answers = "ABABAB" if options["grader"] == "choice" else "123456"
+        return [{"prompt": f"Which one, {n}?", "answer": answer} for n, answer in enumerate(answers)]
+    return paper_sets.ROWS[name]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{name} {number}" for number, (name, _) in enumerate(CASES)])
-def task(request: pytest.FixtureRequest) -> Iterator[IsolatedTask]:
+def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[IsolatedTask]:
     name, options = request.param
+    if name in ("jsonl", *paper_sets.ROWS):
+        path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows(name, options))))
+        options = options | {"path": str(path), "held_out": 0.5}
     with isolated(name, options, seconds=SECONDS, workers=2) as found:
         yield found
 
