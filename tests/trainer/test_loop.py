@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rhythm.engines.local.train import TorchTrain
+from rhythm.tasks import Reward
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, run
 
