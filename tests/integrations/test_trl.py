@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
@@ -104,6 +106,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def coupled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     credit = RhythmCredit(strategy="coupled", signals=SIGNALS)
     return trained(tmp_path_factory.mktemp("coupled"), credit=credit)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_stays_as_it_was() -> Iterator[None]:
+    """The arguments of another trainer reset accelerate's shared state, which this module's trainers go on using."""
+    before = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState)]
+    yield
+    for state, values in before:
+        if values:
+            state._shared_state.clear()
+            state._shared_state.update(values)
 
 
 def by_hand(batches: list[dict[str, Any]], credit: CreditConfig) -> list[tuple[Tensor, Tensor]]:
