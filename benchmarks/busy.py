@@ -1,10 +1,10 @@
 """python -m benchmarks.busy: seconds per training step while other processes want the cores.
 
-Runs `rhythm-train` on the tiny model, as a user runs it, and starts and ends busy processes of normal priority beside
-it: none, one, two, or several that live a tenth of a second each. A policy is what the environment says about
-OpenMP's threads: `default` leaves the choice to the command, any other is written VARIABLE=VALUE[,VARIABLE=VALUE].
-Every round runs every policy once, the company in an order that changes from round to round; steps while the company
-changes are not counted. Writes a record, and prints a markdown table of medians.
+Runs `rhythm-train` on the tiny model, and next to it competing processes of normal priority: none, one, two, or
+several that each live for a tenth of a second. A policy is a setting of OpenMP's environment variables: `default`
+leaves the choice to the command; any other is written VARIABLE=VALUE[,VARIABLE=VALUE]. Each round runs each policy
+once, with the sets of competing processes in an order that changes from round to round; steps during a change are not
+counted. Writes a record, and prints a markdown table of medians.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ COMPANY: dict[str, tuple[str, ...]] = {
     "two": (SPIN, SPIN),
     "short": (SHORT, SHORT, SHORT),
 }
-"""Programs that run beside the training."""
+"""Competing programs that run next to the training."""
 
 PLAIN = "GOMP_SPINCOUNT=300000"
-"""libgomp's own number: what it does where nobody chooses."""
+"""libgomp's default, for comparison."""
 
-AIMS = {"one": 1.6, "two": 2.3}
-"""Most seconds per step with that company, as a multiple of the plain runtime's alone."""
+TARGETS = {"one": 1.6, "two": 2.3}
+"""Targets: most seconds per step with those competing processes, as a multiple of the plain runtime's alone."""
 NO_SLOWER = 1.05
-"""Most seconds per step alone, as a multiple of the plain runtime's: what two runs of the same differ by."""
+"""Target: most seconds per step alone, as a multiple of the plain runtime's; two equal runs differ by as much."""
 
-CHANGING = 2  # steps not counted after the company changed
+CHANGING = 2  # steps not counted after the competing processes changed
 QUICK = {
     "batch.prompts_per_batch": "2",
     "batch.responses_per_prompt": "2",
@@ -63,13 +63,19 @@ QUICK = {
 _START_SECONDS, _STEP_SECONDS = 600, 120
 
 Seconds = dict[str, dict[str, list[float]]]
-"""Of every step counted, by policy and company."""
+"""Seconds of each counted step, by policy and competing processes."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. seconds: median per step; ratio: to the plain runtime's alone, or to the policy's own where
-    that was not measured; at_most: the aim, of `default` alone; met: None without one.
+    """A row of the table.
+
+    Attributes:
+        seconds: median per step.
+        ratio: to the plain runtime without competing processes, or to the policy itself without them if the plain
+            runtime was not measured.
+        at_most: the target; only `default` has one.
+        met: whether the target was met; None without one.
     """
 
     policy: str
@@ -88,9 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--policies", nargs="+", default=["default", PLAIN], metavar="POLICY")
     parser.add_argument("--company", nargs="+", choices=COMPANY, default=list(COMPANY))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="steps counted, of each policy and company in each round")
-    parser.add_argument("--quick", action="store_true", help="batches of 4 responses, no aims, no record")
-    parser.add_argument("--add", action="store_true", help="to the steps in the record, if it is of the same commit")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="steps counted per policy, set of competing processes and round"
+    )
+    parser.add_argument("--quick", action="store_true", help="batches of 4 responses, no targets, no record")
+    parser.add_argument(
+        "--add", action="store_true", help="add to the steps in the record, if it is of the same commit"
+    )
     parser.add_argument("--json", type=Path, help="write the record there too")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records")
     options = parser.parse_args(arguments)
@@ -106,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for policy, variables in environments.items():
                 for name, steps in run(variables, company, options.steps, Path(scratch), options.quick).items():
                     seconds.setdefault(policy, {}).setdefault(name, []).extend(steps)
-    rows = table(seconds, aims=not options.quick)
+    rows = table(seconds, targets=not options.quick)
     record = {
         "machine": where,
         "software": software(),
@@ -123,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def environment(policy: str) -> dict[str, str]:
-    """This process's variables with those of the policy. Raises SystemExit for what is no policy."""
+    """This process's environment with the policy's variables. Raises SystemExit if it is not a policy."""
     variables = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     if policy == "default":
         return variables
@@ -138,9 +148,9 @@ def environment(policy: str) -> dict[str, str]:
 def run(
     variables: Mapping[str, str], company: Sequence[str], steps: int, scratch: Path, quick: bool
 ) -> dict[str, list[float]]:
-    """Seconds of each step counted, by company, of one training process.
+    """Run one training process; return the seconds of each counted step, by competing processes.
 
-    Raises RuntimeError if it ends or stops making steps.
+    Raises RuntimeError if the process ends or makes no more steps.
     """
     folder = Path(tempfile.mkdtemp(dir=scratch))
     command = [
@@ -161,27 +171,27 @@ def run(
     with log.open("wb") as file:
         trainer = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file)
     metrics = folder / "busy" / "metrics.jsonl"
-    found = {}
+    counted = {}
     try:
-        _wait(trainer, metrics, 2, _START_SECONDS, log)  # the start's line, and a first step that warms up
+        _wait(trainer, metrics, 2, _START_SECONDS, log)  # the line of the start, and one step to warm up
         for name in company:
             with beside(COMPANY[name]):
                 first = len(_lines(metrics)) + CHANGING
                 _wait(trainer, metrics, first + steps, _STEP_SECONDS * (CHANGING + steps), log)
-                found[name] = [json.loads(line)["seconds_total"] for line in _lines(metrics)[first : first + steps]]
+                counted[name] = [json.loads(line)["seconds_total"] for line in _lines(metrics)[first : first + steps]]
     finally:
-        trainer.terminate()  # it saves a checkpoint after the step it is at
+        trainer.terminate()  # it finishes its step and saves a checkpoint
         try:
             trainer.wait(_STEP_SECONDS)
         except subprocess.TimeoutExpired:
             trainer.kill()
             trainer.wait()
-    return found
+    return counted
 
 
 @contextmanager
 def beside(programs: Sequence[str]) -> Iterator[None]:
-    """These Python programs run until the block is left, with all that they started."""
+    """Run these Python programs until the block ends; then kill them and their children."""
     processes = [subprocess.Popen([sys.executable, "-S", "-c", code], start_new_session=True) for code in programs]
     try:
         yield
@@ -191,8 +201,8 @@ def beside(programs: Sequence[str]) -> Iterator[None]:
             process.wait()
 
 
-def table(seconds: Seconds, *, aims: bool) -> list[Row]:
-    """Medians, and what they are of the plain runtime's alone."""
+def table(seconds: Seconds, *, targets: bool) -> list[Row]:
+    """Medians, and their ratios to the plain runtime without competing processes."""
     rows = []
     for policy, by_company in seconds.items():
         base = seconds.get(PLAIN, {}).get("alone") or by_company.get("alone")
@@ -200,8 +210,8 @@ def table(seconds: Seconds, *, aims: bool) -> list[Row]:
             median = statistics.median(steps)
             ratio = median / statistics.median(base) if base else None
             against_plain = bool(seconds.get(PLAIN, {}).get("alone"))
-            at_most = AIMS.get(company, NO_SLOWER if company == "alone" and against_plain else None)
-            if policy != "default" or not aims or ratio is None:
+            at_most = TARGETS.get(company, NO_SLOWER if company == "alone" and against_plain else None)
+            if policy != "default" or not targets or ratio is None:
                 at_most = None
             met = None if at_most is None or ratio is None else ratio <= at_most
             rows.append(Row(policy, company, median, len(steps), ratio, at_most, met))
@@ -209,17 +219,17 @@ def table(seconds: Seconds, *, aims: bool) -> list[Row]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """The markdown table on stdout."""
-    print("| policy | beside | s per step | steps | to the plain runtime alone | aim |")
+    """Print the markdown table."""
+    print("| policy | competing | s per step | steps | ratio to the plain runtime alone | target |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        aim = "" if row.at_most is None else f"≤ {row.at_most}: {'met' if row.met else 'missed'}"
-        print(f"| {row.policy} | {row.company} | {row.seconds:.2f} | {row.steps} | {ratio} | {aim} |")
+        target = "" if row.at_most is None else f"≤ {row.at_most}: {'met' if row.met else 'missed'}"
+        print(f"| {row.policy} | {row.company} | {row.seconds:.2f} | {row.steps} | {ratio} | {target} |")
 
 
 def _kept(path: Path, at: Mapping[str, object]) -> Seconds:
-    """Of the record there; nothing if it is of another commit."""
+    """The seconds in the record at `path`; empty if it is of another commit."""
     if not path.is_file():
         return {}
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -228,7 +238,7 @@ def _kept(path: Path, at: Mapping[str, object]) -> Seconds:
 
 
 def _lines(metrics: Path) -> list[str]:
-    """The finished ones."""
+    """The complete lines of the file."""
     return metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.exists() else []
 
 

@@ -41,7 +41,9 @@ class Implementation:
     threads: int
 
 
-def race(implementations: Mapping[str, Implementation], *, rounds: int, least_seconds: float) -> dict[str, Timing]:
+def interleaved(
+    implementations: Mapping[str, Implementation], *, rounds: int, least_seconds: float
+) -> dict[str, Timing]:
     """Time the implementations in interleaved rounds: each one once per round, as the mean over calls that take at
     least `least_seconds` together.
 

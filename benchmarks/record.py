@@ -51,8 +51,8 @@ def commit() -> dict[str, object]:
     In a copy of the source tree without its repository, RHYTHM_COMMIT names the commit.
     """
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
-    if head is None and (told := os.environ.get("RHYTHM_COMMIT")):
-        return {"hash": told, "dirty": None}
+    if head is None and (name := os.environ.get("RHYTHM_COMMIT")):
+        return {"hash": name, "dirty": None}
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/records")
     return {"hash": head or None, "dirty": changes != ""}
 

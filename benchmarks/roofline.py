@@ -20,7 +20,7 @@ from benchmarks.shapes import HORIZON, WINDOW, Shape, operand_bytes
 DOC = ROOT / "docs" / "roofline.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.roofline --write -->\n", "<!-- end -->\n"
 LENGTHS = tuple(1024 << i for i in range(8))
-AIM_LENGTH = 8192
+TARGET_LENGTH = 8192
 L2_RATE = 5e12
 """Bytes per second from L2 to all SMs: an assumption, not yet measured. docs/roofline.md gives its source."""
 TIE = 0.01  # units within 1% of the slowest are named too
@@ -140,8 +140,8 @@ class Kernel:
 GPUS = (Gpu("H100 SXM", memory=3.35e12), Gpu("H200", memory=4.8e12))
 H200 = GPUS[1]
 
-# The row sweep's slots are the aim for its steady loop. The output adds the weight's conversion to bf16, two to an
-# instruction, and the rescaling of a row's D sums once per tile of keys: D / keys a score.
+# The row sweep's slots are the target for its steady loop. The output adds the weight's conversion to bf16, two per
+# instruction, and the rescaling of a row's D sums once per tile of keys: D / keys per score.
 ROW_SLOTS = 8.0
 ROWS = Kernel("row sweep, statistics alone", (0, None), 128, 128, ROW_SLOTS)
 ROWS_WITH_OUTPUT = Kernel(
@@ -166,7 +166,7 @@ class Op:
 
     name: str
     launches: tuple[tuple[Kernel, ...], ...]
-    aim: float  # of the plain forward's time
+    target: float  # times the plain forward's time
 
 
 OPS = (
@@ -231,7 +231,7 @@ def _rates() -> str:
 
 
 def _counts() -> str:
-    shape = shape_of(AIM_LENGTH)
+    shape = shape_of(TARGET_LENGTH)
     rows = []
     for kernel in KERNELS:
         lo, hi = kernel.distances
@@ -276,7 +276,11 @@ def _ratios(gpu: Gpu) -> str:
         ("serial", lambda floor: floor.serial, False),
         ("in tiles", lambda floor: floor.overlapped, True),
     ]
-    header = ("T", *(f"row sweep, {name}" for name, _, _ in columns), *(f"{op.name} (aim {op.aim:g})" for op in OPS))
+    header = (
+        "T",
+        *(f"row sweep, {name}" for name, _, _ in columns),
+        *(f"{op.name} (target {op.target:g})" for op in OPS),
+    )
     rows = []
     for tokens in LENGTHS:
         shape = shape_of(tokens)
@@ -292,16 +296,16 @@ def _ratios(gpu: Gpu) -> str:
 
 def _needed() -> str:
     """How close to its own lower bound an op must come to reach its target."""
-    shape = shape_of(AIM_LENGTH)
+    shape = shape_of(TARGET_LENGTH)
     forward = seconds(FORWARD.work(shape, in_tiles=True), H200).overlapped
     reached = (1.0, 0.75, 0.65, 0.55)
     rows = []
     for op in OPS:
         floor = op_floor(op, shape, H200, in_tiles=True)
-        shares = (floor / (op.aim * forward / share) for share in reached)
-        rows.append((op.name, f"{op.aim:g}", _micro(floor), *(_share(share) for share in shares)))
-    header = ("op", "aim", "floor µs", *(f"forward at {share:.0%}" for share in reached))
-    return _table(f"Needed at T = {_thousands(AIM_LENGTH)}, H200, in tiles", header, rows)
+        shares = (floor / (op.target * forward / share) for share in reached)
+        rows.append((op.name, f"{op.target:g}", _micro(floor), *(_share(share) for share in shares)))
+    header = ("op", "target", "floor µs", *(f"forward at {share:.0%}" for share in reached))
+    return _table(f"Needed at T = {_thousands(TARGET_LENGTH)}, H200, in tiles", header, rows)
 
 
 def _share(share: float) -> str:

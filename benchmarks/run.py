@@ -22,7 +22,7 @@ from benchmarks import suite
 from benchmarks.measure import PEAK_RESET
 from benchmarks.record import RECORDS, commit, cores, machine, record_path, software, write_record
 from benchmarks.registry import REGISTRY, Benchmark, select
-from benchmarks.suite import QUICK, Claim, Part, Settings
+from benchmarks.suite import QUICK, Metric, Part, Settings
 from benchmarks.verify import WrongResultError
 
 
@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(", ".join(f"{key} {value}" for key, value in (where | software()).items()), soft_wrap=True)
     try:
         with console.status("checking every op against the reference in fp64"):
-            gates = suite.check(benchmarks, settings, options.device)
+            checked = suite.check(benchmarks, settings, options.device)
     except WrongResultError as error:
         errors.print(f"The correctness check failed: no number is reported.\n{error}", style="red", markup=False)
         return 1
-    results = sum(len(gate.results) for gate in gates)
+    results = sum(len(shape.results) for shape in checked)
     console.print(f"{results} results of {len(benchmarks)} ops agree with the reference\n")
 
     parts = []
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "commit": commit(),
         "threads": options.threads,
         "settings": asdict(settings),
-        "gate": [suite.gate_json(gate) for gate in gates],
+        "gate": [suite.check_json(shape) for shape in checked],
         "parts": {part.name: suite.part_json(part) for part in parts},
     }
     paths = [options.json] if options.json else []
@@ -98,7 +98,7 @@ def _parts(benchmarks: list[Benchmark], settings: Settings, device: str, console
     """The parts to run: those whose ops are all among the benchmarks. Prints which ones this machine can't run."""
     chosen = {benchmark.name: benchmark for benchmark in benchmarks}
     parts: list[Callable[[], Part]] = [
-        partial(suite.race_part, benchmarks, settings, device, dtype) for dtype in suite.DTYPES
+        partial(suite.comparison_part, benchmarks, settings, device, dtype) for dtype in suite.DTYPES
     ]
     if {"statistics", "bands"} <= chosen.keys():
         parts.append(partial(suite.bands_part, chosen, settings, device))
@@ -125,21 +125,22 @@ def _show(console: Console, part: Part) -> None:
         console.print(table)
     else:
         console.print(part.name, style="bold")
-    for claim in part.claims:
+    for metric in part.metrics:
         console.print(
-            f"  {_mark(claim)} {claim.name}: [bold]{claim.value:.2f}{claim.unit}[/bold]{_aim(claim)}", soft_wrap=True
+            f"  {_mark(metric)} {metric.name}: [bold]{metric.value:.2f}{metric.unit}[/bold]{_target(metric)}",
+            soft_wrap=True,
         )
     console.print()
 
 
-def _mark(claim: Claim) -> str:
-    return {None: " ", True: "[green]✓[/green]", False: "[red]✗[/red]"}[claim.met]
+def _mark(metric: Metric) -> str:
+    return {None: " ", True: "[green]✓[/green]", False: "[red]✗[/red]"}[metric.met]
 
 
-def _aim(claim: Claim) -> str:
-    if claim.at_least is not None:
-        return f"  (aim ≥ {claim.at_least:g}{claim.unit})"
-    return "" if claim.at_most is None else f"  (aim ≤ {claim.at_most:g}{claim.unit})"
+def _target(metric: Metric) -> str:
+    if metric.at_least is not None:
+        return f"  (target ≥ {metric.at_least:g}{metric.unit})"
+    return "" if metric.at_most is None else f"  (target ≤ {metric.at_most:g}{metric.unit})"
 
 
 if __name__ == "__main__":

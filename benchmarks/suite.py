@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from benchmarks.measure import Implementation, Timing, peak_extra_bytes, race, ratio
+from benchmarks.measure import Implementation, Timing, interleaved, peak_extra_bytes, ratio
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Shape, make_inputs
 from benchmarks.verify import CheckedResult, verify
@@ -21,8 +21,10 @@ FULL, ODD = Shape(4096), Shape(257, prompt=31)
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of a run. aims: whether these are the sizes for which the targets were set; gate: the odd shape that is
-    checked."""
+    """Sizes of a run, under the names that they have in the record.
+
+    aims: whether these are the sizes for which the targets were set. gate: the odd shape that is checked.
+    """
 
     shape: Shape = FULL
     band_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -68,7 +70,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Claim:
+class Metric:
     """A measured number and its target, at_least or at_most; both are None without a target."""
 
     name: str
@@ -88,7 +90,7 @@ class Claim:
 class Part:
     name: str
     measurements: tuple[Measurement, ...]
-    claims: tuple[Claim, ...]
+    metrics: tuple[Metric, ...]
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,10 @@ def check(benchmarks: list[Benchmark], settings: Settings, device: str) -> list[
     ]
 
 
-def race_part(benchmarks: list[Benchmark], settings: Settings, device: str, dtype: torch.dtype) -> Part:
+def comparison_part(benchmarks: list[Benchmark], settings: Settings, device: str, dtype: torch.dtype) -> Part:
     """Compare all ops at one shape, in one type."""
     inputs = make_inputs(settings.shape, dtype, device)
-    timings = race(
+    timings = interleaved(
         {benchmark.name: Implementation(benchmark.make(inputs), settings.threads) for benchmark in benchmarks},
         rounds=settings.rounds,
         least_seconds=settings.least_seconds,
@@ -134,12 +136,12 @@ def race_part(benchmarks: list[Benchmark], settings: Settings, device: str, dtyp
     if blocked := [name for name in timings if name.startswith("blocked")]:
         best = min(blocked, key=lambda name: timings[name].median)
         rows.append((f"statistics against {best}, the best blocked torch: times as fast", best, "statistics", {}))
-    claims = [
-        Claim(name, ratio(timings[one], timings[other]), "×", **(aim if settings.aims else {}))
-        for name, one, other, aim in rows
+    metrics = [
+        Metric(name, ratio(timings[one], timings[other]), "×", **(target if settings.aims else {}))
+        for name, one, other, target in rows
         if one in timings and other in timings
     ]
-    return Part(f"race_{_name(dtype)}", measurements, tuple(claims))
+    return Part(f"race_{_name(dtype)}", measurements, tuple(metrics))
 
 
 def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: str) -> Part:
@@ -149,7 +151,7 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
         shape = replace(settings.shape, tokens=tokens)
         inputs = make_inputs(shape, torch.float32, device)
         pair = [benchmarks["statistics"], benchmarks["bands"]]
-        timings = race(
+        timings = interleaved(
             {benchmark.name: Implementation(benchmark.make(inputs), settings.threads) for benchmark in pair},
             rounds=settings.rounds,
             least_seconds=settings.least_seconds,
@@ -158,8 +160,8 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
             timing = timings[benchmark.name]
             measurements.append(_measurement(benchmark, timing, shape, torch.float32, settings.threads))
         shares[tokens] = ratio(timings["bands"], timings["statistics"])
-    claims = [
-        Claim(
+    metrics = [
+        Metric(
             f"bands only at T={tokens}: share of the full sweep",
             100 * share,
             "%",
@@ -169,20 +171,20 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
     ]
     # Only the last doubling: at short lengths the sweep's cost per token matters too.
     *_, before, last = shares
-    falls = Claim(
+    falls = Metric(
         f"bands only: share at T={last} over that at T={before} (½ is 1/T)",
         shares[last] / shares[before],
         "",
         at_most=0.6 if settings.aims else None,
     )
-    return Part("bands", tuple(measurements), (*claims, falls))
+    return Part("bands", tuple(measurements), (*metrics, falls))
 
 
 def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
     """Compare the full sweep on one thread and on two."""
     inputs = make_inputs(settings.shape, torch.float32, device)
     run = benchmark.make(inputs)
-    timings = race(
+    timings = interleaved(
         {str(threads): Implementation(run, threads) for threads in (1, 2)},
         rounds=settings.rounds,
         least_seconds=settings.least_seconds,
@@ -190,7 +192,7 @@ def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
     measurements = tuple(
         _measurement(benchmark, timings[str(threads)], settings.shape, torch.float32, threads) for threads in (1, 2)
     )
-    speed_up = Claim(
+    speed_up = Metric(
         f"{benchmark.name}, two threads against one: times as fast",
         ratio(timings["1"], timings["2"]),
         "×",
@@ -202,8 +204,8 @@ def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
 def memory_part(benchmark: Benchmark, settings: Settings) -> Part:
     """Measure the peak memory in addition to the inputs for a long sequence, in a separate process."""
     shape = replace(FULL, tokens=settings.memory_tokens)
-    claims = [
-        Claim(
+    metrics = [
+        Metric(
             f"{benchmark.name} at T={shape.tokens}, {_name(dtype)}: memory beyond its inputs",
             peak_extra_bytes(shape, dtype, benchmark.name, settings.threads) / 1e6,
             "MB",
@@ -211,20 +213,20 @@ def memory_part(benchmark: Benchmark, settings: Settings) -> Part:
         )
         for dtype in DTYPES
     ]
-    return Part("memory", (), tuple(claims))
+    return Part("memory", (), tuple(metrics))
 
 
-def gate_json(gate: CheckedShape) -> dict[str, object]:
+def check_json(checked: CheckedShape) -> dict[str, object]:
     """{shape, dtype, results: {"op result": "error, at most allowed"}}."""
-    results = {f"{v.op} {v.result}": f"{v.error:.1e}, at most {v.allowed:.1e}" for v in gate.results}
-    return {"shape": asdict(gate.shape), "dtype": gate.dtype, "results": results}
+    results = {f"{v.op} {v.result}": f"{v.error:.1e}, at most {v.allowed:.1e}" for v in checked.results}
+    return {"shape": asdict(checked.shape), "dtype": checked.dtype, "results": results}
 
 
 def part_json(part: Part) -> dict[str, object]:
     """The part as JSON, including computed properties."""
     measurements = [asdict(m) | {"gflops_per_second": m.gflops} for m in part.measurements]
-    claims = [asdict(claim) | {"met": claim.met} for claim in part.claims]
-    return {"measurements": measurements, "claims": claims}
+    metrics = [asdict(metric) | {"met": metric.met} for metric in part.metrics]
+    return {"measurements": measurements, "claims": metrics}
 
 
 def _measurement(benchmark: Benchmark, timing: Timing, shape: Shape, dtype: torch.dtype, threads: int) -> Measurement:

@@ -1,6 +1,6 @@
-"""python -m benchmarks.gpu check | race | record: the three commands of `make gpu`, each for itself.
+"""python -m benchmarks.gpu check | race | record: one of the three commands of `make gpu`.
 
-Exit code 1: a result of rhythm's is wrong or an op of rhythm's failed; 2: there is no such device.
+Exit code 1: a result or an op of rhythm is wrong or failed; 2: there is no such device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.gpu.report import Plain
     from benchmarks.record import RECORDS
 
-    # What the interpreter takes says nothing, and a rehearsal makes times up: no record unless asked where.
+    # The interpreter's times are meaningless and a rehearsal's made up: they are recorded only into a given directory.
     records = options.records or (RECORDS if options.device == "cuda" else None)
     run = import_module(COMMANDS[options.command]).run
     return int(run(options.device, records, Plain(), Plain(), Budget(options.budget)))

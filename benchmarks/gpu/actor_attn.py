@@ -1,4 +1,4 @@
-"""The whole actor_attn pass: rhythm.observe on a model, against the model's plain forward."""
+"""Times the whole actor_attn pass, rhythm.observe on a model, against the model's plain forward."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Dimensions:
 
 
 def build(dimensions: Dimensions, device: str, dtype: torch.dtype, tokens: int) -> Any:
-    """Random weights, made on the device."""
+    """Build a Qwen3 model with random weights on the device."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -59,18 +59,20 @@ def token_ids(dimensions: Dimensions, device: str, tokens: int) -> Tensor:
     return torch.randint(dimensions.vocabulary, (1, tokens), generator=generator, device=device)
 
 
-def race(model: Any, input_ids: Tensor, clock: Clock, rounds: int) -> dict[str, Timing]:
-    """The plain forward without logits, and rhythm.observe, interleaved; eager, since a model is not captured whole."""
+def timings(model: Any, input_ids: Tensor, clock: Clock, rounds: int) -> dict[str, Timing]:
+    """Time the plain forward without logits and rhythm.observe in interleaved rounds; eager, since whole models are
+    not captured in graphs.
+    """
 
     @torch.no_grad()
     def plain() -> None:
         model.model(input_ids, use_cache=False)
 
-    return clock.race({"plain": plain, "observe": observer(model, input_ids, clock)}, rounds)
+    return clock.interleaved({"plain": plain, "observe": observer(model, input_ids, clock)}, rounds)
 
 
 def observer(model: Any, input_ids: Tensor, clock: Clock) -> Callable[[], rhythm.RhythmSignals]:
-    """rhythm.observe to be called; a quarter of the tokens is the prompt."""
+    """A call of rhythm.observe; the first quarter of the tokens is the prompt."""
     prompt_lens = torch.full((input_ids.shape[0],), input_ids.shape[1] // 4, device=input_ids.device)
     return lambda: rhythm.observe(
         model, input_ids, prompt_lens=prompt_lens, signals=SignalsConfig(backend=clock.backend)

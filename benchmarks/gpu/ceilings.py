@@ -1,7 +1,7 @@
-"""What this card can do: matrix products, copies, reads from the second-level cache, and the plain forwards.
+"""Measures this GPU's peak rates: matrix products, copies, reads from the L2 cache, and the plain forwards.
 
-The numbers that others are judged by: floors in docs/roofline.md take rates from data sheets, and a ratio to the best
-plain forward says little where that forward is slow.
+The other numbers depend on them: the floors in docs/roofline.md take their rates from data sheets, and a ratio to the
+best plain forward means little if that forward is slow.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.gpu.clock import Clock, Run, told
+from benchmarks.gpu.clock import Clock, Run, one_line
 from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Part, nvidia_smi
 from benchmarks.measure import Timing
 from benchmarks.shapes import Shape, make_inputs
-from benchmarks.suite import Claim
+from benchmarks.suite import Metric
 
-BLOCK = 4096  # fp32 elements of a read
+BLOCK = 4096  # fp32 elements per read
 SLOWEST_FORWARD = 500.0  # TFLOP/s below which a ratio to the best plain forward flatters
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """matmul: rows of square matrices. copied: bytes. cached: bytes that lie in cache. passes: reads of a program."""
+    """matmul: rows of square matrices; copied, cached: bytes; passes: reads per program."""
 
     matmul: int = 8192
     copied: int = 1 << 30
@@ -41,7 +41,7 @@ HOPPER = Sizes()
 
 @triton.jit
 def read_kernel(x, sums, size, BLOCK: tl.constexpr, PASSES: tl.constexpr):
-    """Reads PASSES blocks a program past the first-level cache, and keeps a sum, so that nothing is left out."""
+    """Read PASSES blocks per program, bypassing L1. Their sum is stored, so that no read is optimized away."""
     program = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.float32)
     for turn in range(PASSES):
@@ -51,14 +51,14 @@ def read_kernel(x, sums, size, BLOCK: tl.constexpr, PASSES: tl.constexpr):
 
 
 def card_part() -> Part:
-    """Clocks and power before anything runs."""
-    told_by = nvidia_smi(CLOCKS)
-    missing = (f"nvidia-smi: {told_by}",) if told_by.startswith("not known") else ()
-    return Part("card", (), (), (f"{CLOCKS}: {told_by}",), missing, facts={"nvidia-smi": {CLOCKS: told_by}})
+    """Report clocks and power before anything runs."""
+    answer = nvidia_smi(CLOCKS)
+    missing = (f"nvidia-smi: {answer}",) if answer.startswith("not known") else ()
+    return Part("card", (), (), (f"{CLOCKS}: {answer}",), missing, facts={"nvidia-smi": {CLOCKS: answer}})
 
 
 def ceilings_part(clock: Clock, sizes: Sizes, shape: Shape, forwards: tuple[Implementation, ...], rounds: int) -> Part:
-    """Each ceiling by graph replays; one that fails is named and costs no other."""
+    """Measure each peak rate by graph replays; one that fails is listed, and the others are still measured."""
     wanted: dict[str, tuple[Callable[[], Run], float, str]] = {
         f"matmul {sizes.matmul}³, bf16": (lambda: _matmul(clock, sizes), 2 * sizes.matmul**3 / 1e12, "TFLOP/s"),
         "copy, read and written": (lambda: _copy(clock, sizes), 2 * sizes.copied / 1e12, "TB/s"),
@@ -78,10 +78,10 @@ def ceilings_part(clock: Clock, sizes: Sizes, shape: Shape, forwards: tuple[Impl
         try:
             run = make()
             run()
-            timings, reasons = clock.race_replays({name: run}, rounds)
-            timing: Timing = timings[name] if name in timings else clock.race({name: run}, rounds)[name]
-        except Exception as error:  # a library that is not there, or has no room, is no ceiling
-            failed.append(f"{name}: {told(error)}")
+            timings, reasons = clock.interleaved_replays({name: run}, rounds)
+            timing: Timing = timings[name] if name in timings else clock.interleaved({name: run}, rounds)[name]
+        except Exception as error:  # a library may be missing, or out of memory
+            failed.append(f"{name}: {one_line(error)}")
             continue
         by = "replayed" if name in timings else f"eager ({reasons[name]})"
         rate = amount / timing.median
@@ -89,12 +89,12 @@ def ceilings_part(clock: Clock, sizes: Sizes, shape: Shape, forwards: tuple[Impl
         table.append({"ceiling": name, "ms": f"{1e3 * timing.median:,.3f}", "rate": f"{rate:,.2f} {unit}", "by": by})
         if name.startswith(tuple(one.name for one in forwards)):
             fastest = max(fastest, rate)
-    claims = (Claim("best plain forward", fastest, " TFLOP/s", at_least=SLOWEST_FORWARD),) if fastest else ()
-    return Part("ceilings", tuple(rows), claims, tuple(absent), tuple(failed), table=tuple(table))
+    metrics = (Metric("best plain forward", fastest, " TFLOP/s", at_least=SLOWEST_FORWARD),) if fastest else ()
+    return Part("ceilings", tuple(rows), metrics, tuple(absent), tuple(failed), table=tuple(table))
 
 
 def _matmul(clock: Clock, sizes: Sizes) -> Run:
-    """Random numbers: zeros take less power, and run faster."""
+    """Multiply random numbers: products of zeros take less power and run faster."""
     generator = torch.Generator(device=clock.device).manual_seed(0)
     size = (2, sizes.matmul, sizes.matmul)
     a, b = torch.randn(size, generator=generator, device=clock.device).to(torch.bfloat16)

@@ -1,7 +1,7 @@
-"""gpu-check: what this card can do, and whether every kernel is right on it, before anything is raced.
+"""gpu-check: measures this GPU's peak rates and checks every kernel on it, before anything else is timed.
 
-If a result is wrong, the ops run again with small tiles and without the tensor memory accelerator: which of these is
-right says where to look.
+If a result is wrong, the ops run again with small tiles and without the tensor memory accelerator (TMA), to narrow
+down the cause.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.gpu.ceilings import HOPPER, Sizes, card_part, ceilings_part
-from benchmarks.gpu.clock import Budget, Clock, clock_of, told
+from benchmarks.gpu.clock import Budget, Clock, clock_of, one_line
 from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Console, Part, Planned, Report
 from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Settings
@@ -34,7 +34,7 @@ IMPORT_MODE = "--import-mode=importlib"
 
 @dataclass(frozen=True)
 class Selection:
-    """A run of pytest: its arguments, and the seconds it may take."""
+    """A run of pytest: its arguments, and its time limit in seconds."""
 
     name: str
     arguments: tuple[str, ...]
@@ -65,7 +65,7 @@ REHEARSED = CheckSettings(
 
 
 def run(device: str, records: Path | None, console: Console, errors: Console, budget: Budget) -> int:
-    """The parts in turn; see `benchmarks.gpu.run.run` for arguments and exit codes."""
+    """Run the parts in order; see `benchmarks.gpu.run.run` for arguments and exit codes."""
     clock = clock_of(device)
     if clock is None:
         errors.print("--device cuda: torch sees no CUDA device", style="red")
@@ -76,12 +76,12 @@ def run(device: str, records: Path | None, console: Console, errors: Console, bu
     if report.record["parts"].get("contestants", {}).get("wrong"):
         report.run([Planned("bisection", 10.0, lambda: bisection_part(settings.suite, clock))], budget)
     if report.failed:
-        report.complain("Something is wrong above: race and record nothing before it is found (docs/gpu.md).")
+        report.complain("Something above is wrong: find the cause before running gpu-race or gpu-record (docs/gpu.md).")
     return report.end()
 
 
 def parts(settings: CheckSettings, clock: Clock, budget: Budget) -> list[Planned]:
-    """The implementations come before the tests: they are what the other two commands race."""
+    """The parts to run. The implementations come before the tests, since the other two commands time them."""
     suite = settings.suite
     plain = tuple(one for one in suite.implementations if one.plain)
     return [
@@ -93,15 +93,15 @@ def parts(settings: CheckSettings, clock: Clock, budget: Budget) -> list[Planned
 
 
 def implementations_part(suite: Settings, clock: Clock) -> Part:
-    """Checks rhythm's ops, replayed from CUDA graphs with results overwritten before, against the fp64 reference."""
+    """Check rhythm's ops against the fp64 reference: replays of CUDA graphs whose results were overwritten before."""
     rows, wrong = [], []
     for one, shape, dtype in _cases(suite):
         inputs = make_inputs(shape, dtype, clock.device, clock.backend)
         case = {"op": one.name, "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
         try:
             results = verify([_replayed(one, clock)], inputs)
-        except Exception as error:  # wrong, or it could not be captured: both are findings
-            reason = str(error).splitlines()[-1] if isinstance(error, WrongResultError) else told(error)
+        except Exception as error:  # a wrong result, or a graph that could not be captured
+            reason = str(error).splitlines()[-1] if isinstance(error, WrongResultError) else one_line(error)
             wrong.append(f"{' '.join(case.values())}: {reason}")
         else:
             rows += [case | {"result": v.result, "error": v.error, "allowed": v.allowed} for v in results]
@@ -110,7 +110,7 @@ def implementations_part(suite: Settings, clock: Clock) -> Part:
 
 
 def bisection_part(suite: Settings, clock: Clock) -> Part:
-    """The same with other tiles: if small ones are right, the tiles are wrong; if those without TMA are, its loads."""
+    """Check again with other tiles. If small ones are right, the tiles are wrong; if those without TMA, its loads."""
     from rhythm.kernels.launch import forced
     from rhythm.kernels.tile_tables import KernelKey, Tile, architecture, candidates, shared_memory
 
@@ -133,7 +133,7 @@ def bisection_part(suite: Settings, clock: Clock) -> Part:
 
 
 def tests_part(tests: Selection, budget: Budget) -> Part:
-    """pytest in a process of its own, stopped when its time or the budget is over."""
+    """Run pytest in a separate process, and stop it when its time or the budget is over."""
     spread = ("-n", "8") if find_spec("xdist") and (os.cpu_count() or 1) >= 8 else ()
     command = [
         sys.executable,
@@ -168,7 +168,7 @@ def tests_part(tests: Selection, budget: Budget) -> Part:
 
 def _cases(suite: Settings) -> list[tuple[Implementation, Shape, torch.dtype]]:
     ours = [one for one in suite.implementations if one.name in OURS]
-    return [(one, shape, dtype) for shape in suite.gates for dtype in suite.gate_dtypes for one in ours]
+    return [(one, shape, dtype) for shape in suite.checked_shapes for dtype in suite.checked_dtypes for one in ours]
 
 
 def _replayed(one: Implementation, clock: Clock) -> Benchmark:

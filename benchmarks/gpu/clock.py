@@ -1,11 +1,12 @@
-"""Time and memory of calls on a device, and the budget of a whole run.
+"""Measures time and memory of calls on a device, and keeps the time budget of a whole run.
 
-Three times of one call, and which is which:
+A call has three times:
 
-- replayed: a CUDA graph of the call, replayed. The device alone: no Python, no launches one by one. Claims use it.
-- eager: the call as it is written, launched behind work that keeps the device busy until the host is done: the device
+- replayed: a replay of a CUDA graph of the call, thus device time without Python and single launches. Ratios to
+  targets use it.
+- eager: the call as it is written, launched behind work that keeps the device busy until the host is done: device time
   with the gaps between launches, as in a program whose host runs ahead.
-- host: what the host needs to issue the call. Where the device would otherwise be idle, a call takes at least this.
+- host: the time in which the host issues the call. If the device would be idle, a call takes at least this long.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from benchmarks.measure import Timing
 Run = Callable[[], Any]
 FLUSH_BYTES = 256 << 20  # more than any second-level cache
 POISON = 12345.0
-# Sleeping keeps the device busy while the host launches: cycles at least, at most (0.1 s), and per second of the host.
+# A sleep keeps the device busy while the host launches. Cycles: least, most (0.1 s), and per second of host time.
 SLEEP, LONGEST_SLEEP, CYCLES_A_SECOND = 2_000_000, 200_000_000, 2e9
 
 
 class Clock(ABC):
-    """How a device is timed."""
+    """Times calls on one device."""
 
     device: str
     backend = "triton"
@@ -37,33 +38,33 @@ class Clock(ABC):
 
     @abstractmethod
     def seconds(self, run: Run) -> float:
-        """Of one call on the device, with cold caches; launches are hidden behind work queued before it."""
+        """Device time of one call with cold caches; launches are hidden behind work queued before it."""
 
     @abstractmethod
     def captured(self, run: Run) -> Run:
-        """The call as a CUDA graph: a callable that replays it and returns its results, always the same tensors."""
+        """Capture the call in a CUDA graph. Returns a callable that replays it and returns always the same tensors."""
 
     @abstractmethod
     def peak_bytes(self, run: Run) -> int:
-        """Largest memory during a call, beyond what stood before it. Waits for the call: its errors surface here."""
+        """Peak memory of a call minus the memory in use before it. Waits for the call, so its errors are raised."""
 
     def host_seconds(self, run: Run) -> float:
-        """What the host needs to issue a call, the median of three."""
+        """Time in which the host issues a call; median of three."""
         return sorted(self._issued(run) for _ in range(3))[1]
 
     def free(self) -> None:
-        """Gives back what the part before left: graphs hold memory until they are collected."""
+        """Free what the previous part left: graphs hold memory until they are garbage collected."""
         gc.collect()
 
     def poisoned_replay(self, run: Run) -> Any:
-        """Results of a replay whose result tensors were overwritten before: whatever is right was computed by it."""
+        """Results of a replay whose result tensors were overwritten before, so a correct result was computed by it."""
         replay = self.captured(run)
         for result in _tensors(replay()):
             result.fill_(POISON)
         return replay()
 
-    def race(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
-        """Every implementation once a round, in turn, after two calls to warm up (and compile)."""
+    def interleaved(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
+        """Time the implementations in interleaved rounds: each one once per round, after two calls to warm up."""
         for run in runs.values():
             run()
             run()
@@ -73,15 +74,15 @@ class Clock(ABC):
                 seconds[name].append(self.seconds(run))
         return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
-    def race_replays(self, runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, Timing], dict[str, str]]:
-        """The same of CUDA graphs, and why an implementation could not be captured."""
+    def interleaved_replays(self, runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, Timing], dict[str, str]]:
+        """`interleaved` with CUDA graphs. Also returns, by name, why an implementation could not be captured."""
         replays, reasons = {}, {}
         for name, run in runs.items():
             try:
                 replays[name] = self.captured(run)
-            except Exception as error:  # whatever a library raises here costs its own row
-                reasons[name] = told(error)
-        return self.race(replays, rounds), reasons
+            except Exception as error:  # another library's error affects only its own row
+                reasons[name] = one_line(error)
+        return self.interleaved(replays, rounds), reasons
 
     def _issued(self, run: Run) -> float:
         started = time.perf_counter()
@@ -152,7 +153,7 @@ class CudaClock(Clock):
 
 
 class InterpreterClock(Clock):
-    """The wall clock, for tests on the CPU: no graph, no peak memory."""
+    """Wall-clock times, for tests on the CPU: no graphs, no peak memory."""
 
     device, name = "cpu", "interpreter"
 
@@ -167,7 +168,7 @@ class InterpreterClock(Clock):
         return 0
 
     def poisoned_replay(self, run: Run) -> Any:
-        """Nothing is replayed here, so nothing could be left as it was."""
+        """Nothing is replayed here, so there is nothing to overwrite."""
         return run()
 
 
@@ -191,18 +192,18 @@ class MadeUpClock(InterpreterClock):
     def peak_bytes(self, run: Run) -> int:
         return 0
 
-    def race(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
-        """Half as much again as the replays take; nothing runs, since whatever races ran before."""
+    def interleaved(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
+        """1.5 times the made-up times of replays. Nothing runs, since all implementations ran before."""
         return {name: Timing(tuple(1.5 * x for x in self._times(name, rounds))) for name in runs}
 
-    def race_replays(self, runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, Timing], dict[str, str]]:
+    def interleaved_replays(self, runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, Timing], dict[str, str]]:
         timings, reasons = {}, {}
         for name, run in runs.items():
             try:
                 self.captured(run)()
                 timings[name] = Timing(self._times(name, rounds))
             except Exception as error:
-                reasons[name] = told(error)
+                reasons[name] = one_line(error)
         return timings, reasons
 
     def _times(self, name: str, rounds: int) -> tuple[float, ...]:
@@ -210,7 +211,7 @@ class MadeUpClock(InterpreterClock):
 
 
 class Budget:
-    """Wall-clock seconds that a run may take."""
+    """The wall-clock seconds left to a run."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._end = now, now() + seconds
@@ -227,8 +228,8 @@ def clock_of(device: str) -> Clock | None:
     return MadeUpClock() if device == "rehearsal" else InterpreterClock()
 
 
-def told(error: BaseException) -> str:
-    """An error in one line."""
+def one_line(error: BaseException) -> str:
+    """The error's type and first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 

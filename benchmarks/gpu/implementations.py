@@ -1,7 +1,7 @@
-"""What races on a GPU: other attention forwards, other ways to the statistics, and rhythm's ops.
+"""The implementations that are timed on a GPU: other attention forwards, other ways to the statistics, rhythm's ops.
 
-Each maker takes the inputs and gives a callable that computes everything anew and returns its results by name, as in
-benchmarks/implementations.py; those that give what the reference does not have return nothing that is compared.
+Each maker takes the inputs and returns a callable that computes everything anew and returns its results by name, as in
+benchmarks/implementations.py. Results that the reference doesn't have are not returned, so not compared.
 
 Shape suffixes: T tokens, H query heads, G key heads, D head size; S keys of a swapped call, which are rows.
 """
@@ -30,10 +30,10 @@ class Implementation:
     """One op on the GPU.
 
     Attributes:
-        flops: what is counted for a shape, whatever the op spends.
-        plain: whether it is a plain attention forward, of which the best is what ours is compared with.
-        max_tokens: the longest sequence it is tried on.
-        late: whether it races in a part of its own at the end of a run, since it may take long to compile.
+        flops: the FLOPs counted for a shape, whatever the op executes.
+        plain: whether it is a plain attention forward; rhythm's ops are compared with the fastest of them.
+        max_tokens: the longest sequence that it is timed on.
+        late: whether it is timed in a separate part at the end of a run, since it may take long to compile.
         absent: why it can't run here; None: it can.
     """
 
@@ -47,7 +47,7 @@ class Implementation:
 
 
 def sdpa(backend: SDPBackend, expanded: bool = False) -> Maker:
-    """torch's SDPA forward by the named backend only; expanded: with a key head for every query head, made before."""
+    """torch's SDPA forward by this backend only; expanded: one key head per query head, expanded beforehand."""
 
     def make(inputs: Inputs) -> Callable[[], Outputs]:
         q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
@@ -66,19 +66,19 @@ def sdpa(backend: SDPBackend, expanded: bool = False) -> Maker:
 
 
 def flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
-    """The package flash_attn, or version 3's flash_attn_interface."""
+    """The package flash_attn, or flash_attn_interface (version 3)."""
     function = import_module(_flash_attn()).flash_attn_func
     q, k, v = (x[None] for x in (inputs.q, inputs.k, inputs.v))
 
     def run() -> Outputs:
-        found = function(q, k, v, causal=True)
-        return {"out": (found[0] if isinstance(found, tuple) else found)[0]}
+        out = function(q, k, v, causal=True)
+        return {"out": (out[0] if isinstance(out, tuple) else out)[0]}
 
     return run
 
 
 def flash_colreduce(inputs: Inputs) -> Callable[[], Outputs]:
-    """The package flash-colreduce: column sums of all rows. Nothing of ours is the same; it is timed only."""
+    """The package flash-colreduce: column sums over all rows. No op of rhythm computes them, so it is only timed."""
     function = import_module("flash_colreduce").flash_colreduce
     group = inputs.shape.query_heads // inputs.shape.key_heads
     q = inputs.q.transpose(0, 1)[None].contiguous()
@@ -138,7 +138,7 @@ def flex(compiled: bool) -> Maker:
 
 
 def compiled_blocked(block: int) -> Maker:
-    """torch.compile of the blocked version."""
+    """The blocked version, compiled by torch.compile."""
 
     def make(inputs: Inputs) -> Callable[[], Outputs]:
         function = torch.compile(implementations._blocked_statistics)
@@ -158,19 +158,19 @@ def _flash_attn() -> str:
     return next((name for name in ("flash_attn_interface", "flash_attn") if find_spec(name)), "")
 
 
-def _missing(package: str, found: bool) -> str | None:
-    return None if found else f"the package {package} is not installed"
+def _missing(package: str, installed: bool) -> str | None:
+    return None if installed else f"the package {package} is not installed"
 
 
 def _forward_flops(shape: Shape) -> int:
     return 2 * score_flops(shape)
 
 
-# flex's block masks are made by way of dense T × T maps: 16k tokens are what there is room for.
+# flex makes its block masks from dense T × T maps, which fit into memory up to 16k tokens.
 GPU: tuple[Implementation, ...] = (
     Implementation("sdpa_flash", sdpa(SDPBackend.FLASH_ATTENTION), _forward_flops, plain=True),
     Implementation("sdpa_cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), _forward_flops, plain=True),
-    # A library may be slower where heads share keys: the best plain forward must not be slow for that.
+    # A library may be slower if heads share keys; the best plain forward must not be slow for that reason.
     Implementation("sdpa_flash_expanded", sdpa(SDPBackend.FLASH_ATTENTION, expanded=True), _forward_flops, plain=True),
     Implementation("sdpa_cudnn_expanded", sdpa(SDPBackend.CUDNN_ATTENTION, expanded=True), _forward_flops, plain=True),
     Implementation(

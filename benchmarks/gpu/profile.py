@@ -1,4 +1,4 @@
-"""Where the time of a call goes: kernels by torch's profiler, and counters of single kernels by Nsight Compute."""
+"""Profiles calls: time per kernel by torch's profiler, hardware counters of single kernels by Nsight Compute."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from benchmarks import ROOT
-from benchmarks.gpu.clock import Budget, Clock, told
+from benchmarks.gpu.clock import Budget, Clock, one_line
 from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Part
 from benchmarks.shapes import Shape, make_inputs
 
 CALLS = 5
-SECONDS = 60.0  # that ncu may take for a kernel
+SECONDS = 60.0  # limit for ncu per kernel
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats")
 COUNTERS = (
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
@@ -54,17 +54,22 @@ def kernels_part(implementations: Sequence[Implementation], shape: Shape, clock:
             continue
         try:
             rows += [{"op": one.name} | row for row in profiled(one.make(inputs), clock)]
-        except Exception as error:  # the profiler may not be allowed to look
-            failed.append(f"{one.name}: {told(error)}")
+        except Exception as error:  # the profiler may lack permission
+            failed.append(f"{one.name}: {one_line(error)}")
     table = tuple(
-        {"op": r["op"], "kernel": r["kernel"][:70], "calls": str(r["calls"]), "µs a call": f"{1e6 * r['seconds']:,.1f}"}
+        {
+            "op": r["op"],
+            "kernel": r["kernel"][:70],
+            "calls": str(r["calls"]),
+            "µs per call": f"{1e6 * r['seconds']:,.1f}",
+        }
         for r in rows
     )
     return Part("kernels", tuple(rows), (), (), tuple(failed), table=table)
 
 
 def profiled(run: Callable[[], Any], clock: Clock) -> list[dict[str, Any]]:
-    """The slowest first: kernel, how often a call runs it, seconds of a call spent in it."""
+    """One row per kernel, slowest first: its name, launches per call, seconds per call."""
     on_gpu = clock.device == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     calls = CALLS if on_gpu else 1
@@ -82,11 +87,11 @@ def profiled(run: Callable[[], Any], clock: Clock) -> list[dict[str, Any]]:
 
 
 def counters_part(device: str, budget: Budget) -> Part:
-    """ncu on one launch of each kernel, in a process of its own. The clock is left as it is."""
+    """Run ncu on one launch of each kernel, in a separate process, without locking the clocks."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return Part("counters", not_measured=("ncu: the command ncu (Nsight Compute) is not on the PATH",))
-    found, failed = {}, []
+    outputs, failed = {}, []
     for counted in COUNTED:
         name = f"{counted.implementation}, {counted.kernel}"
         if budget.left < SECONDS / 2:
@@ -100,25 +105,25 @@ def counters_part(device: str, budget: Budget) -> Part:
             seconds = min(SECONDS, budget.left)
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
         except (OSError, subprocess.SubprocessError) as error:
-            failed.append(f"{name}: {told(error)}")
+            failed.append(f"{name}: {one_line(error)}")
             continue
         lines = done.stdout.strip().splitlines()
         if done.returncode != 0 or not any("==PROF==" not in line for line in lines):
             failed.append(f"{name}: ncu ended with {done.returncode}: {(lines or [done.stderr.strip()])[-1]}")
         else:
-            found[name] = lines
+            outputs[name] = lines
     return Part(
         "counters",
         (),
         (),
-        tuple(f"{name}: {len(text)} lines" for name, text in found.items()),
+        tuple(f"{name}: {len(text)} lines" for name, text in outputs.items()),
         tuple(failed),
-        facts={"ncu": found},
+        facts={"ncu": outputs},
     )
 
 
 def main(implementation: str, device: str) -> None:
-    """Calls an implementation six times, for ncu to look at: python -m benchmarks.gpu.profile statistics cuda."""
+    """Call an implementation six times under ncu: python -m benchmarks.gpu.profile statistics cuda."""
     from benchmarks.gpu.suite import INTERPRETED, Settings
 
     settings = Settings() if device == "cuda" else INTERPRETED

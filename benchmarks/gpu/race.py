@@ -1,6 +1,6 @@
-"""gpu-race: which tile, and which prototype, is fastest on this card; and where the time goes.
+"""gpu-race: times every tile and prototype on this GPU, and profiles the ops.
 
-Nothing here changes what runs by default: the tables of kernels/tile_tables.py are edited after reading it.
+Nothing here changes what runs by default: the tables in kernels/tile_tables.py are edited by hand afterwards.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.gpu.clock import Budget, Clock, clock_of, told
+from benchmarks.gpu.clock import Budget, Clock, clock_of, one_line
 from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.profile import counters_part, kernels_part
 from benchmarks.gpu.report import Console, Part, Planned, Report
-from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Field, Settings
-from benchmarks.gpu.tile_race import tiles_part, tuner_part
+from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Comparison, Settings
+from benchmarks.gpu.tiles import tiles_part, tuner_part
 from benchmarks.implementations import Maker, Outputs
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Inputs, Shape, make_inputs, score_flops
@@ -31,7 +31,7 @@ SWEEPS = ("row", "bands_band", "row_values", "column_band", "column", "bands", "
 
 
 class Prototype(Protocol):
-    """What races beside the kernels: `make` gives a callable that returns span and lse, or out, or all of them."""
+    """A trial kernel, timed with rhythm's own: `make` returns a callable that returns span and lse, or out, or all."""
 
     @property
     def name(self) -> str: ...
@@ -43,28 +43,28 @@ class Prototype(Protocol):
 
 @dataclass(frozen=True)
 class RaceSettings:
-    """gates: shapes at which prototypes are checked; raced: the shape at which they race."""
+    """checked_shapes, timed_shape: where prototypes are checked, and where they are timed."""
 
     suite: Settings = FULL
     sweeps: tuple[str, ...] = SWEEPS
-    gates: tuple[Shape, ...] = (
+    checked_shapes: tuple[Shape, ...] = (
         Shape(1024, query_heads=8, key_heads=2, head_size=128),
         Shape(1000, query_heads=4, key_heads=1, head_size=128),
     )
-    raced: Shape = FULL.shape
+    timed_shape: Shape = FULL.shape
     rounds: int = 15
 
 
 REHEARSED = RaceSettings(
     INTERPRETED,
-    gates=(Shape(40, query_heads=2, key_heads=1, head_size=64),),
-    raced=Shape(70, query_heads=2, key_heads=1, head_size=64),
+    checked_shapes=(Shape(40, query_heads=2, key_heads=1, head_size=64),),
+    timed_shape=Shape(70, query_heads=2, key_heads=1, head_size=64),
     rounds=2,
 )
 
 
 def run(device: str, records: Path | None, console: Console, errors: Console, budget: Budget) -> int:
-    """The parts in turn; see `benchmarks.gpu.run.run` for arguments and exit codes."""
+    """Run the parts in order; see `benchmarks.gpu.run.run` for arguments and exit codes."""
     clock = clock_of(device)
     if clock is None:
         errors.print("--device cuda: torch sees no CUDA device", style="red")
@@ -76,7 +76,7 @@ def run(device: str, records: Path | None, console: Console, errors: Console, bu
 
 
 def parts(settings: RaceSettings, clock: Clock, device: str, budget: Budget) -> list[Planned]:
-    """The prototypes between the sweeps that matter most and the others; profiles at the end, the tuner last."""
+    """The parts to run: tiles of the two most important kernels, prototypes, other tiles, profiles, the tuner."""
     suite = settings.suite
     tiles = [
         Planned(f"tiles_{sweep}", 15.0, partial(tiles_part, sweep, suite.shape, clock, settings.rounds, budget))
@@ -99,60 +99,64 @@ def parts(settings: RaceSettings, clock: Clock, device: str, budget: Budget) -> 
 
 
 def prototypes() -> Sequence[Prototype]:
-    """Those in this tree."""
+    """The prototypes in this tree; none if their package is missing."""
     if find_spec(PROTOTYPES) is None:
         return ()
-    found: Sequence[Prototype] = import_module(PROTOTYPES).prototypes()
-    return found
+    trials: Sequence[Prototype] = import_module(PROTOTYPES).prototypes()
+    return trials
 
 
 def prototypes_part(
-    racing: Sequence[Prototype], plain: Sequence[Implementation], settings: RaceSettings, clock: Clock, budget: Budget
+    trials: Sequence[Prototype], plain: Sequence[Implementation], settings: RaceSettings, clock: Clock, budget: Budget
 ) -> Part:
-    """Each checked against the fp64 reference at the gates, then all raced beside the plain forwards and the ops."""
-    inputs = make_inputs(settings.raced, torch.bfloat16, clock.device, clock.backend)
-    found = Field()
-    beside = [*plain, *(one for one in settings.suite.implementations if one.name in ("statistics", "with_output"))]
-    for one in beside:
+    """Check each prototype against the fp64 reference, then time all of them with the plain forwards and the ops."""
+    inputs = make_inputs(settings.timed_shape, torch.bfloat16, clock.device, clock.backend)
+    comparison = Comparison()
+    references = [*plain, *(one for one in settings.suite.implementations if one.name in ("statistics", "with_output"))]
+    for one in references:
         if (reason := one.absent()) is not None:
-            found.absent.append(f"{one.name}: {reason}")
+            comparison.absent.append(f"{one.name}: {reason}")
         else:
-            found.enter(one.name, partial(one.make, inputs), clock)
-    for trial in racing:
+            comparison.enter(one.name, partial(one.make, inputs), clock)
+    for trial in trials:
         if (reason := trial.absent()) is not None:
-            found.absent.append(f"{trial.name}: {reason}")
+            comparison.absent.append(f"{trial.name}: {reason}")
         elif (wrong := "budget" if budget.left < 20.0 else _refused(trial, settings, clock)) is not None:
-            found.failed[trial.name] = wrong
+            comparison.failed[trial.name] = wrong
         else:
-            found.enter(trial.name, partial(trial.make, inputs), clock)
-    if not racing:
-        found.absent.append(f"prototypes: there are none ({PROTOTYPES})")
-    found.race(clock, settings.rounds)
-    flops = {one.name: one.flops(settings.raced) for one in beside}
-    flops |= {one.name: score_flops(settings.raced) * (2 if getattr(one, "values", False) else 1) for one in racing}
-    rows = found.rows(settings.raced.tokens, flops, found.best([one.name for one in plain]))
+            comparison.enter(trial.name, partial(trial.make, inputs), clock)
+    if not trials:
+        comparison.absent.append(f"prototypes: there are none ({PROTOTYPES})")
+    comparison.measure(clock, settings.rounds)
+    flops = {one.name: one.flops(settings.timed_shape) for one in references}
+    flops |= {
+        one.name: score_flops(settings.timed_shape) * (2 if getattr(one, "values", False) else 1) for one in trials
+    }
+    rows = comparison.rows(settings.timed_shape.tokens, flops, comparison.best([one.name for one in plain]))
     json, cells = tuple(row.json() for row in rows), tuple(row.cells() for row in rows)
-    return Part("prototypes", json, (), tuple(found.absent), found.not_measured(), found.ours_failed(), cells)
+    return Part(
+        "prototypes", json, (), tuple(comparison.absent), comparison.not_measured(), comparison.ours_failed(), cells
+    )
 
 
 def _refused(trial: Prototype, settings: RaceSettings, clock: Clock) -> str | None:
-    """Why a prototype may not race: a wrong result, or whatever it raised. None: it is right at every gate."""
+    """Why a prototype is not timed: a wrong result, or the error it raised. None: it is right at all shapes."""
 
     def make(inputs: Inputs) -> Callable[[], Outputs]:
         call = trial.make(inputs)
 
         def named() -> Outputs:
-            found: dict[str, Any] = dict(call())
-            return found | ({"span": found["span"].flatten()} if "span" in found else {})
+            results: dict[str, Any] = dict(call())
+            return results | ({"span": results["span"].flatten()} if "span" in results else {})
 
         return named
 
     try:
-        for shape in settings.gates:
+        for shape in settings.checked_shapes:
             inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
             verify([Benchmark(trial.name, make, score_flops, lambda shape, dtype: 0, "")], inputs)
     except WrongResultError as error:
         return str(error).splitlines()[-1].removeprefix(f"{trial.name}: ")
     except Exception as error:
-        return told(error)
+        return one_line(error)
     return None

@@ -1,6 +1,6 @@
-"""A run's record and what it prints: one part after the other, each written when it is done, none losing another.
+"""Prints and records the parts of a run. The record is written after each part, so a failing part loses no other.
 
-Only torch, Triton and NumPy are needed here and in what this imports: a machine with a GPU may have little else.
+This module and its imports need only torch, Triton and NumPy, since a GPU machine may have little else.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.gpu.clock import Budget, Clock, told
+from benchmarks.gpu.clock import Budget, Clock, one_line
 from benchmarks.record import commit, software, write_record
-from benchmarks.suite import Claim
+from benchmarks.suite import Metric
 
 PACKAGES = ("triton", "transformers", "flash_attn", "flash-colreduce", "flash-attn-4", "nvidia-cudnn-cu13")
 
 
 class Console(Protocol):
-    """What is used of rich's."""
+    """The part of rich's Console that is used here."""
 
     def print(self, *objects: Any, **options: Any) -> None: ...
 
 
 class Plain:
-    """Lines on standard output, without rich."""
+    """Prints lines on standard output, without rich."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         print(*objects, flush=True)
@@ -39,20 +39,20 @@ class Plain:
 
 @dataclass(frozen=True)
 class Part:
-    """What a part found.
+    """The results of one part of a run.
 
     Attributes:
-        table: a row per implementation or fact, each with the same keys; what is printed, and recorded with `rows`.
-        rows: what is recorded of the table: numbers as measured.
-        absent: what can't run here, or not at this length, and why; notes.
-        not_measured: "what: why" of what should have run and failed, or had no room.
-        failed: whether something of rhythm's own failed.
-        facts: whatever else is recorded.
+        table: the printed text, one row per implementation or fact, all with the same keys; not recorded.
+        rows: the recorded form of the table: numbers as measured.
+        absent: what can't run on this machine or at this length, and why; notes.
+        not_measured: "what: why" of what should have run, but failed or did not fit.
+        failed: whether an op of rhythm failed.
+        facts: further entries of the record.
     """
 
     name: str
     rows: tuple[dict[str, Any], ...] = ()
-    claims: tuple[Claim, ...] = ()
+    metrics: tuple[Metric, ...] = ()
     absent: tuple[str, ...] = ()
     not_measured: tuple[str, ...] = ()
     failed: bool = False
@@ -60,13 +60,13 @@ class Part:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        claims = [asdict(claim) | {"met": claim.met} for claim in self.claims]
-        return {"rows": list(self.rows), "claims": claims, "absent": list(self.absent)} | self.facts
+        metrics = [asdict(metric) | {"met": metric.met} for metric in self.metrics]
+        return {"rows": list(self.rows), "claims": metrics, "absent": list(self.absent)} | self.facts
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A part yet to be run, and the seconds without which it is not begun."""
+    """A part to be run. needed: seconds that must be left in the budget for it to start."""
 
     name: str
     needed: float
@@ -93,12 +93,12 @@ class Report:
         )
 
     def run(self, parts: Sequence[Planned], budget: Budget) -> None:
-        """Every part that the budget has room for; the record is written after each."""
+        """Run every part that the budget allows; the record is written after each."""
         for planned in parts:
             left = budget.left
             if left < planned.needed:
                 self.record["not_measured"].append(f"{planned.name}: budget")
-                self.say(f"not measured: {planned.name}, because {left:.0f} s of the budget are left")
+                self.say(f"not measured: {planned.name}, because only {left:.0f} s of the budget are left")
             else:
                 self._add(planned)
             self.write()
@@ -114,7 +114,7 @@ class Report:
         self._errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
     def end(self) -> int:
-        """Says where the record is. The exit code: 1 if something of rhythm's own failed."""
+        """Print where the record is. Returns the exit code: 1 if an op of rhythm failed."""
         if self.path is not None:
             self.say(f"written: {self.path}")
         return int(self.failed)
@@ -125,7 +125,7 @@ class Report:
             part = planned.run()
         except Exception as error:  # no part may lose the record of the others
             self.failed = True
-            self.record["not_measured"].append(f"{planned.name}: {told(error)}")
+            self.record["not_measured"].append(f"{planned.name}: {one_line(error)}")
             self.complain(f"{planned.name} failed:\n{traceback.format_exc()}")
             return
         self.failed = self.failed or part.failed
@@ -135,20 +135,20 @@ class Report:
 
 
 def lines(part: Part) -> list[str]:
-    """The part as text: its table, the claims with their aims, and what is missing."""
+    """The part as text: its table, the metrics with their targets, and what is missing."""
     text = [part.name, *aligned(part.table)]
-    for claim in part.claims:
-        mark = {None: " ", True: "✓", False: "✗"}[claim.met]
-        aim = claim.at_most if claim.at_least is None else claim.at_least
-        aimed = "" if aim is None else f"  (aim {'≤' if claim.at_least is None else '≥'} {aim:g})"
-        text.append(f"  {mark} {claim.name}: {claim.value:.3f}{claim.unit}{aimed}")
+    for metric in part.metrics:
+        mark = {None: " ", True: "✓", False: "✗"}[metric.met]
+        target = metric.at_most if metric.at_least is None else metric.at_least
+        suffix = "" if target is None else f"  (target {'≤' if metric.at_least is None else '≥'} {target:g})"
+        text.append(f"  {mark} {metric.name}: {metric.value:.3f}{metric.unit}{suffix}")
     text += [f"  {reason}" for reason in part.absent]
     text += [f"  not measured: {reason}" for reason in part.not_measured]
     return [*text, ""]
 
 
 def aligned(table: Sequence[dict[str, str]]) -> list[str]:
-    """Rows under the keys of the first: the first column to the left, the others to the right."""
+    """Lines of a table with a header; the first column is aligned to the left, the others to the right."""
     if not table:
         return []
     rows = [list(table[0]), *(list(row.values()) for row in table)]
@@ -163,7 +163,7 @@ def aligned(table: Sequence[dict[str, str]]) -> list[str]:
 
 
 def machine(clock: Clock) -> dict[str, Any]:
-    """The GPU by name, multiprocessors, memory, capability and driver; on the CPU what stands in."""
+    """The GPU's name, multiprocessors, memory, capability and driver; on the CPU the clock's name."""
     if clock.device != "cuda":
         return {"name": clock.name}
     properties = torch.cuda.get_device_properties(0)
@@ -178,7 +178,7 @@ def machine(clock: Clock) -> dict[str, Any]:
 
 
 def nvidia_smi(fields: str) -> str:
-    """What nvidia-smi says of the first GPU, or why it says nothing."""
+    """nvidia-smi's answer for the first GPU, or why there is none."""
     query = ["nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
@@ -187,13 +187,13 @@ def nvidia_smi(fields: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def folder(name: str) -> str:

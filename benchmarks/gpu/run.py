@@ -1,4 +1,4 @@
-"""The record: the gate, then the parts that the budget has room for; the file is written after each."""
+"""gpu-record: the correctness check, then the parts that the budget allows; the record is written after each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks.verify import WrongResultError
 
 
 def run(device: str, records: Path | None, console: Console, errors: Console, budget: Budget) -> int:
-    """`device`: cuda, interpreter or rehearsal; no record without `records`. Gives the exit code.
+    """Run everything on `device` (cuda, interpreter or rehearsal); write a record if `records` is given.
 
-    1: a result of rhythm's is wrong, or an op of rhythm's failed. 2: no such device.
+    Returns the exit code. 1: a result or an op of rhythm is wrong or failed. 2: there is no such device.
     """
     clock = clock_of(device)
     if clock is None:

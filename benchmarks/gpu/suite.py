@@ -1,4 +1,4 @@
-"""The parts of a record on a GPU, the most important first, and the aims."""
+"""The parts of a GPU record, the most important first, and the targets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from benchmarks.gpu import actor_attn
 from benchmarks.gpu.actor_attn import Dimensions
-from benchmarks.gpu.clock import Budget, Clock, Run, told
+from benchmarks.gpu.clock import Budget, Clock, Run, one_line
 from benchmarks.gpu.implementations import GPU, INTERPRETER, Implementation
 from benchmarks.gpu.report import Part, Planned
 from benchmarks.measure import Timing, ratio
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, Shape, make_inputs, score_flops
-from benchmarks.suite import Claim
+from benchmarks.suite import Metric
 from benchmarks.verify import CheckedResult, WrongResultError, verify
 from rhythm import attention_statistics, attention_with_statistics
 
@@ -27,15 +27,15 @@ OURS = ("statistics", "with_output", "bands")
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of a run; the defaults are the ones that the aims were set for."""
+    """Sizes of a run; the targets were set for the defaults."""
 
     implementations: tuple[Implementation, ...] = GPU
     shape: Shape = QWEN3_4B
-    gates: tuple[Shape, ...] = (
+    checked_shapes: tuple[Shape, ...] = (
         Shape(257, prompt=31, query_heads=8, key_heads=2, head_size=128),
         Shape(2048, prompt=100, query_heads=4, key_heads=1, head_size=96),
     )
-    gate_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    checked_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     lengths: tuple[int, ...] = (16384, 32768, 131072, 65536, 4096, 2048, 1024)
     packed: tuple[int, ...] = (16384, 65536)
     mean_length: int = 1024
@@ -49,8 +49,8 @@ FULL = Settings()
 INTERPRETED = Settings(
     implementations=INTERPRETER,
     shape=Shape(96, query_heads=4, key_heads=2, head_size=16),
-    gates=(Shape(70, prompt=9, query_heads=4, key_heads=2, head_size=16),),
-    gate_dtypes=(torch.bfloat16, torch.float32),
+    checked_shapes=(Shape(70, prompt=9, query_heads=4, key_heads=2, head_size=16),),
+    checked_dtypes=(torch.bfloat16, torch.float32),
     lengths=(64,),
     packed=(120,),
     mean_length=30,
@@ -66,12 +66,12 @@ class Row:
     """One op at one shape.
 
     Attributes:
-        seconds, seconds_min, seconds_max: median, fastest, slowest; `by` says of what (benchmarks/gpu/clock.py).
-        by: "replayed", or "eager" where the op could not be captured in a CUDA graph.
-        eager_seconds, host_seconds: the median of eager calls, and what the host needs to issue one.
-        flops: as counted.
-        peak_bytes: beyond the inputs.
-        to_best_forward: over the best plain forward, both by the same kind of time.
+        seconds, seconds_min, seconds_max: median, fastest and slowest of the time named in `by`.
+        by: "replayed", or "eager" if the op could not be captured in a CUDA graph (benchmarks/gpu/clock.py).
+        eager_seconds, host_seconds: median time of eager calls, and time in which the host issues one.
+        flops: the counted FLOPs.
+        peak_bytes: peak memory beyond the inputs.
+        to_best_forward: ratio to the best plain forward, both by the same kind of time.
     """
 
     op: str
@@ -111,14 +111,15 @@ class Row:
 
 
 @dataclass
-class Field:
-    """Implementations that ran once, and what their race showed.
+class Comparison:
+    """Implementations to be compared, and their times.
 
     Attributes:
-        runs: what races; an implementation that can't run isn't in it.
-        absent: what can't run here or at this length, and why.
-        failed: "name: why" of what should have run.
-        eager, replayed: times by name; whatever could not be captured has no replays, but a reason in `failed`.
+        runs: the calls to time, by name; only implementations that ran once without an error.
+        absent: what can't run on this machine or at this length, and why.
+        failed: why an implementation that should have run failed, by name.
+        peaks, host: peak memory in bytes, and the host's seconds per call, by name.
+        eager, replayed: times by name; a call that could not be captured is in `failed` instead of `replayed`.
     """
 
     runs: dict[str, Run] = field(default_factory=dict)
@@ -130,27 +131,27 @@ class Field:
     replayed: dict[str, Timing] = field(default_factory=dict)
 
     def enter(self, name: str, make: Callable[[], Run], clock: Clock) -> None:
-        """Builds and runs an implementation; whatever it raises costs its own row."""
+        """Build and run an implementation. If it raises, the error is kept and the others still run."""
         try:
             run = make()
             run()
             self.peaks[name] = clock.peak_bytes(run)
         except Exception as error:
-            self.failed[name] = told(error)
+            self.failed[name] = one_line(error)
         else:
             self.runs[name] = run
 
-    def race(self, clock: Clock, rounds: int) -> None:
+    def measure(self, clock: Clock, rounds: int) -> None:
         self.host = {name: clock.host_seconds(run) for name, run in self.runs.items()}
-        self.eager = clock.race(self.runs, rounds)
-        self.replayed, reasons = clock.race_replays(self.runs, rounds)
+        self.eager = clock.interleaved(self.runs, rounds)
+        self.replayed, reasons = clock.interleaved_replays(self.runs, rounds)
         self.failed |= {name: f"not captured in a graph, {reason}" for name, reason in reasons.items()}
 
     def best(self, plain: list[str]) -> str | None:
-        """The fastest of the plain attention, by replays where there are any."""
+        """The fastest plain forward, by replays if there are any."""
         timings = self.replayed if any(name in self.replayed for name in plain) else self.eager
-        there = [name for name in plain if name in timings]
-        return min(there, key=lambda name: timings[name].median) if there else None
+        present = [name for name in plain if name in timings]
+        return min(present, key=lambda name: timings[name].median) if present else None
 
     def rows(self, tokens: int, flops: Mapping[str, int], best: str | None) -> tuple[Row, ...]:
         return tuple(self._row(name, tokens, flops[name], best) for name in self.runs)
@@ -171,9 +172,9 @@ class Field:
 
 
 def parts(settings: Settings, clock: Clock, refused: Mapping[str, str], budget: Budget) -> list[Planned]:
-    """The most important first; rivals that take long to compile last. refused: see `refusals`."""
+    """The parts to run, the most important first, those that take long to compile last. refused: see `refusals`."""
     planned = [
-        Planned("race", 60.0, lambda: race_part(settings, clock, settings.shape, refused)),
+        Planned("race", 60.0, lambda: comparison_part(settings, clock, settings.shape, refused)),
         Planned("actor_attn", 40.0, lambda: actor_part(settings, clock)),
     ]
     for tokens in settings.packed:
@@ -181,7 +182,7 @@ def parts(settings: Settings, clock: Clock, refused: Mapping[str, str], budget: 
     for tokens in settings.lengths:
         shape = replace(settings.shape, tokens=tokens)
         needed = 15.0 + tokens / 4096
-        planned.append(Planned(f"race_{tokens}", needed, partial(race_part, settings, clock, shape, refused)))
+        planned.append(Planned(f"race_{tokens}", needed, partial(comparison_part, settings, clock, shape, refused)))
     if any(one.late for one in settings.implementations):
         for tokens in settings.late_lengths:
             shape = replace(settings.shape, tokens=tokens)
@@ -190,38 +191,38 @@ def parts(settings: Settings, clock: Clock, refused: Mapping[str, str], budget: 
 
 
 def check(settings: Settings, clock: Clock) -> list[tuple[Shape, str, list[CheckedResult]]]:
-    """Results of rhythm's ops against the fp64 reference, on the device. Raises WrongResultError."""
+    """Check rhythm's ops on the device against the fp64 reference. Raises WrongResultError."""
     ours = [one for one in settings.implementations if one.name in OURS]
     return [
         (shape, _name(dtype), verify(ours, make_inputs(shape, dtype, clock.device, clock.backend)))
-        for shape in settings.gates
-        for dtype in settings.gate_dtypes
+        for shape in settings.checked_shapes
+        for dtype in settings.checked_dtypes
     ]
 
 
 def refusals(settings: Settings, clock: Clock, late: bool = False) -> dict[str, str]:
-    """Which others give wrong results or can't be checked, and why: they may not race, and nothing else is lost."""
+    """Which other implementations give wrong results or can't be checked, and why. They are not timed."""
     refused = {}
     for one in settings.implementations:
         if one.name in OURS or one.late != late or one.absent() is not None:
             continue
         try:
-            verify([one], make_inputs(settings.gates[0], torch.bfloat16, clock.device, clock.backend))
+            verify([one], make_inputs(settings.checked_shapes[0], torch.bfloat16, clock.device, clock.backend))
         except WrongResultError as error:
             refused[one.name] = str(error).splitlines()[-1].removeprefix(f"{one.name}: ")
         except Exception as error:
-            refused[one.name] = told(error)
+            refused[one.name] = one_line(error)
     return refused
 
 
-def race_part(settings: Settings, clock: Clock, shape: Shape, refused: Mapping[str, str]) -> Part:
-    """All implementations that are there and can take the length; claims at the settings' own shape."""
+def comparison_part(settings: Settings, clock: Clock, shape: Shape, refused: Mapping[str, str]) -> Part:
+    """Time all implementations that are installed and take this length; metrics only at the settings' own shape."""
     able = [one for one in settings.implementations if not one.late]
-    return _race(f"race_{shape.tokens}", able, settings, clock, shape, refused)
+    return _compared(f"race_{shape.tokens}", able, settings, clock, shape, refused)
 
 
 def late_part(settings: Settings, clock: Clock, shape: Shape, budget: Budget) -> Part:
-    """The rivals that take long to compile, beside the plain forwards and rhythm's sweep: checked, then raced."""
+    """Check, then time the implementations that take long to compile, with the plain forwards and rhythm's sweep."""
     late = replace(settings, implementations=tuple(one for one in settings.implementations if one.late))
     refused: dict[str, str] = {}
     for one in late.implementations:
@@ -230,10 +231,10 @@ def late_part(settings: Settings, clock: Clock, shape: Shape, budget: Budget) ->
         else:
             refused |= refusals(replace(late, implementations=(one,)), clock, late=True)
     able = [one for one in settings.implementations if one.late or one.plain or one.name == "statistics"]
-    return _race(f"rivals_{shape.tokens}", able, settings, clock, shape, refused)
+    return _compared(f"rivals_{shape.tokens}", able, settings, clock, shape, refused)
 
 
-def _race(
+def _compared(
     name: str,
     able: list[Implementation],
     settings: Settings,
@@ -242,56 +243,58 @@ def _race(
     refused: Mapping[str, str],
 ) -> Part:
     inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
-    found = Field()
+    comparison = Comparison()
     for one in able:
         reason = one.absent()
         if reason is None and shape.tokens > one.max_tokens:
             reason = f"only to T = {one.max_tokens}"
         if reason is not None:
-            found.absent.append(f"{one.name}: {reason}")
+            comparison.absent.append(f"{one.name}: {reason}")
         elif one.name in refused:
-            found.failed[one.name] = refused[one.name]
+            comparison.failed[one.name] = refused[one.name]
         else:
-            found.enter(one.name, partial(one.make, inputs), clock)
-    found.race(clock, settings.rounds if shape.tokens <= 16384 else 3)
-    best = found.best([one.name for one in able if one.plain])
-    rows = found.rows(shape.tokens, {one.name: one.flops(shape) for one in able}, best)
-    claims: list[Claim] = []
+            comparison.enter(one.name, partial(one.make, inputs), clock)
+    comparison.measure(clock, settings.rounds if shape.tokens <= 16384 else 3)
+    best = comparison.best([one.name for one in able if one.plain])
+    rows = comparison.rows(shape.tokens, {one.name: one.flops(shape) for one in able}, best)
+    metrics: list[Metric] = []
     if name == f"race_{settings.shape.tokens}":
-        claims = _claims({**found.replayed, "bands": found.eager.get("bands")}, best, shape, found.eager)
-        claims += _bands_claim(found.replayed, best)
+        metrics = _metrics(
+            {**comparison.replayed, "bands": comparison.eager.get("bands")}, best, shape, comparison.eager
+        )
+        metrics += _bands_metric(comparison.replayed, best)
     return Part(
         name,
         tuple(row.json() for row in rows),
-        tuple(claims),
-        tuple(found.absent),
-        found.not_measured(),
-        found.ours_failed(),
+        tuple(metrics),
+        tuple(comparison.absent),
+        comparison.not_measured(),
+        comparison.ours_failed(),
         tuple(row.cells() for row in rows),
     )
 
 
-def _claims(
+def _metrics(
     timings: Mapping[str, Timing | None], best: str | None, shape: Shape, eager: Mapping[str, Timing] | None = None
-) -> list[Claim]:
-    """Times over that of the best plain forward, of replays; bands without an aim, eager where that was measured."""
-    aims = {"statistics": 0.5, "with_output": 1.05, "bands": None}
-    claims = []
-    for name, aim in aims.items():
+) -> list[Metric]:
+    """Ratios to the best plain forward, by replays; bands have no target, and are eager if that was measured."""
+    targets = {"statistics": 0.5, "with_output": 1.05, "bands": None}
+    metrics = []
+    for name, target in targets.items():
         eagerly = eager is not None and name == "bands"
         over = (eager if eager is not None and eagerly else timings).get(best or "")
         if (timing := timings.get(name)) is not None and over is not None:
             how = ", both eager" if eagerly else "" if eager is None else ", both replayed"
             what = f"{name} at T={shape.tokens}: time over that of {best}{how}"
-            claims.append(Claim(what, ratio(timing, over), "×", at_most=aim))
-    return claims
+            metrics.append(Metric(what, ratio(timing, over), "×", at_most=target))
+    return metrics
 
 
-def _bands_claim(replayed: Mapping[str, Timing], best: str | None) -> list[Claim]:
+def _bands_metric(replayed: Mapping[str, Timing], best: str | None) -> list[Metric]:
     if best not in replayed or "bands" not in replayed:
         return []
     share = ratio(replayed["bands"], replayed[best])
-    return [Claim(f"bands given lse: time over that of {best}, both replayed", share, "×", at_most=0.05)]
+    return [Metric(f"bands given lse: time over that of {best}, both replayed", share, "×", at_most=0.05)]
 
 
 def lengths_of(tokens: int, mean: int) -> list[int]:
@@ -304,34 +307,34 @@ def lengths_of(tokens: int, mean: int) -> list[int]:
 
 
 def packed_part(settings: Settings, clock: Clock, tokens: int) -> Part:
-    """A packed batch with a realistic spread of lengths, prompts of 15 %: ours, and a varlen forward where there is."""
+    """Time rhythm's ops on a packed batch of log-normal lengths with prompts of 15%, and the varlen forwards."""
     lengths = lengths_of(tokens, settings.mean_length)
     shape = replace(settings.shape, tokens=tokens)
     inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
     cu_seqlens = torch.tensor([0, *lengths], device=clock.device).cumsum(0).to(torch.int32)
     prompt_lens = torch.tensor([length * 15 // 100 for length in lengths], device=clock.device)
-    found = Field()
+    comparison = Comparison()
     for name, make in packed_ops(inputs, cu_seqlens, prompt_lens).items():
-        found.enter(name, make, clock)
+        comparison.enter(name, make, clock)
     forwards = ("flash_attn", "sdpa_flash")
     for name in forwards:
         if (reason := _varlen_absent(name, inputs, cu_seqlens)) is not None:
-            found.absent.append(f"{name}: {reason}")
+            comparison.absent.append(f"{name}: {reason}")
         else:
-            found.enter(name, partial(_varlen, name, inputs, cu_seqlens), clock)
-    found.race(clock, settings.rounds)
+            comparison.enter(name, partial(_varlen, name, inputs, cu_seqlens), clock)
+    comparison.measure(clock, settings.rounds)
     sequences = [replace(shape, tokens=n, prompt=n * 15 // 100) for n in lengths]
     flops = sum(score_flops(sequence) for sequence in sequences)
     whole = sum(score_flops(replace(sequence, prompt=0)) for sequence in sequences)
     counted = {"statistics": flops, "bands": 0} | dict.fromkeys(("with_output", *forwards), 2 * whole)
-    rows = found.rows(tokens, counted, found.best(list(forwards)))
+    rows = comparison.rows(tokens, counted, comparison.best(list(forwards)))
     return Part(
         f"packed_{tokens}",
         tuple(row.json() for row in rows),
         (),
-        (*found.absent, f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens"),
-        found.not_measured(),
-        found.ours_failed(),
+        (*comparison.absent, f"{len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens"),
+        comparison.not_measured(),
+        comparison.ours_failed(),
         tuple(row.cells() for row in rows),
     )
 
@@ -374,24 +377,24 @@ def _request(inputs: Inputs, cu_seqlens: Tensor) -> Any:
 
 
 def actor_part(settings: Settings, clock: Clock) -> Part:
-    """rhythm.observe of a whole model, its share of the plain forward, and a pass over the longest sequence."""
+    """Time rhythm.observe of a whole model against its plain forward; then one pass over the longest sequence."""
     model = actor_attn.build(settings.model, clock.device, torch.bfloat16, settings.longest)
     ids = actor_attn.token_ids(settings.model, clock.device, settings.shape.tokens)
-    timings = actor_attn.race(model, ids, clock, 3)
+    timings = actor_attn.timings(model, ids, clock, 3)
     share = ratio(timings["observe"], timings["plain"])
     facts = {f"{name}_seconds": list(timing.seconds) for name, timing in timings.items()}
     name = f"actor_attn at T={ids.shape[1]}: time over the plain forward's, both eager"
-    claims = [Claim(name, share, "×", at_most=0.7)]
+    metrics = [Metric(name, share, "×", at_most=0.7)]
     longest = actor_attn.token_ids(settings.model, clock.device, settings.longest)
     failed = []
     try:
         signals = actor_attn.observer(model, longest, clock)()
         done = float(signals.waad[:, settings.longest // 4 :].isfinite().all())
-    except Exception as error:  # too little memory, or anything else: the share above stays
-        failed.append(f"{settings.longest} tokens: {told(error)}")
+    except Exception as error:  # out of memory, say: the ratio above is kept
+        failed.append(f"{settings.longest} tokens: {one_line(error)}")
         done = 0.0
-    claims.append(Claim(f"actor_attn of {settings.longest} tokens in memory (1: yes)", done, "", at_least=1.0))
-    return Part("actor_attn", (), tuple(claims), (), tuple(failed), facts=facts)
+    metrics.append(Metric(f"actor_attn of {settings.longest} tokens in memory (1: yes)", done, "", at_least=1.0))
+    return Part("actor_attn", (), tuple(metrics), (), tuple(failed), facts=facts)
 
 
 def _name(dtype: torch.dtype) -> str:

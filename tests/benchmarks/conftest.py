@@ -26,7 +26,7 @@ if "benchmarks" not in sys.modules:
 
 @pytest.fixture(scope="session")
 def smallest() -> Any:
-    """Settings of the GPU's benchmark: rhythm's ops and the plain forwards, at shapes of a tile or two."""
+    """Settings of the GPU benchmark: rhythm's ops and the plain forwards, at shapes of one or two tiles."""
     from benchmarks.gpu import suite
     from benchmarks.gpu.actor_attn import Dimensions
     from benchmarks.shapes import Shape
@@ -36,8 +36,8 @@ def smallest() -> Any:
         suite.INTERPRETED,
         implementations=tuple(one for one in suite.INTERPRETED.implementations if one.name in names),
         shape=Shape(40, query_heads=2, key_heads=1, head_size=16),
-        gates=(Shape(33, prompt=5, query_heads=2, key_heads=1, head_size=16),),
-        gate_dtypes=(torch.bfloat16,),
+        checked_shapes=(Shape(33, prompt=5, query_heads=2, key_heads=1, head_size=16),),
+        checked_dtypes=(torch.bfloat16,),
         lengths=(24,),
         packed=(30,),
         mean_length=12,

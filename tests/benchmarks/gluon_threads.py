@@ -1,4 +1,4 @@
-"""Runs Gluon kernels on the CPU, since Triton's interpreter does not: a thread a warpgroup, torch for the arithmetic.
+"""Runs Gluon kernels on the CPU, since Triton's interpreter does not: one thread per warpgroup, torch for the arithmetic.
 
 Their own source is executed, with stand-ins for what it calls. Barriers have the hardware's phases and byte counts, and
 a wait that nothing ends raises. A load first overwrites its shared memory with NaN; a product is computed when it is
@@ -175,8 +175,8 @@ class Program:
         into.data.fill_(torch.nan)
         (row, column), (rows, columns) = start, tiles.block_shape
         tile = torch.zeros(rows, columns, dtype=torch.bfloat16)
-        found = tiles.base[row : row + rows, column : column + columns]
-        tile[: found.shape[0]] = found
+        block = tiles.base[row : row + rows, column : column + columns]
+        tile[: block.shape[0]] = block
         into.data.copy_(tile)
         barrier.update(expected=-tiles.block_type.nbytes)
 

@@ -1,4 +1,4 @@
-"""benchmarks.busy: a small run from end to end, its arithmetic, and the company it keeps."""
+"""benchmarks.busy: a small run from end to end, its arithmetic, and its competing processes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     record = json.loads(path.read_text())
     assert {"machine", "software", "commit", "nice", "config"} <= set(record)
     steps = record["seconds"]["default"]
-    assert {company: len(each) for company, each in steps.items()} == {"alone": 2, "one": 2}
-    assert all(0 < seconds < 60 for each in steps.values() for seconds in each)
+    assert {company: len(seconds) for company, seconds in steps.items()} == {"alone": 2, "one": 2}
+    assert all(0 < second < 60 for seconds in steps.values() for second in seconds)
     assert [(row["company"], row["steps"], row["met"]) for row in record["rows"]] == [
         ("alone", 2, None), ("one", 2, None),
     ]  # fmt: skip
@@ -37,19 +37,19 @@ def test_arithmetic() -> None:
         "default": {"alone": [1.0, 1.2, 9.0], "one": [2.0, 1.5], "two": [3.0]},
         PLAIN: {"alone": [1.25, 0.75], "one": [4.0]},
     }
-    assert table(seconds, aims=True) == [
+    assert table(seconds, targets=True) == [
         Row("default", "alone", 1.2, 3, 1.2, 1.05, False),
         Row("default", "one", 1.75, 2, 1.75, 1.6, False),
         Row("default", "two", 3.0, 1, 3.0, 2.3, False),
         Row(PLAIN, "alone", 1.0, 2, 1.0, None, None),
         Row(PLAIN, "one", 4.0, 1, 4.0, None, None),
     ]
-    met = table({"default": {"alone": [2.0], "one": [3.2], "two": [4.6], "short": [5.0]}}, aims=True)
+    met = table({"default": {"alone": [2.0], "one": [3.2], "two": [4.6], "short": [5.0]}}, targets=True)
     assert [(row.ratio, row.at_most, row.met) for row in met] == [
         (1.0, None, None), (1.6, 1.6, True), (2.3, 2.3, True), (2.5, None, None),
     ]  # fmt: skip
-    assert [row.met for row in table(seconds, aims=False)] == [None] * 5
-    assert table({"default": {"one": [1.0]}}, aims=True)[0].ratio is None
+    assert [row.met for row in table(seconds, targets=False)] == [None] * 5
+    assert table({"default": {"one": [1.0]}}, targets=True)[0].ratio is None
 
 
 def test_policies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_run_that_fails_shows_its_words(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def state(pid: int) -> str:
-    """Its letter in /proc; X where it is gone."""
+    """Its state letter in /proc; X if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The GPU's benchmark, run whole at tiny shapes on the CPU, where Triton's interpreter stands in."""
+"""The GPU benchmark, run completely at tiny shapes in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_the_record(record: dict[str, Any]) -> None:
         assert row["tflops"] == pytest.approx(row["flops"] / row["seconds"] / 1e12)
     assert race["rows"][0]["to_best_forward"] == 1
     assert race["absent"][0] == "sdpa_cudnn: cuDNN takes tensors on a GPU"
-    assert [claim["at_most"] for claim in race["claims"]] == [0.5, 1.05, None, 0.05]
-    names = [claim["name"] for claim in record["parts"]["actor_attn"]["claims"]]
+    assert [metric["at_most"] for metric in race["claims"]] == [0.5, 1.05, None, 0.05]
+    names = [metric["name"] for metric in record["parts"]["actor_attn"]["claims"]]
     assert names[1] == "actor_attn of 80 tokens in memory (1: yes)"
     assert record["parts"]["actor_attn"]["claims"][1]["met"]
     assert "tokens" in record["parts"]["packed_60"]["absent"][-1]
@@ -89,12 +89,12 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flex_attention_gives_column_sums() -> None:
     shape = Shape(75, prompt=9, query_heads=4, key_heads=2, head_size=16)
     inputs = make_inputs(shape, torch.float32)
-    found = implementations.flex(compiled=False)(inputs)()
+    results = implementations.flex(compiled=False)(inputs)()
     _, _, fai, lse, _ = reference.attention_statistics(
         inputs.q, inputs.k, bounds=[0, 75], prompt_lens=[9], scale=inputs.scale
     )
-    torch.testing.assert_close(found["fai"], fai, rtol=1e-4, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(found["lse"], lse, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(results["fai"], fai, rtol=1e-4, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(results["lse"], lse, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_lengths_spread_and_add_up() -> None:
@@ -108,14 +108,14 @@ def test_lengths_spread_and_add_up() -> None:
 
 def test_claims_take_the_best_forward() -> None:
     timings = {"a": Timing((4.0, 2.0)), "statistics": Timing((1.0, 1.0)), "bands": Timing((0.1, 0.2))}
-    claims = suite._claims(timings, "a", QUICK.shape)
-    assert [claim.value for claim in claims] == [pytest.approx(0.375), pytest.approx(0.0625)]
-    assert [claim.met for claim in claims] == [True, None]
-    assert suite._claims(timings, None, QUICK.shape) == []
+    metrics = suite._metrics(timings, "a", QUICK.shape)
+    assert [metric.value for metric in metrics] == [pytest.approx(0.375), pytest.approx(0.0625)]
+    assert [metric.met for metric in metrics] == [True, None]
+    assert suite._metrics(timings, None, QUICK.shape) == []
 
 
 def test_the_race_takes_turns() -> None:
     order: list[str] = []
-    timings = InterpreterClock().race({name: (lambda name=name: order.append(name)) for name in "ab"}, rounds=2)
+    timings = InterpreterClock().interleaved({name: (lambda name=name: order.append(name)) for name in "ab"}, rounds=2)
     assert order == [*"aabb", *"abab"]
     assert all(math.isfinite(timing.median) for timing in timings.values())

@@ -1,4 +1,4 @@
-"""gpu-check rehearsed whole, at the smallest shapes: kernels in the interpreter, times made up."""
+"""A complete rehearsal of gpu-check at the smallest shapes: kernels in the interpreter, times made up."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_check_finds_ceilings(checked: dict[str, Any]) -> None:
     assert matmul["rate"] == pytest.approx(2 * 16**3 / matmul["seconds"] / 1e12)
     read = rows["L2 read, 0 MB"]
     assert read["rate"] == pytest.approx(2 * 2 * 4 * 4096 / read["seconds"] / 1e12)
-    (claim,) = checked["parts"]["ceilings"]["claims"]
-    assert claim["at_least"] == 500
-    assert claim["value"] == rows[f"sdpa_flash {SHAPE}"]["rate"]
-    assert claim["met"] is False
+    (metric,) = checked["parts"]["ceilings"]["claims"]
+    assert metric["at_least"] == 500
+    assert metric["value"] == rows[f"sdpa_flash {SHAPE}"]["rate"]
+    assert metric["met"] is False
 
 
 def test_check_compares_our_implementations_with_the_reference(checked: dict[str, Any]) -> None:
@@ -78,9 +78,9 @@ def test_a_wrong_kernel_is_bisected(
         call = real(inputs)
 
         def wrong_with_large_tiles() -> Any:
-            found, choice = call(), _forced.get()
+            results, choice = call(), _forced.get()
             small = choice is not None and choice(KernelKey("row", 2, 16)) == [Tile(32, 32, 4, 1)]
-            return found if small else found | {"waad": found["waad"] + 0.5}
+            return results if small else results | {"waad": results["waad"] + 0.5}
 
         return wrong_with_large_tiles
 
@@ -90,10 +90,10 @@ def test_a_wrong_kernel_is_bisected(
     record = rehearse("check", tmp_path, code=1)
     (reason,) = record["parts"]["contestants"]["wrong"]
     assert reason.startswith("statistics T=33, Hq=2, Hkv=1, D=16 bfloat16: statistics: waad has error ")
-    found = record["parts"]["bisection"]["wrong with"]
-    assert found["tiles of 32 × 32"] == []
-    assert len(found["the same tiles, TMA off"]) == 1
-    assert "race and record nothing" in capsys.readouterr().out
+    wrong = record["parts"]["bisection"]["wrong with"]
+    assert wrong["tiles of 32 × 32"] == []
+    assert len(wrong["the same tiles, TMA off"]) == 1
+    assert "before running gpu-race or gpu-record" in capsys.readouterr().out
 
 
 def test_failing_tests_fail_the_check(tmp_path: Path) -> None:

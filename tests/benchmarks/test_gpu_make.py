@@ -1,4 +1,4 @@
-"""The make targets for a GPU: their limits, and the tree of links that stands for an installed rhythm."""
+"""The make targets for a GPU: their time limits, and the tree of links that replaces an installed rhythm."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def planned(target: str) -> str:
 @pytest.mark.parametrize("command", ["check", "race", "record"])
 def test_each_command_ends_within_nine_minutes(command: str) -> None:
     (line,) = (line for line in planned(f"gpu-{command}").splitlines() if "benchmarks.gpu" in line)
-    found = re.search(rf"timeout --kill-after=5 (\d+) .* -P -m benchmarks.gpu {command} --budget (\d+)", line)
-    assert found is not None
-    limit, budget = (int(number) for number in found.groups())
+    match = re.search(rf"timeout --kill-after=5 (\d+) .* -P -m benchmarks.gpu {command} --budget (\d+)", line)
+    assert match is not None
+    limit, budget = (int(number) for number in match.groups())
     assert budget + 30 <= limit <= 9 * 60 - 5
     assert "RHYTHM_AUTOTUNE=0" in line
 

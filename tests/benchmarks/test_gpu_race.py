@@ -1,4 +1,4 @@
-"""gpu-race rehearsed whole, at the smallest shapes: kernels in the interpreter, times made up."""
+"""A complete rehearsal of gpu-race at the smallest shapes: kernels in the interpreter, times made up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import implementations as ops
-from benchmarks.gpu import race, tile_race
+from benchmarks.gpu import race, tiles
 from benchmarks.gpu.clock import Budget, MadeUpClock
 from benchmarks.gpu.suite import Settings
 from benchmarks.implementations import Maker
@@ -32,9 +32,9 @@ TILES = [Tile(32, 32, 1, 1), Tile(16, 32, 1, 1), Tile(16, 16, 1, 1)]
 
 
 def settings_of(smallest: Settings) -> race.RaceSettings:
-    """The prototypes' shapes have the head size that prototypes take."""
-    gate, raced = (Shape(tokens, query_heads=2, key_heads=1, head_size=64) for tokens in (33, 40))
-    return replace(race.REHEARSED, suite=smallest, gates=(gate,), raced=raced)
+    """Settings whose prototypes have the head size that prototypes require."""
+    checked, timed = (Shape(tokens, query_heads=2, key_heads=1, head_size=64) for tokens in (33, 40))
+    return replace(race.REHEARSED, suite=smallest, checked_shapes=(checked,), timed_shape=timed)
 
 
 def names(part: dict[str, Any], key: str = "op") -> list[str]:
@@ -54,11 +54,11 @@ class Trial:
 def span_and_lse(inputs: Inputs) -> Callable[[], Any]:
     call = ops.eager(inputs)
 
-    def found() -> Any:
+    def run() -> Any:
         results = call()
         return {"span": results["span"][None], "lse": results["lse"]}
 
-    return found
+    return run
 
 
 def compiles_not(inputs: Inputs) -> Callable[[], Any]:
@@ -74,15 +74,15 @@ TRIALS = (
 
 
 @pytest.fixture(scope="module")
-def raced(
+def recorded(
     tmp_path_factory: pytest.TempPathFactory, smallest: Settings, rehearse: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
-    """Two kinds of sweep; of the rows' three tiles the last one has no room."""
+    """Two kinds of sweep; the last of the row sweep's three tiles does not fit."""
     folder = tmp_path_factory.mktemp("records")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race, "REHEARSED", replace(settings_of(smallest), sweeps=("row", "bands_band")))
         patch.setattr(race, "prototypes", lambda: TRIALS)
-        patch.setattr(tile_race, "attention_statistics", without_room(tile_race.attention_statistics))
+        patch.setattr(tiles, "attention_statistics", without_room(tiles.attention_statistics))
         patch.setitem(TABLES, "interpreter", TABLES["interpreter"] | {"row": {"half128": TILES}})
         patch.setenv("RHYTHM_CACHE", str(folder / "cache"))
         patch.setattr("rhythm.kernels.tuning.measured", lambda call, tile: float(tile.rows + tile.keys))
@@ -90,7 +90,7 @@ def raced(
 
 
 def without_room(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op, for which a tile of 16 × 16 is too large: what Triton raises when a kernel is launched."""
+    """The op, raising what Triton raises at launch if a tile does not fit; here 16 × 16."""
 
     def run(*arguments: Any, **more: Any) -> Any:
         choice = _forced.get()
@@ -101,8 +101,8 @@ def without_room(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def test_tiles_race_by_replays(raced: dict[str, Any]) -> None:
-    part = raced["parts"]["tiles_row"]
+def test_tiles_are_timed_by_replays(recorded: dict[str, Any]) -> None:
+    part = recorded["parts"]["tiles_row"]
     named = ["32 × 32, 1 warps, 1 stages", "16 × 32, 1 warps, 1 stages"]
     assert sorted(names(part, "tile")) == sorted(named)
     times = {row["tile"]: row["seconds"] for row in part["rows"]}
@@ -110,10 +110,10 @@ def test_tiles_race_by_replays(raced: dict[str, Any]) -> None:
     fastest = min(named, key=MADE_UP)
     assert [row["tile"] for row in part["rows"] if "fastest" in row["is"]] == [fastest]
     assert [row["tile"] for row in part["rows"] if "default" in row["is"]] == [named[0]]
-    missing = [reason for reason in raced["not_measured"] if reason.startswith("tiles_row")]
+    missing = [reason for reason in recorded["not_measured"] if reason.startswith("tiles_row")]
     assert len(missing) == 1
     assert missing[0].startswith("tiles_row, 16 × 16, 1 warps, 1 stages: OutOfResources: ")
-    assert names(raced["parts"]["tiles_bands_band"], "tile") == [named[0]]
+    assert names(recorded["parts"]["tiles_bands_band"], "tile") == [named[0]]
 
 
 def test_a_tile_with_other_results_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +125,9 @@ def test_a_tile_with_other_results_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         changed = actual | {"lse": actual["lse"] + (len(compared) - 1)}
         return real(changed, expected)
 
-    real = tile_race.different
-    monkeypatch.setattr(tile_race, "different", different)
-    part = tile_race.tiles_part("row", SHAPE, MadeUpClock(), 2, Budget(100))
+    real = tiles.different
+    monkeypatch.setattr(tiles, "different", different)
+    part = tiles.tiles_part("row", SHAPE, MadeUpClock(), 2, Budget(100))
     assert part.failed
     assert [row["tile"] for row in part.rows] == ["32 × 32, 1 warps, 1 stages"]
     (reason,) = part.not_measured
@@ -144,35 +144,35 @@ def test_only_the_raced_sweep_runs_while_it_is_timed(monkeypatch: pytest.MonkeyP
         return run_with_tile(key, *arguments, **more)
 
     class Watching(MadeUpClock):
-        def race_replays(self, runs: Any, rounds: int) -> Any:
+        def interleaved_replays(self, runs: Any, rounds: int) -> Any:
             for name, module in list(sys.modules.items()):
                 if name.startswith("rhythm.kernels.") and getattr(module, "run_with_tile", None) is run_with_tile:
                     monkeypatch.setattr(module, "run_with_tile", watched)
-            return super().race_replays(runs, rounds)
+            return super().interleaved_replays(runs, rounds)
 
-    tile_race.tiles_part("row", SHAPE, Watching(), 2, Budget(100))
+    tiles.tiles_part("row", SHAPE, Watching(), 2, Budget(100))
     assert seen == {"row": [1], "column_band": [0]}
 
 
 @pytest.mark.parametrize("sweep", race.SWEEPS)
 def test_every_kind_of_sweep_has_an_op_that_runs_it(sweep: str) -> None:
-    part = tile_race.tiles_part(sweep, SHAPE, MadeUpClock(), 2, Budget(100))
+    part = tiles.tiles_part(sweep, SHAPE, MadeUpClock(), 2, Budget(100))
     assert [row["tile"] for row in part.rows] == ["32 × 32, 1 warps, 1 stages"]
     assert part.not_measured == ()
 
 
-def test_prototypes_race_beside_the_plain_forward(raced: dict[str, Any]) -> None:
-    part = raced["parts"]["prototypes"]
+def test_prototypes_are_timed_with_the_plain_forward(recorded: dict[str, Any]) -> None:
+    part = recorded["parts"]["prototypes"]
     assert names(part) == ["sdpa_flash", "statistics", "with_output", "right"]
     right = part["rows"][-1]
     assert right["to_best_forward"] == pytest.approx(MADE_UP("right") / MADE_UP("sdpa_flash"))
     assert "elsewhere: needs another card" in part["absent"]
-    assert "prototypes, raises: ValueError: ptxas fatal" in raced["not_measured"]
-    assert any(reason.startswith("prototypes, wrong: lse has error 1.0e-01") for reason in raced["not_measured"])
+    assert "prototypes, raises: ValueError: ptxas fatal" in recorded["not_measured"]
+    assert any(reason.startswith("prototypes, wrong: lse has error 1.0e-01") for reason in recorded["not_measured"])
 
 
 def test_the_trees_own_prototypes_are_right(smallest: Settings) -> None:
-    """Those that the interpreter can run; where there are none, the race says so."""
+    """The prototypes that the interpreter can run; without any, the part says so."""
     trials: Sequence[Any] = [one for one in race.prototypes() if one.absent() is None]
     part = race.prototypes_part(race.prototypes(), (), settings_of(smallest), MadeUpClock(), Budget(100))
     assert {row["op"] for row in part.rows} == {"statistics", "with_output", *(one.name for one in trials)}
@@ -180,11 +180,11 @@ def test_the_trees_own_prototypes_are_right(smallest: Settings) -> None:
     assert trials or part.absent[-1] == "prototypes: there are none (benchmarks.gpu.prototypes)"
 
 
-def test_profiles(raced: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = raced["parts"]["kernels"]["rows"]
+def test_profiles(recorded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = recorded["parts"]["kernels"]["rows"]
     assert {row["op"] for row in rows} == {"sdpa_flash", "statistics", "with_output", "bands"}
     assert any(row["kernel"] == "rhythm::attention_statistics" and row["seconds"] > 0 for row in rows)
-    assert "counters, ncu: the command ncu (Nsight Compute) is not on the PATH" in raced["not_measured"]
+    assert "counters, ncu: the command ncu (Nsight Compute) is not on the PATH" in recorded["not_measured"]
 
     ncu = tmp_path / "ncu"
     ncu.write_text(
@@ -201,9 +201,9 @@ def test_profiles(raced: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mon
     assert part.not_measured == ("sdpa_cudnn, .: ncu ended with 3: ==ERROR== no kernel",)
 
 
-def test_the_tuner_keeps_what_it_chose(raced: dict[str, Any]) -> None:
-    kept = json.loads(raced["parts"]["tuner"]["file"])
+def test_the_tuner_keeps_what_it_chose(recorded: dict[str, Any]) -> None:
+    kept = json.loads(recorded["parts"]["tuner"]["file"])
     ((key, tile),) = kept.items()
     assert ", row, 2 bytes" in key
     assert (tile["rows"], tile["keys"]) == (16, 16)
-    assert list(raced["parts"])[-1] == "tuner"
+    assert list(recorded["parts"])[-1] == "tuner"

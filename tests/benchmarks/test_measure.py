@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.implementations import Outputs
-from benchmarks.measure import PEAK_RESET, Implementation, Timing, peak_extra_bytes, race, ratio
+from benchmarks.measure import PEAK_RESET, Implementation, Timing, interleaved, peak_extra_bytes, ratio
 from benchmarks.shapes import Shape
 
 
@@ -25,7 +25,7 @@ def test_rounds_are_interleaved_on_the_threads_asked_for() -> None:
         return run
 
     before = torch.get_num_threads()
-    timings = race(
+    timings = interleaved(
         {"a": Implementation(noting("a"), 1), "b": Implementation(noting("b"), 2)}, rounds=3, least_seconds=0.0
     )
     warm_up = 2 * [("a", 1)] + 2 * [("b", 2)]
@@ -44,7 +44,7 @@ def test_short_calls_are_repeated_and_the_time_is_that_of_one() -> None:
         time.sleep(0.002)
         return {}
 
-    timing = race({"a": Implementation(run, 1)}, rounds=1, least_seconds=0.02)["a"]
+    timing = interleaved({"a": Implementation(run, 1)}, rounds=1, least_seconds=0.02)["a"]
     assert 2 + 2 <= calls <= 2 + 10
     assert 0.002 <= timing.median < 0.02
 
@@ -58,7 +58,7 @@ def test_ratio_is_the_median_over_the_rounds() -> None:
 @pytest.mark.skipif(not PEAK_RESET.exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("op", ["statistics", "bands"])
 def test_peak_memory_is_that_of_the_call(op: str) -> None:
-    """T=4096, fp32: packed keys 4096·2·128·4 bytes and four [8, 4096] fp32 results, not a map of 134 MB a head."""
+    """T=4096, fp32: packed keys 4096·2·128·4 bytes and four [8, 4096] fp32 results, not a map of 134 MB per head."""
     needed = 4096 * 2 * 128 * 4 + 4 * 8 * 4096 * 4
     measured = peak_extra_bytes(Shape(4096), torch.float32, op, threads=1)
     assert 0.8 * needed < measured < needed + 16e6

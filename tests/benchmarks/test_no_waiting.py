@@ -30,11 +30,11 @@ FORBIDDEN_METHODS = ("tolist", "numpy", "cpu", "item", "__array__")
 
 
 class HostTouchedError(AssertionError):
-    """The host was read from, or written into."""
+    """A call copied from the host or waited for the device."""
 
 
 class NoHost(TorchDispatchMode):
-    """Refuses what copies from the host or waits for the device, inside rhythm's ops too."""
+    """Raises on whatever copies from the host or waits for the device, inside rhythm's ops too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -50,7 +50,7 @@ class NoHost(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values on a GPU are not checked; kernels are launched, and what they compute is of no interest here."""
+    """Values on a GPU are not checked; kernels are launched, their results are ignored."""
     monkeypatch.setattr(arguments, "check_values", lambda sequences: None)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *args, **kwargs: None)
 
@@ -82,8 +82,8 @@ def test_our_implementations_touch_no_host(name: str, prompt: int) -> None:
     shape = Shape(70, prompt=prompt, query_heads=4, key_heads=2, head_size=16)
     run = MAKERS[name](make_inputs(shape, torch.bfloat16, backend="triton"))
     with no_host():
-        found = run()
-    assert {"waad", "fai"} <= set(found)
+        results = run()
+    assert {"waad", "fai"} <= set(results)
 
 
 @pytest.mark.parametrize("name", suite.OURS)
@@ -96,7 +96,7 @@ def test_our_packed_implementations_touch_no_host(name: str) -> None:
 
 
 def test_lists_of_numbers_are_noticed() -> None:
-    """What the implementations once did: prompt_lens as a list goes to the device in every call."""
+    """A former fault: prompt_lens as a list, copied to the device in every call."""
     inputs = make_inputs(SHAPE, torch.bfloat16, backend="triton")
     with no_host(), pytest.raises(HostTouchedError, match="lift_fresh"):
         statistics.attention_statistics(inputs.q, inputs.k, prompt_lens=[9], backend="triton")

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the benchmark: its implementations in CUDA graphs, and which of its times is which."""
+"""Tests of the benchmark that need a GPU: implementations in CUDA graphs, and the three kinds of time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_our_implementations_replay_what_the_reference_computes() -> None:
-    settings = replace(suite.FULL, gates=suite.FULL.gates[:1], gate_dtypes=(torch.bfloat16,))
+    settings = replace(suite.FULL, checked_shapes=suite.FULL.checked_shapes[:1], checked_dtypes=(torch.bfloat16,))
     part = check.implementations_part(settings, CudaClock())
     assert part.facts["wrong"] == []
     assert {row["op"] for row in part.rows} == set(suite.OURS)
@@ -23,7 +23,7 @@ def test_our_implementations_replay_what_the_reference_computes() -> None:
 
 @pytest.mark.timing
 def test_the_hosts_time_is_no_part_of_the_devices() -> None:
-    """A call that keeps the host busy for 5 ms and the device for next to nothing."""
+    """A call that keeps the host busy for 5 ms and the device hardly at all."""
     x, clock = torch.zeros(1, device="cuda"), CudaClock()
 
     def run() -> None:
@@ -32,7 +32,7 @@ def test_the_hosts_time_is_no_part_of_the_devices() -> None:
         x.add_(1)
 
     assert clock.host_seconds(run) >= 0.005
-    assert clock.race({"run": run}, 5)["run"].median < 0.001
-    replayed, reasons = clock.race_replays({"run": run}, 5)
+    assert clock.interleaved({"run": run}, 5)["run"].median < 0.001
+    replayed, reasons = clock.interleaved_replays({"run": run}, 5)
     assert reasons == {}
     assert replayed["run"].median < 0.001

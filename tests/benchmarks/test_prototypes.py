@@ -51,7 +51,7 @@ def _gluon_threads() -> Any:
 
 
 def lifted(nats: float, tokens: int = 384) -> Inputs:
-    """The first 8 keys score about that many nats above all others, seen from every row."""
+    """Inputs whose first 8 keys score about `nats` nats above all others, for every row."""
     shape = Shape(tokens, query_heads=2, key_heads=1, head_size=64)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(tokens, heads, 64, generator=generator) for heads in (2, 1, 1))
@@ -83,17 +83,17 @@ def expected(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def assert_right(prototype: Prototype, inputs: Inputs, assert_accurate: Callable[..., None]) -> None:
     exact, plain = (expected(inputs, dtype) for dtype in (torch.float64, torch.float32))
-    found = prototype.make(inputs)()
-    assert list(found) == (["span", "lse", "out"] if prototype.values else ["span", "lse"])
-    assert found["span"].dtype == found["lse"].dtype == torch.float32
-    for name, actual in found.items():
+    computed = prototype.make(inputs)()
+    assert list(computed) == (["span", "lse", "out"] if prototype.values else ["span", "lse"])
+    assert computed["span"].dtype == computed["lse"].dtype == torch.float32
+    for name, actual in computed.items():
         rounded = plain[name].to(torch.bfloat16) if name == "out" else plain[name]
         assert_accurate(name, torch.bfloat16, actual, exact[name], rounded)
 
 
 CASES = {
-    "257 tokens, 4 heads a key head": lambda: ordinary(257, 4),
-    "257 tokens, 1 head a key head": lambda: ordinary(257, 1, heads=2),
+    "257 tokens, 4 heads per key head": lambda: ordinary(257, 4),
+    "257 tokens, 1 head per key head": lambda: ordinary(257, 1, heads=2),
     "one token": lambda: ordinary(1, 4),
     "peaked": lambda: ordinary(257, 1, sharpness=4, heads=1),
     "far keys 60 nats above": lambda: lifted(60, tokens=257),
@@ -125,42 +125,42 @@ FLAGGING = {
 
 @pytest.mark.parametrize("name", [p.name for p in RUNNABLE if p.name in FLAGGING])
 def test_blocks_that_overflow_raise_their_flag(name: str) -> None:
-    """Those with rows 128 bits above their reference, and no others; what they hold is done again."""
+    """Exactly the blocks with rows 128 bits above their reference are flagged, and recomputed."""
     module, settings, rows = FLAGGING[name]
     sweep = import_module(f"benchmarks.gpu.prototypes.{module}").sweep
     for inputs, wrong in ((lifted(60), False), (lifted(208), True)):
-        found = sweep(inputs, **settings)
+        computed = sweep(inputs, **settings)
         blocks = inputs.shape.tokens // rows
-        flags = found.flags.view(inputs.shape.query_heads, blocks).bool().cpu()
+        flags = computed.flags.view(inputs.shape.query_heads, blocks).bool().cpu()
         # The first tile of 128 keys holds the high keys: for its rows they are the reference.
         high = torch.arange(blocks) * rows >= settings.get("keys", 128)
         assert torch.equal(flags, (high & wrong).expand(inputs.shape.query_heads, -1))
-        bad = ~found.row_span_HT.isfinite().cpu()
+        bad = ~computed.row_span_HT.isfinite().cpu()
         assert torch.equal(bad.unflatten(1, (blocks, rows)).any(-1), flags)
 
 
 @pytest.mark.parametrize("prototype", [p for p in RUNNABLE if p.values], ids=lambda prototype: prototype.name)
 def test_outputs_that_overflow_where_sums_do_not(prototype: Prototype, assert_accurate: Callable[..., None]) -> None:
-    """Keys 79 nats up leave room for Σ p and Σ p·distance, but not for values of 10⁴."""
+    """With keys 79 nats above, Σ p and Σ p·distance don't overflow, but Σ p·v does for values of 10⁴."""
     inputs = lifted(79, tokens=257)
     inputs.v.mul_(1e4)
     assert_right(prototype, inputs, assert_accurate)
     module, settings, _ = FLAGGING[prototype.name]
-    found = import_module(f"benchmarks.gpu.prototypes.{module}").sweep(inputs, **settings)
-    assert found.row_span_HT.isfinite().all()
-    assert found.flags.any()
+    computed = import_module(f"benchmarks.gpu.prototypes.{module}").sweep(inputs, **settings)
+    assert computed.row_span_HT.isfinite().all()
+    assert computed.flags.any()
 
 
 @pytest.mark.parametrize("prototype", RUNNABLE, ids=lambda prototype: prototype.name)
-def test_an_undefined_key_is_seen_by_the_rows_that_see_it(prototype: Prototype) -> None:
+def test_an_undefined_key_affects_only_the_rows_that_see_it(prototype: Prototype) -> None:
     inputs = ordinary(200, 2, heads=2)
     inputs.k[150, 0, 3] = torch.nan
-    found = prototype.make(inputs)()
+    computed = prototype.make(inputs)()
     exact = expected(inputs, torch.float64)
-    assert torch.equal(found["lse"].isnan(), exact["lse"].isnan())
-    assert found["lse"][:, :150].isfinite().all()
-    torch.testing.assert_close(found["lse"][:, :150].double(), exact["lse"][:, :150], rtol=1e-5, atol=1e-5)
-    assert found["span"].isnan().all()
+    assert torch.equal(computed["lse"].isnan(), exact["lse"].isnan())
+    assert computed["lse"][:, :150].isfinite().all()
+    torch.testing.assert_close(computed["lse"][:, :150].double(), exact["lse"][:, :150], rtol=1e-5, atol=1e-5)
+    assert computed["span"].isnan().all()
 
 
 @pytest.mark.parametrize("prototype", RUNNABLE, ids=lambda prototype: prototype.name)

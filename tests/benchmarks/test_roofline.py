@@ -1,4 +1,4 @@
-"""The floors: counts against masks and numbers worked by hand, and the document against the command."""
+"""The lower bounds: counts against masks and hand-computed numbers, and the document against the command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SM_CLOCKS = 132 * 1.83e9  # a second
 
 
 def needed(kernel: Kernel, tokens: int) -> torch.Tensor:
-    """bool [t, s]: the pairs the kernel looks at."""
+    """bool [t, s]: the pairs that the kernel computes."""
     position = torch.arange(tokens)
     distance = position[:, None] - position[None, :]
     lo, hi = kernel.distances
@@ -69,7 +69,7 @@ def test_tile_counts_worked_by_hand() -> None:
 
 
 def test_work_worked_by_hand() -> None:
-    """T = 3, 4 query heads, 2 key heads, head size 16: 6 causal pairs a head."""
+    """T = 3, 4 query heads, 2 key heads, head size 16: 6 causal pairs per head."""
     shape = Shape(3, query_heads=4, key_heads=2, head_size=16)
     query, key, row = 3 * 4 * 16 * 2, 3 * 2 * 16 * 2, 3 * 4 * 4  # bytes
     assert ROWS.work(shape) == Units(tensor=24 * 32, exp=24, issue=24 * 8, memory=query + key + 2 * row)
@@ -80,7 +80,7 @@ def test_work_worked_by_hand() -> None:
 
 
 def test_reads_from_l2_worked_by_hand() -> None:
-    """T = 256, 2 query heads over 1, head size 16: 32 bytes a row of q or k, 64 of k and v."""
+    """T = 256, 2 query heads over 1, head size 16: 32 bytes per row of q or k, 64 of k and v."""
     shape = Shape(256, query_heads=2, key_heads=1, head_size=16)
     # Each head: all of q once; the first 128 rows read one tile of 128 keys, the others two.
     assert ROWS.l2_bytes(shape) == 2 * (256 + 3 * 128) * 32
@@ -125,7 +125,7 @@ def test_one_launch_of_both_bands_reads_its_operands_once() -> None:
 
 
 def test_conclusions_of_the_document() -> None:
-    """Its "What follows": which aims the floors allow at T = 8k on an H200, against a forward at its own floor."""
+    """Its "What follows": which targets the floors allow at T = 8k on an H200, against a forward at its own floor."""
     shape = roofline.shape_of(8192)
     forward = roofline.seconds(FORWARD.work(shape), H200).overlapped
     statistics, with_output, two_launches, one_launch = (roofline.op_floor(op, shape, H200) / forward for op in OPS)

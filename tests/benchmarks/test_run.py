@@ -1,4 +1,4 @@
-"""The command: quick mode from end to end, the gate, the record, and what it must not import."""
+"""benchmarks.run: quick mode from end to end, the correctness check, the record, and forbidden imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.record import commit, machine, record_path
 from benchmarks.registry import REGISTRY
 from benchmarks.run import main
 from benchmarks.shapes import Inputs
-from benchmarks.suite import QUICK, Claim
+from benchmarks.suite import QUICK, Metric
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +73,10 @@ def test_record_holds_the_parts(record: dict[str, Any]) -> None:
         ("statistics", 128), ("bands", 128), ("statistics", 256), ("bands", 256),
     ]  # fmt: skip
     assert [m["threads"] for m in parts["threads"]["measurements"]] == [1, 2]
-    assert all(claim["unit"] == "MB" and claim["value"] > 0 for claim in parts["memory"]["claims"])
-    claims = [claim for part in parts.values() for claim in part["claims"]]
-    assert all(claim["met"] is None for claim in claims), "the aims are those of the full size"
-    assert any("best blocked torch" in claim["name"] for claim in claims)
+    assert all(metric["unit"] == "MB" and metric["value"] > 0 for metric in parts["memory"]["claims"])
+    metrics = [metric for part in parts.values() for metric in part["claims"]]
+    assert all(metric["met"] is None for metric in metrics), "targets are set for the full size"
+    assert any("best blocked torch" in metric["name"] for metric in metrics)
 
 
 def test_record_holds_what_the_gate_saw(record: dict[str, Any]) -> None:
@@ -122,40 +122,40 @@ def test_a_full_run_leaves_a_record_with_the_aims(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("benchmarks.run.Settings", lambda: replace(QUICK, aims=True))
     assert main(["--records", str(tmp_path)]) == 0
     path = record_path("cpu", machine(), tmp_path)
-    claims = {
-        claim["name"]: claim for part in json.loads(path.read_text())["parts"].values() for claim in part["claims"]
+    metrics = {
+        metric["name"]: metric for part in json.loads(path.read_text())["parts"].values() for metric in part["claims"]
     }
-    assert claims["statistics against eager: times as fast"]["at_least"] in (16.0, 25.0)
-    aims = [claim for claim in claims.values() if claim["met"] is not None]
+    assert metrics["statistics against eager: times as fast"]["at_least"] in (16.0, 25.0)
+    with_target = [metric for metric in metrics.values() if metric["met"] is not None]
     assert all(
-        claim["met"] == (claim["value"] >= claim["at_least"])
-        if claim["at_least"] is not None
-        else claim["met"] == (claim["value"] <= claim["at_most"])
-        for claim in aims
+        metric["met"] == (metric["value"] >= metric["at_least"])
+        if metric["at_least"] is not None
+        else metric["met"] == (metric["value"] <= metric["at_most"])
+        for metric in with_target
     )
-    memory = [claim for name, claim in claims.items() if "memory" in name]
-    assert all(claim["met"] is True and claim["at_most"] == 200.0 for claim in memory)
+    memory = [metric for name, metric in metrics.items() if "memory" in name]
+    assert all(metric["met"] is True and metric["at_most"] == 200.0 for metric in memory)
 
 
 def test_claims_are_met_or_not() -> None:
-    assert Claim("", 16.0, "×", at_least=16.0).met is True
-    assert Claim("", 15.9, "×", at_least=16.0).met is False
-    assert Claim("", 1.1, "×", at_most=1.1).met is True
-    assert Claim("", 1.2, "×", at_most=1.1).met is False
-    assert Claim("", 1.2, "×").met is None
+    assert Metric("", 16.0, "×", at_least=16.0).met is True
+    assert Metric("", 15.9, "×", at_least=16.0).met is False
+    assert Metric("", 1.1, "×", at_most=1.1).met is True
+    assert Metric("", 1.2, "×", at_most=1.1).met is False
+    assert Metric("", 1.2, "×").met is None
 
 
 def test_the_aims_are_those_of_the_issue() -> None:
     settings = replace(QUICK, aims=True)
-    aims = {
+    targets = {
         dtype: [
-            (claim.at_least, claim.at_most)
-            for claim in suite.race_part(list(REGISTRY.values()), settings, "cpu", dtype).claims
+            (metric.at_least, metric.at_most)
+            for metric in suite.comparison_part(list(REGISTRY.values()), settings, "cpu", dtype).metrics
         ]
         for dtype in suite.DTYPES
     }
-    assert aims[torch.float32] == [(16.0, None), (2.3, None), (None, 1.1), (None, None)]
-    assert aims[torch.bfloat16] == [(25.0, None), (3.5, None), (None, 1.1), (None, None)]
+    assert targets[torch.float32] == [(16.0, None), (2.3, None), (None, 1.1), (None, None)]
+    assert targets[torch.bfloat16] == [(25.0, None), (3.5, None), (None, 1.1), (None, None)]
 
 
 def test_record_path_is_a_plain_name() -> None:

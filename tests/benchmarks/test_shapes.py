@@ -1,4 +1,4 @@
-"""The FLOPs and bytes that are counted, against counting one by one."""
+"""Counted FLOPs and bytes, against counting one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate: it lets right ops through, and no wrong one."""
+"""The correctness check: correct ops pass, and no wrong one does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Row sweeps that have yet to be timed on a GPU: trials that race beside rhythm's own kernels.
+"""Prototypes of row sweeps, to be timed on a GPU against rhythm's own kernels; none has been timed yet.
 
-Each computes span and lse of one causal sequence (some the output too) in one way that its file explains. Which of
-them is worth a place among the kernels is for a GPU to tell; docs/experiments.md says what was counted and predicted.
+Each computes span and lse of one causal sequence (some the output too); its file explains how. docs/experiments.md has
+their instruction counts and predicted times, to be compared with times on a GPU before one replaces a kernel.
 Nothing here imports Triton before a prototype is made.
 """
 
@@ -41,7 +41,7 @@ class Prototype:
 
 
 def prototypes() -> tuple[Prototype, ...]:
-    """All of them: sweeps without the output first, the control with the online softmax before the others."""
+    """All prototypes: sweeps without the output first, starting with the control (online softmax)."""
     plain = {"absent": _no_triton, "interprets": True}
     gluon = {"absent": _no_gluon, "interprets": False}
     return (
@@ -59,9 +59,9 @@ def _maker(module: str, **settings: int | bool) -> Maker:
     """The maker `make` of a module of this package, which is imported when it is called."""
 
     def make(inputs: Inputs) -> Callable[[], Outputs]:
-        found: Callable[..., Outputs] = import_module(f"{__name__}.{module}").run
+        run: Callable[..., Outputs] = import_module(f"{__name__}.{module}").run
         import_module(f"{__name__}.operands").check(inputs)
-        return partial(found, inputs, **settings)
+        return partial(run, inputs, **settings)
 
     return make
 

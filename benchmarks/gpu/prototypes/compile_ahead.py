@@ -1,7 +1,7 @@
-"""python -m benchmarks.gpu.prototypes.compile_ahead [NAME ...]: what the prototypes compile to, for sm_90.
+"""python -m benchmarks.gpu.prototypes.compile_ahead [NAME ...]: compiles the prototypes for sm_90.
 
-The prototypes themselves run, on tensors without data, with the launcher set to compile only: no GPU is needed. For
-each kernel: registers, shared memory, spills, and the steady loop's instructions for a score, counted in SASS.
+The prototypes run on meta tensors with the launcher set to compile only, so no GPU is needed. Reported per kernel:
+registers, shared memory, spills, and the steady loop's instructions per score, counted in SASS.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Report:
     """One kernel of a prototype, compiled.
 
     Attributes:
-        registers: of a thread, as launched; warpgroups may ask for more.
+        registers: per thread at launch; warpgroups may request more.
         shared: bytes of shared memory.
         spills: instructions that move registers to local memory or back.
-        loop_spills: those of them in the steady loop, or in another warpgroup's copy of it.
-        per_score: instructions of the steady loop by kind, and their sum as "all", for a score.
+        loop_spills: the spills in the steady loop, or in another warpgroup's copy of it.
+        per_score: instructions of the steady loop per score, by kind; their sum is "all".
     """
 
     prototype: str
@@ -49,7 +49,7 @@ class Report:
 
 
 def compile_prototype(prototype: Prototype) -> list[Report]:
-    """Its kernels in the order in which a call starts them."""
+    """Compile the prototype's kernels; one report per kernel, in launch order."""
 
     def empty(heads: int) -> torch.Tensor:
         return torch.empty((SHAPE.tokens, heads, SHAPE.head_size), dtype=torch.bfloat16, device="meta")

@@ -1,8 +1,8 @@
 """The attention forward with statistics, fixed reference, plain Triton.
 
-Beside what the sweep alone saves, the output needs no rescaling: a multiply for each of its elements a tile. P goes to
-the second product in bf16, which has fp32's range, so the reference serves it too. A block is flagged where a sum or
-an element of Σ p·v overflows, and a second launch computes it again with the online softmax.
+In addition to what the sweep saves, the output needs no rescaling (one multiply per element and tile). P is bf16 in
+the second product; bf16 has fp32's range, so the same reference works. A block is flagged if a sum or an element of
+Σ p·v overflows, and a second launch recomputes it with the online softmax.
 
 Shape suffixes: M rows and N keys of a tile, D head size.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from benchmarks.gpu.prototypes.online import redo
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results, tiles
-from benchmarks.gpu.prototypes.sums import absorb_online, load_tile, overflowed, store_out, store_rows
+from benchmarks.gpu.prototypes.sums import load_tile, online_softmax_step, overflowed, store_out, store_rows
 from benchmarks.implementations import Outputs
 from benchmarks.shapes import Inputs
 from rhythm.kernels.launch import launch
@@ -23,7 +23,7 @@ from rhythm.kernels.tiles import upcast
 
 @triton.jit
 def pair_moments(p_MN):
-    """(Σ_j p, Σ_j p·j): with j = 2i or 2i + 1, the sums of neighbours serve both. Fewer registers than groups of 8."""
+    """(Σ_j p, Σ_j p·j): with j = 2i or 2i + 1, sums of neighbors serve both. Fewer registers than with groups of 8."""
     HALF: tl.constexpr = p_MN.shape[1] // 2
     even_M, odd_M = tl.split(tl.reshape(p_MN, [p_MN.shape[0], HALF, 2]))
     place = (2 * tl.arange(0, HALF)).to(tl.float32)[None, :]
@@ -50,8 +50,8 @@ def fixed_values_kernel(
     causal_MN = first + tl.arange(0, ROWS)[:, None] >= diagonal + tl.arange(0, KEYS)[None, :]
     score_MN = tl.where(causal_MN, score_MN, float("-inf"))
     near = (zeros_M - float("inf"), zeros_M, zeros_M, tl.zeros([ROWS, D], tl.float32))
-    near = absorb_online(near, score_MN, v_ND, (first - diagonal).to(tl.float32), scale, True)
-    largest_M, sum_M, reach_M, out_MD = near
+    near = online_softmax_step(near, score_MN, v_ND, (first - diagonal).to(tl.float32), scale, True)
+    largest_M, sum_M, distance_sum_M, out_MD = near
     reference_M = tl.where(largest_M == float("-inf"), 0.0, largest_M)
 
     for key in tl.range(0, diagonal, KEYS, num_stages=STAGES):
@@ -61,30 +61,30 @@ def fixed_values_kernel(
         p_MN = tl.exp2(score_MN * scale - reference_M[:, None])
         tile_sum_M, tile_place_M = pair_moments(p_MN)
         sum_M += tile_sum_M
-        reach_M += tile_sum_M * (first - key).to(tl.float32) - tile_place_M
+        distance_sum_M += tile_sum_M * (first - key).to(tl.float32) - tile_place_M
         out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD)
 
-    store_rows(row_span, lse, reference_M, sum_M, reach_M, first, head, tokens, ROWS)
+    store_rows(row_span, lse, reference_M, sum_M, distance_sum_M, first, head, tokens, ROWS)
     store_out(out, out_MD, sum_M, first, head, tokens, heads, ROWS, D)
     # Σ p·v can overflow where Σ p does not.
     finite_M = tl.min((tl.abs(out_MD) < float("inf")).to(tl.int32), 1) > 0
-    bad_M = overflowed(sum_M, reach_M) | ~finite_M
+    bad_M = overflowed(sum_M, distance_sum_M) | ~finite_M
     tl.store(flags + head * blocks + block, tl.max(bad_M.to(tl.int32), 0))
 
 
 def sweep(inputs: Inputs, *, rows: int = 128, keys: int = 128) -> Results:
-    """One launch: spans, lse and output, wrong in the blocks whose flag is set."""
-    found = results(inputs, rows, values=True)
+    """One launch: spans, lse and output; those of flagged blocks are invalid."""
+    buffers = results(inputs, rows, values=True)
     launch(
         fixed_values_kernel,
         inputs.shape.query_heads * blocks(inputs, rows),
         q_tiles=tiles(inputs.q, rows),
         k_tiles=tiles(inputs.k, keys),
         v_tiles=tiles(inputs.v, keys),
-        row_span=found.row_span_HT,
-        lse=found.lse_HT,
-        out=found.out,
-        flags=found.flags,
+        row_span=buffers.row_span_HT,
+        lse=buffers.lse_HT,
+        out=buffers.out,
+        flags=buffers.flags,
         ROWS=rows,
         KEYS=keys,
         STAGES=2,
@@ -93,11 +93,11 @@ def sweep(inputs: Inputs, *, rows: int = 128, keys: int = 128) -> Results:
         num_stages=2,
         **common(inputs),
     )
-    return found
+    return buffers
 
 
 def run(inputs: Inputs) -> Outputs:
-    """span, lse and out; 128 rows × 128 keys, one program to a multiprocessor."""
-    found = sweep(inputs)
-    redo(inputs, found, rows=128, values=True)
-    return found.outputs(values=True)
+    """span, lse and out; 128 rows × 128 keys, one program per multiprocessor."""
+    buffers = sweep(inputs)
+    redo(inputs, buffers, rows=128, values=True)
+    return buffers.outputs(values=True)

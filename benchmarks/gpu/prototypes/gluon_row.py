@@ -1,10 +1,10 @@
 """Four warpgroups of 64 rows and a warp that loads keys for them: lanes.py's arithmetic in Gluon, for Hopper.
 
-Triton waits for every product at once, and all warps of a program meet at barriers in each tile. Here warpgroups share
-nothing but the tiles of keys: while one waits for its product, three take exponentials. 256 rows to a tile of keys
-halve what is read of K through the second-level cache. Two forms race: with q in shared memory (`ss`), a product
-reads both operands there, 96 of its 128 bytes a cycle; with q in registers (`rs`) only K, but tiles of 64 keys are all
-that registers have room for.
+Triton waits for each product immediately, and all warps of a program meet at barriers in each tile. Here warpgroups
+share only the tiles of keys: while one waits for its product, three compute exponentials. 256 rows per tile of keys
+halve the bytes of K read through the L2 cache. There are two variants: with q in shared memory (`ss`) a product reads
+both operands from there, at 96 of 128 bytes per cycle; with q in registers (`rs`) it reads only K from there, but the
+registers then hold only tiles of 64 keys.
 
 Shape suffixes: M the 64 rows of a warpgroup, N keys of a tile, C the eight keys of a group, D head size.
 """
@@ -22,13 +22,13 @@ from benchmarks.implementations import Outputs
 from benchmarks.shapes import Inputs
 from rhythm.kernels.launch import launch
 
-ROWS = 64  # of a warpgroup: of one instruction
+ROWS = 64  # per warpgroup: rows of one matrix instruction
 WARPGROUPS = 4
 
 
 @gluon.jit
 def halves(x_MX):
-    """(left, right) half of the columns: names of registers change, nothing moves."""
+    """(left, right) half of the columns: only register names change, no data moves."""
     HALF: gl.constexpr = x_MX.shape[1] // 2
     return gl.split(gl.permute(gl.reshape(x_MX, [x_MX.shape[0], 2, HALF]), (0, 2, 1)))
 
@@ -50,8 +50,8 @@ def fold(sum_MX, moment_MX, UNIT: gl.constexpr):
 
 
 @gluon.jit
-def weigh(sum_MC, reach_MC, score_MN, reference_M, offset, scale, N: gl.constexpr):
-    """Adds a tile to Σ p and Σ p·(first row − key's group), and gives p. offset: first row − first key.
+def weigh(sum_MC, distance_sum_MC, score_MN, reference_M, offset, scale, N: gl.constexpr):
+    """Add a tile to Σ p and Σ p·(first row − key's group), and return p. offset: first row − first key.
 
     Σ p·place by halves: that of both halves, and the right one's Σ p times the half's length. In units of the longest
     half the first step is free: its moment is the right half itself.
@@ -59,9 +59,9 @@ def weigh(sum_MC, reach_MC, score_MN, reference_M, offset, scale, N: gl.constexp
     p_MN = gl.exp2(score_MN * scale - reference_M[:, None])
     left_MX, right_MX = halves(p_MN)
     tile_MC, moment_MC = fold(left_MX + right_MX, right_MX, N // 2)
-    reach_MC = gl.fma(tile_MC, gl.full_like(tile_MC, offset), reach_MC)
-    reach_MC = gl.fma(moment_MC, gl.full_like(moment_MC, -0.5 * N), reach_MC)
-    return sum_MC + tile_MC, reach_MC, p_MN
+    distance_sum_MC = gl.fma(tile_MC, gl.full_like(tile_MC, offset), distance_sum_MC)
+    distance_sum_MC = gl.fma(moment_MC, gl.full_like(moment_MC, -0.5 * N), distance_sum_MC)
+    return sum_MC + tile_MC, distance_sum_MC, p_MN
 
 
 @gluon.jit
@@ -74,17 +74,17 @@ def mask_and_reference(score_MN, first, key, row_M, key_N, scale):
 
 @gluon.jit
 def store_rows(
-    row_span, lse, reference_M, sum_MC, reach_MC, row_M, first, head, tokens, ROW_LAYOUT: gl.constexpr,
+    row_span, lse, reference_M, sum_MC, distance_sum_MC, row_M, first, head, tokens, ROW_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Adds over threads, stores row spans and lse. Gives (Σ p, whether the row's sums overflowed)."""
+    """Sum over threads; store row spans and lse. Returns (Σ p, whether the row's sums overflowed)."""
     place_C = gl.arange(0, 8, layout=gl.SliceLayout(0, sum_MC.type.layout)).to(gl.float32)
     sum_M = gl.convert_layout(gl.sum(sum_MC, 1), ROW_LAYOUT)
-    reach_M = gl.convert_layout(gl.sum(reach_MC - sum_MC * place_C[None, :], 1), ROW_LAYOUT)
+    distance_sum_M = gl.convert_layout(gl.sum(distance_sum_MC - sum_MC * place_C[None, :], 1), ROW_LAYOUT)
     at_M = head.to(gl.int64) * tokens + first + row_M
     exists_M = first + row_M < tokens
-    gl.store(row_span + at_M, reach_M / sum_M + row_M.to(gl.float32), mask=exists_M)
+    gl.store(row_span + at_M, distance_sum_M / sum_M + row_M.to(gl.float32), mask=exists_M)
     gl.store(lse + at_M, (reference_M + gl.log2(sum_M)) * 0.6931471805599453, mask=exists_M)
-    fits_M = (sum_M < float("inf")) & (gl.abs(reach_M) < float("inf"))
+    fits_M = (sum_M < float("inf")) & (gl.abs(distance_sum_M) < float("inf"))
     return sum_M, gl.where(fits_M, 0, 1)
 
 
@@ -99,7 +99,7 @@ def consume(
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, SCORES)
     first = (block * WARPGROUPS + WHICH) * 64
     diagonal = first // N
-    # The tiles that only the warpgroups below need are released unseen.
+    # Tiles that only later warpgroups need are released without being read.
     for skipped in range(0, last - diagonal):
         mbarrier.arrive(empty.index(skipped))
     slot = (last - diagonal) % STAGES
@@ -119,7 +119,7 @@ def consume(
     score_MN, reference_M = mask_and_reference(score_MN, first, diagonal * N, row_M, key_N, scale)
     offset = (first - diagonal * N).to(gl.float32)
     zeros_MC, _ = fold(zeros_MN, zeros_MN, 1)
-    sum_MC, reach_MC, _p_MN = weigh(zeros_MC, zeros_MC, score_MN, reference_M, offset, scale, N)
+    sum_MC, distance_sum_MC, _p_MN = weigh(zeros_MC, zeros_MC, score_MN, reference_M, offset, scale, N)
     for _ in range(0, diagonal):
         slot += 1
         if slot == STAGES:
@@ -130,10 +130,10 @@ def consume(
         score_MN = warpgroup_mma(q_MD, k_smem.index(slot).permute((1, 0)), zeros_MN, use_acc=False, is_async=True)
         score_MN = warpgroup_mma_wait(0, [score_MN])
         mbarrier.arrive(empty.index(slot))
-        sum_MC, reach_MC, _p_MN = weigh(sum_MC, reach_MC, score_MN, reference_M, offset, scale, N)
+        sum_MC, distance_sum_MC, _p_MN = weigh(sum_MC, distance_sum_MC, score_MN, reference_M, offset, scale, N)
 
     _sum_M, bad_M = store_rows(
-        row_span, lse, reference_M, sum_MC, reach_MC, row_M, first, head, tokens, ROW_LAYOUT
+        row_span, lse, reference_M, sum_MC, distance_sum_MC, row_M, first, head, tokens, ROW_LAYOUT
     )  # fmt: skip
     if first < tokens:
         gl.store(flags + head * ((tokens + 63) // 64) + first // 64, gl.max(bad_M, 0))
@@ -189,16 +189,16 @@ def gluon_row_kernel(
 
 
 def sweep(inputs: Inputs, *, keys: int, q_in_registers: bool) -> Results:
-    """One launch: spans and lse, wrong in the blocks whose flag is set."""
-    found = results(inputs, ROWS)
+    """One launch: spans and lse; those of flagged blocks are invalid."""
+    buffers = results(inputs, ROWS)
     launch(
         gluon_row_kernel,
         inputs.shape.query_heads * blocks(inputs, WARPGROUPS * ROWS),
         q_tiles=tiles(inputs.q, ROWS),
         k_tiles=tiles(inputs.k, keys),
-        row_span=found.row_span_HT,
-        lse=found.lse_HT,
-        flags=found.flags,
+        row_span=buffers.row_span_HT,
+        lse=buffers.lse_HT,
+        flags=buffers.flags,
         N=keys,
         STAGES={128: 4, 64: 6}[keys],
         REGISTERS=112,
@@ -206,11 +206,11 @@ def sweep(inputs: Inputs, *, keys: int, q_in_registers: bool) -> Results:
         num_warps=4,
         **common(inputs),
     )
-    return found
+    return buffers
 
 
 def run(inputs: Inputs, *, keys: int, q_in_registers: bool) -> Outputs:
-    """span and lse; 256 rows a program, one program to a multiprocessor."""
-    found = sweep(inputs, keys=keys, q_in_registers=q_in_registers)
-    redo(inputs, found, rows=ROWS)
-    return found.outputs()
+    """span and lse; 256 rows per program, one program per multiprocessor."""
+    buffers = sweep(inputs, keys=keys, q_in_registers=q_in_registers)
+    redo(inputs, buffers, rows=ROWS)
+    return buffers.outputs()

@@ -1,6 +1,6 @@
-"""What the prototypes need of Gluon, Triton's explicit dialect, and what its versions call differently.
+"""The parts of Gluon, Triton's low-level dialect, that the prototypes use, under one name for all Triton versions.
 
-Raises ImportError or AttributeError where Triton has no Gluon that they are written for.
+Importing raises ImportError or AttributeError if Triton has no compatible Gluon.
 """
 
 from __future__ import annotations

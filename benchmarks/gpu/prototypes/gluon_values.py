@@ -1,9 +1,9 @@
 """The attention forward with statistics in Gluon, for Hopper: FlashAttention-3's order, fixed reference.
 
-Two warpgroups of 64 rows and a warp that loads. The next tile's scores and this tile's P·V are both in flight while
-exponentials are taken; no maximum, and the output is never rescaled. Σ p and Σ p·(first row − key) are added in fp32
-by the threads that hold p, as in gluon_row.py. (A product of P with a column of places would take a fifth of the
-additions away, but rounds P to bf16 and needs more registers than there are.)
+Two warpgroups of 64 rows and one warp that loads. The next tile's scores and this tile's P·V are computed during the
+exponentials; there is no maximum, and the output is never rescaled. Σ p and Σ p·(first row − key) are summed in fp32
+by the threads that hold p, as in gluon_row.py. (A product of P with a column of positions would save a fifth of the
+additions, but rounds P to bf16 and needs too many registers.)
 
 Shape suffixes: M the 64 rows of a warpgroup, N keys of a tile, C the eight keys of a group, D head size.
 """
@@ -54,7 +54,7 @@ def consume(shared, WHICH: gl.constexpr, WARPGROUPS: gl.constexpr, N: gl.constex
     score_MN, reference_M = mask_and_reference(score_MN, first, diagonal * N, row_M, key_N, scale)
     offset = (first - diagonal * N).to(gl.float32)
     zeros_MC, _ = fold(zeros_MN, zeros_MN, 1)
-    sum_MC, reach_MC, p_MN = weigh(zeros_MC, zeros_MC, score_MN, reference_M, offset, scale, N)
+    sum_MC, distance_sum_MC, p_MN = weigh(zeros_MC, zeros_MC, score_MN, reference_M, offset, scale, N)
     weight_MN = gl.convert_layout(p_MN.to(gl.bfloat16), WEIGHTS)
     for _ in range(0, diagonal):
         # In flight together: the next tile's scores, and this tile's weights times its values.
@@ -68,7 +68,7 @@ def consume(shared, WHICH: gl.constexpr, WARPGROUPS: gl.constexpr, N: gl.constex
         score_MN = warpgroup_mma_wait(1, [score_MN])
         mbarrier.arrive(k_empty.index(j % STAGES))
         offset += N
-        sum_MC, reach_MC, p_MN = weigh(sum_MC, reach_MC, score_MN, reference_M, offset, scale, N)
+        sum_MC, distance_sum_MC, p_MN = weigh(sum_MC, distance_sum_MC, score_MN, reference_M, offset, scale, N)
         out_MD = warpgroup_mma_wait(0, [out_MD])
         mbarrier.arrive(v_empty.index(i % STAGES))
         weight_MN = gl.convert_layout(p_MN.to(gl.bfloat16), WEIGHTS)
@@ -79,7 +79,7 @@ def consume(shared, WHICH: gl.constexpr, WARPGROUPS: gl.constexpr, N: gl.constex
     mbarrier.arrive(v_empty.index(i % STAGES))
 
     sum_M, bad_M = store_rows(
-        row_span, lse, reference_M, sum_MC, reach_MC, row_M, first, head, tokens, ROW_LAYOUT
+        row_span, lse, reference_M, sum_MC, distance_sum_MC, row_M, first, head, tokens, ROW_LAYOUT
     )  # fmt: skip
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     out_row_M = first + gl.arange(0, 64, layout=OUT_ROWS)
@@ -151,28 +151,28 @@ def gluon_values_kernel(
 
 
 def sweep(inputs: Inputs, *, keys: int = 128) -> Results:
-    """One launch: spans, lse and output, wrong in the blocks whose flag is set."""
-    found = results(inputs, ROWS, values=True)
+    """One launch: spans, lse and output; those of flagged blocks are invalid."""
+    buffers = results(inputs, ROWS, values=True)
     launch(
         gluon_values_kernel,
         inputs.shape.query_heads * blocks(inputs, WARPGROUPS * ROWS),
         q_tiles=tiles(inputs.q, ROWS),
         k_tiles=tiles(inputs.k, keys),
         v_tiles=tiles(inputs.v, keys),
-        row_span=found.row_span_HT,
-        lse=found.lse_HT,
-        out=found.out,
-        flags=found.flags,
+        row_span=buffers.row_span_HT,
+        lse=buffers.lse_HT,
+        out=buffers.out,
+        flags=buffers.flags,
         N=keys,
         STAGES=2,
         num_warps=4,
         **common(inputs),
     )
-    return found
+    return buffers
 
 
 def run(inputs: Inputs) -> Outputs:
-    """span, lse and out; 128 rows a program, one program to a multiprocessor."""
-    found = sweep(inputs)
-    redo(inputs, found, rows=ROWS, values=True)
-    return found.outputs(values=True)
+    """span, lse and out; 128 rows per program, one program per multiprocessor."""
+    buffers = sweep(inputs)
+    redo(inputs, buffers, rows=ROWS, values=True)
+    return buffers.outputs(values=True)

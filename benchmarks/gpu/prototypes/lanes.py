@@ -1,9 +1,9 @@
-"""A fixed reference, with sums that stay with the thread that made them until the end: plain Triton.
+"""A fixed reference in plain Triton; sums stay in the thread that computed them until the end.
 
-In the steady loop nothing moves between threads: Σ p and Σ p·(first row − key) are kept for each of the eight keys of
-a group, folded over the groups of a tile, and added over threads once a program. Tiles go from the diagonal down, so
-the first is the one that gives the reference. Blocks whose sums overflow raise a flag, and a second launch computes
-them again with the online softmax (fixed.py does it in the same program, at the price of registers).
+In the steady loop no data moves between threads: Σ p and Σ p·(first row − key) are kept for each of the eight keys of
+a group, summed over the groups of a tile, and summed over threads once per program. Tiles are visited from the diagonal
+down, so the first one gives the reference. Blocks whose sums overflow are flagged, and a second launch recomputes them
+with the online softmax (fixed.py does so in the same program, which costs registers).
 
 Shape suffixes: M rows and N keys of a tile, C the eight keys of a group, D head size.
 """
@@ -23,13 +23,13 @@ from rhythm.kernels.tiles import upcast
 
 
 @triton.jit
-def weigh(sum_MC, reach_MC, score_MN, reference_M, offset, scale):
-    """Adds a tile; offset: first row − first key. Distances are to the first row, not to key 0: nothing cancels."""
+def weigh(sum_MC, distance_sum_MC, score_MN, reference_M, offset, scale):
+    """Add a tile. offset: first row − first key. Distances are relative to the first row, to avoid cancellation."""
     p_MN = tl.exp2(score_MN * scale - reference_M[:, None])
     tile_MC, moment_MC = fold(p_MN)
-    reach_MC += tile_MC * offset
-    reach_MC -= moment_MC * (p_MN.shape[1] // 2)
-    return sum_MC + tile_MC, reach_MC
+    distance_sum_MC += tile_MC * offset
+    distance_sum_MC -= moment_MC * (p_MN.shape[1] // 2)
+    return sum_MC + tile_MC, distance_sum_MC
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -52,32 +52,32 @@ def lanes_kernel(
     largest_M = tl.max(score_MN, 1) * scale
     reference_M = tl.where(largest_M == float("-inf"), 0.0, largest_M)
     offset = (first - diagonal).to(tl.float32)
-    sum_MC, reach_MC = weigh(zeros_MC, zeros_MC, score_MN, reference_M, offset, scale)
+    sum_MC, distance_sum_MC = weigh(zeros_MC, zeros_MC, score_MN, reference_M, offset, scale)
 
     for down in tl.range(0, diagonal, KEYS, num_stages=STAGES):
         key = diagonal - KEYS - down
         k_ND = load_tile(k_tiles, key, head // GROUP, KEYS, D, UPCAST)
         score_MN = tl.dot(q_MD, tl.trans(k_ND))
         offset = (first - key).to(tl.float32)
-        sum_MC, reach_MC = weigh(sum_MC, reach_MC, score_MN, reference_M, offset, scale)
+        sum_MC, distance_sum_MC = weigh(sum_MC, distance_sum_MC, score_MN, reference_M, offset, scale)
 
     sum_M = tl.sum(sum_MC, 1)
-    reach_M = tl.sum(reach_MC - sum_MC * tl.arange(0, 8).to(tl.float32)[None, :], 1)
-    store_rows(row_span, lse, reference_M, sum_M, reach_M, first, head, tokens, ROWS)
-    tl.store(flags + head * blocks + block, tl.max(overflowed(sum_M, reach_M).to(tl.int32), 0))
+    distance_sum_M = tl.sum(distance_sum_MC - sum_MC * tl.arange(0, 8).to(tl.float32)[None, :], 1)
+    store_rows(row_span, lse, reference_M, sum_M, distance_sum_M, first, head, tokens, ROWS)
+    tl.store(flags + head * blocks + block, tl.max(overflowed(sum_M, distance_sum_M).to(tl.int32), 0))
 
 
 def sweep(inputs: Inputs, *, rows: int = 128, keys: int = 128) -> Results:
-    """One launch: spans and lse, wrong in the blocks whose flag is set."""
-    found = results(inputs, rows)
+    """One launch: spans and lse; those of flagged blocks are invalid."""
+    buffers = results(inputs, rows)
     launch(
         lanes_kernel,
         inputs.shape.query_heads * blocks(inputs, rows),
         q_tiles=tiles(inputs.q, rows),
         k_tiles=tiles(inputs.k, keys),
-        row_span=found.row_span_HT,
-        lse=found.lse_HT,
-        flags=found.flags,
+        row_span=buffers.row_span_HT,
+        lse=buffers.lse_HT,
+        flags=buffers.flags,
         ROWS=rows,
         KEYS=keys,
         STAGES=2,
@@ -87,11 +87,11 @@ def sweep(inputs: Inputs, *, rows: int = 128, keys: int = 128) -> Results:
         **two_programs(),
         **common(inputs),
     )
-    return found
+    return buffers
 
 
 def run(inputs: Inputs) -> Outputs:
-    """span and lse; 128 rows × 128 keys, two programs to a multiprocessor."""
-    found = sweep(inputs)
-    redo(inputs, found, rows=128)
-    return found.outputs()
+    """span and lse; 128 rows × 128 keys, two programs per multiprocessor."""
+    buffers = sweep(inputs)
+    redo(inputs, buffers, rows=128)
+    return buffers.outputs()

@@ -1,7 +1,7 @@
 """The control: the online softmax as in rhythm's row sweep, without WAAD, in plain Triton.
 
-What the fixed reference gains is the difference to this. The same kernel computes again the blocks that another
-prototype flagged (`redo`): for the others its programs end at once.
+The gain of a fixed reference is the difference to this. The same kernel recomputes the blocks that another prototype
+flagged (`redo`); programs of other blocks return immediately.
 
 Shape suffixes: M rows and N keys of a tile, D head size.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.gpu.prototypes.operands import Results, blocks, common, results, tiles, two_programs
-from benchmarks.gpu.prototypes.sums import absorb_online, load_tile, store_out, store_rows
+from benchmarks.gpu.prototypes.sums import load_tile, online_softmax_step, store_out, store_rows
 from benchmarks.implementations import Outputs
 from benchmarks.shapes import Inputs
 from rhythm.kernels.launch import launch
@@ -39,34 +39,34 @@ def online_kernel(
         k_ND = load_tile(k_tiles, key, head // GROUP, KEYS, D, UPCAST)
         v_ND = load_tile(v_tiles, key, head // GROUP, KEYS, D, UPCAST) if VALUES else k_ND
         score_MN = tl.dot(q_MD, tl.trans(k_ND))
-        state = absorb_online(state, score_MN, v_ND, (first - key).to(tl.float32), scale, VALUES)
+        state = online_softmax_step(state, score_MN, v_ND, (first - key).to(tl.float32), scale, VALUES)
     k_ND = load_tile(k_tiles, diagonal, head // GROUP, KEYS, D, UPCAST)
     v_ND = load_tile(v_tiles, diagonal, head // GROUP, KEYS, D, UPCAST) if VALUES else k_ND
     score_MN = tl.dot(q_MD, tl.trans(k_ND))
     causal_MN = first + tl.arange(0, ROWS)[:, None] >= diagonal + tl.arange(0, KEYS)[None, :]
     score_MN = tl.where(causal_MN, score_MN, float("-inf"))
-    state = absorb_online(state, score_MN, v_ND, (first - diagonal).to(tl.float32), scale, VALUES)
+    state = online_softmax_step(state, score_MN, v_ND, (first - diagonal).to(tl.float32), scale, VALUES)
 
-    largest_M, sum_M, reach_M, out_MD = state
-    store_rows(row_span, lse, largest_M, sum_M, reach_M, first, head, tokens, ROWS)
+    largest_M, sum_M, distance_sum_M, out_MD = state
+    store_rows(row_span, lse, largest_M, sum_M, distance_sum_M, first, head, tokens, ROWS)
     if VALUES:
         store_out(out, out_MD, sum_M, first, head, tokens, heads, ROWS, D)
 
 
 def run(inputs: Inputs) -> Outputs:
-    """span and lse; 128 rows × 128 keys, two programs to a multiprocessor."""
-    found = results(inputs, rows=128)
-    _start(inputs, found, 128, False, False, KEYS=128, STAGES=2, num_warps=8, num_stages=2, **two_programs())
-    return found.outputs()
+    """span and lse; 128 rows × 128 keys, two programs per multiprocessor."""
+    buffers = results(inputs, rows=128)
+    _start(inputs, buffers, 128, False, False, KEYS=128, STAGES=2, num_warps=8, num_stages=2, **two_programs())
+    return buffers.outputs()
 
 
-def redo(inputs: Inputs, found: Results, rows: int, *, values: bool = False) -> None:
-    """Computes again the blocks of `rows` rows whose flag is set; the host does not look at flags."""
+def redo(inputs: Inputs, buffers: Results, rows: int, *, values: bool = False) -> None:
+    """Recompute the blocks of `rows` rows whose flag is set. The host doesn't read the flags."""
     warps = 4 if rows == 64 else 8
-    _start(inputs, found, rows, values, True, KEYS=rows, STAGES=1, num_warps=warps, num_stages=1)
+    _start(inputs, buffers, rows, values, True, KEYS=rows, STAGES=1, num_warps=warps, num_stages=1)
 
 
-def _start(inputs: Inputs, found: Results, rows: int, values: bool, flagged: bool, **settings: int) -> None:
+def _start(inputs: Inputs, buffers: Results, rows: int, values: bool, flagged: bool, **settings: int) -> None:
     keys = settings["KEYS"]
     launch(
         online_kernel,
@@ -74,10 +74,10 @@ def _start(inputs: Inputs, found: Results, rows: int, values: bool, flagged: boo
         q_tiles=tiles(inputs.q, rows),
         k_tiles=tiles(inputs.k, keys),
         v_tiles=tiles(inputs.v, keys),
-        row_span=found.row_span_HT,
-        lse=found.lse_HT,
-        out=found.out,
-        flags=found.flags,
+        row_span=buffers.row_span_HT,
+        lse=buffers.lse_HT,
+        out=buffers.out,
+        flags=buffers.flags,
         ROWS=rows,
         VALUES=values,
         FLAGGED=flagged,

@@ -1,4 +1,4 @@
-"""What all prototypes share: which inputs they take, the scale, descriptors, and their results.
+"""Shared by all prototypes: checks of inputs, the scale, tensor descriptors, and results.
 
 Shape suffixes: T tokens, H query heads.
 """
@@ -56,8 +56,8 @@ class Results:
 
     def outputs(self, values: bool = False) -> Outputs:
         """By name, with the rows' spans averaged."""
-        found = {"span": self.row_span_HT.mean(dim=1)[None], "lse": self.lse_HT}
-        return found | ({"out": self.out} if values else {})
+        outputs = {"span": self.row_span_HT.mean(dim=1)[None], "lse": self.lse_HT}
+        return outputs | ({"out": self.out} if values else {})
 
 
 def results(inputs: Inputs, rows: int, values: bool = False) -> Results:
@@ -73,7 +73,7 @@ def blocks(inputs: Inputs, rows: int) -> int:
 
 
 def tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor of x [T, H, D] for tiles of `rows` tokens of one head; what lies beyond T reads as 0."""
+    """A descriptor of x [T, H, D] for tiles of `rows` tokens of one head; beyond T it reads 0."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, x.shape[-1]])
 
 
@@ -91,7 +91,7 @@ def common(inputs: Inputs) -> dict[str, int | float]:
 
 
 def two_programs() -> dict[str, int]:
-    """The launch option that lets two programs of 8 warps share a multiprocessor: 128 registers a thread.
+    """The launch option that lets two programs of 8 warps share a multiprocessor: 128 registers per thread.
 
     Triton 3.6 stays within them; later versions were seen to spill (3.9), and are left to take what they need.
     """

@@ -1,6 +1,6 @@
-"""Pieces of plain Triton that the prototypes share.
+"""Triton functions that the prototypes share.
 
-Shape suffixes: M rows and N keys of a tile, I groups of eight neighbouring keys, C the eight of a group, D head size.
+Shape suffixes: M rows and N keys of a tile, I groups of eight neighboring keys, C the eight of a group, D head size.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def load_tile(tiles, row, head, ROWS: tl.constexpr, D: tl.constexpr, UPCAST: tl.
 
 @triton.jit
 def halves(x_MX):
-    """(left, right) half of the columns. A thread holds neighbours of every group of eight: nothing moves."""
+    """(left, right) half of the columns. A thread holds neighbors of every group of eight, so no data moves."""
     HALF: tl.constexpr = x_MX.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(x_MX, [x_MX.shape[0], 2, HALF]), (0, 2, 1)))
 
 
 @triton.jit
 def fold_halves(sum_MX, moment_MX, UNIT: tl.constexpr):
-    """moment_MX is of what was folded into sum_MX before, in the same unit."""
+    """Sum halves until 8 columns are left. moment_MX: Σ p·position within each column of sum_MX, in units of UNIT."""
     if sum_MX.shape[1] == 8:
         return sum_MX, moment_MX
     else:
@@ -39,9 +39,9 @@ def fold_halves(sum_MX, moment_MX, UNIT: tl.constexpr):
 def fold(p_MN):
     """(Σ_i p, Σ_i p·8i / (N/2)) over groups of eight keys, [M, 8] each, in the threads that hold them.
 
-    Σ p·place by halves: that of both halves, and the right one's Σ p times the half's length. In units of the longest
-    half the first step is free: its moment is the right half itself. Two operations a key, in an order of our own
-    (Triton's reductions have one that changes with its version).
+    Σ p·position by halves: the sum of both halves', plus the right half's Σ p times the half's length. In units of the
+    longest half the first step is free: its moment is the right half itself. Two operations per key, in a fixed order
+    (the order of Triton's reductions depends on its version).
     """
     left_MX, right_MX = halves(p_MN)
     return fold_halves(left_MX + right_MX, right_MX, p_MN.shape[1] // 2)
@@ -56,36 +56,36 @@ def moments(p_MN):
 
 
 @triton.jit
-def absorb_online(state, score_MN, v_ND, offset, scale, VALUES: tl.constexpr):
-    """One tile into the online softmax: (largest score, Σ p, Σ p·(first row − key), Σ p·v), base-2 exponents.
+def online_softmax_step(state, score_MN, v_ND, offset, scale, VALUES: tl.constexpr):
+    """One online-softmax step with a tile: (largest score, Σ p, Σ p·(first row − key), Σ p·v), base-2 exponents.
 
     offset: first row − first key of the tile, fp32.
     """
-    largest_M, sum_M, reach_M, out_MD = state
+    largest_M, sum_M, distance_sum_M, out_MD = state
     larger_M = tl.maximum(largest_M, tl.max(score_MN, 1) * scale)
     reference_M = tl.where(larger_M == float("-inf"), 0.0, larger_M)
-    shrink_M = tl.exp2(largest_M - reference_M)
+    rescale_M = tl.exp2(largest_M - reference_M)
     p_MN = tl.exp2(score_MN * scale - reference_M[:, None])
     tile_sum_M, tile_place_M = moments(p_MN)
-    sum_M = sum_M * shrink_M + tile_sum_M
-    reach_M = reach_M * shrink_M + (tile_sum_M * offset - tile_place_M)
+    sum_M = sum_M * rescale_M + tile_sum_M
+    distance_sum_M = distance_sum_M * rescale_M + (tile_sum_M * offset - tile_place_M)
     if VALUES:
-        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None])
-    return larger_M, sum_M, reach_M, out_MD
+        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * rescale_M[:, None])
+    return larger_M, sum_M, distance_sum_M, out_MD
 
 
 @triton.jit
-def overflowed(sum_M, reach_M):
+def overflowed(sum_M, distance_sum_M):
     """Whether a sum is infinite or NaN: a score some 88 nats above its row's reference, or one that is NaN."""
-    return ~((sum_M < float("inf")) & (tl.abs(reach_M) < float("inf")))
+    return ~((sum_M < float("inf")) & (tl.abs(distance_sum_M) < float("inf")))
 
 
 @triton.jit
-def store_rows(row_span, lse, reference_M, sum_M, reach_M, first, head, tokens, ROWS: tl.constexpr):
+def store_rows(row_span, lse, reference_M, sum_M, distance_sum_M, first, head, tokens, ROWS: tl.constexpr):
     """Row spans and lse of the rows that exist; NaN where a score is NaN or +inf, or all are −inf."""
     row_M = tl.arange(0, ROWS)
     defined_M = (sum_M > 0) & (sum_M < float("inf")) & (reference_M < float("inf"))
-    span_M = tl.where(defined_M, reach_M / sum_M + row_M.to(tl.float32), float("nan"))
+    span_M = tl.where(defined_M, distance_sum_M / sum_M + row_M.to(tl.float32), float("nan"))
     lse_M = tl.where(defined_M, (reference_M + tl.log2(sum_M)) * 0.6931471805599453, float("nan"))
     at_M = head.to(tl.int64) * tokens + first + row_M
     tl.store(row_span + at_M, span_M, mask=first + row_M < tokens)

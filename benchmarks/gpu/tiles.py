@@ -1,4 +1,4 @@
-"""Races every tile that the tables offer for a kernel, at one shape, by graph replays."""
+"""Times every tile that the tables offer for a kernel, at one shape, by graph replays."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import Budget, Clock, told
+from benchmarks.gpu.clock import Budget, Clock, one_line
 from benchmarks.gpu.report import Part
-from benchmarks.gpu.suite import Field
+from benchmarks.gpu.suite import Comparison
 from benchmarks.implementations import Outputs
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, Shape, make_inputs
 from benchmarks.verify import relative_error
@@ -24,7 +24,7 @@ SAME, SAME_OUT = 1e-3, 1e-2
 
 
 def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
-    """For each kernel of the tile tables an op that runs it."""
+    """For each kernel of the tile tables, an op that runs it."""
     from rhythm.kernels import Sequences, column_sweep
 
     q, k, v, lse = inputs.q, inputs.k, inputs.v, inputs.lse
@@ -33,14 +33,14 @@ def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
     to_end = (HORIZON[0], None)
 
     def with_output() -> Outputs:
-        out, found = attention_with_statistics(q, k, v, horizon=HORIZON, **given)
-        return {"out": out} | _named(found)
+        out, statistics = attention_with_statistics(q, k, v, horizon=HORIZON, **given)
+        return {"out": out} | _named(statistics)
 
     def swept(horizon: tuple[int, int | None], **more: Any) -> Callable[[], Outputs]:
         return lambda: _named(attention_statistics(q, k, horizon=horizon, **more, **given))
 
     def columns(horizon: tuple[int, int | None]) -> Outputs:
-        """The launcher alone: in the op it follows the rows, which can't be left out."""
+        """Only the launcher: in the op it runs after the row sweep, which can't be left out."""
         fai = torch.full_like(lse, torch.nan)
         column_sweep(q, k, lse, sequences, fai, scale=inputs.scale, horizon=horizon)
         return {"fai": fai}
@@ -57,7 +57,7 @@ def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
 
 
 def tiles_part(sweep: str, shape: Shape, clock: Clock, rounds: int, budget: Budget) -> Part:
-    """Races the tiles of one kernel: each is checked within the whole op, then timed without the other kernels."""
+    """Time the tiles of one kernel: each is checked in the whole op, then timed without the other kernels."""
     from rhythm.kernels.launch import forced
     from rhythm.kernels.tile_tables import KernelKey, Tile, architecture, candidates, shared_memory
 
@@ -81,26 +81,26 @@ def tiles_part(sweep: str, shape: Shape, clock: Clock, rounds: int, budget: Budg
     expected = with_tile(None, True)
     if not keys:
         raise ValueError(f"the op for {sweep} does not run it")
-    tiles, found = offered(keys[0]), Field()
+    tiles, comparison = offered(keys[0]), Comparison()
     for tile in tiles:
         if budget.left < 10.0:
-            found.failed[described(tile)] = "budget"
+            comparison.failed[tile_label(tile)] = "budget"
             continue
         try:
             wrong = different(with_tile(tile, True), expected)
-        except Exception as error:  # a tile that does not compile, or has no room, costs itself
-            wrong = told(error)
+        except Exception as error:  # a tile may not compile or not fit
+            wrong = one_line(error)
         if wrong is None:
-            found.enter(described(tile), lambda tile=tile: partial(with_tile, tile, False), clock)
+            comparison.enter(tile_label(tile), lambda tile=tile: partial(with_tile, tile, False), clock)
         else:
-            found.failed[described(tile)] = wrong
-    found.replayed, reasons = clock.race_replays(found.runs, rounds)
-    found.failed |= reasons
-    return _part(sweep, found, tiles)
+            comparison.failed[tile_label(tile)] = wrong
+    comparison.replayed, reasons = clock.interleaved_replays(comparison.runs, rounds)
+    comparison.failed |= reasons
+    return _part(sweep, comparison, tiles)
 
 
 def different(actual: Outputs, expected: Outputs) -> str | None:
-    """Which result is not the default tile's, and by how much; None: they agree."""
+    """The first result that differs from the default tile's, and by how much; None: all agree."""
     for name, value in expected.items():
         error = relative_error(actual[name], value)
         if not error <= (SAME_OUT if name == "out" else SAME):
@@ -108,8 +108,8 @@ def different(actual: Outputs, expected: Outputs) -> str | None:
     return None
 
 
-def described(tile: Any) -> str:
-    """128 × 128, 8 warps, 2 stages, TMA; and whatever else a tile has, by name."""
+def tile_label(tile: Any) -> str:
+    """A tile as text: "128 × 128, 8 warps, 2 stages, TMA", then its other options by name."""
     fields = tile._asdict()
     rows, keys, warps, stages = (fields.pop(name) for name in ("rows", "keys", "warps", "stages"))
     text = f"{rows} × {keys}, {warps} warps, {stages} stages" + (", TMA" if fields.pop("tma") else "")
@@ -117,7 +117,7 @@ def described(tile: Any) -> str:
 
 
 def tuner_part(inputs: Callable[[], Inputs]) -> Part:
-    """What the tuner itself chooses and keeps for RHYTHM_AUTOTUNE=1; no record is made with it."""
+    """The tiles that the autotuner chooses and stores with RHYTHM_AUTOTUNE=1; the other parts don't use them."""
     from rhythm.kernels import tuning
 
     with _autotuning():
@@ -126,30 +126,35 @@ def tuner_part(inputs: Callable[[], Inputs]) -> Part:
             try:
                 op()
             except Exception as error:
-                failed.append(f"{sweep}: {told(error)}")
+                failed.append(f"{sweep}: {one_line(error)}")
     path = tuning.cache_file()
-    kept = path.read_text(encoding="utf-8") if path.exists() else "no tiles raced: none has another beside it"
+    kept = path.read_text(encoding="utf-8") if path.exists() else "no tiles were timed: each kernel has only one"
     return Part("tuner", (), (), (), tuple(failed), bool(failed), facts={"file": kept})
 
 
-def _part(sweep: str, found: Field, tiles: Sequence[Any]) -> Part:
-    default = described(tiles[0])
-    names = sorted(found.replayed, key=lambda name: found.replayed[name].median)
-    over = found.replayed.get(default)
+def _part(sweep: str, comparison: Comparison, tiles: Sequence[Any]) -> Part:
+    default = tile_label(tiles[0])
+    names = sorted(comparison.replayed, key=lambda name: comparison.replayed[name].median)
+    over = comparison.replayed.get(default)
     rows, table = [], []
     for name in names:
-        timing = found.replayed[name]
+        timing = comparison.replayed[name]
         share = timing.median / over.median if over else None
         marks = [mark for mark, is_so in (("default", name == default), ("fastest", name == names[0])) if is_so]
         rows.append({"sweep": sweep, "tile": name, "seconds": timing.median, "to_default": share, "is": marks})
         shown = "" if share is None else f"{share:.3f}"
         table.append({"tile": name, "ms": f"{1e3 * timing.median:,.4f}", "over default": shown, "": ", ".join(marks)})
-    wrong = any(reason.startswith("WRONG") for reason in found.failed.values()) or default in found.failed
-    return Part(f"tiles_{sweep}", tuple(rows), (), (), found.not_measured(), wrong, tuple(table))
+    wrong = any(reason.startswith("WRONG") for reason in comparison.failed.values()) or default in comparison.failed
+    return Part(f"tiles_{sweep}", tuple(rows), (), (), comparison.not_measured(), wrong, tuple(table))
 
 
-def _named(found: Any) -> Outputs:
-    results: dict[str, Tensor | None] = {"span": found.span, "waad": found.waad, "fai": found.fai, "lse": found.lse}
+def _named(statistics: Any) -> Outputs:
+    results: dict[str, Tensor | None] = {
+        "span": statistics.span,
+        "waad": statistics.waad,
+        "fai": statistics.fai,
+        "lse": statistics.lse,
+    }
     return {name: value for name, value in results.items() if value is not None}
 
 
