@@ -19,7 +19,8 @@ HEAD = """# Configuration keys
 
 Made by `python docs/configuration.py --write` from the typed models; `rhythm-train --help` prints the same. A key is
 set in the YAML file, section by section, or on the command line as `section.key=value`. An unknown key is an error that
-names the nearest known one.
+names the nearest known one. WAAD is windowed average attention distance, FAI future attention influence
+([numbers.md](numbers.md)).
 """
 
 
