@@ -49,20 +49,20 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in t
 
 def requirements(*names: str) -> set[str]:
     """Distributions and all that they require, without extras."""
-    found: set[str] = set()
+    loaded: set[str] = set()
     wanted = list(names)
     while wanted:
         name = canonicalize_name(wanted.pop())
-        if name in found:
+        if name in loaded:
             continue
         try:
             requires = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue
-        found.add(name)
+        loaded.add(name)
         parsed = [Requirement(line) for line in requires]
         wanted += [one.name for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return found
+    return loaded
 
 
 def without_extras(*also: str) -> str:
@@ -97,15 +97,15 @@ def normal(*shape):
 
 q, k, v = normal(90, 4, 32), normal(90, 2, 32), normal(91, 2, 32)[1:]
 where = {"cu_seqlens": torch.tensor([0, 30, 90], dtype=torch.int32), "prompt_lens": [4, 0]}
-found = {"layers": torch.tensor(rhythm.sampled_layers(36))}
+results = {"layers": torch.tensor(rhythm.sampled_layers(36))}
 for backend in ("reference", "cpu"):
     out, fused = rhythm.attention_with_statistics(q, k, v, **where, backend=backend)
     alone = rhythm.attention_statistics(q, k, **where, backend=backend)
     groups = rhythm.select_heads(alone.span)
     columns = rhythm.column_scores(q, k, cu_seqlens=where["cu_seqlens"], backend=backend)
     tensors = [out, fused.span, alone.span, alone.waad, alone.fai, alone.lse, groups.local, groups.global_, columns]
-    found |= {f"{backend} {i}": tensor for i, tensor in enumerate(tensors)}
-torch.save(found, "found.pt")
+    results |= {f"{backend} {i}": tensor for i, tensor in enumerate(tensors)}
+torch.save(results, "results.pt")
 assert backends.triton.__name__ == "rhythm.ops.backends.triton"
 """
 
@@ -117,13 +117,13 @@ def test_ops_need_torch_and_numpy_only(tmp_path: Path) -> None:
     shown = output(f"{without_extras()}{OPS}\nprint(sorted(set(sys.modules) & set(refused)))", alone)
     assert shown.strip() == "[]"
     output(OPS, usual)
-    found, expected = (torch.load(place / "found.pt") for place in (alone, usual))
-    assert list(found) == list(expected)
-    assert len(found) == 19
-    for name, tensor in found.items():
+    results, expected = (torch.load(place / "results.pt") for place in (alone, usual))
+    assert list(results) == list(expected)
+    assert len(results) == 19
+    for name, tensor in results.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True)
-    assert found["layers"].tolist() == [12, 15, 18, 21, 24]
-    assert int(found["cpu 3"].isfinite().sum()) == 4 * (26 + 60)
+    assert results["layers"].tolist() == [12, 15, 18, 21, 24]
+    assert int(results["cpu 3"].isfinite().sum()) == 4 * (26 + 60)
 
 
 def test_triton_kernels_need_triton_besides(tmp_path: Path) -> None:
@@ -197,10 +197,10 @@ def test_base_dependencies_are_torch_and_numpy_and_extras_bring_the_rest() -> No
     assert set(extras) >= {"models", "train", "analyze", "trl", "cluster", "triton", "dev"}
 
     def brought(extra: str) -> set[str]:
-        found: set[str] = set()
+        needed: set[str] = set()
         for one in map(Requirement, extras[extra]):
-            found |= {name for inner in one.extras for name in brought(inner)} if one.name == "rhythm" else {one.name}
-        return found
+            needed |= {name for inner in one.extras for name in brought(inner)} if one.name == "rhythm" else {one.name}
+        return needed
 
     distributions = {"yaml": "pyyaml", "megatron": "megatron-core"}
     distributions |= {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}

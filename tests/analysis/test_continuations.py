@@ -76,25 +76,25 @@ BRANCHES = [
 @pytest.mark.parametrize("rows_at_once", [1, 4, 100])
 def test_they_are_what_generate_finds_from_scratch(model: Any, ids_N: Tensor, rows_at_once: int) -> None:
     prefilled = prefill(model, ids_N, POSITIONS)
-    found = continue_greedily(model, prefilled, BRANCHES, end_ids=END_IDS, rows_at_once=rows_at_once)
-    assert found == [naive(model, ids_N, branch) for branch in BRANCHES]
-    assert len({tuple(tokens) for tokens in found}) > len(POSITIONS)  # the model does tell them apart
+    generated = continue_greedily(model, prefilled, BRANCHES, end_ids=END_IDS, rows_at_once=rows_at_once)
+    assert generated == [naive(model, ids_N, branch) for branch in BRANCHES]
+    assert len({tuple(tokens) for tokens in generated}) > len(POSITIONS)  # the model does tell them apart
 
 
 def test_continuations_end_early_in_these_cases(ids_N: Tensor) -> None:
     model = build("qwen3")
-    found = continue_greedily(model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=END_IDS, rows_at_once=100)
-    ended = [tokens[-1] in END_IDS for tokens in found]
+    generated = continue_greedily(model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=END_IDS, rows_at_once=100)
+    ended = [tokens[-1] in END_IDS for tokens in generated]
     assert any(ended)
     assert not all(ended)
-    assert all(not set(END_IDS) & set(tokens[:-1]) for tokens in found)
+    assert all(not set(END_IDS) & set(tokens[:-1]) for tokens in generated)
 
 
 def test_logits_are_those_of_a_plain_pass(model: Any, ids_N: Tensor) -> None:
     with torch.no_grad():
         logits_NV = model(ids_N[None]).logits[0]
-    found = prefill(model, ids_N, POSITIONS).logits_KV
-    torch.testing.assert_close(found, logits_NV[torch.tensor(POSITIONS) - 1], rtol=1e-4, atol=1e-4)
+    logits_KV = prefill(model, ids_N, POSITIONS).logits_KV
+    torch.testing.assert_close(logits_KV, logits_NV[torch.tensor(POSITIONS) - 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows_at_once", [3, 100])
@@ -104,22 +104,24 @@ def test_no_token_is_run_twice(model: Any, ids_N: Tensor, rows_at_once: int) -> 
         lambda _, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     try:
-        found = continue_greedily(
+        generated = continue_greedily(
             model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=END_IDS, rows_at_once=rows_at_once
         )
     finally:
         handle.remove()
     assert calls[0] == POSITIONS[-1]  # the sequence, once
-    assert sum(calls[1:]) == sum(map(len, found))  # then one token for each token found
+    assert sum(calls[1:]) == sum(map(len, generated))  # then one token for each token found
     assert max(calls[1:]) <= rows_at_once
     # What k full generations would have run, had they no cache of the sequence:
-    assert sum(calls) < sum(branch.position + len(tokens) for branch, tokens in zip(BRANCHES, found, strict=True)) / 2
+    assert (
+        sum(calls) < sum(branch.position + len(tokens) for branch, tokens in zip(BRANCHES, generated, strict=True)) / 2
+    )
 
 
 def test_nothing_follows_an_end_token(model: Any, ids_N: Tensor) -> None:
     branches = [Branch(5, END_IDS[0], 9), Branch(6, 7, 3)]
-    found = continue_greedily(model, prefill(model, ids_N, [5, 6]), branches, end_ids=END_IDS, rows_at_once=8)
-    assert found == [[], naive(model, ids_N, branches[1])]
+    generated = continue_greedily(model, prefill(model, ids_N, [5, 6]), branches, end_ids=END_IDS, rows_at_once=8)
+    assert generated == [[], naive(model, ids_N, branches[1])]
 
 
 def test_the_prefill_serves_again(model: Any, ids_N: Tensor) -> None:
@@ -132,8 +134,8 @@ def test_a_model_in_training_stays_so_but_is_not_used_so(ids_N: Tensor) -> None:
     model = build("gpt2")
     expected = continue_greedily(model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=(), rows_at_once=8)
     model.train()  # GPT-2 has dropout
-    found = continue_greedily(model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=(), rows_at_once=8)
-    assert found == expected
+    generated = continue_greedily(model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=(), rows_at_once=8)
+    assert generated == expected
     assert model.training
 
 

@@ -127,9 +127,9 @@ def test_problems_come_through_a_pipe(done: Analysis, model: Any, tokenizer: Any
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_text, args=(ROWS,))
     writer.start()
-    found = analyze(model, tokenizer, pipe, out=tmp_path / "piped", config=CONFIG, page=False)
+    results = analyze(model, tokenizer, pipe, out=tmp_path / "piped", config=CONFIG, page=False)
     writer.join()
-    assert found.problems == str(pipe)
-    assert found.names == done.names
-    for name in found.names:
-        assert response_path(found.directory, name).read_bytes() == response_path(done.directory, name).read_bytes()
+    assert results.problems == str(pipe)
+    assert results.names == done.names
+    for name in results.names:
+        assert response_path(results.directory, name).read_bytes() == response_path(done.directory, name).read_bytes()

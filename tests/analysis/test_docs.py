@@ -40,5 +40,5 @@ def test_commands(tmp_path: Path) -> None:
     assert len(lines) == 4
     for line in lines:
         words = [part for word in shlex.split(line)[1:] for part in (options if word == "$options" else [word])]
-        found = command._config(command._parser().parse_intermixed_args(words))
-        assert found.signals.horizon == ((2, 10) if "$options" in line else (10, 50))
+        config = command._config(command._parser().parse_intermixed_args(words))
+        assert config.signals.horizon == ((2, 10) if "$options" in line else (10, 50))

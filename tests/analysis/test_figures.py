@@ -66,9 +66,9 @@ def test_fig_2_draws_the_curves_with_their_peaks(response: ResponseResult) -> No
 def test_fig_2_maps_are_those_of_the_response(response: ResponseResult) -> None:
     axes = axes_of(rhythm_figure(response))
     assert response.maps is not None
-    for title, found in (("Local heads", response.maps.local), ("Global heads", response.maps.global_)):
+    for title, attention_map in (("Local heads", response.maps.local), ("Global heads", response.maps.global_)):
         (image,) = axes[title].images
-        np.testing.assert_allclose(np.asarray(image.get_array()) ** 2, np.array(found.weights), atol=1e-12)
+        np.testing.assert_allclose(np.asarray(image.get_array()) ** 2, np.array(attention_map.weights), atol=1e-12)
         n = len(response.tokens.texts)
         assert tuple(image.get_extent()) == (-response.prompt_tokens, n, n, 0)  # the response begins at 0
     without = axes_of(rhythm_figure(replace(response, maps=None)))
@@ -123,7 +123,7 @@ def test_the_map_of_heads_marks_the_sets(invented: Invented) -> None:
         colour = pytest.approx(np.array(_rgba(COLOURS[key])))
         boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_edgecolor() == colour]
         assert {(round(box.get_y() + 0.42), round(box.get_x() + 0.42)) for box in boxes} == set(heads.set(name).heads)
-    (dots,) = (each for each in axes.collections if isinstance(each, PathCollection))
+    (dots,) = (collection for collection in axes.collections if isinstance(collection, PathCollection))
     assert {(int(y), int(x)) for x, y in dots.get_offsets()} == set(heads.set("receiver").heads)
 
 

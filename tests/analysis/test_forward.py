@@ -42,23 +42,26 @@ def build(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2"])
 def test_signals_are_those_of_observe(kind: str) -> None:
     model = build(kind)
-    found = observe_response(
+    seen = observe_response(
         Observer(model, CONFIG.signals), build_tokenizer(), IDS[:PROMPT], IDS[PROMPT:], CONFIG, maps=False
     )
     expected = observe(model, torch.tensor([IDS]), prompt_lens=[PROMPT], entropy=True)
     assert expected.entropy is not None
     for name in ("waad", "fai", "entropy"):
         of_response = getattr(expected, name)[0, PROMPT:].tolist()
-        assert getattr(found.tokens, name) == pytest.approx(of_response, rel=1e-5, abs=1e-7, nan_ok=True)
+        assert getattr(seen.tokens, name) == pytest.approx(of_response, rel=1e-5, abs=1e-7, nan_ok=True)
     pool = [(layer, head) for layer in (2, 3, 4) for head in range(4)]
-    for chosen, mask in ((found.heads.local, expected.groups.local), (found.heads.global_, expected.groups.global_)):
+    for chosen, mask in (
+        (seen.heads.local, expected.groups.local),
+        (seen.heads.global_, expected.groups.global_),
+    ):
         assert chosen == tuple(pool[i] for i in mask[0].nonzero()[:, 0].tolist())
-    spans = [found.heads.span[layer][head] for layer, head in pool]
+    spans = [seen.heads.span[layer][head] for layer, head in pool]
     assert spans == pytest.approx(expected.span[0].tolist(), rel=1e-6)
     with torch.no_grad():
         log_softmax = model(torch.tensor([IDS])).logits[0].float().log_softmax(dim=-1)
     logprob = [float(log_softmax[t - 1, IDS[t]]) for t in range(PROMPT, N)]
-    assert found.tokens.logprob == pytest.approx(logprob, rel=1e-4, abs=1e-5)
+    assert seen.tokens.logprob == pytest.approx(logprob, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2"])
@@ -87,12 +90,12 @@ def test_spans_and_kurtosis_of_every_layer(kind: str) -> None:
         span, _, received = reference.sequence_statistics(
             weights, prompt_len=PROMPT, window=10, horizon=(CONFIG.signals.horizon[0], None)
         )
-        found = seen.layers[call.layer]
-        torch.testing.assert_close(found.span, span)
+        layer = seen.layers[call.layer]
+        torch.testing.assert_close(layer.span, span)
         kurtosis = excess_kurtosis(received[:, PROMPT:]).float()
-        torch.testing.assert_close(found.kurtosis, kurtosis, rtol=1e-3, atol=1e-4, equal_nan=True)
-        assert found.kurtosis_sentence.isnan().all()  # of a single sentence
-        assert (found.attention is None) == (call.layer not in (2, 3, 4))
+        torch.testing.assert_close(layer.kurtosis, kurtosis, rtol=1e-3, atol=1e-4, equal_nan=True)
+        assert layer.kurtosis_sentence.isnan().all()  # of a single sentence
+        assert (layer.attention is None) == (call.layer not in (2, 3, 4))
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma2"])
@@ -127,10 +130,10 @@ def test_all_layers_may_be_the_pool() -> None:
     model = build("qwen3")
     config = CONFIG.model_copy(update={"signals": CONFIG.signals.model_copy(update={"layers": "all"})})
     observer = Observer(model, config.signals)
-    found = observe_response(observer, build_tokenizer(), IDS[:PROMPT], IDS[PROMPT:], config, maps=True)
-    heads = sorted((span, (layer, head)) for layer, row in enumerate(found.heads.span) for head, span in enumerate(row))
-    assert found.heads.local == tuple(sorted(head for _, head in heads[:7]))  # 24 · 0.3, rounded
-    assert found.heads.global_ == tuple(sorted(head for _, head in heads[-7:]))
+    seen = observe_response(observer, build_tokenizer(), IDS[:PROMPT], IDS[PROMPT:], config, maps=True)
+    heads = sorted((span, (layer, head)) for layer, row in enumerate(seen.heads.span) for head, span in enumerate(row))
+    assert seen.heads.local == tuple(sorted(head for _, head in heads[:7]))  # 24 · 0.3, rounded
+    assert seen.heads.global_ == tuple(sorted(head for _, head in heads[-7:]))
 
 
 def test_models_that_cannot_be_analysed() -> None:
@@ -160,10 +163,10 @@ def test_empty_parts_are_refused() -> None:
 
 def test_a_short_response_is_undefined_where_it_must_be() -> None:
     observer = Observer(build("qwen3"), CONFIG.signals)
-    found = observe_response(observer, build_tokenizer(), IDS[:PROMPT], IDS[PROMPT : PROMPT + 1], CONFIG, maps=True)
-    assert math.isnan(found.tokens.fai[0])
-    assert math.isfinite(found.tokens.waad[0])
-    assert found.heads.receiver == ()
-    assert math.isnan(found.tokens.fai_receiver[0])
-    assert found.peaks.waad == found.peaks.fai == found.anchors == ()
-    assert found.chunks == (0,)
+    seen = observe_response(observer, build_tokenizer(), IDS[:PROMPT], IDS[PROMPT : PROMPT + 1], CONFIG, maps=True)
+    assert math.isnan(seen.tokens.fai[0])
+    assert math.isfinite(seen.tokens.waad[0])
+    assert seen.heads.receiver == ()
+    assert math.isnan(seen.tokens.fai_receiver[0])
+    assert seen.peaks.waad == seen.peaks.fai == seen.anchors == ()
+    assert seen.chunks == (0,)

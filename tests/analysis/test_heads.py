@@ -31,42 +31,42 @@ A, B, C, D = ((1, head) for head in range(4))
 
 
 def test_stability_is_of_different_problems() -> None:
-    found = summary((1, heads(local=(A, B))), (2, heads(local=(A, B))), (3, heads(local=(B, C))))
+    result = summary((1, heads(local=(A, B))), (2, heads(local=(A, B))), (3, heads(local=(B, C))))
     # Pairs share two, one and one head of two.
-    assert found.set("local").stability == pytest.approx((1 + 0.5 + 0.5) / 3)
-    assert found.set("local").stability_random == 0.5
-    assert found.set("local").chosen[1] == pytest.approx((2 / 3, 1, 1 / 3, 0), rel=1e-6)
-    assert all(math.isnan(share) for share in found.set("local").chosen[0])
+    assert result.set("local").stability == pytest.approx((1 + 0.5 + 0.5) / 3)
+    assert result.set("local").stability_random == 0.5
+    assert result.set("local").chosen[1] == pytest.approx((2 / 3, 1, 1 / 3, 0), rel=1e-6)
+    assert all(math.isnan(share) for share in result.set("local").chosen[0])
     # The first two are of one problem: only their pairs with the third count.
-    found = summary((1, heads(local=(A, B))), (1, heads(local=(A, B))), (3, heads(local=(B, C))))
-    assert found.set("local").stability == pytest.approx(0.5)
+    result = summary((1, heads(local=(A, B))), (1, heads(local=(A, B))), (3, heads(local=(B, C))))
+    assert result.set("local").stability == pytest.approx(0.5)
     assert math.isnan(summary((1, heads(local=(A,))), (1, heads(local=(A,)))).set("local").stability)
 
 
 def test_overlap_of_receivers_with_global_heads() -> None:
-    found = summary(
+    result = summary(
         (1, heads(global_=(C, D), receiver=(C, D))),
         (2, heads(global_=(C, D), receiver=(A, D))),
         (3, heads(global_=(C, D), receiver=())),
     )
-    receiver, sentence = found.overlaps
+    receiver, sentence = result.overlaps
     assert (receiver.share, receiver.random, receiver.pooled) == (0.75, 0.5, 1)
     assert receiver.interval.low <= 0.75 <= receiver.interval.high
-    assert found.set("receiver").responses == 2
+    assert result.set("receiver").responses == 2
     assert math.isnan(sentence.share)
-    assert found.set("receiver_sentence").responses == 0
+    assert result.set("receiver_sentence").responses == 0
 
 
 def test_means_are_over_the_defined() -> None:
-    found = summary(
+    result = summary(
         (1, heads(local=(A,), global_=(D,), span=(1, 2, nan, 4))),
         (2, heads(local=(A,), global_=(D,), span=(5, 1, nan, 6))),
     )
-    assert found.span[1][:2] == (3, 1.5)
-    assert math.isnan(found.span[1][2])
+    assert result.span[1][:2] == (3, 1.5)
+    assert math.isnan(result.span[1][2])
     # By the means B looks back the least, though no response chose it.
-    assert found.set("local").heads == (B,)
-    assert found.set("global").heads == (D,)
+    assert result.set("local").heads == (B,)
+    assert result.set("global").heads == (D,)
 
 
 def test_no_responses() -> None:

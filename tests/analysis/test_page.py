@@ -110,7 +110,7 @@ def test_pointing_at_a_token_shows_its_numbers_and_who_attends(browser: webdrive
     assert "mean Jaccard 0.400" in numbers
     assert "begins a chunk" not in numbers
     assert texts(browser, "#who")[0].endswith("28 (0.150)")
-    assert attributes(browser, "#tokens .attends", "data-i") == [str(each.token) for each in anchor.attenders]
+    assert attributes(browser, "#tokens .attends", "data-i") == [str(attender.token) for attender in anchor.attenders]
     point_at(browser, "#tokens i[data-i='14']")
     assert "begins a chunk" in texts(browser, "#numbers")[0]
     assert texts(browser, "#who") == [""]
@@ -333,8 +333,8 @@ def test_examples_are_the_trials_closest_to_the_mean(invented: Invented) -> None
         )
         for i, jaccard in enumerate((0.1, 0.55, math.nan, 0.9))
     )
-    found = examples(analysis, [replace(first, trials=trials), responses[1]])
-    top = found[0]
+    shown = examples(analysis, [replace(first, trials=trials), responses[1]])
+    top = shown[0]
     assert top.sides[1].token == "<1>"
     assert top.title == f"High FAI, {format_number(first.trials[0].fai)}: Jaccard 0.550"
     assert [text for text, new in top.sides[1].pieces if new] == ["bananas"]  # "4" is in both, the rest stop words
@@ -344,7 +344,7 @@ def test_examples_are_the_trials_closest_to_the_mean(invented: Invented) -> None
     ended = replace(first, response=first.response[: -len("}.")])
     pieces = examples(analysis, [ended])[0].sides[0].pieces
     assert "".join(text for text, _ in pieces) == first.after(first.trials[0].position)[: -len("}.")]
-    assert [example.title.split(" FAI")[0] for example in found] == ["High", "High", "Low"]
+    assert [example.title.split(" FAI")[0] for example in shown] == ["High", "High", "Low"]
     assert examples(replace(analysis, table1=None), responses) == []
 
 

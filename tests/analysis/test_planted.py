@@ -230,11 +230,11 @@ def test_heads_over_all_responses(analysis: Analysis) -> None:
     for layer in range(LAYERS):
         assert heads.span[layer][STEADY] == pytest.approx(7, rel=1e-4)
     for name, head in (("local", BOUNDARY), ("global", ANCHORED), ("receiver", ANCHORED)):
-        found = heads.set(name)
-        assert found.heads == tuple((layer, head) for layer in POOL)
-        assert (found.stability, found.stability_random, found.responses) == (1, 0.25, 3)
-        assert [found.chosen[layer][head] for layer in POOL] == [1, 1, 1]
-        assert math.isnan(found.chosen[0][head])
+        head_set = heads.set(name)
+        assert head_set.heads == tuple((layer, head) for layer in POOL)
+        assert (head_set.stability, head_set.stability_random, head_set.responses) == (1, 0.25, 3)
+        assert [head_set.chosen[layer][head] for layer in POOL] == [1, 1, 1]
+        assert math.isnan(head_set.chosen[0][head])
     assert (heads.overlaps[0].share, heads.overlaps[0].random, heads.overlaps[0].pooled) == (1, 0.25, 1)
 
 

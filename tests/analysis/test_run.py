@@ -57,8 +57,8 @@ def test_interrupted_and_resumed_it_comes_out_the_same(
 ) -> None:
     whole = analyze(model, tokenizer, PROBLEMS, out=tmp_path / "whole", config=CONFIG, page=False)
     assert whole.names == NAMES
-    assert [each.source for each in whole.responses()] == ["generated"] * 4 + ["given"] + ["generated"] * 2
-    assert [each.maps is not None for each in whole.responses()] == [True] + [False] * 6
+    assert [response.source for response in whole.responses()] == ["generated"] * 4 + ["given"] + ["generated"] * 2
+    assert [response.maps is not None for response in whole.responses()] == [True] + [False] * 6
 
     out = tmp_path / "parts"
     passes = _counted(monkeypatch, fail_at=4)  # the first is the probe
@@ -131,11 +131,11 @@ def _counted(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> lis
 
 
 def test_the_csv_files_hold_what_the_json_does(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    found = analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
-    with (found.directory / "tokens.csv").open(newline="", encoding="utf-8") as file:
+    results = analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
+    with (results.directory / "tokens.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    responses = list(found.responses())
-    assert len(rows) == sum(len(each.tokens.ids) for each in responses)
+    responses = list(results.responses())
+    assert len(rows) == sum(len(response.tokens.ids) for response in responses)
     first = responses[0].tokens
     for i, row in enumerate(rows[: len(first.ids)]):
         assert (int(row["id"]), row["text"]) == (first.ids[i], as_text(first.texts[i]))
@@ -143,11 +143,11 @@ def test_the_csv_files_hold_what_the_json_does(model: Any, tokenizer: Any, tmp_p
             value = getattr(first, name)[i]
             assert row[name] == "" if math.isnan(value) else float(row[name]) == value
     assert any(row["fai"] == "" for row in rows)
-    with (found.directory / "counterfactuals.csv").open(newline="", encoding="utf-8") as file:
+    with (results.directory / "counterfactuals.csv").open(newline="", encoding="utf-8") as file:
         trials = list(csv.DictReader(file))
     assert len(trials) == 2 * len(NAMES)
     for trial in trials:
-        response = found.response(trial["response"])
+        response = results.response(trial["response"])
         assert trial["original"] == as_text("".join(response.tokens.texts[int(trial["position"]) + 1 :]))
 
 
@@ -171,22 +171,22 @@ def test_a_spreadsheet_runs_nothing_of_the_csv_files(
 
     monkeypatch.setattr(run_module, "summarize", with_hostile_texts)
     problem = {"prompt": "7,8,9>24:", "response": "=1+2-3"}
-    found = analyze(model, tokenizer, [*PROBLEMS[:2], problem], out=tmp_path / "out", config=CONFIG, page=False)
-    with (found.directory / "tokens.csv").open(newline="", encoding="utf-8") as file:
+    results = analyze(model, tokenizer, [*PROBLEMS[:2], problem], out=tmp_path / "out", config=CONFIG, page=False)
+    with (results.directory / "tokens.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["response"] == "00003-0"]
     assert [row["text"] for row in rows][:6] == ["'=", "1", "'+", "2", "'-", "3"]
     assert all(float(row["logprob"]) < 0 for row in rows)  # negative numbers stay numbers
-    with (found.directory / "counterfactuals.csv").open(newline="", encoding="utf-8") as file:
+    with (results.directory / "counterfactuals.csv").open(newline="", encoding="utf-8") as file:
         trials = [row for row in csv.DictReader(file) if row["response"] == "00003-0"]
     assert {(row["continuation"], row["replacement_token"]) for row in trials} == {("'@SUM(1)", "'\t=1")}
-    assert tokens_frame(found).query("response == '00003-0'").text.tolist()[:3] == ["=", "1", "+"]
+    assert tokens_frame(results).query("response == '00003-0'").text.tolist()[:3] == ["=", "1", "+"]
     assert not_run(hostile) == f"'{hostile}"
     assert [not_run(cell) for cell in (-1.5, -2, None, True, "", "a=b")] == [-1.5, -2, None, True, "", "a=b"]
 
 
 def test_what_is_given_is_observed_as_it_stands(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    found = analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
-    given = found.response("00003-0")
+    results = analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
+    given = results.response("00003-0")
     assert given.response == "7+8=15,15+9=24"
     assert given.finished is None
     assert "".join(given.tokens.texts) == given.response
@@ -228,17 +228,17 @@ def test_a_response_longer_than_the_context(model: Any, tokenizer: Any, tmp_path
     with pytest.raises(RowError, match=message):
         analyze(model, tokenizer, problems, out=tmp_path / "out", config=CONFIG, page=False)
     assert len(contents(tmp_path / "out")) == 4  # what was finished stays
-    found = analyze(model, tokenizer, problems, out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
-    assert found.names == tuple(name for name in NAMES if not name.startswith("00003"))
-    assert found.failures == (message,)
+    results = analyze(model, tokenizer, problems, out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
+    assert results.names == tuple(name for name in NAMES if not name.startswith("00003"))
+    assert results.failures == (message,)
 
 
 def test_a_prompt_longer_than_the_context(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"row 2: the prompt has 64 tokens; the model's context of 64 leaves no room"):
         analyze(model, tokenizer, [PROBLEMS[0], "1" * 63], out=tmp_path / "out", config=CONFIG, page=False)
     # A response gets what room there is.
-    found = analyze(model, tokenizer, ["1" * 60], out=tmp_path / "short", config=CONFIG, page=False)
-    assert max(len(each.tokens.ids) for each in found.responses()) <= 3
+    results = analyze(model, tokenizer, ["1" * 60], out=tmp_path / "short", config=CONFIG, page=False)
+    assert max(len(response.tokens.ids) for response in results.responses()) <= 3
 
 
 def test_rows_are_looked_at_before_the_work_begins(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -247,9 +247,9 @@ def test_rows_are_looked_at_before_the_work_begins(model: Any, tokenizer: Any, t
     with pytest.raises(RowError, match="row 2: has no text"):
         analyze(model, tokenizer, file, out=tmp_path / "out", config=CONFIG, page=False)
     assert not (tmp_path / "out").exists()
-    found = analyze(model, tokenizer, file, out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
-    assert found.names == ("00001-0", "00001-1")
-    assert found.failures == ("row 2: has no text: neither prompt nor question, only 'solution'",)
+    results = analyze(model, tokenizer, file, out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
+    assert results.names == ("00001-0", "00001-1")
+    assert results.failures == ("row 2: has no text: neither prompt nor question, only 'solution'",)
 
 
 def test_nothing_left(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_nothing_left(model: Any, tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_damaged_responses_are_named(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    found = analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=CONFIG, page=False)
-    path = response_path(found.directory, found.names[0])
+    results = analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=CONFIG, page=False)
+    path = response_path(results.directory, results.names[0])
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"00001-0\.json is not a ResponseResult of this version"):
         read_json(ResponseResult, path)
@@ -267,10 +267,10 @@ def test_damaged_responses_are_named(model: Any, tokenizer: Any, tmp_path: Path)
 
 def test_without_counterfactuals(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"counterfactuals": None})
-    found = analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=config, page=False)
-    assert found.table1 is None
-    assert table1_frame(found).empty
-    assert not (found.directory / "table1.csv").exists()
+    results = analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=config, page=False)
+    assert results.table1 is None
+    assert table1_frame(results).empty
+    assert not (results.directory / "table1.csv").exists()
 
 
 def test_chat_needs_a_template(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -279,8 +279,8 @@ def test_chat_needs_a_template(model: Any, tokenizer: Any, tmp_path: Path) -> No
         analyze(model, tokenizer, PROBLEMS[:1], out=tmp_path / "out", config=config, page=False)
     templated = build_tokenizer()
     templated.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    found = analyze(model, templated, ["1,2>3:"], out=tmp_path / "out", config=config, page=False)
-    response = found.response(found.names[0])
+    results = analyze(model, templated, ["1,2>3:"], out=tmp_path / "out", config=config, page=False)
+    response = results.response(results.names[0])
     assert (response.prompt, response.prompt_tokens) == ("[1,2>3:]", 8)
 
 
@@ -295,7 +295,7 @@ def test_memory_does_not_grow_with_the_responses(
     def counting(*arguments: Any) -> None:
         nonlocal most
         gc.collect()
-        alive = [each for each in gc.get_objects() if type(each) is ResponseResult]
+        alive = [response for response in gc.get_objects() if type(response) is ResponseResult]
         most = max(most, len(alive))
         write(*arguments)
 

@@ -22,43 +22,43 @@ def table(*of_responses: list[Trial]) -> Table1:
 
 
 def test_means_are_over_trials_and_pr_over_responses() -> None:
-    found = table(
+    row = table(
         trials([0.2, 0.4], [0.5, 0.9]),
         trials([0.6], [0.8]),
         trials([0.9], [0.3]),
         trials([0.5], [0.5]),  # a tie is not lower
     )
-    assert found.top == pytest.approx((0.2 + 0.4 + 0.6 + 0.9 + 0.5) / 5)
-    assert found.bottom == pytest.approx((0.5 + 0.9 + 0.8 + 0.3 + 0.5) / 5)
-    assert found.top_below_bottom == 2 / 4
-    assert found.p_value == pytest.approx(4 / 8)  # at least 2 of 3 coins; the tie is no coin
-    assert (found.problems, found.top_trials, found.bottom_trials) == (4, 5, 5)
+    assert row.top == pytest.approx((0.2 + 0.4 + 0.6 + 0.9 + 0.5) / 5)
+    assert row.bottom == pytest.approx((0.5 + 0.9 + 0.8 + 0.3 + 0.5) / 5)
+    assert row.top_below_bottom == 2 / 4
+    assert row.p_value == pytest.approx(4 / 8)  # at least 2 of 3 coins; the tie is no coin
+    assert (row.problems, row.top_trials, row.bottom_trials) == (4, 5, 5)
 
 
 def test_the_undefined_is_left_out() -> None:
-    found = table(trials([math.nan, 0.2], [0.4]), trials([math.nan], [math.nan]))
-    assert (found.top, found.bottom, found.top_below_bottom) == (0.2, 0.4, 1)
-    assert (found.problems, found.top_trials, found.bottom_trials) == (1, 1, 1)
+    row = table(trials([math.nan, 0.2], [0.4]), trials([math.nan], [math.nan]))
+    assert (row.top, row.bottom, row.top_below_bottom) == (0.2, 0.4, 1)
+    assert (row.problems, row.top_trials, row.bottom_trials) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("of_responses", [[], [[]], [trials([math.nan], [math.nan])]])
 def test_without_trials_all_is_undefined(of_responses: list[list[Trial]]) -> None:
-    found = table(*of_responses)
-    assert (found.problems, found.top_trials, found.bottom_trials) == (0, 0, 0)
-    assert all(math.isnan(x) for x in (found.top, found.bottom, found.top_below_bottom, found.p_value))
+    row = table(*of_responses)
+    assert (row.problems, row.top_trials, row.bottom_trials) == (0, 0, 0)
+    assert all(math.isnan(x) for x in (row.top, row.bottom, row.top_below_bottom, row.p_value))
 
 
 def test_the_papers_share_is_61_of_70_problems() -> None:
-    found = table(*[trials([0.4], [0.5] if i < 61 else [0.3]) for i in range(70)])
-    assert round(100 * found.top_below_bottom, 2) == 87.14
-    assert found.p_value < 1e-9
+    row = table(*[trials([0.4], [0.5] if i < 61 else [0.3]) for i in range(70)])
+    assert round(100 * row.top_below_bottom, 2) == 87.14
+    assert row.p_value < 1e-9
 
 
 def test_intervals_are_those_of_the_bootstrap_over_responses() -> None:
     # Means of the responses are 0 or 1, 50 of 100 each: the resampled mean is binomial, 0.5 ± 1.96 · 0.05.
     of_responses = [trials([float(i % 2)] * 3, [0.5]) for i in range(100)]
-    found = table(*of_responses)
-    assert found.top_interval.low == pytest.approx(0.402, abs=0.02)
-    assert found.top_interval.high == pytest.approx(0.598, abs=0.02)
-    assert (found.bottom_interval.low, found.bottom_interval.high) == (0.5, 0.5)
-    assert table(*of_responses) == found
+    row = table(*of_responses)
+    assert row.top_interval.low == pytest.approx(0.402, abs=0.02)
+    assert row.top_interval.high == pytest.approx(0.598, abs=0.02)
+    assert (row.bottom_interval.low, row.bottom_interval.high) == (0.5, 0.5)
+    assert table(*of_responses) == row

@@ -101,25 +101,25 @@ def noise(rng: np.random.Generator, n: int) -> tuple[Tokens, Peaks]:
 
 def p_values(draws: int, lengths: tuple[int, ...]) -> dict[str, list[float]]:
     rng = np.random.default_rng(2)
-    found: dict[str, list[float]] = {}
+    values_by_key: dict[str, list[float]] = {}
     for _ in range(draws):
         for row in rows(*(noise(rng, n) for n in lengths), permutations=199):
-            found.setdefault(row.key, []).append(row.p_value)
-    return found
+            values_by_key.setdefault(row.key, []).append(row.p_value)
+    return values_by_key
 
 
 def test_p_values_are_uniform_on_noise() -> None:
-    for key, found in p_values(500, (900, 700)).items():
-        assert kstest(found, "uniform").pvalue > 0.01, key
-        assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.03), key
+    for key, values in p_values(500, (900, 700)).items():
+        assert kstest(values, "uniform").pvalue > 0.01, key
+        assert np.mean(np.array(values) <= 0.05) == pytest.approx(0.05, abs=0.03), key
 
 
 def test_p_values_of_few_peaks_are_never_too_small() -> None:
     # Counts of few peaks tie with those of permutations, which raises p-values; entropies don't tie.
-    found = p_values(300, (30, 45, 60))
-    for key, values in found.items():
+    values_by_key = p_values(300, (30, 45, 60))
+    for key, values in values_by_key.items():
         assert kstest(values, "uniform", alternative="greater").pvalue > 0.01, key
-    assert kstest(found["entropy"], "uniform").pvalue > 0.01
+    assert kstest(values_by_key["entropy"], "uniform").pvalue > 0.01
 
 
 def test_nothing_is_found_in_nothing() -> None:

@@ -62,8 +62,8 @@ def test_spaces_stay() -> None:
 )
 def test_sentences(text: str, sentences: list[str]) -> None:
     numbers = sentence_numbers(list(text))
-    found = ["".join(c for c, n in zip(text, numbers, strict=True) if n == i) for i in range(len(sentences))]
-    assert found == sentences
+    pieces = ["".join(c for c, n in zip(text, numbers, strict=True) if n == i) for i in range(len(sentences))]
+    assert pieces == sentences
 
 
 def test_a_token_lies_where_its_first_letter_does() -> None:

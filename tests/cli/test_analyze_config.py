@@ -59,10 +59,10 @@ def config(*words: str) -> command.CommandConfig:
 def differences(one: object, other: object, name: str = "") -> dict[str, object]:
     """Dotted names of what differs, and the first one's values."""
     if isinstance(one, dict) and isinstance(other, dict):
-        found = {}
+        differing = {}
         for key in one:
-            found |= differences(one[key], other[key], f"{name}.{key}" if name else key)
-        return found
+            differing |= differences(one[key], other[key], f"{name}.{key}" if name else key)
+        return differing
     return {} if one == other else {name: one}
 
 
@@ -98,9 +98,9 @@ def test_short_options_and_their_keys(tmp_path: Path, capsys: pytest.CaptureFixt
     file = tmp_path / "a=b.yaml"
     file.write_text("model: other\nprompts: p\nseed: 2\n", encoding="utf-8")
     words = [str(file), "--model", "2024", "maps=1", "--out", "a: b", "seed=3"]
-    found = command._config(command._parser().parse_intermixed_args(words))
-    assert (found.model, found.prompts, found.out) == (Path("2024"), Path("p"), Path("a: b"))
-    assert (found.maps, found.seed) == (1, 3)
+    config = command._config(command._parser().parse_intermixed_args(words))
+    assert (config.model, config.prompts, config.out) == (Path("2024"), Path("p"), Path("a: b"))
+    assert (config.maps, config.seed) == (1, 3)
     assert command.main([*NEEDED, "--out", "x"]) == command.BAD_INPUT
     assert "out is given twice: --out x is short for out=…" in capsys.readouterr().err
 

@@ -22,11 +22,11 @@ def config(tmp_path: Path) -> Path:
 
 
 def keys_of(model: type, prefix: str = "") -> set[str]:
-    found = set()
+    keys = set()
     for name, field in model.model_fields.items():
         kind = field.annotation
-        found |= keys_of(kind, f"{prefix}{name}.") if hasattr(kind, "model_fields") else {prefix + name}
-    return found
+        keys |= keys_of(kind, f"{prefix}{name}.") if hasattr(kind, "model_fields") else {prefix + name}
+    return keys
 
 
 def test_help_lists_every_key_with_its_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:

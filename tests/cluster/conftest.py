@@ -82,16 +82,16 @@ class Launched:
         if self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 self._seen[child.pid] = child
-        found = []
+        alive = []
         for process in self._seen.values():
             try:
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     command = process.cmdline()
                     if not title or (command and command[0].startswith(title)):
-                        found.append(process)
+                        alive.append(process)
             except psutil.NoSuchProcess:
                 continue
-        return sorted(found, key=lambda process: process.create_time())
+        return sorted(alive, key=lambda process: process.create_time())
 
     def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
@@ -145,8 +145,8 @@ def launch(request: pytest.FixtureRequest) -> Callable[..., Launched]:
 
 def _cpu_seconds(pid: int) -> float:
     process = psutil.Process(pid)
-    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    times = [member.cpu_times() for member in (process, *process.children(recursive=True))]
+    return sum(member.user + member.system for member in times)
 
 
 @pytest.fixture(scope="session")

@@ -59,9 +59,9 @@ def config(tmp_path: Path) -> Path:
 
 def test_keys_are_set_and_misspelt_like_any_other(config: Path) -> None:
     assert load_config(config).cluster is None
-    found = load_config(config, ["cluster.gpus=4", "cluster.train.tensor=2"]).cluster
-    assert found is not None
-    assert (found.gpus, found.train.tensor, found.infer.replicas) == (4, 2, 1)
+    cluster = load_config(config, ["cluster.gpus=4", "cluster.train.tensor=2"]).cluster
+    assert cluster is not None
+    assert (cluster.gpus, cluster.train.tensor, cluster.infer.replicas) == (4, 2, 1)
     with pytest.raises(ConfigError, match=r"cluster\.train\.tensr: unknown key; did you mean cluster\.train\.tensor\?"):
         load_config(config, ["cluster.train.tensr=2"])
     with pytest.raises(ConfigError, match=r"cluster\.train\.tensor is 0: input should be greater than or equal to 1"):
@@ -70,6 +70,6 @@ def test_keys_are_set_and_misspelt_like_any_other(config: Path) -> None:
 
 def test_a_section_written_as_null_can_be_filled(config: Path) -> None:
     config.write_text("name: it\ncluster: null\n")
-    found = load_config(config, ["cluster.gpus=4"]).cluster
-    assert found is not None
-    assert found.gpus == 4
+    cluster = load_config(config, ["cluster.gpus=4"]).cluster
+    assert cluster is not None
+    assert cluster.gpus == 4

@@ -72,9 +72,9 @@ class Cluster:
         return GenerateInfer(self.model(), end_ids=self.end_ids, pad_id=self.pad_id)
 
     def batch(self, rollout: Rollout) -> TrainBatch:
-        found, _ = self.train.log_probs(rollout)
+        actual, _ = self.train.log_probs(rollout)
         advantages = torch.linspace(-1, 1, len(rollout.lens))[:, None].expand(rollout.input_ids.shape)
-        return TrainBatch(rollout, found.logprobs, advantages * rollout.response_mask)
+        return TrainBatch(rollout, actual.logprobs, advantages * rollout.response_mask)
 
 
 @pytest.fixture(scope="module")
@@ -169,17 +169,17 @@ def equal(a: Rollout, b: Rollout) -> bool:
 
 
 def test_replicas_share_the_prompts_in_order(cluster: Cluster) -> None:
-    found = cluster.infer.generate(PROMPTS, 3, SAMPLING, seed=7)
-    assert found.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert [row[:n].tolist() for row, n in zip(found.input_ids, found.prompt_lens, strict=True)] == [
+    actual = cluster.infer.generate(PROMPTS, 3, SAMPLING, seed=7)
+    assert actual.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [row[:n].tolist() for row, n in zip(actual.input_ids, actual.prompt_lens, strict=True)] == [
         prompt for prompt in PROMPTS for _ in range(3)
     ]
     alone = cluster.local_infer().generate(PROMPTS[:2], 3, SAMPLING, seed=7)
     width = alone.input_ids.shape[1]
-    assert torch.equal(found.input_ids[:6, :width], alone.input_ids)  # the first replica draws as a single engine
-    assert torch.allclose(found.logprobs[:6, :width], alone.logprobs, atol=1e-6)
-    assert equal(found, cluster.infer.generate(PROMPTS, 3, SAMPLING, seed=7))
-    assert not torch.equal(found.input_ids[:3], found.input_ids[6:9])
+    assert torch.equal(actual.input_ids[:6, :width], alone.input_ids)  # the first replica draws as a single engine
+    assert torch.allclose(actual.logprobs[:6, :width], alone.logprobs, atol=1e-6)
+    assert equal(actual, cluster.infer.generate(PROMPTS, 3, SAMPLING, seed=7))
+    assert not torch.equal(actual.input_ids[:3], actual.input_ids[6:9])
 
 
 def test_a_push_reaches_every_replica(cluster: Cluster) -> None:
@@ -204,13 +204,13 @@ def test_a_push_reaches_every_replica(cluster: Cluster) -> None:
 def test_signals_and_shared_head_groups_are_those_of_one_engine(cluster: Cluster) -> None:
     rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=3)
     alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)
-    found = cluster.attn.signals(rollout)
+    actual = cluster.attn.signals(rollout)
     for name in ("waad", "fai", "span"):
-        assert torch.allclose(getattr(found, name), getattr(alone, name), atol=1e-6, equal_nan=True), name
-    assert torch.equal(found.groups.local, alone.groups.local.expand_as(found.groups.local))
-    assert torch.equal(found.groups.global_, alone.groups.global_.expand_as(found.groups.global_))
+        assert torch.allclose(getattr(actual, name), getattr(alone, name), atol=1e-6, equal_nan=True), name
+    assert torch.equal(actual.groups.local, alone.groups.local.expand_as(actual.groups.local))
+    assert torch.equal(actual.groups.global_, alone.groups.global_.expand_as(actual.groups.global_))
     inline = cluster.train.log_probs(rollout, TAP)[1]
-    assert torch.allclose(found.waad, inline.waad, atol=1e-6, equal_nan=True)
+    assert torch.allclose(actual.waad, inline.waad, atol=1e-6, equal_nan=True)
 
 
 def test_an_exception_there_comes_with_its_traceback(cluster: Cluster) -> None:
@@ -248,11 +248,11 @@ def test_a_replica_lost_mid_rollout_is_started_again_with_the_weights_of_the_ver
     spent = cpu_seconds(lost.pid)
     honest = cluster.infer.generate(PROMPTS, 8, long, seed=5)
     with lost_midway(lost.pid, how, cpu_seconds(lost.pid) - spent):
-        found = cluster.infer.generate(PROMPTS, 8, long, seed=5)
+        actual = cluster.infer.generate(PROMPTS, 8, long, seed=5)
     assert cluster.rates.restarts[Role.INFER] == 1
     assert cluster.infer.workers[0] is kept
     assert cluster.infer.workers[1] is not lost
-    assert equal(found, honest)
+    assert equal(actual, honest)
 
 
 def test_a_replica_lost_before_a_push_gets_the_new_weights(cluster: Cluster) -> None:
@@ -261,9 +261,9 @@ def test_a_replica_lost_before_a_push_gets_the_new_weights(cluster: Cluster) -> 
     os.kill(cluster.attn.workers[0].pid, signal.SIGKILL)
     cluster.push()
     assert cluster.rates.restarts[Role.ATTN] == 1
-    found = cluster.attn.signals(rollout)
+    actual = cluster.attn.signals(rollout)
     alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)
-    assert torch.allclose(found.waad, alone.waad, atol=1e-6, equal_nan=True)
+    assert torch.allclose(actual.waad, alone.waad, atol=1e-6, equal_nan=True)
     fresh = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=6)
     gap = (fresh.logprobs - cluster.train.log_probs(fresh)[0].logprobs)[fresh.response_mask].abs()
     assert gap.max() < 1e-4

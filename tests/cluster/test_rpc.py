@@ -60,11 +60,11 @@ def test_each_fate_is_told_apart(workers: list[Any]) -> None:
     fine, dies, sleeps = workers
     pending = {fine: fine.submit("echo", 7), dies: dies.submit("die"), sleeps: sleeps.submit("sleep", 60)}
     started = time.monotonic()
-    found = collect(pending, 3.0, "trial")
+    outcome = collect(pending, 3.0, "trial")
     assert time.monotonic() - started < 6
-    assert found.replies[fine].value == (7,)
-    assert found.lost[dies].startswith("died: ")
-    assert found.lost[sleeps] == "did not answer within 3 s, and was killed"
+    assert outcome.replies[fine].value == (7,)
+    assert outcome.lost[dies].startswith("died: ")
+    assert outcome.lost[sleeps] == "did not answer within 3 s, and was killed"
     deadline = time.monotonic() + 5
     while psutil.pid_exists(sleeps.pid):
         assert time.monotonic() < deadline
@@ -95,9 +95,9 @@ def test_together_a_loss_explains_the_others_exceptions(workers: list[Any]) -> N
     first, second, third = workers
     pending = {first: first.submit("raise", "closed"), second: second.submit("die"), third: third.submit("sleep", 60)}
     started = time.monotonic()
-    found = collect(pending, 30.0, "trial", together=True)
+    outcome = collect(pending, 30.0, "trial", together=True)
     assert time.monotonic() - started < 10  # nobody waits for the one that sleeps
-    assert set(found.lost) == {second}
+    assert set(outcome.lost) == {second}
 
 
 @pytest.mark.timing

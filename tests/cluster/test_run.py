@@ -44,14 +44,14 @@ def weights_digest(run: Path, step: int) -> str:
 
 def listening(processes: list[psutil.Process]) -> set[str]:
     """Addresses that these processes accept connections on."""
-    found = set()
+    addresses = set()
     for process in processes:
         try:
             connections = process.net_connections("tcp")
         except psutil.Error:  # ended meanwhile
             continue
-        found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
-    return found
+        addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +90,12 @@ def whole(start: Callable[..., tuple[Any, Path]]) -> Path:
 
 
 def test_the_whole_loop(whole: Path) -> None:
-    found = rows(whole)
-    assert [row["step"] for row in found] == list(range(7))
+    steps = rows(whole)
+    assert [row["step"] for row in steps] == list(range(7))
     assert {path.name for path in (whole / "checkpoints").iterdir()} == {"step_000003", "step_000006"}
     assert weights_digest(whole, 3) != weights_digest(whole, 6)
-    assert any(row["grad_norm"] > 0 for row in found[1:])
-    for row in found[1:]:
+    assert any(row["grad_norm"] > 0 for row in steps[1:])
+    for row in steps[1:]:
         # vLLM's and Megatron's log-probs of the same tokens, after as many pushes as there were steps.
         assert 0 <= row["parity_mean"] <= row["parity_max"] < 1e-3
         assert row["tokens_per_second_train"] > 0
@@ -182,11 +182,11 @@ def test_ctrl_c_with_a_third_role_saves_and_leaves(whole: Path, start: Callable[
     launched.wait_for(lambda: len(rows(run)) >= 3)
     launched.process.send_signal(signal.SIGINT)
     launched.finish(code=130)
-    found = rows(run)
-    assert (run / "checkpoints" / f"step_{found[-1]['step']:06.0f}").is_dir()
+    steps = rows(run)
+    assert (run / "checkpoints" / f"step_{steps[-1]['step']:06.0f}").is_dir()
     assert launched.nothing_left()
     # Same seed, same rollouts: actor_attn's model gives the numbers that Megatron's two ranks give.
-    for row, inline in zip(found[1:], rows(whole)[1:], strict=False):
+    for row, inline in zip(steps[1:], rows(whole)[1:], strict=False):
         for name in ("reward", "gamma_mean", "gamma_share", "waad_mean", "fai_mean"):
             assert row[name] == pytest.approx(inline[name], rel=1e-5), name
         assert row["tokens_per_second_attn"] > 0

@@ -17,13 +17,13 @@ def test_a_steps_numbers_by_hand() -> None:
     rates.processed(Role.INFER, 200, 0.5)
     rates.statistics += 0.2
     assert rates.restarted(Role.INFER) == 1
-    found = rates.pop_metrics(10.0)
-    assert found["idle_share_train"] == 1 - 8 / 20
-    assert found["idle_share_infer"] == 0.9
-    assert found["tokens_per_second_infer"] == 400
-    assert math.isnan(found["tokens_per_second_train"])  # it got through none
-    assert found["attention_share"] == 0.2 / 10
-    assert (found["restarts_infer"], found["restarts_train"]) == (1, 0)
+    metrics = rates.pop_metrics(10.0)
+    assert metrics["idle_share_train"] == 1 - 8 / 20
+    assert metrics["idle_share_infer"] == 0.9
+    assert metrics["tokens_per_second_infer"] == 400
+    assert math.isnan(metrics["tokens_per_second_train"])  # it got through none
+    assert metrics["attention_share"] == 0.2 / 10
+    assert (metrics["restarts_infer"], metrics["restarts_train"]) == (1, 0)
 
 
 def test_a_step_starts_from_zero_but_for_the_restarts() -> None:
@@ -32,7 +32,7 @@ def test_a_step_starts_from_zero_but_for_the_restarts() -> None:
     rates.processed(Role.INFER, 10, 1.0)
     rates.restarted(Role.INFER)
     rates.pop_metrics(2.0)
-    found = rates.pop_metrics(2.0)
-    assert found["idle_share_infer"] == 1
-    assert math.isnan(found["tokens_per_second_infer"])
-    assert found["restarts_infer"] == 1
+    metrics = rates.pop_metrics(2.0)
+    assert metrics["idle_share_infer"] == 1
+    assert math.isnan(metrics["tokens_per_second_infer"])
+    assert metrics["restarts_infer"] == 1

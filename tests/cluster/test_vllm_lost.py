@@ -69,11 +69,11 @@ def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone
         spent = cpu_seconds(lost)
         honest = infer.generate(PROMPTS, 8, long, seed=2)
         with lost_midway(lost, signal.SIGKILL, cpu_seconds(lost) - spent):
-            found = infer.generate(PROMPTS, 8, long, seed=2)
+            generated = infer.generate(PROMPTS, 8, long, seed=2)
 
         assert rates.restarts == {Role.INFER: 1}
         assert infer.workers[0].pid != lost
-        assert torch.equal(found.input_ids, honest.input_ids)
-        mask = found.response_mask
-        assert torch.allclose(found.logprobs, honest.logprobs, atol=1e-6)
-        assert (found.logprobs - train.log_probs(found)[0].logprobs)[mask].abs().max() < 1e-4
+        assert torch.equal(generated.input_ids, honest.input_ids)
+        mask = generated.response_mask
+        assert torch.allclose(generated.logprobs, honest.logprobs, atol=1e-6)
+        assert (generated.logprobs - train.log_probs(generated)[0].logprobs)[mask].abs().max() < 1e-4

@@ -20,8 +20,8 @@ TRAIN = torch.where(MASK, ROLLOUT + RATIO.log(), NAN)
 
 
 def weights(mode: str, **bounds: float | None) -> list[list[float]]:
-    found = rollout_correction(ROLLOUT, TRAIN, MASK, CorrectionConfig.model_validate({"mode": mode, **bounds}))
-    return [[round(x, 5) for x in row] for row in found.weight.tolist()]
+    correction = rollout_correction(ROLLOUT, TRAIN, MASK, CorrectionConfig.model_validate({"mode": mode, **bounds}))
+    return [[round(x, 5) for x in row] for row in correction.weight.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_weights(mode: str, bounds: dict[str, float | None], expected: list[list
 )
 def test_measures(mode: str, outside: float) -> None:
     """Token ratios above 1.5: two of five tokens; responses: the one of three."""
-    found = rollout_correction(ROLLOUT, TRAIN, MASK, CorrectionConfig.model_validate({"mode": mode, "high": 1.5}))
-    assert float(found.outside) == pytest.approx(outside)
-    assert float(found.ratio_mean) == pytest.approx((2 + 4 + 0.25 + 0.5 + 0.5) / 5)
-    assert float(found.ratio_max) == pytest.approx(4)
-    assert float(found.sequence_ratio_mean) == pytest.approx((2 + 0.25) / 2)
+    correction = rollout_correction(ROLLOUT, TRAIN, MASK, CorrectionConfig.model_validate({"mode": mode, "high": 1.5}))
+    assert float(correction.outside) == pytest.approx(outside)
+    assert float(correction.ratio_mean) == pytest.approx((2 + 4 + 0.25 + 0.5 + 0.5) / 5)
+    assert float(correction.ratio_max) == pytest.approx(4)
+    assert float(correction.sequence_ratio_mean) == pytest.approx((2 + 0.25) / 2)
     # ρ − 1 − log ρ of each.
     k3 = [ratio - 1 - math.log(ratio) for ratio in (2, 4, 0.25, 0.5, 0.5)]
-    assert float(found.kl) == pytest.approx(sum(k3) / 5)
+    assert float(correction.kl) == pytest.approx(sum(k3) / 5)
 
 
 def test_weighted_advantages_are_a_weighted_loss() -> None:
@@ -73,20 +73,20 @@ def test_weighted_advantages_are_a_weighted_loss() -> None:
         return losses
 
     expected = (per_token(MASK, advantages) * weight).sum() / 5
-    found = policy_loss(now, TRAIN, weight * advantages, MASK, LossConfig(normalization="token")).loss
-    torch.testing.assert_close(found, expected)
-    assert float(found) != pytest.approx(float(policy_loss(now, TRAIN, advantages, MASK).loss))
+    loss = policy_loss(now, TRAIN, weight * advantages, MASK, LossConfig(normalization="token")).loss
+    torch.testing.assert_close(loss, expected)
+    assert float(loss) != pytest.approx(float(policy_loss(now, TRAIN, advantages, MASK).loss))
 
 
 def test_far_apart_stays_finite_and_undefined_shows() -> None:
     train = TRAIN.clone()
     train[0, 1] = ROLLOUT[0, 1] + 500
-    found = rollout_correction(ROLLOUT, train, MASK, CorrectionConfig(mode="sequence_truncate", high=None))
-    assert found.weight.isfinite().all()
-    assert float(found.ratio_max) == pytest.approx(math.exp(20), rel=1e-5)
+    correction = rollout_correction(ROLLOUT, train, MASK, CorrectionConfig(mode="sequence_truncate", high=None))
+    assert correction.weight.isfinite().all()
+    assert float(correction.ratio_max) == pytest.approx(math.exp(20), rel=1e-5)
     train[0, 1] = NAN
-    found = rollout_correction(ROLLOUT, train, MASK, CorrectionConfig(mode="token_truncate"))
-    assert found.weight.isnan().nonzero().tolist() == [[0, 1]]
+    correction = rollout_correction(ROLLOUT, train, MASK, CorrectionConfig(mode="token_truncate"))
+    assert correction.weight.isnan().nonzero().tolist() == [[0, 1]]
     assert rollout_correction(ROLLOUT[:0], TRAIN[:0], MASK[:0]).weight.shape == (0, 4)
 
 

@@ -11,15 +11,15 @@ from rhythm.credit.overlong import OverlongConfig, overlong_penalty
 def test_the_penalty_grows_over_the_last_tokens() -> None:
     # L_max 10, L_cache 4: 0 up to 6, (6 − n)/4 up to 10, −1 beyond.
     lens = torch.tensor([0, 5, 6, 7, 8, 10, 11, 40])
-    found = overlong_penalty(lens, max_tokens=10, penalty_tokens=4)
-    assert found.dtype == torch.float32
-    assert found.tolist() == [0, 0, 0, -0.25, -0.5, -1, -1, -1]
+    penalty = overlong_penalty(lens, max_tokens=10, penalty_tokens=4)
+    assert penalty.dtype == torch.float32
+    assert penalty.tolist() == [0, 0, 0, -0.25, -0.5, -1, -1, -1]
 
 
 def test_the_papers_own_numbers() -> None:
     # "the expected maximum length as 16,384 tokens", with 4,096 tokens as the punish cache: L_max = 20,480.
-    found = overlong_penalty(torch.tensor([16384, 18432, 20480]), max_tokens=20480, penalty_tokens=4096)
-    assert found.tolist() == [0, -0.5, -1]
+    penalty = overlong_penalty(torch.tensor([16384, 18432, 20480]), max_tokens=20480, penalty_tokens=4096)
+    assert penalty.tolist() == [0, -0.5, -1]
 
 
 @pytest.mark.parametrize("tokens", [0, 11])

@@ -39,10 +39,10 @@ def test_the_longest_right_response_of_the_last_step_with_one_is_chosen(script: 
     page = "<summary>Step 0</summary>" + response("right", one, one, one)
     page += "<summary>Step 20</summary>" + response("right", one) + response("right", one, two)
     page += response("wrong", one, one, one) + "<summary>Step 40</summary>" + response("wrong", one, one)
-    found = script.chosen(page)
-    assert (found.step, found.prompt, found.texts) == ("Step 20", "1,2>3:", ["1", "⏎"])
-    assert found.values["WAAD"] == [2.5, 4.0]
-    assert found.values["FAI"] == pytest.approx([0.1, nan], nan_ok=True)
+    chosen = script.chosen(page)
+    assert (chosen.step, chosen.prompt, chosen.texts) == ("Step 20", "1,2>3:", ["1", "⏎"])
+    assert chosen.values["WAAD"] == [2.5, 4.0]
+    assert chosen.values["FAI"] == pytest.approx([0.1, nan], nan_ok=True)
     with pytest.raises(ValueError, match="no right response"):
         script.chosen(response("wrong", one))
 

@@ -54,10 +54,10 @@ def test_bfloat16_is_exact_but_for_fp32_rounding(device: str, temperature: float
     logprobs, entropies = exact(hidden, weight, token, temperature)
     rounded = ((hidden.float() @ weight.float().T).bfloat16().float() / temperature).log_softmax(dim=-1)
     assert (rounded.gather(1, token[:, None])[:, 0] - logprobs).abs().mean() > 0.005  # what is avoided
-    found = logprobs_and_entropies(hidden, weight, token, temperature=temperature, chunk=40)
-    assert found[0].dtype == found[1].dtype == torch.float32
-    assert (found[0] - logprobs).abs().max() < 2e-5
-    assert (found[1] - entropies).abs().max() < 2e-5
+    actual = logprobs_and_entropies(hidden, weight, token, temperature=temperature, chunk=40)
+    assert actual[0].dtype == actual[1].dtype == torch.float32
+    assert (actual[0] - logprobs).abs().max() < 2e-5
+    assert (actual[1] - entropies).abs().max() < 2e-5
 
 
 @pytest.mark.usefixtures("small_slices")
@@ -70,8 +70,8 @@ def test_gradients_of_bfloat16_are_those_of_float64(device: str) -> None:
     expected = torch.autograd.grad((a * logprobs + b * entropies).sum(), wide)
     narrow = [hidden.requires_grad_(), weight.requires_grad_()]
     logprobs, entropies = logprobs_and_entropies(*narrow, token, temperature=0.6, chunk=40)
-    found = torch.autograd.grad((a * logprobs + b * entropies).sum(), narrow)
-    for mine, theirs in zip(found, expected, strict=True):
+    actual = torch.autograd.grad((a * logprobs + b * entropies).sum(), narrow)
+    for mine, theirs in zip(actual, expected, strict=True):
         assert mine.dtype == torch.bfloat16
         assert (mine - theirs).norm() < 4e-3 * theirs.norm()  # bfloat16's own rounding is 2e-3
 
@@ -87,10 +87,10 @@ def test_gradients_in_float64(used: str, biased: bool, monkeypatch: pytest.Monke
     token = torch.tensor([0, 6, 7, 13, 19, 19])
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        found = logprobs_and_entropies(
+        actual = logprobs_and_entropies(
             hidden, weight, token, temperature=0.7, chunk=4, bias_V=bias if biased else 0 * bias
         )
-        return {"logprobs": found[0], "entropies": found[1], "both": found}[used]
+        return {"logprobs": actual[0], "entropies": actual[1], "both": actual}[used]
 
     assert torch.autograd.gradcheck(compute, (hidden, weight, bias))
 
@@ -149,24 +149,24 @@ def test_a_bfloat16_model_gives_log_probs_of_its_fp32_product(model: Any, make_r
     rollout = make_rollout()
     with torch.no_grad():
         states = model.base_model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask.long())
-        found = response_logprobs(model, rollout, temperature=1.0, chunk=9)
+        actual = response_logprobs(model, rollout, temperature=1.0, chunk=9)
     inside = rollout.response_mask
     hidden, token = states.last_hidden_state[:, :-1][inside[:, 1:]], rollout.input_ids[:, 1:][inside[:, 1:]]
     logprobs, entropies = exact(hidden, model.lm_head.weight.detach(), token, 1.0)
-    assert (found.logprobs[inside] - logprobs).abs().max() < 1e-5
-    assert (found.entropy[inside] - entropies).abs().max() < 1e-5
+    assert (actual.logprobs[inside] - logprobs).abs().max() < 1e-5
+    assert (actual.entropy[inside] - entropies).abs().max() < 1e-5
 
 
 def test_autocast_rounds_operands_and_not_their_product(model: Any, make_rollout: Callable[..., Rollout]) -> None:
     rollout = make_rollout()
     with torch.autocast("cpu", torch.bfloat16):
         states = model.base_model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask.long())
-        found = response_logprobs(model, rollout, temperature=1.0, chunk=9)
+        actual = response_logprobs(model, rollout, temperature=1.0, chunk=9)
     inside = rollout.response_mask
     hidden, token = states.last_hidden_state[:, :-1][inside[:, 1:]], rollout.input_ids[:, 1:][inside[:, 1:]]
     expected, _ = exact(hidden.bfloat16(), model.lm_head.weight.bfloat16(), token, 1.0)
-    assert (found.logprobs[inside] - expected).abs().max() < 1e-5
-    assert found.logprobs[inside].requires_grad
+    assert (actual.logprobs[inside] - expected).abs().max() < 1e-5
+    assert actual.logprobs[inside].requires_grad
 
 
 def test_generate_draws_from_and_reports_the_fp32_product(model: Any) -> None:

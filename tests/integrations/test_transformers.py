@@ -218,12 +218,12 @@ def test_from_pretrained_and_set_attn_implementation(tmp_path: Path) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="rhythm").eval()
     switched = made(implementation="sdpa")
     switched.set_attn_implementation("rhythm")
-    (input_ids, inputs), found = batch(), []
+    (input_ids, inputs), waads = batch(), []
     for model in (loaded, switched):
         with torch.no_grad(), collect_statistics(prompt_lens=PROMPT_LENS) as statistics:
             model(input_ids, **inputs)
-        found.append(statistics[3].waad)
-    assert found[0].nan_to_num().equal(found[1].nan_to_num())
+        waads.append(statistics[3].waad)
+    assert waads[0].nan_to_num().equal(waads[1].nan_to_num())
     with pytest.raises(KeyError, match="there are none at all: has a model with attn_implementation='rhythm' run"):
         LayerStatistics()[0]
 

@@ -75,14 +75,14 @@ def until(crowded):
     return [watch.crowded, idle()]
 with SpinWatch(waited, interval=0.05) as watch:
     time.sleep(0.4)
-    found = [[watch.crowded, idle()]]
+    readings = [[watch.crowded, idle()]]
     share = 0.5
-    found.append(until(True))
+    readings.append(until(True))
     share = 0.0
-    found.append(until(False))
+    readings.append(until(False))
     share = 0.5
     until(True)
-print(json.dumps([*found, [watch.crowded, idle()]]))
+print(json.dumps([*readings, [watch.crowded, idle()]]))
 """
     (calm, spun), (busy, slept), (calm_again, spun_again), (ended, at_the_end) = run(code)  # type: ignore[misc]
     assert [calm, busy, calm_again, ended] == [False, True, False, False]

@@ -46,8 +46,8 @@ def checkpoints(tmp_path: Path) -> Path:
 def test_what_is_no_checkpoint_is_passed_over(checkpoints: Path, caplog: pytest.LogCaptureFixture) -> None:
     (checkpoints / "step_abc").mkdir()
     (checkpoints / "step_000006").touch()
-    found = latest_checkpoint(checkpoints)
-    assert found == (checkpoints / "step_000004", RunState(step=4))
+    latest = latest_checkpoint(checkpoints)
+    assert latest == (checkpoints / "step_000004", RunState(step=4))
     assert "step_000006 is damaged (it is not a directory)" in caplog.text
     save_checkpoint(checkpoints, RunState(step=6), write, keep=2)
     assert find_damage(checkpoints / "step_000006") is None

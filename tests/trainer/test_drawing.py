@@ -68,14 +68,14 @@ def test_tied_groups_by_hand() -> None:
 
 def test_groups_are_replaced_in_their_places() -> None:
     before = scored([10, 11, 12, 13])  # rows of 6, 7, 2, 3 tokens
-    found = replace_groups(before, torch.tensor([1, 3]), scored([21, 20], width=6), pad_id=0)  # of 3 and 2 tokens
-    assert found.rollout.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert found.rollout.input_ids[:, 0].tolist() == [10, 10, 21, 21, 12, 12, 20, 20]
-    assert found.rollout.input_ids[:, 1].tolist() == [0, 1] * 4
-    assert found.rollout.lens.tolist() == [6, 6, 3, 3, 2, 2, 2, 2]
-    assert found.rollout.input_ids.shape == (8, 6)  # no wider than the longest row that is left
-    assert found.prompts == found.responses == ["10.0", "10.1", "21.0", "21.1", "12.0", "12.1", "20.0", "20.1"]
-    assert [reward.score for reward in found.rewards] == [0, 1, 0, 1, 4, 5, 2, 3]
+    result = replace_groups(before, torch.tensor([1, 3]), scored([21, 20], width=6), pad_id=0)  # of 3 and 2 tokens
+    assert result.rollout.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert result.rollout.input_ids[:, 0].tolist() == [10, 10, 21, 21, 12, 12, 20, 20]
+    assert result.rollout.input_ids[:, 1].tolist() == [0, 1] * 4
+    assert result.rollout.lens.tolist() == [6, 6, 3, 3, 2, 2, 2, 2]
+    assert result.rollout.input_ids.shape == (8, 6)  # no wider than the longest row that is left
+    assert result.prompts == result.responses == ["10.0", "10.1", "21.0", "21.1", "12.0", "12.1", "20.0", "20.1"]
+    assert [reward.score for reward in result.rewards] == [0, 1, 0, 1, 4, 5, 2, 3]
 
 
 class FakeTask:
@@ -124,7 +124,7 @@ def test_groups_without_variance_are_drawn_again(small_config: Configure) -> Non
     assert plain.metrics["extra_rounds"] == 0
     assert plain.metrics["drawn_zero_variance_share"] == len(ties) / 12
 
-    found, calls = drawn(small_config(*sizes, "batch.extra_rounds=9"))
+    result, calls = drawn(small_config(*sizes, "batch.extra_rounds=9"))
     assert calls[0] == first
     # Each round asks for as many prompts as still tie, with a seed of its own, until none does.
     still = [sum(prompt % 3 == 0 for prompt in prompts) for prompts, _ in calls]
@@ -132,14 +132,14 @@ def test_groups_without_variance_are_drawn_again(small_config: Configure) -> Non
     assert still[-1] == 0
     assert len(calls) > 2
     assert len({seed for _, seed in calls}) == len(calls)
-    prompts = found.scored.rollout.input_ids[::2, 0].tolist()
+    prompts = result.scored.rollout.input_ids[::2, 0].tolist()
     assert all(prompt % 3 for prompt in prompts)
     assert [prompt for place, prompt in enumerate(prompts) if place not in ties] == [p for p in first[0] if p % 3]
-    assert found.metrics["extra_rounds"] == len(calls) - 1
-    assert found.metrics["drawn_groups"] == 12 + sum(still)
-    assert found.metrics["drawn_zero_variance_share"] == sum(still) / (12 + sum(still))
-    assert found.metrics["drawn_accuracy"] == 12 / (2 * (12 + sum(still)))
-    assert found.rewards.tolist() == [0, 1] * 12
+    assert result.metrics["extra_rounds"] == len(calls) - 1
+    assert result.metrics["drawn_groups"] == 12 + sum(still)
+    assert result.metrics["drawn_zero_variance_share"] == sum(still) / (12 + sum(still))
+    assert result.metrics["drawn_accuracy"] == 12 / (2 * (12 + sum(still)))
+    assert result.rewards.tolist() == [0, 1] * 12
 
     # Bounded: what still ties after one round stays. Other steps ask for other prompts, the same step for the same.
     bounded, some = drawn(small_config(*sizes, "batch.extra_rounds=1"))

@@ -36,9 +36,9 @@ def test_the_share_is_that_of_the_statistics(
     def slow(*arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()
         time.sleep(SLOW)
-        found = real(*arguments, **options)
+        result = real(*arguments, **options)
         spent.append(time.perf_counter() - started)
-        return found
+        return result
 
     monkeypatch.setattr(tap, "attention_statistics", slow)
     overrides = (

@@ -34,11 +34,11 @@ def run(code: str, cwd: Path, **environment: str) -> str:
 
 def test_kernels_are_inside_the_package_only(tmp_path: Path) -> None:
     """`kernels` at the top level is another project's name, which transformers looks for."""
-    found = run(
+    output = run(
         "import importlib.util as u; print(u.find_spec('kernels') is None, u.find_spec('rhythm.kernels') is not None)",
         tmp_path,
     )
-    assert found.split() == ["True", "True"]
+    assert output.split() == ["True", "True"]
 
 
 def test_public_names(tmp_path: Path) -> None:

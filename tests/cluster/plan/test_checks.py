@@ -52,13 +52,13 @@ def test_parameters_are_those_that_transformers_makes(config: Any, model: Any, t
     made.save_pretrained(tmp_path)
     with torch.device("meta"):
         expected = sum(parameter.numel() for parameter in model(made).parameters())
-    found = read_dimensions(tmp_path)
-    assert found.parameters == expected
-    assert (found.layers, found.query_heads, found.key_heads, found.head_size) == (3, 4, 2, 16)
-    assert (found.max_positions, found.tied) == (77, tied)
-    assert found.kv_values(1) == 2 * 3 * 2 * 16
-    assert found.kv_values(2) == 2 * 3 * 1 * 16
-    assert found.kv_values(4) == 2 * 3 * 1 * 16  # key heads are copied, not split further
+    dimensions = read_dimensions(tmp_path)
+    assert dimensions.parameters == expected
+    assert (dimensions.layers, dimensions.query_heads, dimensions.key_heads, dimensions.head_size) == (3, 4, 2, 16)
+    assert (dimensions.max_positions, dimensions.tied) == (77, tied)
+    assert dimensions.kv_values(1) == 2 * 3 * 2 * 16
+    assert dimensions.kv_values(2) == 2 * 3 * 1 * 16
+    assert dimensions.kv_values(4) == 2 * 3 * 1 * 16  # key heads are copied, not split further
 
 
 def test_known_models_have_the_parameters_of_their_model_cards() -> None:

@@ -17,35 +17,35 @@ def cluster(**section: Any) -> ClusterConfig:
 
 
 def test_colocated_replicas_stand_on_the_trainers_gpus() -> None:
-    found = assign(
+    assignment = assign(
         cluster(gpus=4, train={"tensor": 2, "data": 2}, infer={"replicas": 2, "tensor_parallel_size": 2}),
         separate_attn=False,
     )
-    assert found.train == (Slot(0, (0,)), Slot(0, (1,)), Slot(0, (2,)), Slot(0, (3,)))
-    assert found.infer == (Slot(0, (0, 1)), Slot(0, (2, 3)))
-    assert found.attn == ()
-    assert found.idle == 0
+    assert assignment.train == (Slot(0, (0,)), Slot(0, (1,)), Slot(0, (2,)), Slot(0, (3,)))
+    assert assignment.infer == (Slot(0, (0, 1)), Slot(0, (2, 3)))
+    assert assignment.attn == ()
+    assert assignment.idle == 0
 
 
 def test_separate_roles_stand_one_after_the_other_over_the_nodes() -> None:
-    found = assign(
+    assignment = assign(
         cluster(
             placement="separate", nodes=2, gpus=8, train={"tensor": 2, "pipeline": 2}, infer={"replicas": 3}, **NETWORK
         ),
         separate_attn=True,
     )
-    assert [slot.node for slot in found.train] == [0, 0, 0, 0]
-    assert found.infer == (Slot(1, (0,)), Slot(1, (1,)), Slot(1, (2,)))
-    assert found.attn == (Slot(1, (3,)),)
-    assert found.idle == 0
+    assert [slot.node for slot in assignment.train] == [0, 0, 0, 0]
+    assert assignment.infer == (Slot(1, (0,)), Slot(1, (1,)), Slot(1, (2,)))
+    assert assignment.attn == (Slot(1, (3,)),)
+    assert assignment.idle == 0
 
 
 def test_without_gpus_everything_is_on_cpus() -> None:
-    found = assign(
+    assignment = assign(
         cluster(gpus=0, train={"tensor": 2}, infer={"replicas": 2, "kv_cache_gib": 1}, attn={"replicas": 2}),
         separate_attn=True,
     )
-    assert found.train == found.infer == found.attn == (Slot(0, ()),) * 2
+    assert assignment.train == assignment.infer == assignment.attn == (Slot(0, ()),) * 2
 
 
 def test_what_nobody_uses_is_counted() -> None:

@@ -66,9 +66,9 @@ def test_memory_of_a_small_model_by_hand() -> None:
         # ranks; the gradient of these entries' rows of the output embedding.
         activations=(2 * 8 + 6 * 8 + 48) * 64 * 2 * 2 + (2 * 4 + 2) * 16 * 5 + 5 * 8 * 2,
     )
-    found = infer_memory(cluster, WORK, SMALL)
-    assert found == InferMemory(weights=3304, kv_cache=2**30, token=2 * 4 * 1 * 4 * 2)
-    assert found.tokens == 2**30 // 64
+    memory = infer_memory(cluster, WORK, SMALL)
+    assert memory == InferMemory(weights=3304, kv_cache=2**30, token=2 * 4 * 1 * 4 * 2)
+    assert memory.tokens == 2**30 // 64
     assert attn_memory(SMALL) == 4 * 3304
 
 

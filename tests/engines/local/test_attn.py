@@ -62,19 +62,19 @@ def test_signals_are_those_of_observe(model: Any, make_rollout: MakeRollout) -> 
         signals=SignalsConfig(layers=rhythm.sampled_layers(3, 2), window=4, horizon=(2, 6)),
     )
     for size in (1, 3, 4):
-        found = ObserveAttn(model, tap(), micro_batch_size=size).signals(rollout)
-        assert_same(found, expected, rtol=1e-5, atol=1e-5)
+        actual = ObserveAttn(model, tap(), micro_batch_size=size).signals(rollout)
+        assert_same(actual, expected, rtol=1e-5, atol=1e-5)
     assert expected.waad[rollout.response_mask].isfinite().all()
 
 
 @pytest.mark.parametrize("grouping", ["batch", "calibrated"])
 def test_shared_groups_come_from_all_rows(model: Any, make_rollout: MakeRollout, grouping: Grouping) -> None:
     rollout = make_rollout(prompt_lens=(2, 2, 2, 2), response_lens=(20, 15, 10, 5), seed=3)
-    each = ObserveAttn(model, tap(), micro_batch_size=1).signals(rollout)
+    own = ObserveAttn(model, tap(), micro_batch_size=1).signals(rollout)
     shared = ObserveAttn(model, tap(grouping), micro_batch_size=1).signals(rollout)
-    assert shared.groups.local.equal(select_heads(each.span, 0.3, per="batch").local)
-    assert shared.groups.global_.equal(select_heads(each.span, 0.3, per="batch").global_)
-    assert not each.groups.local.equal(shared.groups.local) or not each.groups.global_.equal(shared.groups.global_)
+    assert shared.groups.local.equal(select_heads(own.span, 0.3, per="batch").local)
+    assert shared.groups.global_.equal(select_heads(own.span, 0.3, per="batch").global_)
+    assert not own.groups.local.equal(shared.groups.local) or not own.groups.global_.equal(shared.groups.global_)
 
 
 def test_fixed_groups_override_the_grouping(model: Any, make_rollout: MakeRollout) -> None:
@@ -84,9 +84,9 @@ def test_fixed_groups_override_the_grouping(model: Any, make_rollout: MakeRollou
     local[0, 1] = global_[0, 2] = True
     fixed = HeadGroups(local=local, global_=global_)
     for grouping in ("sequence", "batch", "calibrated"):
-        found = ObserveAttn(model, tap(grouping), micro_batch_size=2).signals(rollout, fixed)
-        assert found.groups.local.equal(local.expand(4, -1))
-        assert found.groups.global_.equal(global_.expand(4, -1))
+        actual = ObserveAttn(model, tap(grouping), micro_batch_size=2).signals(rollout, fixed)
+        assert actual.groups.local.equal(local.expand(4, -1))
+        assert actual.groups.global_.equal(global_.expand(4, -1))
 
 
 def test_it_sees_the_weights_it_was_given(model: Any, make_rollout: MakeRollout) -> None:

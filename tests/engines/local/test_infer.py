@@ -107,8 +107,8 @@ def test_the_checkpoints_own_sampling_defaults_have_no_say(model: Any) -> None:
     expected = engine(model).generate(PROMPTS, 2, sampling, seed=8)
     own = GenerationConfig(top_k=1, repetition_penalty=1.7, no_repeat_ngram_size=1, do_sample=True, eos_token_id=3)
     model.generation_config = own
-    found = engine(model).generate(PROMPTS, 2, sampling, seed=8)
-    assert found.input_ids.equal(expected.input_ids)
+    actual = engine(model).generate(PROMPTS, 2, sampling, seed=8)
+    assert actual.input_ids.equal(expected.input_ids)
     assert model.generation_config is own
 
 
@@ -180,9 +180,9 @@ def test_seeded_draws_have_the_distribution_asked_for(model: Any) -> None:
             keep = torch.zeros(len(expected), dtype=torch.bool).index_fill(0, ranked.indices[:within], True)
         expected = expected * keep / expected[keep].sum()
         rollout = engine(model).generate_each([PROMPTS[1]] * count, sampling, range(count))
-        found = torch.bincount(rollout.input_ids[:, len(PROMPTS[1])], minlength=len(expected)) / count
-        assert found[~keep].sum() == 0
-        assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
+        actual = torch.bincount(rollout.input_ids[:, len(PROMPTS[1])], minlength=len(expected)) / count
+        assert actual[~keep].sum() == 0
+        assert ((actual - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
 
 
 def test_seeds_change_nothing_at_temperature_0(model: Any) -> None:

@@ -42,11 +42,11 @@ def test_against_the_full_softmax(
 ) -> None:
     rollout = make_rollout()
     with torch.no_grad():
-        found = response_logprobs(model, rollout, temperature=temperature, chunk=chunk)
+        actual = response_logprobs(model, rollout, temperature=temperature, chunk=chunk)
         logprobs, entropy = naive(model, rollout, temperature)
-    torch.testing.assert_close(found.logprobs, logprobs, equal_nan=True, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.entropy, entropy, equal_nan=True, rtol=1e-4, atol=1e-5)
-    assert (found.logprobs.isnan() == ~rollout.response_mask).all()
+    torch.testing.assert_close(actual.logprobs, logprobs, equal_nan=True, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.entropy, entropy, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert (actual.logprobs.isnan() == ~rollout.response_mask).all()
 
 
 def test_gradients_through_the_chunks(model: Any, make_rollout: Callable[..., Rollout]) -> None:
@@ -59,8 +59,8 @@ def test_gradients_through_the_chunks(model: Any, make_rollout: Callable[..., Ro
         (logprobs[inside] * weights[inside] + 0.3 * entropy[inside]).sum().backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
-    found = response_logprobs(model, rollout, temperature=0.8, chunk=4)
-    chunked = gradients(found.logprobs, found.entropy)
+    actual = response_logprobs(model, rollout, temperature=0.8, chunk=4)
+    chunked = gradients(actual.logprobs, actual.entropy)
     expected = gradients(*naive(model, rollout, 0.8))
     for ours, theirs in zip(chunked, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -90,9 +90,9 @@ def test_other_models_pass_and_agree(make_rollout: Callable[..., Rollout]) -> No
     check_output_head(neox)
     rollout = make_rollout()
     with torch.no_grad():
-        found = response_logprobs(neox, rollout, temperature=1.0, chunk=7)
+        actual = response_logprobs(neox, rollout, temperature=1.0, chunk=7)
         logprobs, _ = naive(neox, rollout, 1.0)
-    torch.testing.assert_close(found.logprobs, logprobs, equal_nan=True, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.logprobs, logprobs, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_that_does_more_is_refused(model: Any) -> None:

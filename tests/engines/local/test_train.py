@@ -106,9 +106,9 @@ def test_log_probs_do_not_depend_on_micro_batches(model: Any, make: Make, make_r
     parts, _ = make(model, micro_batch_size=1).log_probs(rollout)
     with torch.no_grad():
         expected = response_logprobs(model, rollout, temperature=0.8, chunk=10_000)
-    for found in (whole, parts):
-        torch.testing.assert_close(found.logprobs, expected.logprobs, equal_nan=True, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.entropy, expected.entropy, equal_nan=True, rtol=1e-4, atol=1e-5)
+    for actual in (whole, parts):
+        torch.testing.assert_close(actual.logprobs, expected.logprobs, equal_nan=True, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.entropy, expected.entropy, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_the_tap_leaves_log_probs_as_they_are(model: Any, make: Make, make_rollout: Callable[..., Rollout]) -> None:

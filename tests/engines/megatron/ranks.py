@@ -47,11 +47,11 @@ def _rank(rank: int, spec: dict[str, Any], out_path: str, port: int) -> None:
             with_reference=True,
             **spec["options"],
         )
-        found = SCENARIOS[spec["scenario"]](engine, spec, rank)
+        results = SCENARIOS[spec["scenario"]](engine, spec, rank)
     except BaseException:
         traceback.print_exc()
         raise
-    torch.save(found, f"{out_path}.{rank}")
+    torch.save(results, f"{out_path}.{rank}")
     engine.close()
 
 
@@ -59,41 +59,41 @@ def _everything(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[
     rollout: Rollout = spec["rollout"]
     tap = SignalsConfig(backend="reference", layers=3)
     widest = _watch_logits(engine)
-    found: dict[str, Any] = {"weights_at_start": engine.weights()}
-    found["log_probs"], found["signals"] = engine.log_probs(rollout, tap)
-    found["statistics_seconds"] = engine.statistics_seconds
-    found["batch_signals"] = engine.log_probs(rollout, tap.model_copy(update={"grouping": "batch"}))[1]
-    groups = found["signals"].groups
+    results: dict[str, Any] = {"weights_at_start": engine.weights()}
+    results["log_probs"], results["signals"] = engine.log_probs(rollout, tap)
+    results["statistics_seconds"] = engine.statistics_seconds
+    results["batch_signals"] = engine.log_probs(rollout, tap.model_copy(update={"grouping": "batch"}))[1]
+    groups = results["signals"].groups
     fixed = HeadGroups(groups.local[:1].roll(1, dims=1), groups.global_[:1].roll(1, dims=1))
-    found["fixed_signals"] = engine.log_probs(rollout, tap, fixed)[1]
-    found["one_row"] = engine.log_probs(_first_row(rollout))[0]
-    found["statistics_seconds_without_tap"] = engine.statistics_seconds
-    found["steps"] = [engine.step(batch) for batch in spec["batches"][:-1]]
-    found["weights"] = engine.weights()
-    found["reference"] = engine.reference_log_probs(rollout)
-    found["refused"] = _refuses_infinity(engine, spec["batches"][0])
-    found["weights_after_refusal"] = engine.weights()
+    results["fixed_signals"] = engine.log_probs(rollout, tap, fixed)[1]
+    results["one_row"] = engine.log_probs(_first_row(rollout))[0]
+    results["statistics_seconds_without_tap"] = engine.statistics_seconds
+    results["steps"] = [engine.step(batch) for batch in spec["batches"][:-1]]
+    results["weights"] = engine.weights()
+    results["reference"] = engine.reference_log_probs(rollout)
+    results["refused"] = _refuses_infinity(engine, spec["batches"][0])
+    results["weights_after_refusal"] = engine.weights()
     directory = Path(spec["save_to"])
     directory.mkdir(exist_ok=True)
     engine.save(directory)
     engine.step(spec["batches"][-1])
-    found["last_weights"] = engine.weights()
+    results["last_weights"] = engine.weights()
     engine.load(directory)
     engine.step(spec["batches"][-1])
-    found["last_weights_again"] = engine.weights()
+    results["last_weights_again"] = engine.weights()
     for name in spec["load_from"]:
         engine.load(Path(name))
         engine.step(spec["batches"][-1])
-        found[f"loaded {name}"] = engine.weights()
-    found["widest_logits"] = max(widest)
-    return found
+        results[f"loaded {name}"] = engine.weights()
+    results["widest_logits"] = max(widest)
+    return results
 
 
 def _scores(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
-    found = {"weights_at_start": engine.weights(), "log_probs": engine.log_probs(spec["rollout"])[0]}
-    found["steps"] = [engine.step(batch) for batch in spec["batches"]]
-    found["weights"] = engine.weights()
-    return found
+    results = {"weights_at_start": engine.weights(), "log_probs": engine.log_probs(spec["rollout"])[0]}
+    results["steps"] = [engine.step(batch) for batch in spec["batches"]]
+    results["weights"] = engine.weights()
+    return results
 
 
 def _hidden(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -101,9 +101,9 @@ def _hidden(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
     seen = []
 
     def watched(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, token_N: torch.Tensor, **options: Any) -> Any:
-        found = head.logprobs_and_entropies(hidden_ND, weight_VD, token_N, **options)
-        seen.append((hidden_ND, token_N, *found))
-        return found
+        results = head.logprobs_and_entropies(hidden_ND, weight_VD, token_N, **options)
+        seen.append((hidden_ND, token_N, *results))
+        return results
 
     train.logprobs_and_entropies = watched
     engine.log_probs(spec["rollout"])

@@ -56,7 +56,7 @@ class Case:
     checkpoint: Path
     rollout: Rollout
     batches: list[TrainBatch]
-    found: dict[str, Any]
+    results: dict[str, Any]
 
 
 def make_rollout(rows: int = 7, positions: int = 40) -> Rollout:
@@ -99,19 +99,19 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     save_checkpoint(model, build_tokenizer(), checkpoint)
     rollout = make_rollout()
     engine = torch_engine(model)
-    found: dict[str, Any] = {"weights_at_start": copy.deepcopy(engine.weights())}
-    found["log_probs"], found["signals"] = engine.log_probs(rollout, TAP)
-    found["batch_signals"] = engine.log_probs(rollout, TAP.model_copy(update={"grouping": "batch"}))[1]
-    groups = found["signals"].groups
+    results: dict[str, Any] = {"weights_at_start": copy.deepcopy(engine.weights())}
+    results["log_probs"], results["signals"] = engine.log_probs(rollout, TAP)
+    results["batch_signals"] = engine.log_probs(rollout, TAP.model_copy(update={"grouping": "batch"}))[1]
+    groups = results["signals"].groups
     fixed = HeadGroups(groups.local[:1].roll(1, dims=1), groups.global_[:1].roll(1, dims=1))
-    found["fixed_signals"] = engine.log_probs(rollout, TAP, fixed)[1]
-    found["reference"] = engine.reference_log_probs(rollout)
-    batches = make_batches(rollout, found["log_probs"].logprobs, found["reference"], count=4)
-    found["steps"] = [engine.step(batch) for batch in batches[:-1]]
-    found["weights"] = copy.deepcopy(engine.weights())
+    results["fixed_signals"] = engine.log_probs(rollout, TAP, fixed)[1]
+    results["reference"] = engine.reference_log_probs(rollout)
+    batches = make_batches(rollout, results["log_probs"].logprobs, results["reference"], count=4)
+    results["steps"] = [engine.step(batch) for batch in batches[:-1]]
+    results["weights"] = copy.deepcopy(engine.weights())
     engine.step(batches[-1])
-    found["last_weights"] = copy.deepcopy(engine.weights())
-    return Case(checkpoint, rollout, batches, found)
+    results["last_weights"] = copy.deepcopy(engine.weights())
+    return Case(checkpoint, rollout, batches, results)
 
 
 def run_ranks(scratch: Path, timeout: float = 400, **spec: Any) -> list[dict[str, Any]]:
@@ -137,13 +137,13 @@ class Layouts:
         """Where a layout leaves its checkpoint."""
         return self._directory / "saved" / name
 
-    def found(self, name: str) -> list[dict[str, Any]]:
+    def results(self, name: str) -> list[dict[str, Any]]:
         """What each rank of a layout found."""
         if name not in self._found:
             assert name not in self._begun, f"layout {name} failed when another test asked for it"
             self._begun.add(name)
             for other in LOADS[name]:
-                self.found(other)
+                self.results(other)
             scratch = self._directory / name
             scratch.mkdir()
             self.saved(name).parent.mkdir(exist_ok=True)
@@ -169,63 +169,63 @@ def layouts(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Layouts:
 @pytest.fixture(params=LAYOUTS)
 def ranks(request: pytest.FixtureRequest, layouts: Layouts) -> Any:
     """(name of the layout, what each of its ranks found)."""
-    return request.param, layouts.found(request.param)
+    return request.param, layouts.results(request.param)
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol, equal_nan=True)
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol, equal_nan=True)
 
 
-def assert_weights(found: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
-    tied = {"lm_head.weight"} if "lm_head.weight" not in found else set()
-    assert found.keys() == expected.keys() - tied
-    for name, tensor in found.items():
+def assert_weights(actual: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
+    tied = {"lm_head.weight"} if "lm_head.weight" not in actual else set()
+    assert actual.keys() == expected.keys() - tied
+    for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
 def test_weights_go_in_and_out_bit_for_bit(ranks: Any, case: Case) -> None:
-    for found in ranks[1]:
-        assert_weights(found["weights_at_start"], case.found["weights_at_start"], atol=0.0)
+    for results in ranks[1]:
+        assert_weights(results["weights_at_start"], case.results["weights_at_start"], atol=0.0)
 
 
 def test_log_probs_and_entropies(ranks: Any, case: Case) -> None:
-    for found in ranks[1]:
-        assert_near(found["log_probs"].logprobs, case.found["log_probs"].logprobs, atol=1e-5)
-        assert_near(found["log_probs"].entropy, case.found["log_probs"].entropy, atol=1e-5)
-        assert_near(found["reference"], case.found["reference"], atol=1e-5)
+    for results in ranks[1]:
+        assert_near(results["log_probs"].logprobs, case.results["log_probs"].logprobs, atol=1e-5)
+        assert_near(results["log_probs"].entropy, case.results["log_probs"].entropy, atol=1e-5)
+        assert_near(results["reference"], case.results["reference"], atol=1e-5)
         # Fewer rows than data ranks: some have nothing to do.
-        assert_near(found["one_row"].logprobs, case.found["log_probs"].logprobs[:1], atol=1e-5)
+        assert_near(results["one_row"].logprobs, case.results["log_probs"].logprobs[:1], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["signals", "batch_signals", "fixed_signals"])
 def test_signals_are_those_of_the_whole_model(ranks: Any, case: Case, kind: str) -> None:
-    expected = case.found[kind]
-    for found in (rank[kind] for rank in ranks[1]):
-        assert torch.equal(found.groups.local, expected.groups.local)
-        assert torch.equal(found.groups.global_, expected.groups.global_)
-        assert_near(found.span, expected.span, atol=1e-4)
-        assert_near(found.waad, expected.waad, atol=1e-4)
-        assert_near(found.fai, expected.fai, atol=1e-5)
+    expected = case.results[kind]
+    for signals in (rank[kind] for rank in ranks[1]):
+        assert torch.equal(signals.groups.local, expected.groups.local)
+        assert torch.equal(signals.groups.global_, expected.groups.global_)
+        assert_near(signals.span, expected.span, atol=1e-4)
+        assert_near(signals.waad, expected.waad, atol=1e-4)
+        assert_near(signals.fai, expected.fai, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["local_chunk", "global_anchor", "coupled"])
 def test_gamma_is_that_of_one_machine(ranks: Any, case: Case, strategy: Any) -> None:
     config = CreditConfig(strategy=strategy)
-    expected = batch_credit_weights(case.found["signals"], case.rollout.response_mask, config)
+    expected = batch_credit_weights(case.results["signals"], case.rollout.response_mask, config)
     assert expected[case.rollout.response_mask].unique().numel() > 1
-    for found in ranks[1]:
-        assert torch.equal(batch_credit_weights(found["signals"], case.rollout.response_mask, config), expected)
+    for results in ranks[1]:
+        assert torch.equal(batch_credit_weights(results["signals"], case.rollout.response_mask, config), expected)
 
 
 def test_steps_follow_one_machine(ranks: Any, case: Case) -> None:
-    for found in ranks[1]:
-        for step, expected in zip(found["steps"], case.found["steps"], strict=True):
+    for results in ranks[1]:
+        for step, expected in zip(results["steps"], case.results["steps"], strict=True):
             assert step.loss == pytest.approx(expected.loss, abs=1e-4)
             assert step.kl == pytest.approx(expected.kl, abs=1e-4)
             assert step.clip_share == pytest.approx(expected.clip_share, abs=0.01)
-        first, expected = found["steps"][0], case.found["steps"][0]
+        first, expected = results["steps"][0], case.results["steps"][0]
         assert first.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
-        assert_weights(found["weights"], case.found["weights"], atol=2e-4)
+        assert_weights(results["weights"], case.results["weights"], atol=2e-4)
 
 
 @pytest.mark.parametrize("loss", [LossConfig(dual_clip=1.25), LossConfig(objective="cispo", clip_low=1, clip_high=3)])
@@ -234,14 +234,14 @@ def test_other_objectives_follow_one_machine(case: Case, tmp_path: Path, loss: L
     masked = torch.isin(torch.arange(7), case.rollout.lens.argsort(descending=True)[:3])
     rollout = replace(case.rollout, response_mask=case.rollout.response_mask & ~masked[:, None])
     noise = torch.randn(case.rollout.input_ids.shape, generator=torch.Generator().manual_seed(8))
-    batches = make_batches(rollout, case.found["log_probs"].logprobs + 0.5 * noise, None, count=1)
+    batches = make_batches(rollout, case.results["log_probs"].logprobs + 0.5 * noise, None, count=1)
     options = OPTIONS | {"loss": loss}
     model = AutoModelForCausalLM.from_pretrained(case.checkpoint, dtype=torch.float32)
     engine = TorchTrain(model, build_tokenizer(), micro_batch_size=2, **options)
     expected = engine.step(batches[0])
     assert (expected.dual_clip_share > 0.01) == (loss.dual_clip is not None)
     assert expected.clip_share > 0.01 or loss.dual_clip is None
-    for found in run_ranks(
+    for results in run_ranks(
         tmp_path,
         scenario="scores",
         parallel=LAYOUTS["data"],
@@ -250,29 +250,29 @@ def test_other_objectives_follow_one_machine(case: Case, tmp_path: Path, loss: L
         rollout=rollout,
         batches=batches,
     ):
-        (step,) = found["steps"]
+        (step,) = results["steps"]
         assert step.loss == pytest.approx(expected.loss, abs=1e-4)
         assert step.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
         assert step.clip_share == pytest.approx(expected.clip_share, abs=0.01)
         assert step.dual_clip_share == pytest.approx(expected.dual_clip_share, abs=0.01)
-        assert_weights(found["weights"], engine.weights(), atol=2e-4)
+        assert_weights(results["weights"], engine.weights(), atol=2e-4)
 
 
 def test_infinity_stops_every_rank_and_changes_no_weight(ranks: Any) -> None:
-    for found in ranks[1]:
-        assert found["refused"] == ("loss", True)
-        assert_weights(found["weights_after_refusal"], found["weights"], atol=0.0)
+    for results in ranks[1]:
+        assert results["refused"] == ("loss", True)
+        assert_weights(results["weights_after_refusal"], results["weights"], atol=0.0)
 
 
 def test_a_saved_run_continues_bit_for_bit(ranks: Any, case: Case) -> None:
-    for found in ranks[1]:
-        assert_weights(found["last_weights_again"], found["last_weights"], atol=0.0)
-        assert_weights(found["last_weights"], case.found["last_weights"], atol=3e-4)
+    for results in ranks[1]:
+        assert_weights(results["last_weights_again"], results["last_weights"], atol=0.0)
+        assert_weights(results["last_weights"], case.results["last_weights"], atol=3e-4)
 
 
 @pytest.mark.parametrize("name", ["one", "pipeline"])  # without and with the distributed optimizer
 def test_a_new_process_continues_bit_for_bit(name: str, layouts: Layouts, case: Case, tmp_path: Path) -> None:
-    found = layouts.found(name)
+    results = layouts.results(name)
     again = run_ranks(
         tmp_path,
         scenario="resumed",
@@ -282,14 +282,14 @@ def test_a_new_process_continues_bit_for_bit(name: str, layouts: Layouts, case: 
         batches=case.batches,
         load_from=str(layouts.saved(name)),
     )
-    assert_weights(again[0]["last_weights"], found[0]["last_weights"], atol=0.0)
+    assert_weights(again[0]["last_weights"], results[0]["last_weights"], atol=0.0)
 
 
 @pytest.mark.parametrize(("name", "other"), [(name, other) for name in LOADS for other in LOADS[name]])
 def test_a_checkpoint_loads_under_another_layout(name: str, other: str, layouts: Layouts, case: Case) -> None:
-    for found in layouts.found(name):
+    for results in layouts.results(name):
         # The optimizer's state came along: without it the step would be another.
-        assert_weights(found[f"loaded {layouts.saved(other)}"], case.found["last_weights"], atol=3e-4)
+        assert_weights(results[f"loaded {layouts.saved(other)}"], case.results["last_weights"], atol=3e-4)
 
 
 def test_the_saved_weights_are_an_ordinary_checkpoint(ranks: Any, layouts: Layouts) -> None:
@@ -300,10 +300,10 @@ def test_the_saved_weights_are_an_ordinary_checkpoint(ranks: Any, layouts: Layou
 
 
 def test_logits_exist_a_chunk_at_a_time_and_time_is_kept(ranks: Any) -> None:
-    assert all(found["widest_logits"] == CHUNK for found in ranks[1] if found["widest_logits"])
-    assert any(found["widest_logits"] for found in ranks[1])
-    assert all(found["statistics_seconds"] > 0 for found in ranks[1])
-    assert [found["statistics_seconds_without_tap"] for found in ranks[1]] == [0.0] * len(ranks[1])
+    assert all(results["widest_logits"] == CHUNK for results in ranks[1] if results["widest_logits"])
+    assert any(results["widest_logits"] for results in ranks[1])
+    assert all(results["statistics_seconds"] > 0 for results in ranks[1])
+    assert [results["statistics_seconds_without_tap"] for results in ranks[1]] == [0.0] * len(ranks[1])
 
 
 def test_an_untied_llama_with_scaled_rope(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_a_data_rank_without_rows_joins_the_step(case: Case, tmp_path: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(case.checkpoint, local_files_only=True)
     engine = torch_engine(model)
     expected = engine.step(batch)
-    for found in run_ranks(
+    for results in run_ranks(
         tmp_path,
         scenario="scores",
         parallel=LAYOUTS["data"],
@@ -369,13 +369,13 @@ def test_a_data_rank_without_rows_joins_the_step(case: Case, tmp_path: Path) -> 
         rollout=batch.rollout,
         batches=[batch],
     ):
-        assert found["steps"][0].loss == pytest.approx(expected.loss, abs=1e-5)
-        assert_weights(found["weights"], engine.weights(), atol=2e-4)
+        assert results["steps"][0].loss == pytest.approx(expected.loss, abs=1e-5)
+        assert_weights(results["weights"], engine.weights(), atol=2e-4)
 
 
 @pytest.mark.parametrize("layout", ["one", "tensor"])
 def test_bfloat16_log_probs_are_of_an_fp32_product(layout: str, case: Case, tmp_path: Path) -> None:
-    for found in run_ranks(
+    for results in run_ranks(
         tmp_path,
         scenario="hidden",
         parallel=LAYOUTS[layout],
@@ -383,17 +383,17 @@ def test_bfloat16_log_probs_are_of_an_fp32_product(layout: str, case: Case, tmp_
         options={**OPTIONS, "precision": torch.bfloat16},
         rollout=case.rollout,
     ):
-        assert sum(len(token) for _, token, _, _ in found["seen"]) == int(case.rollout.response_mask.sum())
-        for hidden, token, logprobs, entropies in found["seen"]:
-            assert hidden.dtype == found["head"].dtype == torch.bfloat16
-            log_p = (hidden.double() @ found["head"].double().T / OPTIONS["temperature"]).log_softmax(dim=-1)
+        assert sum(len(token) for _, token, _, _ in results["seen"]) == int(case.rollout.response_mask.sum())
+        for hidden, token, logprobs, entropies in results["seen"]:
+            assert hidden.dtype == results["head"].dtype == torch.bfloat16
+            log_p = (hidden.double() @ results["head"].double().T / OPTIONS["temperature"]).log_softmax(dim=-1)
             assert_near(logprobs.double(), log_p.gather(1, token[:, None])[:, 0], atol=1e-5)
             assert_near(entropies.double(), -(log_p.exp() * log_p).sum(dim=-1), atol=1e-5)
 
 
 def test_bfloat16_keeps_weights_in_float32(case: Case, tmp_path: Path) -> None:
     options = {**OPTIONS, "precision": torch.bfloat16, "optimizer": OptimizerConfig(lr=1e-3, token_chunk=16)}
-    (found,) = run_ranks(
+    (results,) = run_ranks(
         tmp_path,
         scenario="scores",
         parallel=ParallelConfig(),
@@ -402,11 +402,11 @@ def test_bfloat16_keeps_weights_in_float32(case: Case, tmp_path: Path) -> None:
         rollout=case.rollout,
         batches=[replace(batch) for batch in case.batches * 10],
     )
-    gap = (found["log_probs"].logprobs - case.found["log_probs"].logprobs).abs()
+    gap = (results["log_probs"].logprobs - case.results["log_probs"].logprobs).abs()
     assert 1e-4 < gap.nanmean() < 0.1
     # 40 steps of at most 1e-3 add up in the float32 copy; each alone is lost in bfloat16's eight bits near 1.
     name = "model.norm.weight"
-    start, end = found["weights_at_start"][name], found["weights"][name]
+    start, end = results["weights_at_start"][name], results["weights"][name]
     assert start.dtype == end.dtype == torch.bfloat16
     assert torch.equal(start + 1e-3, start)
     assert not torch.equal(start, end)
