@@ -28,12 +28,12 @@ def listing() -> str:
     """All signatures, as markdown."""
     things = {f"rhythm.{name}": getattr(rhythm, name) for name in sorted(rhythm.__all__)}
     things["rhythm.credit.CreditConfig"] = CreditConfig  # RhythmCredit's options
-    public = "\n\n".join(described(name, thing) for name, thing in things.items())
-    schemas = "\n\n".join(folded(schema) for schema in op_schemas())
+    public = "\n\n".join(entry(name, thing) for name, thing in things.items())
+    schemas = "\n\n".join(wrapped(schema) for schema in op_schemas())
     return f"\n```python\n{public}\n```\n\n```\n{schemas}\n```\n\n"
 
 
-def described(name: str, thing: Any) -> str:
+def entry(name: str, thing: Any) -> str:
     """A function's signature; a class's bases (other than object), its fields or __init__, its public methods."""
     if not inspect.isclass(thing):
         return signature(name, thing)
@@ -61,10 +61,10 @@ def signature(name: str, function: Callable[..., Any], *, method: bool = False) 
     parameters = list(shape.parameters.values())[1 if method else 0 :]
     result = shape.return_annotation
     arrow = "" if result is inspect.Signature.empty or name == "__init__" else f" -> {written(result)}"
-    return folded(f"{name}({', '.join(_parameters(parameters))}){arrow}")
+    return wrapped(f"{name}({', '.join(_parameters(parameters))}){arrow}")
 
 
-def folded(line: str) -> str:
+def wrapped(line: str) -> str:
     """The same with a parameter a line, where it is longer than WIDTH."""
     if len(line) <= WIDTH:
         return line

@@ -27,10 +27,10 @@ def run_with_tile(
 
     Args:
         key: of the kernel.
-        q, k: its operands: their heads and type say which tiles race against each other.
+        q, k: its operands: their heads and type determine which tiles are compared.
         tma: whether the tensor memory accelerator can load the operands.
         run: launches the kernel with a tile.
-        on_sample: calls the same launcher with a sample's tensors; tiles race on it.
+        on_sample: calls the same launcher with a sample's tensors; tiles are timed on it.
 
     Returns:
         The results of `run`, one per tile.

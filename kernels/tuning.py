@@ -1,7 +1,7 @@
 """Measures which of a table's tiles is fastest, with RHYTHM_AUTOTUNE=1; else the first one runs.
 
-Tiles race on a sample of fixed length, whatever the lengths of the call, and the winner is kept in a file
-($RHYTHM_CACHE, else ~/.cache/rhythm). Its key there names all that it depends on: the device, Triton's version, the
+Tiles are timed on a sample of fixed length, whatever the lengths of the call, and the fastest is stored in a file
+($RHYTHM_CACHE, else ~/.cache/rhythm). Its key there contains all that it depends on: the device, Triton's version, the
 kernel, and the types and shapes of the heads. Tiles differ in the order of their sums, so results of a tuned and an
 untuned run may differ in the last bits.
 """
@@ -27,13 +27,13 @@ from rhythm.kernels.tiles import dot_precision
 
 logger = logging.getLogger("rhythm")
 
-RACED_TOKENS = 8192
+SAMPLE_TOKENS = 8192
 """Enough tokens to fill a GPU and to spend most time in the steady loops, as in the calls that are worth tuning for."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of RACED_TOKENS tokens without a prompt.
+    """One sequence of SAMPLE_TOKENS tokens without a prompt.
 
     Attributes:
         q: [T, Hq, D].
@@ -56,14 +56,14 @@ class Sample:
         generator = torch.Generator(q.device).manual_seed(0)
 
         def normal(x: Tensor) -> Tensor:
-            shape = (RACED_TOKENS, *x.shape[-2:])
+            shape = (SAMPLE_TOKENS, *x.shape[-2:])
             return torch.randn(shape, generator=generator, dtype=x.dtype, device=q.device)
 
         # About the logarithm of the number of keys, so that weights have an ordinary size.
-        lse, *results = (torch.full((q.shape[-2], RACED_TOKENS), 9.5, device=q.device) for _ in range(4))
+        lse, *results = (torch.full((q.shape[-2], SAMPLE_TOKENS), 9.5, device=q.device) for _ in range(4))
         one, two, three = results
-        sequences = Sequences(None, None, RACED_TOKENS, 1)
-        softmax = Softmax.empty(q.shape[-2], RACED_TOKENS, q.device)
+        sequences = Sequences(None, None, SAMPLE_TOKENS, 1)
+        softmax = Softmax.empty(q.shape[-2], SAMPLE_TOKENS, q.device)
         softmax.parts.fill_(9.5)
         softmax.steep.zero_()
         return Sample(normal(q), normal(k), normal(k), lse, (one, two, three), sequences, softmax)
@@ -78,7 +78,7 @@ def autotuning() -> bool:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured. Capture forbids waiting for the device, as a race must."""
+    """Whether a CUDA graph is being captured. Capture forbids waiting for the device, which timing needs."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -119,12 +119,12 @@ def tuned(key: KernelKey, q: Tensor, k: Tensor, tiles: list[Tile], run: Callable
     try:
         sample = Sample.like(q, k)
     except torch.cuda.OutOfMemoryError as error:
-        logger.warning("tiles for %s can't race: %s; the default runs", name, error)
+        logger.warning("tiles for %s can't be timed: %s; the default runs", name, error)
         return tiles[0]
     times = {tile: measured(lambda tile: run(sample, tile), tile) for tile in tiles}
     best = min(times, key=lambda tile: times[tile])
     if times[best] == float("inf"):
-        logger.warning("no tile for %s ran in the race; the default runs: %s", name, tiles[0])
+        logger.warning("no tile for %s could be timed; the default runs: %s", name, tiles[0])
         _lost.add(name)
         return tiles[0]
     logger.info("tile for %s: %s, %.4f ms", name, best, times[best])
@@ -145,5 +145,5 @@ def measured(run: Callable[[Tile], None], tile: Tile) -> float:
     try:
         return float(triton.testing.do_bench_cudagraph(lambda: run(tile), rep=50, return_mode="median"))
     except Exception as error:
-        logger.warning("out of the race: %s: %s: %s", tile, type(error).__name__, error)
+        logger.warning("tile left out: %s: %s: %s", tile, type(error).__name__, error)
         return float("inf")

@@ -100,10 +100,10 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def browser(chromium: Any) -> Iterator[Any]:
     """At desktop size and light; fails a test in which a script failed or something was fetched and missing."""
-    from in_browser import DESKTOP, colour_scheme, resize
+    from in_browser import DESKTOP, color_scheme, resize
 
     resize(chromium, DESKTOP)
-    colour_scheme(chromium, "light")
+    color_scheme(chromium, "light")
     yield chromium
     assert chromium.get_log("browser") == []
 

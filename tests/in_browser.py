@@ -37,7 +37,7 @@ def resize(browser: webdriver.Chrome, size: tuple[int, int]) -> None:
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": size == PHONE})
 
 
-def colour_scheme(browser: webdriver.Chrome, scheme: str) -> None:
+def color_scheme(browser: webdriver.Chrome, scheme: str) -> None:
     """ "light" or "dark"."""
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})

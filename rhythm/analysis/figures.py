@@ -26,7 +26,7 @@ from rhythm.reports.format import format_number, format_p_value, format_percent,
 
 Floats = NDArray[np.float64]
 
-COLOURS = {"waad": "#cd6608", "fai": "#256cd6", "fai_receiver": "#be306c", "entropy": "#8a4cc8", "gamma": "#148e62"}
+COLORS = {"waad": "#cd6608", "fai": "#256cd6", "fai_receiver": "#be306c", "entropy": "#8a4cc8", "gamma": "#148e62"}
 NAMES = {signal.key: signal.name for signal in SIGNALS}
 LOWS = {signal.key: signal.low for signal in SIGNALS}
 STYLE = {
@@ -89,17 +89,17 @@ def rhythm_figure(response: ResponseResult) -> Figure:
             parts: Any = figure.subfigures(1, 2, width_ratios=(1.0, 2.3))
             left, curves = parts
             upper, lower = left.subplots(2, 1)
-            _draw_map(upper, maps.local, "Local heads", COLOURS["waad"])
-            _draw_map(lower, maps.global_, "Global heads", COLOURS["fai"])
+            _draw_map(upper, maps.local, "Local heads", COLORS["waad"])
+            _draw_map(lower, maps.global_, "Global heads", COLORS["fai"])
         rows: Sequence[Axes] = curves.subplots(3, 1, sharex=True)
         for key, indices in (("fai", peaks.fai), ("fai_receiver", peaks.fai_receiver)):
             label = "global heads" if key == "fai" else "receiver heads"
-            _draw_curve(rows[0], getattr(tokens, key), indices, COLOURS[key], label)
+            _draw_curve(rows[0], getattr(tokens, key), indices, COLORS[key], label)
         rows[0].set_title("FAI" + _capped(rows[0], [*tokens.fai, *tokens.fai_receiver]))
         rows[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-        _draw_curve(rows[1], tokens.waad, peaks.waad, COLOURS["waad"], "WAAD")
+        _draw_curve(rows[1], tokens.waad, peaks.waad, COLORS["waad"], "WAAD")
         rows[1].set_title("WAAD (tokens)")
-        _draw_curve(rows[2], tokens.entropy, peaks.entropy, COLOURS["entropy"], "entropy")
+        _draw_curve(rows[2], tokens.entropy, peaks.entropy, COLORS["entropy"], "entropy")
         rows[2].set_title("Entropy (nats)")
         for axes in rows:
             for start in response.chunks[1:]:
@@ -121,8 +121,8 @@ def tokens_figure(response: ResponseResult, keys: Sequence[str] = ("fai", "waad"
     Raises:
         ValueError: a key that is not a signal.
     """
-    if unknown := [key for key in keys if key not in COLOURS]:
-        raise ValueError(f"keys holds {unknown[0]!r}; allowed are {', '.join(COLOURS)}")
+    if unknown := [key for key in keys if key not in COLORS]:
+        raise ValueError(f"keys holds {unknown[0]!r}; allowed are {', '.join(COLORS)}")
     places = list(_places(response.tokens.texts))
     lines = 1 + max((line for line, *_ in places), default=0)
     width, height = LINE * ADVANCE * FONT_PT / 72, 1.6 * FONT_PT / 72
@@ -134,12 +134,12 @@ def tokens_figure(response: ResponseResult, keys: Sequence[str] = ("fai", "waad"
             axes = figure.add_axes((0.1 / (width + 0.2), bottom, width / (width + 0.2), share * lines / (lines + 2)))
             axes.set(xlim=(0, LINE), ylim=(lines, 0))
             axes.axis("off")
-            axes.set_title(NAMES[key], color=COLOURS[key])
+            axes.set_title(NAMES[key], color=COLORS[key])
             strengths = token_strengths(getattr(response.tokens, key), LOWS[key])
             for line, column, cells, text, token in places:
                 if not math.isnan(strengths[token]):
-                    colour = (*to_rgb(COLOURS[key]), 0.04 + 0.6 * strengths[token])
-                    axes.add_patch(Rectangle((column, line + 0.05), cells - 0.08, 0.9, facecolor=colour, linewidth=0))
+                    color = (*to_rgb(COLORS[key]), 0.04 + 0.6 * strengths[token])
+                    axes.add_patch(Rectangle((column, line + 0.05), cells - 0.08, 0.9, facecolor=color, linewidth=0))
                 axes.text(
                     column, line + 0.5, text, family="DejaVu Sans Mono", fontsize=FONT_PT, va="center", parse_math=False
                 )
@@ -155,7 +155,7 @@ def heads_figure(heads: Heads) -> Figure:
         axes = figure.subplots()
         known = span[np.isfinite(span) & (span > 0)]
         norm = LogNorm(known.min(), known.max()) if known.size and known.min() < known.max() else None
-        image = axes.imshow(span, origin="lower", cmap=_ramp(COLOURS["entropy"], "#f4eefa"), norm=norm)
+        image = axes.imshow(span, origin="lower", cmap=_ramp(COLORS["entropy"], "#f4eefa"), norm=norm)
         axes.set(xlabel="head", ylabel="layer")
         axes.tick_params(length=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -167,17 +167,17 @@ def heads_figure(heads: Heads) -> Figure:
             )
         bar.minorticks_off()
         bar.outline.set_visible(False)
-        for name, colour in (("local", COLOURS["waad"]), ("global", COLOURS["fai"])):
+        for name, color in (("local", COLORS["waad"]), ("global", COLORS["fai"])):
             for layer, head in heads.set(name).heads:
-                axes.add_patch(Rectangle((head - 0.42, layer - 0.42), 0.84, 0.84, fill=False, edgecolor=colour))
+                axes.add_patch(Rectangle((head - 0.42, layer - 0.42), 0.84, 0.84, fill=False, edgecolor=color))
         receivers = heads.set("receiver").heads
-        dots, colour = np.array(receivers, dtype=np.float64).reshape(-1, 2), COLOURS["fai_receiver"]
-        axes.scatter(dots[:, 1], dots[:, 0], s=9, color=colour, edgecolor="white", linewidth=0.4, zorder=3)
+        dots, color = np.array(receivers, dtype=np.float64).reshape(-1, 2), COLORS["fai_receiver"]
+        axes.scatter(dots[:, 1], dots[:, 0], s=9, color=color, edgecolor="white", linewidth=0.4, zorder=3)
         figure.legend(
             handles=[
-                Patch(fill=False, edgecolor=COLOURS["waad"], label="local"),
-                Patch(fill=False, edgecolor=COLOURS["fai"], label="global"),
-                Line2D([], [], color=colour, marker="o", markersize=3, linestyle="none", label="receiver"),
+                Patch(fill=False, edgecolor=COLORS["waad"], label="local"),
+                Patch(fill=False, edgecolor=COLORS["fai"], label="global"),
+                Line2D([], [], color=color, marker="o", markersize=3, linestyle="none", label="receiver"),
             ],
             loc="outside lower center",
             ncols=3,
@@ -223,12 +223,12 @@ def _shortest(analysis: Analysis) -> ResponseResult:
     return min(analysis.responses(), key=lambda response: (response.maps is None, len(response.tokens.texts)))
 
 
-def _draw_map(axes: Axes, attention: AttentionMap, title: str, colour: str) -> None:
+def _draw_map(axes: Axes, attention: AttentionMap, title: str, color: str) -> None:
     weights: Floats = np.array(attention.weights, dtype=np.float64)
     left = -attention.prompt_columns * attention.cell
     right, bottom = ((size * attention.cell) for size in (weights.shape[1] - attention.prompt_columns, len(weights)))
     # The square root keeps small weights visible.
-    axes.imshow(np.sqrt(weights), cmap=_ramp(colour), extent=(left, right, bottom, 0), interpolation="nearest")
+    axes.imshow(np.sqrt(weights), cmap=_ramp(color), extent=(left, right, bottom, 0), interpolation="nearest")
     if left:
         axes.axvline(0, color="#8a8f96", linewidth=0.6, linestyle=(0, (3, 3)))
     axes.set_title(title)
@@ -237,9 +237,9 @@ def _draw_map(axes: Axes, attention: AttentionMap, title: str, colour: str) -> N
         axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def _draw_curve(axes: Axes, values: Sequence[float], peaks: Sequence[int], colour: str, label: str) -> None:
-    axes.plot(range(len(values)), values, color=colour, linewidth=1.0, label=label)
-    axes.plot(peaks, [values[i] for i in peaks], color=colour, marker="o", markersize=2.8, linestyle="none")
+def _draw_curve(axes: Axes, values: Sequence[float], peaks: Sequence[int], color: str, label: str) -> None:
+    axes.plot(range(len(values)), values, color=color, linewidth=1.0, label=label)
+    axes.plot(peaks, [values[i] for i in peaks], color=color, marker="o", markersize=2.8, linestyle="none")
 
 
 def _capped(axes: Axes, values: Sequence[float]) -> str:
@@ -254,8 +254,8 @@ def _capped(axes: Axes, values: Sequence[float]) -> str:
     return f" (cut; largest {format_number(largest)})"
 
 
-def _ramp(colour: str, faint: str = "#ffffff") -> Colormap:
-    ramp = LinearSegmentedColormap.from_list("rhythm", [faint, colour])
+def _ramp(color: str, faint: str = "#ffffff") -> Colormap:
+    ramp = LinearSegmentedColormap.from_list("rhythm", [faint, color])
     return ramp.with_extremes(bad="#d9dbde")
 
 

@@ -157,7 +157,7 @@ class Replicas(Generic[Spec]):
         self.refill: Callable[[], None] = _nothing_to_refill_from
         self._build(range(len(self.workers)))
 
-    def each(self, calls: Mapping[int, tuple[Any, ...]], *, seconds: float) -> dict[int, Any]:
+    def call_each(self, calls: Mapping[int, tuple[Any, ...]], *, seconds: float) -> dict[int, Any]:
         """Make these calls, by replica index; a lost replica is restarted and its call repeated.
 
         Raises LostError once replicas of the role were restarted more than cluster.max_restarts times.
@@ -229,7 +229,7 @@ class ClusterInfer(Replicas[InferSpec]):
             index: ("generate", [list(prompts[int(i)]) for i in part], n, sampling, part_seed(seed, index))
             for index, part in enumerate(parts)
         }
-        results = self.each(calls, seconds=self._session.config.deadlines.generate)
+        results = self.call_each(calls, seconds=self._session.config.deadlines.generate)
         rollouts = [
             replace(results[index], group=results[index].group + int(part[0])) for index, part in enumerate(parts)
         ]
@@ -251,7 +251,7 @@ class ClusterInfer(Replicas[InferSpec]):
             return
         self._asleep = asleep
         indices = range(len(self.workers))
-        self.each({index: (method,) for index in indices}, seconds=self._session.config.deadlines.push)
+        self.call_each({index: (method,) for index in indices}, seconds=self._session.config.deadlines.push)
 
 
 class ClusterAttn(Replicas[AttnSpec]):
@@ -276,7 +276,7 @@ class ClusterAttn(Replicas[AttnSpec]):
     def _signals(self, rollout: Rollout, groups: HeadGroups | None) -> RhythmSignals:
         rows = torch.arange(len(rollout.prompt_lens)).tensor_split(len(self.workers))
         calls = {index: ("signals", take_rows(rollout, part), groups) for index, part in enumerate(rows) if len(part)}
-        parts = self.each(calls, seconds=self._session.config.deadlines.log_probs)
+        parts = self.call_each(calls, seconds=self._session.config.deadlines.log_probs)
         return RhythmSignals.cat([parts[index] for index in calls])
 
 

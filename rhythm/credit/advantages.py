@@ -1,4 +1,4 @@
-"""From rewards to token advantages: normalised within each prompt's group (eq. 6), shaped by γ (eq. 12).
+"""From rewards to token advantages: normalized within each prompt's group (eq. 6), shaped by γ (eq. 12).
 
 Shape suffixes: B responses, G groups, T positions.
 """

@@ -27,7 +27,7 @@ Mass = Literal["as_is", "matched"]
 
 
 class QuantileThreshold(BaseModel, extra="forbid", frozen=True):
-    """A threshold relative to the response: a quantile of its defined values, linear between neighbours."""
+    """A threshold relative to the response: a quantile of its defined values, linear between neighbors."""
 
     quantile: float = Field(ge=0, le=1, description="quantile of the response's values; 0.5: median")
 

@@ -1,4 +1,4 @@
-"""The policy loss: PPO's clipped objective, or CISPO, over token advantages (eqs. 5 and 12), normalised as in GRPO.
+"""The policy loss: PPO's clipped objective, or CISPO, over token advantages (eqs. 5 and 12), normalized as in GRPO.
 
 Shape suffixes: B responses, T positions. logprobs[b, t] is that of input_ids[b, t]; only response tokens are
 read.

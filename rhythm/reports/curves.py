@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 # matplotlib needs real colors. They are replaced by the page's CSS variables, which follow light and dark mode.
 _INK, _GRID, _SERIES = "#010101", "#020202", "#030303"
 _ROLLOUT, _ATTENTION, _TRAINING, _OTHER = "#040404", "#050505", "#060606", "#070707"
-_PAGE_COLOURS = {
+_PAGE_COLORS = {
     _INK: "var(--muted)",
     _GRID: "var(--line)",
     _SERIES: "var(--series)",
@@ -122,8 +122,8 @@ def draw_seconds(records: Sequence[Record]) -> Curve | None:
         return None
     steps = np.array([record["step"] for record in timed])
     layers = [
-        (phase, colour, np.nan_to_num([record.get(f"seconds_{phase}", 0.0) for record in timed]))
-        for phase, colour in _PHASES
+        (phase, color, np.nan_to_num([record.get(f"seconds_{phase}", 0.0) for record in timed]))
+        for phase, color in _PHASES
     ]
     in_phases = np.sum([seconds for _, _, seconds in layers], axis=0)
     total = np.array([record.get("seconds_total", math.nan) for record in timed])
@@ -137,7 +137,7 @@ def draw_seconds(records: Sequence[Record]) -> Curve | None:
         axes.stackplot(
             edges,
             [np.repeat(seconds, 2) for _, _, seconds in layers],
-            colors=[colour for _, colour, _ in layers],
+            colors=[color for _, color, _ in layers],
             linewidth=0,
         )
         axes.set_xlim(edges[0], edges[-1])
@@ -243,6 +243,6 @@ def _svg(figure: Figure, label: str) -> str:
     if view_box is None:
         raise ValueError("matplotlib wrote an SVG without a viewBox")
     svg = re.sub(r"<svg[^>]*>", f'<svg {view_box.group()} role="img" aria-label="{label}">', svg, count=1)
-    for colour, variable in _PAGE_COLOURS.items():
-        svg = svg.replace(colour, variable)
+    for color, variable in _PAGE_COLORS.items():
+        svg = svg.replace(color, variable)
     return svg.strip()

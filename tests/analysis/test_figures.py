@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from rhythm.analysis.figures import (
-    COLOURS,
+    COLORS,
     LINE,
     heads_figure,
     rhythm_figure,
@@ -41,9 +41,9 @@ def axes_of(figure: Figure) -> dict[str, Axes]:
     return {axes.get_title(loc="left").split(" (")[0]: axes for axes in figure.get_axes()}
 
 
-def lines_of(axes: Axes, colour: str) -> tuple[np.ndarray, np.ndarray]:
-    """(y of the curve, x of the peaks) drawn in the colour."""
-    curve, peaks = (line for line in axes.lines if line.get_color() == colour)
+def lines_of(axes: Axes, color: str) -> tuple[np.ndarray, np.ndarray]:
+    """(y of the curve, x of the peaks) drawn in the color."""
+    curve, peaks = (line for line in axes.lines if line.get_color() == color)
     return np.asarray(curve.get_ydata()), np.asarray(peaks.get_xdata())
 
 
@@ -51,7 +51,7 @@ def test_fig_2_draws_the_curves_with_their_peaks(response: ResponseResult) -> No
     axes = axes_of(rhythm_figure(response))
     assert list(axes) == ["Local heads", "Global heads", "FAI", "WAAD", "Entropy"]
     for title, key in (("FAI", "fai"), ("FAI", "fai_receiver"), ("WAAD", "waad"), ("Entropy", "entropy")):
-        y, peaks = lines_of(axes[title], COLOURS[key])
+        y, peaks = lines_of(axes[title], COLORS[key])
         np.testing.assert_array_equal(y, getattr(response.tokens, key))
         assert peaks.tolist() == list(getattr(response.peaks, key))
         assert len(peaks) > 10
@@ -88,10 +88,10 @@ def test_fig_8_colours_every_token(response: ResponseResult, key: str) -> None:
     values = getattr(response.tokens, key)
     patches = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     pieces = [i for i, text in enumerate(response.tokens.texts) for piece in _pieces(text) if piece]
-    coloured = [i for i in pieces if not math.isnan(values[i])]
-    assert len(patches) == len(coloured)
-    alpha = {i: patch.get_facecolor()[3] for i, patch in zip(coloured, patches, strict=True)}
-    assert max(alpha, key=lambda i: (alpha[i], values[i])) == max(coloured, key=lambda i: values[i])
+    colored = [i for i in pieces if not math.isnan(values[i])]
+    assert len(patches) == len(colored)
+    alpha = {i: patch.get_facecolor()[3] for i, patch in zip(colored, patches, strict=True)}
+    assert max(alpha, key=lambda i: (alpha[i], values[i])) == max(colored, key=lambda i: values[i])
     assert alpha[response.peaks.fai[0] if key != "waad" else response.peaks.waad[0]] > 0.4
     assert alpha[3] < 0.2
     assert all(patch.get_x() + patch.get_width() <= LINE for patch in patches)
@@ -120,15 +120,15 @@ def test_the_map_of_heads_marks_the_sets(invented: Invented) -> None:
     axes = heads_figure(heads).get_axes()[0]
     np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()), np.array(heads.span))
     for name, key in (("local", "waad"), ("global", "fai")):
-        colour = pytest.approx(np.array(_rgba(COLOURS[key])))
-        boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_edgecolor() == colour]
+        color = pytest.approx(np.array(_rgba(COLORS[key])))
+        boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_edgecolor() == color]
         assert {(round(box.get_y() + 0.42), round(box.get_x() + 0.42)) for box in boxes} == set(heads.set(name).heads)
     (dots,) = (collection for collection in axes.collections if isinstance(collection, PathCollection))
     assert {(int(y), int(x)) for x, y in dots.get_offsets()} == set(heads.set("receiver").heads)
 
 
-def _rgba(colour: str) -> tuple[float, ...]:
-    return (*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0)
+def _rgba(color: str) -> tuple[float, ...]:
+    return (*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0)
 
 
 def test_heads_that_were_not_read_are_drawn(invented: Invented) -> None:

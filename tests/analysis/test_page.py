@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_browser import PHONE, attributes, colour_scheme, point_at, resize, texts
+from in_browser import PHONE, attributes, color_scheme, point_at, resize, texts
 
 pytest.importorskip("selenium", reason="needs the extra dev")
 
@@ -58,11 +58,11 @@ def test_curves_lie_under_one_another(browser: webdriver.Chrome, invented: Inven
     assert len(boxes) == len(SIGNALS) + 1
     assert all(box == pytest.approx(boxes[0]) for box in boxes)
     left, step = boxes[0][0], boxes[0][1] / len(analysis.response("00001-0").tokens.texts)
-    centres = browser.execute_script(
+    centers = browser.execute_script(
         "return [...document.querySelectorAll('.peak')].map(x => [Number(x.dataset.i), x.getBoundingClientRect()]).map(([i, x]) => [i, x.left + x.width / 2])"  # noqa: E501
     )
-    assert len(centres) > 20
-    for i, x in centres:
+    assert len(centers) > 20
+    for i, x in centers:
         assert x == pytest.approx(left + (i + 0.5) * step, abs=0.2)
     boundaries = browser.execute_script(
         "return [...document.querySelectorAll('.boundary')].map(x => x.getBoundingClientRect().left)"
@@ -88,9 +88,9 @@ def test_the_switch_colours_the_tokens_by_the_signal(browser: webdriver.Chrome, 
         drawn = [float(strengths[i]) for i in order]
         assert drawn == sorted(drawn)
         assert (drawn[0], drawn[-1]) == (0.0, 1.0)
-        colours = browser.execute_script(background)
-        assert colours[order[0]] != colours[order[-1]]
-        seen.append(colours[order[-1]])
+        colors = browser.execute_script(background)
+        assert colors[order[0]] != colors[order[-1]]
+        seen.append(colors[order[-1]])
     assert len(set(seen)) == len(SIGNALS)
     browser.find_element(By.CSS_SELECTOR, "#signal-picks [data-signal=fai]").click()
     assert browser.execute_script(background)[-1] == "rgba(0, 0, 0, 0)"  # FAI is undefined at the end
@@ -206,7 +206,7 @@ def test_heads_show_their_sets_and_numbers(browser: webdriver.Chrome, invented: 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_never_scrolls_sideways(browser: webdriver.Chrome, invented: Invented, scheme: str) -> None:
     resize(browser, PHONE)
-    colour_scheme(browser, scheme)
+    color_scheme(browser, scheme)
     long_word = invented_long_word(invented)
     open_page(browser, long_word)
     for index in range(len(long_word.names)):

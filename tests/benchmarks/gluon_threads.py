@@ -1,4 +1,4 @@
-"""Runs Gluon kernels on the CPU, since Triton's interpreter does not: one thread per warpgroup, torch for the arithmetic.
+"""Runs Gluon kernels on the CPU, since Triton's interpreter does not: a thread per warpgroup, torch for arithmetic.
 
 Their own source is executed, with stand-ins for what it calls. Barriers have the hardware's phases and byte counts, and
 a wait that nothing ends raises. A load first overwrites its shared memory with NaN; a product is computed when it is

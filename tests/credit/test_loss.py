@@ -61,7 +61,7 @@ def test_loss_of_dr_grpo() -> None:
     close(gradient, [[0, 0, -1.1 / 16, -0.5 / 16], [0, 0, 0, 0]])
 
 
-def test_measures_do_not_depend_on_the_normalisation() -> None:
+def test_measures_do_not_depend_on_the_normalization() -> None:
     for config in (
         LossConfig(),
         LossConfig(normalization="token"),

@@ -11,7 +11,7 @@ ALL = PeaksConfig(prominence=0)
 nan = float("nan")
 
 
-def test_entries_above_both_neighbours() -> None:
+def test_entries_above_both_neighbors() -> None:
     assert find_peaks([5, 1, 3, 2, 4, 4, 4, 1, 9], ALL) == (2, 5)  # the ends are none; of a plateau the middle
 
 

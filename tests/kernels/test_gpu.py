@@ -1,4 +1,4 @@
-"""What only a GPU can show: the host never waits, CUDA graphs, the race of tiles, and torch's own forwards."""
+"""Tests that need a GPU: no waiting for the device, CUDA graphs, autotuning, and torch's own forwards."""
 
 from __future__ import annotations
 

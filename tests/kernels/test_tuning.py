@@ -1,4 +1,4 @@
-"""Which tile runs: the tiles that fit, the fixed default, the race and its file."""
+"""Which tile runs: the tiles that fit, the fixed default, autotuning and its file."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_architecture(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, in
 
 
 @pytest.fixture
-def races(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tile]:
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tile]:
     """Turns autotuning on, over two tiles with made-up times; the list names the tiles that were timed."""
     timed: list[Tile] = []
 
@@ -107,28 +107,28 @@ def launched(*qk: Tensor, key: KernelKey = ROW) -> list[Tile]:
     return ran
 
 
-def test_the_default_runs_unless_asked(races: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_runs_unless_asked(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RHYTHM_AUTOTUNE")
     assert launched() == [SLOW]
-    assert races == []
+    assert timed == []
 
 
-def test_the_fastest_runs_and_is_remembered(races: list[Tile], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fastest_runs_and_is_remembered(timed: list[Tile], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="rhythm"):
         assert launched() == [FAST]
-    assert races == [SLOW, FAST]
+    assert timed == [SLOW, FAST]
     assert "Tile(rows=32, keys=32" in caplog.text
     assert launched() == [FAST]
     tuning._remembered.cache_clear()  # as in another process
     assert launched() == [FAST]
-    assert races == [SLOW, FAST]
+    assert timed == [SLOW, FAST]
     (kept,) = json.loads(tuning.cache_file().read_text(encoding="utf-8")).items()
     assert kept[0] == f"interpreter, triton {triton.__version__}, row, 2 bytes, D 128, group 2, threads"
     assert Tile(**kept[1]) == FAST
 
 
-def test_tiles_race_on_a_sample_of_one_length(races: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call with 3 tokens races on 8192, with its own heads, head size and type."""
+def test_tiles_are_timed_on_a_sample_of_one_length(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles for a call with 3 tokens are timed on 8192, with its own heads, head size and type."""
     seen: list[tuple[Tile, Sample]] = []
 
     def measured(run: Callable[[Tile], None], tile: Tile) -> float:
@@ -157,15 +157,15 @@ def test_tiles_race_on_a_sample_of_one_length(races: list[Tile], monkeypatch: py
 def test_every_launcher_races_itself(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile runs, on a sample of 96 tokens."""
     monkeypatch.setenv("RHYTHM_AUTOTUNE", "1")
-    monkeypatch.setattr(tuning, "RACED_TOKENS", 96)
+    monkeypatch.setattr(tuning, "SAMPLE_TOKENS", 96)
     monkeypatch.setattr("rhythm.kernels.launch.candidates", lambda *a, **options: [FAST, Tile(16, 32, 1, 1)])
-    raced: list[KernelKey] = []
+    keys: list[KernelKey] = []
 
     def tuned(key: KernelKey, q: Tensor, k: Tensor, tiles: list[Tile], run: Callable[[Sample, Tile], None]) -> Tile:
         sample = Sample.like(q, k)
         for tile in tiles:
             run(sample, tile)
-        raced.append(key)
+        keys.append(key)
         assert sample.results[0].isfinite().all()
         if kernel not in ("row", "sampled"):
             assert (sample.results[0] != 9.5).any()
@@ -182,10 +182,10 @@ def test_every_launcher_races_itself(kernel: str, monkeypatch: pytest.MonkeyPatc
     else:
         given = {"lse": lse, "span": False} if kernel.startswith("bands") else {}
         attention_statistics(q, q, horizon=horizon, backend="triton", **given)
-    assert kernel in [key.kernel for key in raced]
+    assert kernel in [key.kernel for key in keys]
 
 
-def test_a_winner_is_of_its_heads_and_type(races: list[Tile]) -> None:
+def test_the_fastest_tile_depends_on_heads_and_type(timed: list[Tile]) -> None:
     ways = [
         heads(),
         heads(query=4),
@@ -196,7 +196,7 @@ def test_a_winner_is_of_its_heads_and_type(races: list[Tile]) -> None:
     ]
     for q, k in ways:
         assert launched(q, k, key=KernelKey("row", q.element_size(), 128)) == [FAST]
-    assert len(races) == 2 * 4
+    assert len(timed) == 2 * 4
     assert launched(*heads(dtype=torch.float32), key=KernelKey("row", 4, 128)) == [FAST]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -204,19 +204,19 @@ def test_a_winner_is_of_its_heads_and_type(races: list[Tile]) -> None:
         assert launched(*heads(dtype=torch.float32), key=KernelKey("row", 4, 128)) == [FAST]
     finally:
         torch.set_float32_matmul_precision(before)
-    assert len(races) == 2 * 5
+    assert len(timed) == 2 * 5
 
 
-def test_a_remembered_tile_that_is_no_longer_offered_races_again(races: list[Tile]) -> None:
+def test_a_remembered_tile_that_is_no_longer_offered_is_timed_again(timed: list[Tile]) -> None:
     launched()
     path = tuning.cache_file()
     text = path.read_text(encoding="utf-8")
     for other in (text.replace('"rows": 32', '"rows": 16'), text.replace('"rows"', '"lines"')):
         path.write_text(other, encoding="utf-8")
         tuning._remembered.cache_clear()
-        races.clear()
+        timed.clear()
         assert launched() == [FAST]
-        assert races == [SLOW, FAST]
+        assert timed == [SLOW, FAST]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_remembered_tile_that_is_no_longer_offered_races_again(races: list[Til
     ids=lambda error: type(error).__name__,
 )
 def test_a_tile_that_does_not_compile_loses(
-    error: Exception, races: list[Tile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, timed: list[Tile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def run(tile: Tile) -> None:
         if tile == FAST:
@@ -240,35 +240,35 @@ def test_a_tile_that_does_not_compile_loses(
     monkeypatch.setattr(tuning, "measured", MEASURED)
     q, k = heads()
     assert tuning.tuned(ROW, q, k, [FAST, SLOW], lambda sample, tile: run(tile)) == SLOW
-    assert f"out of the race: {FAST}: {type(error).__name__}: {error}" in caplog.text
+    assert f"tile left out: {FAST}: {type(error).__name__}: {error}" in caplog.text
 
 
 def test_the_default_runs_when_all_lose(
-    races: list[Tile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    timed: list[Tile], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def measured(run: Callable[[Tile], None], tile: Tile) -> float:
-        races.append(tile)
+        timed.append(tile)
         return float("inf")
 
     monkeypatch.setattr(tuning, "measured", measured)
     assert launched() == [SLOW]
     assert "no tile for interpreter" in caplog.text
     assert launched() == [SLOW]
-    assert races == [SLOW, FAST]  # once a process
+    assert timed == [SLOW, FAST]  # once a process
     assert not tuning.cache_file().exists()
 
 
-def test_a_graph_that_is_captured_runs_the_remembered_tile(races: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_is_captured_runs_the_remembered_tile(timed: list[Tile], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "capturing", lambda device: True)
-    assert launched() == [SLOW]  # nothing is known yet, and nothing may race
-    assert races == []
+    assert launched() == [SLOW]  # nothing is known yet, and nothing may be timed
+    assert timed == []
     monkeypatch.setattr(tuning, "capturing", lambda device: False)
     assert launched() == [FAST]
     monkeypatch.setattr(tuning, "capturing", lambda device: True)
     assert launched() == [FAST]
     tuning._remembered.cache_clear()  # from the file
     assert launched() == [FAST]
-    assert races == [SLOW, FAST]
+    assert timed == [SLOW, FAST]
 
 
 def test_capture_is_asked_of_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:

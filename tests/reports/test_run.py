@@ -92,7 +92,7 @@ def write_run(
 
 
 def drawn_lines(html: str) -> list[list[float]]:
-    """The y of every point of every unbroken line in the colour of a series, in SVG units, downwards."""
+    """The y of every point of every unbroken line in the color of a series, in SVG units, downwards."""
     paths = re.findall(r'<path d="([^"]*)"[^>]*fill: none; stroke: var\(--series\)', html)
     pieces = [piece for path in paths for piece in path.split("M") if piece.strip()]
     return [[float(y) for _, y in re.findall(r"([-\d.]+) ([-\d.]+)", piece)] for piece in pieces]

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     q, k, v = inputs(options)
     lse = rhythm.attention_statistics(q, k).lse
 
-    errors = gate(q, k, v, lse)
+    errors = check(q, k, v, lse)
     tolerances = {name: OUTPUT_TOLERANCE[q.dtype] if name == "out" else STATISTICS_TOLERANCE for name in errors}
     wrong = [name for name, error in errors.items() if not error <= options.strictness * tolerances[name]]
     report: dict[str, Any] = {
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "gate": {"errors": errors, "passed": not wrong},
     }
     if not wrong:
-        report["milliseconds"] = race(calls(q, k, v, lse), options.seconds)
+        report["milliseconds"] = timed(calls(q, k, v, lse), options.seconds)
     else:
         print(f"wrong, so nothing is timed: {', '.join(f'{name} by {errors[name]:.1e}' for name in wrong)}")
     if options.json:
@@ -95,7 +95,7 @@ def calls(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> dict[str, Callable[[]
     }
 
 
-def gate(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> dict[str, float]:
+def check(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> dict[str, float]:
     """The error of each result, infinite where it is undefined and should not be, or the other way round."""
     exact_out, exact = rhythm.attention_with_statistics(q.double(), k.double(), v.double(), backend="reference")
     out, with_output = rhythm.attention_with_statistics(q, k, v)
@@ -115,7 +115,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact)[defined].abs().max() / exact[defined].abs().max())
 
 
-def race(implementations: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def timed(implementations: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median milliseconds of each; prints them as a table."""
     results = [
         Timer("run()", globals={"run": run}, description=name, num_threads=torch.get_num_threads()).blocked_autorange(

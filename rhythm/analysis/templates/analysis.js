@@ -35,7 +35,7 @@ function heights(signal, values) {
   return { low, high: usual > low && top - low > 2.5 * (usual - low) ? usual : top > low ? top : low + 1, top };
 }
 // The color scale of the tokens, computed by token_scale in rhythm.reports.format.
-function colours(response, key) {
+function colorScale(response, key) {
   const scale = response.scales[key];
   return scale && { low: scale[0], high: scale[1], top: scale[2] };
 }
@@ -94,8 +94,8 @@ function hintAtMore() {
 function showSignal(key) {
   state.signal = key;
   const signal = signalOf[key], response = data.responses[state.response], values = response.values[key] ?? [];
-  const to = colours(response, key);
-  byId("coloured").style.setProperty("--hue", `var(--${signal.hue})`);
+  const to = colorScale(response, key);
+  byId("colored").style.setProperty("--hue", `var(--${signal.hue})`);
   drawn.forEach((token, i) => {
     const value = values[i] ?? null;
     token.classList.toggle("undefined", value === null);
@@ -213,9 +213,9 @@ function axis(tokens) {
 
 // ---- maps: bytes of √(weight / peak), drawn in the page's colors ----
 const bytes = pixels => pixels.bytes ??= Uint8Array.from(atob(pixels.data), character => character.charCodeAt(0));
-const colour = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim().split(/\s+/).map(Number);
+const color = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim().split(/\s+/).map(Number);
 function paint(canvas, pixels, hue, transposed) {
-  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height), rgb = colour(hue), source = bytes(pixels);
+  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height), rgb = color(hue), source = bytes(pixels);
   for (let r = 0; r < pixels.rows; r++) for (let c = 0; c < pixels.columns; c++) {
     const level = source[r * pixels.columns + c], at = 4 * (transposed ? c * canvas.width + r : r * canvas.width + c);
     image.data.set(level === NONE ? [128, 128, 128, 90] : [...rgb, level], at);
