@@ -34,16 +34,14 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Implementation:
-    """A callable to time, and its number of threads."""
+class TimedCall:
+    """A call to be timed, and its number of threads."""
 
     run: Callable[[], Outputs]
     threads: int
 
 
-def interleaved(
-    implementations: Mapping[str, Implementation], *, rounds: int, least_seconds: float
-) -> dict[str, Timing]:
+def interleaved(implementations: Mapping[str, TimedCall], *, rounds: int, least_seconds: float) -> dict[str, Timing]:
     """Time the implementations in interleaved rounds: each one once per round, as the mean over calls that take at
     least `least_seconds` together.
 

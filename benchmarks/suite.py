@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from benchmarks.measure import Implementation, Timing, interleaved, peak_extra_bytes, ratio
+from benchmarks.measure import TimedCall, Timing, interleaved, peak_extra_bytes, ratio
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Shape, make_inputs
 from benchmarks.verify import CheckedResult, verify
@@ -119,7 +119,7 @@ def comparison_part(benchmarks: list[Benchmark], settings: Settings, device: str
     """Compare all ops at one shape, in one type."""
     inputs = make_inputs(settings.shape, dtype, device)
     timings = interleaved(
-        {benchmark.name: Implementation(benchmark.make(inputs), settings.threads) for benchmark in benchmarks},
+        {benchmark.name: TimedCall(benchmark.make(inputs), settings.threads) for benchmark in benchmarks},
         rounds=settings.rounds,
         least_seconds=settings.least_seconds,
     )
@@ -152,7 +152,7 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
         inputs = make_inputs(shape, torch.float32, device)
         pair = [benchmarks["statistics"], benchmarks["bands"]]
         timings = interleaved(
-            {benchmark.name: Implementation(benchmark.make(inputs), settings.threads) for benchmark in pair},
+            {benchmark.name: TimedCall(benchmark.make(inputs), settings.threads) for benchmark in pair},
             rounds=settings.rounds,
             least_seconds=settings.least_seconds,
         )
@@ -185,7 +185,7 @@ def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
     inputs = make_inputs(settings.shape, torch.float32, device)
     run = benchmark.make(inputs)
     timings = interleaved(
-        {str(threads): Implementation(run, threads) for threads in (1, 2)},
+        {str(threads): TimedCall(run, threads) for threads in (1, 2)},
         rounds=settings.rounds,
         least_seconds=settings.least_seconds,
     )

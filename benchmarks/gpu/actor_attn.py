@@ -16,7 +16,7 @@ from rhythm.credit.signals_config import SignalsConfig
 
 
 @dataclass(frozen=True)
-class Dimensions:
+class ModelShape:
     """A Qwen3 model; the defaults are Qwen3-4B's."""
 
     layers: int = 36
@@ -28,18 +28,18 @@ class Dimensions:
     vocabulary: int = 151936
 
 
-def build(dimensions: Dimensions, device: str, dtype: torch.dtype, tokens: int) -> Any:
+def build(shape: ModelShape, device: str, dtype: torch.dtype, tokens: int) -> Any:
     """Build a Qwen3 model with random weights on the device."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        num_hidden_layers=dimensions.layers,
-        hidden_size=dimensions.hidden,
-        intermediate_size=dimensions.intermediate,
-        num_attention_heads=dimensions.query_heads,
-        num_key_value_heads=dimensions.key_heads,
-        head_dim=dimensions.head_size,
-        vocab_size=dimensions.vocabulary,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.query_heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=shape.head_size,
+        vocab_size=shape.vocabulary,
         max_position_embeddings=max(tokens, 40960),
         tie_word_embeddings=True,
         attn_implementation="sdpa",
@@ -54,9 +54,9 @@ def build(dimensions: Dimensions, device: str, dtype: torch.dtype, tokens: int) 
             torch.set_default_dtype(before)
 
 
-def token_ids(dimensions: Dimensions, device: str, tokens: int) -> Tensor:
+def token_ids(shape: ModelShape, device: str, tokens: int) -> Tensor:
     generator = torch.Generator(device=device).manual_seed(0)
-    return torch.randint(dimensions.vocabulary, (1, tokens), generator=generator, device=device)
+    return torch.randint(shape.vocabulary, (1, tokens), generator=generator, device=device)
 
 
 def timings(model: Any, input_ids: Tensor, clock: Clock, rounds: int) -> dict[str, Timing]:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from benchmarks.gpu.clock import Clock, Run, one_line
 from benchmarks.gpu.implementations import Implementation
-from benchmarks.gpu.report import Part, nvidia_smi
+from benchmarks.gpu.report import GpuPart, nvidia_smi
 from benchmarks.measure import Timing
 from benchmarks.shapes import Shape, make_inputs
 from benchmarks.suite import Metric
@@ -50,14 +50,16 @@ def read_kernel(x, sums, size, BLOCK: tl.constexpr, PASSES: tl.constexpr):
     tl.store(sums + program, tl.sum(total, 0))
 
 
-def card_part() -> Part:
+def card_part() -> GpuPart:
     """Report clocks and power before anything runs."""
     answer = nvidia_smi(CLOCKS)
     missing = (f"nvidia-smi: {answer}",) if answer.startswith("not known") else ()
-    return Part("card", (), (), (f"{CLOCKS}: {answer}",), missing, facts={"nvidia-smi": {CLOCKS: answer}})
+    return GpuPart("card", (), (), (f"{CLOCKS}: {answer}",), missing, facts={"nvidia-smi": {CLOCKS: answer}})
 
 
-def ceilings_part(clock: Clock, sizes: Sizes, shape: Shape, forwards: tuple[Implementation, ...], rounds: int) -> Part:
+def ceilings_part(
+    clock: Clock, sizes: Sizes, shape: Shape, forwards: tuple[Implementation, ...], rounds: int
+) -> GpuPart:
     """Measure each peak rate by graph replays; one that fails is listed, and the others are still measured."""
     wanted: dict[str, tuple[Callable[[], Run], float, str]] = {
         f"matmul {sizes.matmul}³, bf16": (lambda: _matmul(clock, sizes), 2 * sizes.matmul**3 / 1e12, "TFLOP/s"),
@@ -90,7 +92,7 @@ def ceilings_part(clock: Clock, sizes: Sizes, shape: Shape, forwards: tuple[Impl
         if name.startswith(tuple(one.name for one in forwards)):
             fastest = max(fastest, rate)
     metrics = (Metric("best plain forward", fastest, " TFLOP/s", at_least=SLOWEST_FORWARD),) if fastest else ()
-    return Part("ceilings", tuple(rows), metrics, tuple(absent), tuple(failed), table=tuple(table))
+    return GpuPart("ceilings", tuple(rows), metrics, tuple(absent), tuple(failed), table=tuple(table))
 
 
 def _matmul(clock: Clock, sizes: Sizes) -> Run:

@@ -22,8 +22,8 @@ from benchmarks import ROOT
 from benchmarks.gpu.ceilings import HOPPER, Sizes, card_part, ceilings_part
 from benchmarks.gpu.clock import Budget, Clock, clock_of, one_line
 from benchmarks.gpu.implementations import Implementation
-from benchmarks.gpu.report import Console, Part, Planned, Report
-from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Settings
+from benchmarks.gpu.report import Console, GpuPart, Planned, Report
+from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, GpuSettings
 from benchmarks.implementations import Outputs
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Inputs, Shape, make_inputs
@@ -43,7 +43,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class CheckSettings:
-    suite: Settings = FULL
+    suite: GpuSettings = FULL
     sizes: Sizes = HOPPER
     tests: tuple[Selection, ...] = (
         Selection("tests marked gpu", ("-m", "gpu", "tests/kernels", "tests/benchmarks/test_on_gpu.py"), 120.0),
@@ -92,7 +92,7 @@ def parts(settings: CheckSettings, clock: Clock, budget: Budget) -> list[Planned
     ]
 
 
-def implementations_part(suite: Settings, clock: Clock) -> Part:
+def implementations_part(suite: GpuSettings, clock: Clock) -> GpuPart:
     """Check rhythm's ops against the fp64 reference: replays of CUDA graphs whose results were overwritten before."""
     rows, wrong = [], []
     for one, shape, dtype in _cases(suite):
@@ -106,10 +106,10 @@ def implementations_part(suite: Settings, clock: Clock) -> Part:
         else:
             rows += [case | {"result": v.result, "error": v.error, "allowed": v.allowed} for v in results]
     table = tuple({key: f"{x:.1e}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
-    return Part("contestants", tuple(rows), (), (), tuple(wrong), bool(wrong), table, {"wrong": wrong})
+    return GpuPart("contestants", tuple(rows), (), (), tuple(wrong), bool(wrong), table, {"wrong": wrong})
 
 
-def bisection_part(suite: Settings, clock: Clock) -> Part:
+def bisection_part(suite: GpuSettings, clock: Clock) -> GpuPart:
     """Check again with other tiles. If small ones are right, the tiles are wrong; if those without TMA, its loads."""
     from rhythm.kernels.launch import forced
     from rhythm.kernels.tile_tables import KernelKey, Tile, architecture, candidates, shared_memory
@@ -129,10 +129,10 @@ def bisection_part(suite: Settings, clock: Clock) -> Part:
         {"tiles": name, "": "right", "what": ""} if not wrong else {"tiles": name, "": "WRONG", "what": wrong[0]}
         for name, wrong in facts.items()
     )
-    return Part("bisection", (), table=table, facts={"wrong with": facts})
+    return GpuPart("bisection", (), table=table, facts={"wrong with": facts})
 
 
-def tests_part(tests: Selection, budget: Budget) -> Part:
+def tests_part(tests: Selection, budget: Budget) -> GpuPart:
     """Run pytest in a separate process, and stop it when its time or the budget is over."""
     spread = ("-n", "8") if find_spec("xdist") and (os.cpu_count() or 1) >= 8 else ()
     command = [
@@ -153,7 +153,7 @@ def tests_part(tests: Selection, budget: Budget) -> Part:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return Part(tests.name, (), (), (), (f"stopped after {seconds:.0f} s",), True)
+        return GpuPart(tests.name, (), (), (), (f"stopped after {seconds:.0f} s",), True)
     output = done.stdout.strip().splitlines()
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output[-1])}
     failed = [line for line in output if line.startswith(("FAILED", "ERROR"))]
@@ -163,10 +163,10 @@ def tests_part(tests: Selection, budget: Budget) -> Part:
     if wrong:
         facts["tail"] = output[-60:] + done.stderr.splitlines()[-20:]
     said = (", ".join(f"{number} {word}" for word, number in counts.items()) or output[-1], *failed)
-    return Part(tests.name, (), (), said, (), wrong, facts=facts)
+    return GpuPart(tests.name, (), (), said, (), wrong, facts=facts)
 
 
-def _cases(suite: Settings) -> list[tuple[Implementation, Shape, torch.dtype]]:
+def _cases(suite: GpuSettings) -> list[tuple[Implementation, Shape, torch.dtype]]:
     ours = [one for one in suite.implementations if one.name in OURS]
     return [(one, shape, dtype) for shape in suite.checked_shapes for dtype in suite.checked_dtypes for one in ours]
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks import ROOT
 from benchmarks.gpu.clock import Budget, Clock, one_line
 from benchmarks.gpu.implementations import Implementation
-from benchmarks.gpu.report import Part
+from benchmarks.gpu.report import GpuPart
 from benchmarks.shapes import Shape, make_inputs
 
 CALLS = 5
@@ -45,7 +45,7 @@ COUNTED = (
 )
 
 
-def kernels_part(implementations: Sequence[Implementation], shape: Shape, clock: Clock) -> Part:
+def kernels_part(implementations: Sequence[Implementation], shape: Shape, clock: Clock) -> GpuPart:
     """torch.profiler: seconds per call of every kernel of an implementation."""
     inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
     rows, failed = [], []
@@ -65,7 +65,7 @@ def kernels_part(implementations: Sequence[Implementation], shape: Shape, clock:
         }
         for r in rows
     )
-    return Part("kernels", tuple(rows), (), (), tuple(failed), table=table)
+    return GpuPart("kernels", tuple(rows), (), (), tuple(failed), table=table)
 
 
 def profiled(run: Callable[[], Any], clock: Clock) -> list[dict[str, Any]]:
@@ -86,11 +86,11 @@ def profiled(run: Callable[[], Any], clock: Clock) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["seconds"])[:8]
 
 
-def counters_part(device: str, budget: Budget) -> Part:
+def counters_part(device: str, budget: Budget) -> GpuPart:
     """Run ncu on one launch of each kernel, in a separate process, without locking the clocks."""
     ncu = shutil.which("ncu")
     if ncu is None:
-        return Part("counters", not_measured=("ncu: the command ncu (Nsight Compute) is not on the PATH",))
+        return GpuPart("counters", not_measured=("ncu: the command ncu (Nsight Compute) is not on the PATH",))
     outputs, failed = {}, []
     for counted in COUNTED:
         name = f"{counted.implementation}, {counted.kernel}"
@@ -112,7 +112,7 @@ def counters_part(device: str, budget: Budget) -> Part:
             failed.append(f"{name}: ncu ended with {done.returncode}: {(lines or [done.stderr.strip()])[-1]}")
         else:
             outputs[name] = lines
-    return Part(
+    return GpuPart(
         "counters",
         (),
         (),
@@ -124,9 +124,9 @@ def counters_part(device: str, budget: Budget) -> Part:
 
 def main(implementation: str, device: str) -> None:
     """Call an implementation six times under ncu: python -m benchmarks.gpu.profile statistics cuda."""
-    from benchmarks.gpu.suite import INTERPRETED, Settings
+    from benchmarks.gpu.suite import INTERPRETED, GpuSettings
 
-    settings = Settings() if device == "cuda" else INTERPRETED
+    settings = GpuSettings() if device == "cuda" else INTERPRETED
     on, backend = ("cuda", "triton") if device == "cuda" else ("cpu", "triton")
     (one,) = (one for one in settings.implementations if one.name == implementation)
     run = one.make(make_inputs(settings.shape, torch.bfloat16, on, backend))

@@ -18,8 +18,8 @@ import torch
 from benchmarks.gpu.clock import Budget, Clock, clock_of, one_line
 from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.profile import counters_part, kernels_part
-from benchmarks.gpu.report import Console, Part, Planned, Report
-from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Comparison, Settings
+from benchmarks.gpu.report import Console, GpuPart, Planned, Report
+from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Comparison, GpuSettings
 from benchmarks.gpu.tiles import tiles_part, tuner_part
 from benchmarks.implementations import Maker, Outputs
 from benchmarks.registry import Benchmark
@@ -45,7 +45,7 @@ class Prototype(Protocol):
 class RaceSettings:
     """checked_shapes, timed_shape: where prototypes are checked, and where they are timed."""
 
-    suite: Settings = FULL
+    suite: GpuSettings = FULL
     sweeps: tuple[str, ...] = SWEEPS
     checked_shapes: tuple[Shape, ...] = (
         Shape(1024, query_heads=8, key_heads=2, head_size=128),
@@ -108,7 +108,7 @@ def prototypes() -> Sequence[Prototype]:
 
 def prototypes_part(
     trials: Sequence[Prototype], plain: Sequence[Implementation], settings: RaceSettings, clock: Clock, budget: Budget
-) -> Part:
+) -> GpuPart:
     """Check each prototype against the fp64 reference, then time all of them with the plain forwards and the ops."""
     inputs = make_inputs(settings.timed_shape, torch.bfloat16, clock.device, clock.backend)
     comparison = Comparison()
@@ -134,7 +134,7 @@ def prototypes_part(
     }
     rows = comparison.rows(settings.timed_shape.tokens, flops, comparison.best([one.name for one in plain]))
     json, cells = tuple(row.json() for row in rows), tuple(row.cells() for row in rows)
-    return Part(
+    return GpuPart(
         "prototypes", json, (), tuple(comparison.absent), comparison.not_measured(), comparison.ours_failed(), cells
     )
 

@@ -38,7 +38,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Part:
+class GpuPart:
     """The results of one part of a run.
 
     Attributes:
@@ -70,7 +70,7 @@ class Planned:
 
     name: str
     needed: float
-    run: Callable[[], Part]
+    run: Callable[[], GpuPart]
 
 
 class Report:
@@ -134,7 +134,7 @@ class Report:
         self.say("\n".join(lines(part)))
 
 
-def lines(part: Part) -> list[str]:
+def lines(part: GpuPart) -> list[str]:
     """The part as text: its table, the metrics with their targets, and what is missing."""
     text = [part.name, *aligned(part.table)]
     for metric in part.metrics:

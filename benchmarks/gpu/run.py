@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.gpu.clock import Budget, clock_of
 from benchmarks.gpu.report import Console, Report
-from benchmarks.gpu.suite import INTERPRETED, Settings, check, parts, refusals
+from benchmarks.gpu.suite import INTERPRETED, GpuSettings, check, parts, refusals
 from benchmarks.verify import WrongResultError
 
 
@@ -20,7 +20,7 @@ def run(device: str, records: Path | None, console: Console, errors: Console, bu
     if clock is None:
         errors.print("--device cuda: torch sees no CUDA device", style="red")
         return 2
-    settings = Settings() if device == "cuda" else INTERPRETED
+    settings = GpuSettings() if device == "cuda" else INTERPRETED
     report = Report(clock, f"attention_{device}.json", records, console, errors)
     try:
         passed = check(settings, clock)

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import actor_attn
-from benchmarks.gpu.actor_attn import Dimensions
+from benchmarks.gpu.actor_attn import ModelShape
 from benchmarks.gpu.clock import Budget, Clock, Run, one_line
 from benchmarks.gpu.implementations import GPU, INTERPRETER, Implementation
-from benchmarks.gpu.report import Part, Planned
+from benchmarks.gpu.report import GpuPart, Planned
 from benchmarks.measure import Timing, ratio
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, Shape, make_inputs, score_flops
 from benchmarks.suite import Metric
 from benchmarks.verify import CheckedResult, WrongResultError, verify
 from rhythm import attention_statistics, attention_with_statistics
 
-QWEN3_4B, QWEN3_4B_MODEL = Shape(8192, query_heads=32, key_heads=8, head_size=128), Dimensions()
+QWEN3_4B, QWEN3_4B_MODEL = Shape(8192, query_heads=32, key_heads=8, head_size=128), ModelShape()
 OURS = ("statistics", "with_output", "bands")
 
 
 @dataclass(frozen=True)
-class Settings:
+class GpuSettings:
     """Sizes of a run; the targets were set for the defaults."""
 
     implementations: tuple[Implementation, ...] = GPU
@@ -39,14 +39,14 @@ class Settings:
     lengths: tuple[int, ...] = (16384, 32768, 131072, 65536, 4096, 2048, 1024)
     packed: tuple[int, ...] = (16384, 65536)
     mean_length: int = 1024
-    model: Dimensions = QWEN3_4B_MODEL
+    model: ModelShape = QWEN3_4B_MODEL
     longest: int = 131072
     rounds: int = 9
     late_lengths: tuple[int, ...] = (8192, 4096)
 
 
-FULL = Settings()
-INTERPRETED = Settings(
+FULL = GpuSettings()
+INTERPRETED = GpuSettings(
     implementations=INTERPRETER,
     shape=Shape(96, query_heads=4, key_heads=2, head_size=16),
     checked_shapes=(Shape(70, prompt=9, query_heads=4, key_heads=2, head_size=16),),
@@ -54,7 +54,7 @@ INTERPRETED = Settings(
     lengths=(64,),
     packed=(120,),
     mean_length=30,
-    model=Dimensions(6, 32, 64, 4, 2, 8, 50),
+    model=ModelShape(6, 32, 64, 4, 2, 8, 50),
     longest=80,
     rounds=2,
     late_lengths=(96,),
@@ -171,7 +171,7 @@ class Comparison:
         return Row(name, tokens, *seconds, by, eager, host, flops, self.peaks[name], share)
 
 
-def parts(settings: Settings, clock: Clock, refused: Mapping[str, str], budget: Budget) -> list[Planned]:
+def parts(settings: GpuSettings, clock: Clock, refused: Mapping[str, str], budget: Budget) -> list[Planned]:
     """The parts to run, the most important first, those that take long to compile last. refused: see `refusals`."""
     planned = [
         Planned("race", 60.0, lambda: comparison_part(settings, clock, settings.shape, refused)),
@@ -190,7 +190,7 @@ def parts(settings: Settings, clock: Clock, refused: Mapping[str, str], budget: 
     return planned
 
 
-def check(settings: Settings, clock: Clock) -> list[tuple[Shape, str, list[CheckedResult]]]:
+def check(settings: GpuSettings, clock: Clock) -> list[tuple[Shape, str, list[CheckedResult]]]:
     """Check rhythm's ops on the device against the fp64 reference. Raises WrongResultError."""
     ours = [one for one in settings.implementations if one.name in OURS]
     return [
@@ -200,7 +200,7 @@ def check(settings: Settings, clock: Clock) -> list[tuple[Shape, str, list[Check
     ]
 
 
-def refusals(settings: Settings, clock: Clock, late: bool = False) -> dict[str, str]:
+def refusals(settings: GpuSettings, clock: Clock, late: bool = False) -> dict[str, str]:
     """Which other implementations give wrong results or can't be checked, and why. They are not timed."""
     refused = {}
     for one in settings.implementations:
@@ -215,13 +215,13 @@ def refusals(settings: Settings, clock: Clock, late: bool = False) -> dict[str, 
     return refused
 
 
-def comparison_part(settings: Settings, clock: Clock, shape: Shape, refused: Mapping[str, str]) -> Part:
+def comparison_part(settings: GpuSettings, clock: Clock, shape: Shape, refused: Mapping[str, str]) -> GpuPart:
     """Time all implementations that are installed and take this length; metrics only at the settings' own shape."""
     able = [one for one in settings.implementations if not one.late]
     return _compared(f"race_{shape.tokens}", able, settings, clock, shape, refused)
 
 
-def late_part(settings: Settings, clock: Clock, shape: Shape, budget: Budget) -> Part:
+def late_part(settings: GpuSettings, clock: Clock, shape: Shape, budget: Budget) -> GpuPart:
     """Check, then time the implementations that take long to compile, with the plain forwards and rhythm's sweep."""
     late = replace(settings, implementations=tuple(one for one in settings.implementations if one.late))
     refused: dict[str, str] = {}
@@ -237,11 +237,11 @@ def late_part(settings: Settings, clock: Clock, shape: Shape, budget: Budget) ->
 def _compared(
     name: str,
     able: list[Implementation],
-    settings: Settings,
+    settings: GpuSettings,
     clock: Clock,
     shape: Shape,
     refused: Mapping[str, str],
-) -> Part:
+) -> GpuPart:
     inputs = make_inputs(shape, torch.bfloat16, clock.device, clock.backend)
     comparison = Comparison()
     for one in able:
@@ -263,7 +263,7 @@ def _compared(
             {**comparison.replayed, "bands": comparison.eager.get("bands")}, best, shape, comparison.eager
         )
         metrics += _bands_metric(comparison.replayed, best)
-    return Part(
+    return GpuPart(
         name,
         tuple(row.json() for row in rows),
         tuple(metrics),
@@ -306,7 +306,7 @@ def lengths_of(tokens: int, mean: int) -> list[int]:
     return lengths
 
 
-def packed_part(settings: Settings, clock: Clock, tokens: int) -> Part:
+def packed_part(settings: GpuSettings, clock: Clock, tokens: int) -> GpuPart:
     """Time rhythm's ops on a packed batch of log-normal lengths with prompts of 15%, and the varlen forwards."""
     lengths = lengths_of(tokens, settings.mean_length)
     shape = replace(settings.shape, tokens=tokens)
@@ -328,7 +328,7 @@ def packed_part(settings: Settings, clock: Clock, tokens: int) -> Part:
     whole = sum(score_flops(replace(sequence, prompt=0)) for sequence in sequences)
     counted = {"statistics": flops, "bands": 0} | dict.fromkeys(("with_output", *forwards), 2 * whole)
     rows = comparison.rows(tokens, counted, comparison.best(list(forwards)))
-    return Part(
+    return GpuPart(
         f"packed_{tokens}",
         tuple(row.json() for row in rows),
         (),
@@ -376,7 +376,7 @@ def _request(inputs: Inputs, cu_seqlens: Tensor) -> Any:
     return checked(inputs.q, inputs.k, inputs.v, cu_seqlens, None, inputs.scale, WINDOW, *HORIZON)
 
 
-def actor_part(settings: Settings, clock: Clock) -> Part:
+def actor_part(settings: GpuSettings, clock: Clock) -> GpuPart:
     """Time rhythm.observe of a whole model against its plain forward; then one pass over the longest sequence."""
     model = actor_attn.build(settings.model, clock.device, torch.bfloat16, settings.longest)
     ids = actor_attn.token_ids(settings.model, clock.device, settings.shape.tokens)
@@ -394,7 +394,7 @@ def actor_part(settings: Settings, clock: Clock) -> Part:
         failed.append(f"{settings.longest} tokens: {one_line(error)}")
         done = 0.0
     metrics.append(Metric(f"actor_attn of {settings.longest} tokens in memory (1: yes)", done, "", at_least=1.0))
-    return Part("actor_attn", (), tuple(metrics), (), tuple(failed), facts=facts)
+    return GpuPart("actor_attn", (), tuple(metrics), (), tuple(failed), facts=facts)
 
 
 def _name(dtype: torch.dtype) -> str:

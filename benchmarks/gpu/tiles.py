@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.clock import Budget, Clock, one_line
-from benchmarks.gpu.report import Part
+from benchmarks.gpu.report import GpuPart
 from benchmarks.gpu.suite import Comparison
 from benchmarks.implementations import Outputs
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, Shape, make_inputs
@@ -56,7 +56,7 @@ def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
     }
 
 
-def tiles_part(sweep: str, shape: Shape, clock: Clock, rounds: int, budget: Budget) -> Part:
+def tiles_part(sweep: str, shape: Shape, clock: Clock, rounds: int, budget: Budget) -> GpuPart:
     """Time the tiles of one kernel: each is checked in the whole op, then timed without the other kernels."""
     from rhythm.kernels.launch import forced
     from rhythm.kernels.tile_tables import KernelKey, Tile, architecture, candidates, shared_memory
@@ -116,7 +116,7 @@ def tile_label(tile: Any) -> str:
     return text + "".join(f", {name} {value}" for name, value in fields.items() if value is not None)
 
 
-def tuner_part(inputs: Callable[[], Inputs]) -> Part:
+def tuner_part(inputs: Callable[[], Inputs]) -> GpuPart:
     """The tiles that the autotuner chooses and stores with RHYTHM_AUTOTUNE=1; the other parts don't use them."""
     from rhythm.kernels import tuning
 
@@ -129,10 +129,10 @@ def tuner_part(inputs: Callable[[], Inputs]) -> Part:
                 failed.append(f"{sweep}: {one_line(error)}")
     path = tuning.cache_file()
     kept = path.read_text(encoding="utf-8") if path.exists() else "no tiles were timed: each kernel has only one"
-    return Part("tuner", (), (), (), tuple(failed), bool(failed), facts={"file": kept})
+    return GpuPart("tuner", (), (), (), tuple(failed), bool(failed), facts={"file": kept})
 
 
-def _part(sweep: str, comparison: Comparison, tiles: Sequence[Any]) -> Part:
+def _part(sweep: str, comparison: Comparison, tiles: Sequence[Any]) -> GpuPart:
     default = tile_label(tiles[0])
     names = sorted(comparison.replayed, key=lambda name: comparison.replayed[name].median)
     over = comparison.replayed.get(default)
@@ -145,7 +145,7 @@ def _part(sweep: str, comparison: Comparison, tiles: Sequence[Any]) -> Part:
         shown = "" if share is None else f"{share:.3f}"
         table.append({"tile": name, "ms": f"{1e3 * timing.median:,.4f}", "over default": shown, "": ", ".join(marks)})
     wrong = any(reason.startswith("WRONG") for reason in comparison.failed.values()) or default in comparison.failed
-    return Part(f"tiles_{sweep}", tuple(rows), (), (), comparison.not_measured(), wrong, tuple(table))
+    return GpuPart(f"tiles_{sweep}", tuple(rows), (), (), comparison.not_measured(), wrong, tuple(table))
 
 
 def _named(statistics: Any) -> Outputs:

@@ -146,7 +146,7 @@ def _prefixes(cache: DynamicCache, position_R: Tensor) -> tuple[DynamicCache, Te
     mask_RL = (source_RL >= 0).long()
     source_RL = source_RL.clamp(min=0)
 
-    def taken(x_1HND: Tensor) -> Tensor:
+    def rows_of_cache(x_1HND: Tensor) -> Tensor:
         return x_1HND[0][:, source_RL].transpose(0, 1)
 
-    return DynamicCache([(taken(layer.keys), taken(layer.values)) for layer in cache.layers]), mask_RL
+    return DynamicCache([(rows_of_cache(layer.keys), rows_of_cache(layer.values)) for layer in cache.layers]), mask_RL

@@ -157,15 +157,15 @@ def lift_bars(rows: Sequence[Table2Row]) -> list[LiftBar | None]:
         edges += [edge for edge in (row.lift, row.lift_interval.low, row.lift_interval.high) if math.isfinite(edge)]
     low, width = min(edges), max(edges) - min(edges)
 
-    def place(value: float) -> float:
+    def percent(value: float) -> float:
         return round(4 + 92 * (value - low) / width, 2) if width else 50.0
 
     return [
         LiftBar(
-            place(0.0),
-            place(row.lift_interval.low if math.isfinite(row.lift_interval.low) else row.lift),
-            place(row.lift_interval.high if math.isfinite(row.lift_interval.high) else row.lift),
-            place(row.lift),
+            percent(0.0),
+            percent(row.lift_interval.low if math.isfinite(row.lift_interval.low) else row.lift),
+            percent(row.lift_interval.high if math.isfinite(row.lift_interval.high) else row.lift),
+            percent(row.lift),
         )
         if math.isfinite(row.lift)
         else None

@@ -69,7 +69,7 @@ def command(name: str, meanings: Mapping[type[Exception], ExitCode] | None = Non
 
     def decorate(main: Main) -> Main:
         @functools.wraps(main)
-        def guarded(argv: Sequence[str] | None = None) -> int:
+        def wrapper(argv: Sequence[str] | None = None) -> int:
             _write_what_the_encoding_has(sys.stdout)
             try:
                 try:
@@ -95,7 +95,7 @@ def command(name: str, meanings: Mapping[type[Exception], ExitCode] | None = Non
                 _say("\n".join([f"{name}: interrupted", *getattr(error, "__notes__", [])]))
                 return ExitCode.INTERRUPTED
 
-        return guarded
+        return wrapper
 
     return decorate
 

@@ -28,7 +28,7 @@ if "benchmarks" not in sys.modules:
 def smallest() -> Any:
     """Settings of the GPU benchmark: rhythm's ops and the plain forwards, at shapes of one or two tiles."""
     from benchmarks.gpu import suite
-    from benchmarks.gpu.actor_attn import Dimensions
+    from benchmarks.gpu.actor_attn import ModelShape
     from benchmarks.shapes import Shape
 
     names = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "statistics", "with_output", "bands")
@@ -41,7 +41,7 @@ def smallest() -> Any:
         lengths=(24,),
         packed=(30,),
         mean_length=12,
-        model=Dimensions(2, 16, 16, 2, 1, 8, 20),
+        model=ModelShape(2, 16, 16, 2, 1, 8, 20),
         longest=24,
         late_lengths=(40,),
     )

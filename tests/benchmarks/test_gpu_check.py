@@ -14,7 +14,7 @@ from benchmarks import implementations as ops
 from benchmarks.gpu import check
 from benchmarks.gpu.check import Selection
 from benchmarks.gpu.clock import Budget
-from benchmarks.gpu.suite import Settings
+from benchmarks.gpu.suite import GpuSettings
 from benchmarks.shapes import Inputs, Shape
 from rhythm.kernels.launch import _forced
 from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile
@@ -28,7 +28,7 @@ SHAPE = Shape(40, query_heads=2, key_heads=1, head_size=16)
 
 @pytest.fixture(scope="module")
 def checked(
-    tmp_path_factory: pytest.TempPathFactory, smallest: Settings, rehearse: Callable[..., dict[str, Any]]
+    tmp_path_factory: pytest.TempPathFactory, smallest: GpuSettings, rehearse: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "REHEARSED", replace(check.REHEARSED, suite=smallest))
@@ -62,7 +62,7 @@ def test_check_compares_our_implementations_with_the_reference(checked: dict[str
 
 
 def test_a_wrong_kernel_is_bisected(
-    smallest: Settings,
+    smallest: GpuSettings,
     rehearse: Callable[..., dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

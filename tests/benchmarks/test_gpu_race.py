@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks import implementations as ops
 from benchmarks.gpu import race, tiles
 from benchmarks.gpu.clock import Budget, MadeUpClock
-from benchmarks.gpu.suite import Settings
+from benchmarks.gpu.suite import GpuSettings
 from benchmarks.implementations import Maker
 from benchmarks.shapes import Inputs, Shape
 from rhythm.kernels.launch import _forced, run_with_tile
@@ -31,7 +31,7 @@ SHAPE = Shape(40, query_heads=2, key_heads=1, head_size=16)
 TILES = [Tile(32, 32, 1, 1), Tile(16, 32, 1, 1), Tile(16, 16, 1, 1)]
 
 
-def settings_of(smallest: Settings) -> race.RaceSettings:
+def settings_of(smallest: GpuSettings) -> race.RaceSettings:
     """Settings whose prototypes have the head size that prototypes require."""
     checked, timed = (Shape(tokens, query_heads=2, key_heads=1, head_size=64) for tokens in (33, 40))
     return replace(race.REHEARSED, suite=smallest, checked_shapes=(checked,), timed_shape=timed)
@@ -75,7 +75,7 @@ TRIALS = (
 
 @pytest.fixture(scope="module")
 def recorded(
-    tmp_path_factory: pytest.TempPathFactory, smallest: Settings, rehearse: Callable[..., dict[str, Any]]
+    tmp_path_factory: pytest.TempPathFactory, smallest: GpuSettings, rehearse: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
     """Two kinds of sweep; the last of the row sweep's three tiles does not fit."""
     folder = tmp_path_factory.mktemp("records")
@@ -171,7 +171,7 @@ def test_prototypes_are_timed_with_the_plain_forward(recorded: dict[str, Any]) -
     assert any(reason.startswith("prototypes, wrong: lse has error 1.0e-01") for reason in recorded["not_measured"])
 
 
-def test_the_trees_own_prototypes_are_right(smallest: Settings) -> None:
+def test_the_trees_own_prototypes_are_right(smallest: GpuSettings) -> None:
     """The prototypes that the interpreter can run; without any, the part says so."""
     trials: Sequence[Any] = [one for one in race.prototypes() if one.absent() is None]
     part = race.prototypes_part(race.prototypes(), (), settings_of(smallest), MadeUpClock(), Budget(100))

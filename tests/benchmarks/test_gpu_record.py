@@ -19,7 +19,7 @@ from benchmarks import implementations as ops
 from benchmarks.gpu import implementations, run, suite
 from benchmarks.gpu.clock import Budget, Clock, MadeUpClock
 from benchmarks.gpu.implementations import Implementation
-from benchmarks.gpu.report import Part, Plain, Planned, Report
+from benchmarks.gpu.report import GpuPart, Plain, Planned, Report
 from benchmarks.implementations import Maker
 from benchmarks.shapes import Inputs, Shape
 
@@ -65,7 +65,7 @@ RIVALS = (
 
 
 @pytest.fixture(scope="module")
-def tiny(smallest: suite.Settings) -> suite.Settings:
+def tiny(smallest: suite.GpuSettings) -> suite.GpuSettings:
     return replace(smallest, implementations=(*smallest.implementations, *RIVALS))
 
 
@@ -75,7 +75,7 @@ def names(part: dict[str, Any], key: str = "op") -> list[str]:
 
 @pytest.fixture(scope="module")
 def record(
-    tmp_path_factory: pytest.TempPathFactory, tiny: suite.Settings, rehearse: Callable[..., dict[str, Any]]
+    tmp_path_factory: pytest.TempPathFactory, tiny: suite.GpuSettings, rehearse: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "INTERPRETED", tiny)
@@ -123,8 +123,8 @@ def test_rivals_that_fail_cost_their_own_rows(record: dict[str, Any]) -> None:
     assert "short: only to T = 8" in record["parts"]["rivals_40"]["absent"]
 
 
-def test_the_table_names_them_too(tiny: suite.Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def part() -> Part:
+def test_the_table_names_them_too(tiny: suite.GpuSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def part() -> GpuPart:
         return suite.late_part(tiny, MadeUpClock(), SHAPE, Budget(1000))
 
     report = Report(MadeUpClock(), "x.json", tmp_path, Plain(), Plain())
@@ -139,7 +139,7 @@ def test_the_table_names_them_too(tiny: suite.Settings, tmp_path: Path, capsys: 
 
 
 def test_a_implementation_that_cannot_be_captured_is_timed_eagerly(
-    tiny: suite.Settings, monkeypatch: pytest.MonkeyPatch
+    tiny: suite.GpuSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def captured(self: Clock, call: Callable[[], Any]) -> Callable[[], Any]:
         if "lse" not in call():
@@ -162,7 +162,7 @@ def test_a_implementation_that_cannot_be_captured_is_timed_eagerly(
 
 
 def test_an_op_of_ours_that_fails_is_an_error_with_a_record(
-    smallest: suite.Settings,
+    smallest: suite.GpuSettings,
     rehearse: Callable[..., dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -189,19 +189,19 @@ def test_the_record_is_written_after_every_part(tmp_path: Path) -> None:
         stored = json.loads((tmp_path / "rehearsal" / "x.json").read_text())
         seen.append((list(stored["parts"]), stored["not_measured"]))
 
-    def second() -> Part:
+    def second() -> GpuPart:
         on_disk()
         raise RuntimeError("an illegal memory access was encountered")
 
-    def third() -> Part:
+    def third() -> GpuPart:
         on_disk()
-        return Part("third")
+        return GpuPart("third")
 
     report = Report(MadeUpClock(), "x.json", tmp_path, Plain(), Plain())
     times = iter([0.0, 1.0, 2.0, 3.0, 95.0])
     budget = Budget(100.0, now=lambda: next(times))
     report.run(
-        [Planned("first", 5, lambda: Part("first")), Planned("second", 5, second), Planned("third", 5, third),
+        [Planned("first", 5, lambda: GpuPart("first")), Planned("second", 5, second), Planned("third", 5, third),
          Planned("fourth", 10, third)], budget,
     )  # fmt: skip
     on_disk()
@@ -217,7 +217,7 @@ def test_no_room_is_named(
     command: str,
     first: str,
     count: int,
-    tiny: suite.Settings,
+    tiny: suite.GpuSettings,
     rehearse: Callable[..., dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.implementations import Outputs
-from benchmarks.measure import PEAK_RESET, Implementation, Timing, interleaved, peak_extra_bytes, ratio
+from benchmarks.measure import PEAK_RESET, TimedCall, Timing, interleaved, peak_extra_bytes, ratio
 from benchmarks.shapes import Shape
 
 
@@ -25,9 +25,7 @@ def test_rounds_are_interleaved_on_the_threads_asked_for() -> None:
         return run
 
     before = torch.get_num_threads()
-    timings = interleaved(
-        {"a": Implementation(noting("a"), 1), "b": Implementation(noting("b"), 2)}, rounds=3, least_seconds=0.0
-    )
+    timings = interleaved({"a": TimedCall(noting("a"), 1), "b": TimedCall(noting("b"), 2)}, rounds=3, least_seconds=0.0)
     warm_up = 2 * [("a", 1)] + 2 * [("b", 2)]
     assert calls == warm_up + 3 * [("a", 1), ("b", 2)]
     assert torch.get_num_threads() == before
@@ -44,7 +42,7 @@ def test_short_calls_are_repeated_and_the_time_is_that_of_one() -> None:
         time.sleep(0.002)
         return {}
 
-    timing = interleaved({"a": Implementation(run, 1)}, rounds=1, least_seconds=0.02)["a"]
+    timing = interleaved({"a": TimedCall(run, 1)}, rounds=1, least_seconds=0.02)["a"]
     assert 2 + 2 <= calls <= 2 + 10
     assert 0.002 <= timing.median < 0.02
 

@@ -56,17 +56,17 @@ def online_kernel(
 def run(inputs: Inputs) -> Outputs:
     """span and lse; 128 rows × 128 keys, two programs per multiprocessor."""
     buffers = results(inputs, rows=128)
-    _start(inputs, buffers, 128, False, False, KEYS=128, STAGES=2, num_warps=8, num_stages=2, **two_programs())
+    _launch(inputs, buffers, 128, False, False, KEYS=128, STAGES=2, num_warps=8, num_stages=2, **two_programs())
     return buffers.outputs()
 
 
 def redo(inputs: Inputs, buffers: Results, rows: int, *, values: bool = False) -> None:
     """Recompute the blocks of `rows` rows whose flag is set. The host doesn't read the flags."""
     warps = 4 if rows == 64 else 8
-    _start(inputs, buffers, rows, values, True, KEYS=rows, STAGES=1, num_warps=warps, num_stages=1)
+    _launch(inputs, buffers, rows, values, True, KEYS=rows, STAGES=1, num_warps=warps, num_stages=1)
 
 
-def _start(inputs: Inputs, buffers: Results, rows: int, values: bool, flagged: bool, **settings: int) -> None:
+def _launch(inputs: Inputs, buffers: Results, rows: int, values: bool, flagged: bool, **settings: int) -> None:
     keys = settings["KEYS"]
     launch(
         online_kernel,

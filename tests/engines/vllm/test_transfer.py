@@ -166,7 +166,9 @@ def test_what_does_not_belong(manifest: PushManifest, names: list[str], shapes: 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_ledger_of_a_checkpoint(make_checkpoint: Callable[..., Path], load: Callable[[Path], Any], tied: bool) -> None:
+def test_manifest_of_a_checkpoint(
+    make_checkpoint: Callable[..., Path], load: Callable[[Path], Any], tied: bool
+) -> None:
     directory = make_checkpoint(tied=tied)
     model = load(directory)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
