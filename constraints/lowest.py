@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 def lowest(project: dict[str, object], extras: list[str]) -> dict[str, str]:
     """name → version, of the project's own requirements and those of `extras`, which may name each other."""
     own, optional = project["dependencies"], project["optional-dependencies"]
-    found: dict[str, str] = {}
+    bounds_by_name: dict[str, str] = {}
     waiting, seen = [*own, *(line for extra in extras for line in optional[extra])], set(extras)
     while waiting:
         requirement = Requirement(waiting.pop())
@@ -26,8 +26,8 @@ def lowest(project: dict[str, object], extras: list[str]) -> dict[str, str]:
         bounds = [bound.version for bound in requirement.specifier if bound.operator == ">="]
         if len(bounds) != 1:
             raise ValueError(f"{requirement}: one lower bound (>=) is needed")
-        found[requirement.name] = bounds[0]
-    return found
+        bounds_by_name[requirement.name] = bounds[0]
+    return bounds_by_name
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     repository = (config.get("repo_url") or "").rstrip("/")
     pages = {file.src_uri for file in files.documentation_pages()}
 
-    def link(found: re.Match[str]) -> str:
-        text, path, anchor = found[1], found[2], found[3] or ""
+    def link(match: re.Match[str]) -> str:
+        text, path, anchor = match[1], match[2], match[3] or ""
         if path in pages:
-            return found[0]
+            return match[0]
         return f"[{text}]({repository}/blob/main/{path}{anchor})" if repository else text
 
     return _OUTSIDE.sub(link, markdown)

@@ -57,8 +57,8 @@ class _Report(HTMLParser):
         if tag == "i" and numbers.startswith("token "):
             self._inside = "token"
             for key, values in self.responses[-1].values.items():
-                found = re.search(rf"{key} (\S+)", numbers)
-                values.append(nan if found is None or found[1] == "undefined" else float(found[1]))
+                match = re.search(rf"{key} (\S+)", numbers)
+                values.append(nan if match is None or match[1] == "undefined" else float(match[1]))
 
     def handle_data(self, data: str) -> None:
         if self._inside == "step":

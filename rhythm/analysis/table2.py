@@ -48,11 +48,11 @@ def table2(
     sums: dict[Key, list[tuple[float, ...]]] = {key: [] for key in keys}
     permuted = {key: np.zeros(config.permutations) for key in keys}
     for tokens, peaks in responses:
-        for key, each in couplings(tokens, peaks, follow).items():
-            value = each.value
+        for key, series in couplings(tokens, peaks, follow).items():
+            value = series.value
             defined = value[np.isfinite(value)]
-            sums[key].append((value[each.peaks].sum(), len(each.peaks), defined.sum(), len(defined)))
-            permuted[key] += permuted_sums(each, config, rng)
+            sums[key].append((value[series.peaks].sum(), len(series.peaks), defined.sum(), len(defined)))
+            permuted[key] += permuted_sums(series, config, rng)
     return tuple(_row(key, np.array(sums[key]).reshape(-1, 4), permuted[key], config, rng) for key in keys)
 
 

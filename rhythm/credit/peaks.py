@@ -99,7 +99,7 @@ def rotated_lift(couplings: Iterable[Coupling]) -> float:
     could be; NaN without a peak.
     """
     observed = expected = 0.0
-    for each in couplings:
-        observed += float(each.value[each.peaks].sum())
-        expected += len(each.peaks) * float(each.value[each.places].mean()) if len(each.peaks) else 0.0
+    for coupling in couplings:
+        observed += float(coupling.value[coupling.peaks].sum())
+        expected += len(coupling.peaks) * float(coupling.value[coupling.places].mean()) if len(coupling.peaks) else 0.0
     return observed / expected - 1 if expected else float("nan")

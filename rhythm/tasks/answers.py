@@ -40,20 +40,20 @@ def find_answer(response: str, which: Which = "first") -> str | None:
 
 def _blocks(text: str) -> list[tuple[int, int, str]]:
     """(start, end, content) of every block."""
-    found = [(match.start(), match.end(), match[1]) for match in _TAGGED.finditer(text)]
+    blocks = [(match.start(), match.end(), match[1]) for match in _TAGGED.finditer(text)]
     for match in _LINE.finditer(text):
         group = 1 if match[1] is not None else 2
         # The marker comes just before; a \boxed{…} or a tag that stands behind it on the line is the block then.
         if match[group].strip() and not re.search(r"\\boxed|<answer>", match[group]):
-            found.append((match.start(group) - 1, match.end(), match[group]))
+            blocks.append((match.start(group) - 1, match.end(), match[group]))
     open_braces: list[tuple[int, int] | None] = []  # (start, start of the content) of \boxed{, None of any other
     for match in _BRACE.finditer(text):
         if match[0] == "}":
             boxed = open_braces.pop() if open_braces else None
             if boxed is not None:
-                found.append((boxed[0], match.end(), text[boxed[1] : match.start()]))
+                blocks.append((boxed[0], match.end(), text[boxed[1] : match.start()]))
         elif match[0] == "{":
             open_braces.append(None)
         elif match[0].startswith("\\boxed"):
             open_braces.append((match.start(), match.end()))
-    return found
+    return blocks

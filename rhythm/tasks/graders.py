@@ -54,7 +54,7 @@ class MathGrader:
 
     def check(self, answer: str) -> None:
         """See Grader."""
-        if _number(answer) is None and not any(not isinstance(each, str) for each in _parse(answer)):
+        if _number(answer) is None and not any(not isinstance(part, str) for part in _parse(answer)):
             raise ValueError("must be LaTeX that math-verify reads, or a number")
 
     def judge(self, answer: str, response: str, which: Which = "first") -> Reward:
@@ -155,10 +155,10 @@ def _number(text: str, *, alone: bool = True) -> Fraction | None:
     text = re.sub(r"\\[dt]?frac\{([0-9]{1,50})\}\{([0-9]{1,50})\}", r"\1/\2", text)
     if len(text) > 4 * MAX_DIGITS:
         return None
-    found = [match for match in _NUMERIC.finditer(text) if any(map(str.isdigit, match[1]))]
-    if len(found) != 1 or (alone and found[0][0].strip() != text):
+    numbers = [match for match in _NUMERIC.finditer(text) if any(map(str.isdigit, match[1]))]
+    if len(numbers) != 1 or (alone and numbers[0][0].strip() != text):
         return None
-    number, below, percent = found[0].groups()
+    number, below, percent = numbers[0].groups()
     if sum(map(str.isdigit, number)) > MAX_DIGITS or (below is not None and int(below) == 0):
         return None
     value = Fraction(number.replace(",", "").rstrip(".")) / int(below or 1)

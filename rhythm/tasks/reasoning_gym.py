@@ -122,17 +122,17 @@ class ReasoningGym:
         """So many different questions, in the order drawn; what a question is asked twice with counts once."""
         # Generators seed an instance by seed + index: another seed must not come near. Few take more than 32 bits.
         seed = int(random.Random(self.config.seed).random() * 2**30)
-        found: dict[str, Entry] = {}
+        entries: dict[str, Entry] = {}
         for first in range(seed, seed + _DRAWS_PER_INSTANCE * wanted, wanted):
             dataset = self._dataset(first, wanted)
             for index in range(wanted):
                 drawn = dataset[index]
                 entry = Entry(drawn["question"], str(drawn["answer"]), drawn["metadata"])
-                found.setdefault(entry.question, entry)
-                if len(found) == wanted:
-                    return list(found.values())
+                entries.setdefault(entry.question, entry)
+                if len(entries) == wanted:
+                    return list(entries.values())
         raise ValueError(
-            f"train_size + test_size is {wanted}, but only {len(found)} different questions of {self.generator} were "
+            f"train_size + test_size is {wanted}, but only {len(entries)} different questions of {self.generator} were "
             "found: ask for fewer, or widen its parameters"
         )
 

@@ -82,7 +82,7 @@ def test_fig_2_labels_the_tokens_of_a_short_response(invented: Invented) -> None
 
 
 @pytest.mark.parametrize("key", ["fai", "waad", "gamma"])
-def test_fig_8_colours_every_token(response: ResponseResult, key: str) -> None:
+def test_fig_8_colors_every_token(response: ResponseResult, key: str) -> None:
     (axes,) = tokens_figure(response, [key]).get_axes()
     assert "".join(text.get_text() for text in axes.texts).replace("⏎", "\n") == response.response
     values = getattr(response.tokens, key)

@@ -70,7 +70,7 @@ def test_curves_lie_under_one_another(browser: webdriver.Chrome, invented: Inven
     assert boundaries == pytest.approx([left + t * step for t in range(7, 114, 7)], abs=0.2)
 
 
-def test_the_switch_colours_the_tokens_by_the_signal(browser: webdriver.Chrome, invented: Invented) -> None:
+def test_the_switch_colors_the_tokens_by_the_signal(browser: webdriver.Chrome, invented: Invented) -> None:
     analysis = invented()
     open_page(browser, analysis)
     response = analysis.response("00001-0")

@@ -86,7 +86,7 @@ def test_undefined_tokens_are_hatched_and_the_least_value_is_not(browser: webdri
     assert "undefined" in texts(browser, ".scale")[0]
 
 
-def test_the_scale_says_where_a_colour_begins_and_ends(browser: webdriver.Chrome, invented: Invented) -> None:
+def test_the_scale_says_where_a_color_begins_and_ends(browser: webdriver.Chrome, invented: Invented) -> None:
     open_page(browser, invented())
     said = {}
     for key in ("waad", "fai", "gamma"):
@@ -97,7 +97,7 @@ def test_the_scale_says_where_a_colour_begins_and_ends(browser: webdriver.Chrome
     assert said["gamma"].endswith("The color scale goes from 1 to its largest.")
 
 
-def test_the_page_colours_tokens_by_the_shared_scale(browser: webdriver.Chrome, invented: Invented) -> None:
+def test_the_page_colors_tokens_by_the_shared_scale(browser: webdriver.Chrome, invented: Invented) -> None:
     analysis = invented()
     open_page(browser, analysis)
     for signal in SIGNALS:

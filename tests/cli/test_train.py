@@ -147,7 +147,7 @@ def test_the_summary_does_not_call_the_lift_that_of_gamma(
     assert main([str(config), override]) == 0
     shown = capsys.readouterr().out
     assert f"lift                    +13.5 points by training with credit.strategy={line}\n" in shown
-    said = [each for each in shown.splitlines() if each.startswith("without γ")]
+    said = [line for line in shown.splitlines() if line.startswith("without γ")]
     assert len(said) == (control is not None)
     if control is not None:
         command = said[0].partition("the control: rhythm-train ")[2]

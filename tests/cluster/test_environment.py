@@ -28,6 +28,6 @@ def test_processes_that_share_a_machine_do_not_spin(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = Session._environment(SimpleNamespace(config=ClusterConfig(threads=3)))  # type: ignore[arg-type]
-    assert found["OMP_NUM_THREADS"] == "3"
-    assert {name: value for name, value in found.items() if name in VARIABLES[1:]} == waiting
+    variables_set = Session._environment(SimpleNamespace(config=ClusterConfig(threads=3)))  # type: ignore[arg-type]
+    assert variables_set["OMP_NUM_THREADS"] == "3"
+    assert {name: value for name, value in variables_set.items() if name in VARIABLES[1:]} == waiting

@@ -78,8 +78,8 @@ HEAVY = {"datasets", "pyarrow", "sympy", "math_verify", "reasoning_gym", "transf
 )
 def test_a_task_loads_only_what_it_needs(more: str, loaded: set[str]) -> None:
     code = f"import sys; from rhythm.tasks import *; {more}; print(*sorted({HEAVY!r} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
-    assert set(found.split()) == loaded
+    output = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(output.split()) == loaded
 
 
 @pytest.mark.parametrize(

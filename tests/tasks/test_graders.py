@@ -141,8 +141,8 @@ def test_an_answer_is_never_run_as_python(grader: GraderName, tmp_path: Path) ->
 
 
 def test_math_needs_no_signals_so_it_works_outside_the_main_thread() -> None:
-    found: list[Reward] = []
-    thread = threading.Thread(target=lambda: found.append(GRADERS["math"]().judge(r"2\sqrt{3}", r"\boxed{\sqrt{12}}")))
+    judged: list[Reward] = []
+    thread = threading.Thread(target=lambda: judged.append(GRADERS["math"]().judge(r"2\sqrt{3}", r"\boxed{\sqrt{12}}")))
     thread.start()
     thread.join(60)
-    assert found == [RIGHT]
+    assert judged == [RIGHT]

@@ -74,8 +74,8 @@ def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
         path.write_text("\n".join(map(json.dumps, rows(name, options))))
         options = options | {"path": str(path), "held_out": 0.5}
-    with isolated(name, options, seconds=SECONDS, workers=2) as found:
-        yield found
+    with isolated(name, options, seconds=SECONDS, workers=2) as task:
+        yield task
 
 
 def responses(hostile: str, mark: Path) -> list[str]:
@@ -87,9 +87,9 @@ def responses(hostile: str, mark: Path) -> list[str]:
 def test_hostile(hostile: str, task: IsolatedTask, tmp_path: Path) -> None:
     instance, mark = task.train[0], tmp_path / "executed"
     texts = responses(hostile, mark)
-    found = task.rewards([instance] * len(texts), texts)
-    assert [reward.correct for reward in found] == [False] * len(texts)
-    assert {reward.fault for reward in found} <= {None, "late"}, "a reward must not raise, whatever the text"
+    rewards = task.rewards([instance] * len(texts), texts)
+    assert [reward.correct for reward in rewards] == [False] * len(texts)
+    assert {reward.fault for reward in rewards} <= {None, "late"}, "a reward must not raise, whatever the text"
     assert not mark.exists()
     assert task.reward(instance, task.solution(instance)).correct
 

@@ -194,20 +194,20 @@ def test_torch_comes_only_when_the_task_asks_for_it(directory: Path) -> None:
 def test_all_of_a_batch_are_scored_in_order_around_its_faults(directory: Path) -> None:
     responses = ["a", "b", "die", "raise", "b", "sleep", "none", "a", "b"]
     with tasks.isolated("awkward:Awkward", seconds=1, workers=2) as task:
-        found = task.rewards(["b"] * 9, responses)
-    assert [reward.fault for reward in found] == [
+        results = task.rewards(["b"] * 9, responses)
+    assert [reward.fault for reward in results] == [
         None, None, "raised", "raised", None, "late", "invalid", None, None,
     ]  # fmt: skip
-    assert [reward.correct for reward in found] == [response == "b" for response in responses]
-    assert [reward.score for reward in found] == [1, 1, 0, 0, 1, 0, 0, 1, 1]
+    assert [reward.correct for reward in results] == [response == "b" for response in responses]
+    assert [reward.score for reward in results] == [1, 1, 0, 0, 1, 0, 0, 1, 1]
 
 
 def test_workers_score_at_the_same_time(directory: Path) -> None:
     with tasks.isolated("awkward:Awkward", workers=2) as task:
         task.rewards(["a"] * 2, ["a"] * 2)
-        found = {reward.score for reward in task.rewards(["a"] * 4, ["pid"] * 4)}
-        assert found == set(task.pids)
-        assert len(found) == 2
+        results = {reward.score for reward in task.rewards(["a"] * 4, ["pid"] * 4)}
+        assert results == set(task.pids)
+        assert len(results) == 2
 
 
 def test_leaving_ends_what_still_hangs(directory: Path) -> None:

@@ -90,14 +90,14 @@ def test_a_judge_has_no_instances_and_a_class_can_be_pickled() -> None:
     judge = load_judge("reasoning_gym:chain_sum", SMALL)
     assert len(judge.train) == 0
     assert judge.reward(entry, f"<answer>{entry.answer}</answer>") == RIGHT
-    found = task_class("reasoning_gym:chain_sum")
-    assert pickle.loads(pickle.dumps(found)) is found
+    kind = task_class("reasoning_gym:chain_sum")
+    assert pickle.loads(pickle.dumps(kind)) is kind
 
 
 def test_no_other_scorer_of_the_installed_reasoning_gym_evaluates_anything() -> None:
     """A later version's new evaluators are found here: add them to UNSAFE, or review them."""
-    found = {name: calls for name, (kind, _) in DATASETS.items() if (calls := set(evaluations(kind)))}
-    assert {name for name in found if not found[name] <= REVIEWED.get(name, set())} == UNSAFE
+    evaluating = {name: calls for name, (kind, _) in DATASETS.items() if (calls := set(evaluations(kind)))}
+    assert {name for name in evaluating if not evaluating[name] <= REVIEWED.get(name, set())} == UNSAFE
 
 
 def evaluations(kind: type[Any]) -> Iterator[str]:

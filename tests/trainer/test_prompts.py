@@ -87,7 +87,7 @@ def test_prompts_too_long_are_counted_and_left_out(tmp_path: Path, caplog: pytes
     options = {"path": str(lines(tmp_path, rows)), "held_out": 0.2}
     task, tokenizer = load_task("jsonl", options), build_tokenizer()
     fitted = fit_prompts(task, tokenizer, longest=8)  # a token in front, so seven characters
-    assert sorted(len(each.question) for each in (*fitted.train, *fitted.test)) == [1, 2, 3, 4, 5, 6, 7]
+    assert sorted(len(item.question) for item in (*fitted.train, *fitted.test)) == [1, 2, 3, 4, 5, 6, 7]
     train_left_out = len(task.train) - len(fitted.train)
     assert f"{train_left_out} of 8 training prompts have more than 8 tokens, up to 11: left out" in caplog.text
     assert fit_prompts(task, tokenizer, longest=11) is task
@@ -180,7 +180,7 @@ def test_what_is_refused_before_anything_starts(
     path = lines(tmp_path, [{"prompt": f"{n}?", "answer": str(n)} for n in range(8)])
     model = checkpoint(tmp_path, None)
     given = ["task.name=jsonl", f"task.options={{path: {path}, held_out: 0.5}}", *more]
-    assert main(config(tmp_path, *(each.replace("MODEL", str(model)) for each in given))) == 2
+    assert main(config(tmp_path, *(item.replace("MODEL", str(model)) for item in given))) == 2
     error = capsys.readouterr().err
     assert message in " ".join(error.split())
     assert "Traceback" not in error

@@ -110,9 +110,9 @@ def test_a_run_watches_at_its_evaluations_alone_and_trains_the_same(small_config
     with_it = rows(run(small_config(*options, "name=with", "evaluation.rhythm_responses=8")).run_dir)
     without = rows(run(small_config(*options, "name=without", "evaluation.rhythm_responses=0")).run_dir)
     for row, other in zip(with_it, without, strict=True):
-        found = {key for key in row if key.startswith("rhythm_")}
-        assert bool(found) == ("accuracy" in row)
-        assert row.keys() - other.keys() == found
+        logged = {key for key in row if key.startswith("rhythm_")}
+        assert bool(logged) == ("accuracy" in row)
+        assert row.keys() - other.keys() == logged
         for key in ("reward", "loss", "grad_norm", "gamma_mean", "accuracy"):
             assert row.get(key) == other.get(key), key
     assert with_it[0]["rhythm_turnover_local"] is None
@@ -141,12 +141,12 @@ def test_calibrated_groups_are_renewed(small_config: Configure, tmp_path: Path) 
     assert renewed[0] == renewed[1] == held[0]
     assert renewed[2] == renewed[3]
     assert len({str(each) for each in renewed}) > 1
-    found = rows(tmp_path / "renewed")
-    assert found[1]["head_turnover_local"] is None
+    logged = rows(tmp_path / "renewed")
+    assert logged[1]["head_turnover_local"] is None
     for step, (before, now) in {3: (renewed[1], renewed[2]), 5: (renewed[3], renewed[4])}.items():
         for index, name in enumerate(("local", "global")):
             a, b = ({i for i, yes in enumerate(each[index]) if yes} for each in (before, now))
-            assert found[step][f"head_turnover_{name}"] == pytest.approx(1 - len(a & b) / len(a | b))
+            assert logged[step][f"head_turnover_{name}"] == pytest.approx(1 - len(a & b) / len(a | b))
 
 
 def test_recalibration_needs_calibration(small_config: Configure) -> None:

@@ -262,8 +262,8 @@ function drawHeads() {
   for (let h = 0; h < columns; h += many ? 4 : 1) picture.append(label(LEFT + h * SQUARE + (SQUARE - GAP) / 2, rows * SQUARE + (many ? 22 : 13), "middle", h, false));
   byId("heads-map").replaceChildren(picture);
   byId("head-picks").replaceChildren(...quantities.map(({ key, name, hue }) => element("button", { "data-quantity": key, style: `--hue:var(--${hue})` }, name)));
-  for (const button of document.querySelectorAll("#head-picks button")) button.addEventListener("click", () => colourHeads(button.dataset.quantity));
-  if (quantities.length) colourHeads(quantities[0].key);
+  for (const button of document.querySelectorAll("#head-picks button")) button.addEventListener("click", () => colorHeads(button.dataset.quantity));
+  if (quantities.length) colorHeads(quantities[0].key);
 }
 
 function square(picture, layer, head, h, x, y) {
@@ -282,7 +282,7 @@ function square(picture, layer, head, h, x, y) {
   return group;
 }
 
-function colourHeads(key) {
+function colorHeads(key) {
   const { hue, log, values } = data.heads.quantities.find(quantity => quantity.key === key);
   const scale = value => log ? Math.sign(value) * Math.log1p(Math.abs(value)) : value, all = defined(values.flat());
   const low = log ? Math.min(...all.map(scale)) : 0, high = log ? Math.max(...all.map(scale)) : 1;
