@@ -1,4 +1,4 @@
-"""What the tests of the ops share: one table of tolerances, and the rule for low precision."""
+"""Shared by the tests of the ops: one table of tolerances, and the rule for low precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd inputs of the public ops by name, and what they give, for every backend to agree with the reference on.
+"""Unusual inputs of the public ops by name, and their results; every backend must agree with the reference.
 
     from corner_cases import CASES, assert_agrees, by_name
 

@@ -1,4 +1,4 @@
-"""Tensors that tests draw, and how they are compared. `import tensors` works from every test (conftest.py).
+"""Random tensors for tests, and comparisons of tensors. `import tensors` works from every test (conftest.py).
 
 T tokens, H query heads, G key heads, D head size.
 """

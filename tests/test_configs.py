@@ -1,4 +1,4 @@
-"""Every file in configs/ is a configuration that would run."""
+"""Every file in configs/ is a valid configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import rhythm` loads and needs: torch and numpy for the ops, extras for the rest."""
+"""`import rhythm` loads only torch and numpy; the rest needs extras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds keep their values: runs and analyses of earlier versions can be repeated and continued."""
+"""Seeds keep their values, so runs and analyses of earlier versions can be repeated and continued."""
 
 from __future__ import annotations
 

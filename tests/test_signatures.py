@@ -1,4 +1,4 @@
-"""docs/signatures.md against the code, and the script that makes it."""
+"""docs/signatures.md matches the code and the script that writes it."""
 
 from __future__ import annotations
 

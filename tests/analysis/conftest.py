@@ -1,4 +1,4 @@
-"""An invented analysis with known numbers, for the tests of what is drawn from it."""
+"""An invented analysis with known numbers, for tests of figures, tables and pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals whose ends are known."""
+"""Bootstrap intervals against known bounds."""
 
 from __future__ import annotations
 

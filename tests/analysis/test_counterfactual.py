@@ -1,4 +1,4 @@
-"""A storyteller in which one token of the response decides how it goes on, and no other token does."""
+"""Counterfactuals of a model whose continuation depends on exactly one token of the response."""
 
 from __future__ import annotations
 

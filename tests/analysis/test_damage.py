@@ -1,4 +1,4 @@
-"""Directories of analyses that are damaged, in use or full, and problems through a pipe."""
+"""Analysis directories that are damaged, in use or full, and problems read from a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of docs/analysis.md, run as they stand but for the sizes."""
+"""The examples of docs/analysis.md, run unchanged except for sizes."""
 
 from __future__ import annotations
 

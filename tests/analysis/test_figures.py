@@ -1,4 +1,4 @@
-"""Figures and tables for papers: what they draw is what was found, and the files are there."""
+"""Figures and tables for papers: they show the analysis's numbers, and the files are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets of heads over several responses, by hand."""
+"""Sets of heads over several responses, against hand-computed values."""
 
 from __future__ import annotations
 

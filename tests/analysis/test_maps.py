@@ -1,4 +1,4 @@
-"""Mean attention maps: the reference's where they fit, thumbnails that agree with it where they do not."""
+"""Mean attention maps: equal to the reference if they fit, thumbnails that agree with it if not."""
 
 from __future__ import annotations
 

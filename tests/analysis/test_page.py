@@ -1,4 +1,4 @@
-"""report.html opened in a real browser: no script errors, tokens, curves and maps as found, and everything answers."""
+"""report.html in a real browser: no script errors; tokens, curves and maps show the analysis; all controls work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html of an analysis in a real browser, on a desktop and on a phone: what is said, and what covers what."""
+"""report.html of an analysis in a real browser, on a desktop and on a phone: texts and layout."""
 
 from __future__ import annotations
 

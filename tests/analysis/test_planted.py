@@ -1,4 +1,4 @@
-"""A model whose heads do what they were built for: every number of its analysis is known beforehand.
+"""A model with constructed heads, so that every number of its analysis is known beforehand.
 
 Every layer has four heads: `boundary` looks everywhere at the first token of a chunk and back 1 elsewhere, `steady`
 looks back 7, `tied` looks back 5, and `anchored` looks at all anchors so far, equally. The last token of a chunk

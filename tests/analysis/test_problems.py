@@ -1,4 +1,4 @@
-"""Rows of a file: what is understood, and what each error says."""
+"""Rows of a file: accepted forms, and the messages of errors."""
 
 from __future__ import annotations
 

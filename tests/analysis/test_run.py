@@ -1,4 +1,4 @@
-"""Directories of analyses: resuming, refusing and leaving out."""
+"""Analysis directories: resuming, refusing, and leaving out failed problems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table 2: golden cases by hand, and p-values on noise."""
+"""Table 2: hand-computed cases, and p-values on noise."""
 
 from __future__ import annotations
 

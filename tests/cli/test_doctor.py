@@ -1,4 +1,4 @@
-"""rhythm-doctor: it finds what is there, says why the rest is not, and its exit code is the core's health."""
+"""rhythm-doctor: lists what is installed and why the rest is not; the exit code says whether the core works."""
 
 from __future__ import annotations
 

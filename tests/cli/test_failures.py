@@ -1,4 +1,4 @@
-"""How commands end: codes, one line for what a user can mend, and streams that fail or know few characters."""
+"""How commands end: exit codes, one-line messages for users' errors, and streams that fail or lack characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations that are wrong on purpose: one short message that names what is at fault, in bounded time."""
+"""Deliberately wrong configurations give one short message that names the fault, in bounded time."""
 
 from __future__ import annotations
 

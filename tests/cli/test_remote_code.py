@@ -1,4 +1,4 @@
-"""A checkpoint with Python code of its own: it runs only where the key says so, whatever stdin answers."""
+"""A checkpoint with its own Python code: the code runs only if the key allows it, whatever stdin answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rhythm-train's face: help, the dry run, and one clear message for every mistake."""
+"""rhythm-train's command line: help, the dry run, and one clear message per mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The working directory: a task of one's own is found there, and nothing there passes for an installed module."""
+"""The working directory: a user's task is imported from there, but nothing there replaces an installed module."""
 
 from __future__ import annotations
 

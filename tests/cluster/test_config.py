@@ -1,4 +1,4 @@
-"""The cluster section: what it refuses by itself, and how its keys are named when it does."""
+"""The cluster section: what it refuses, and how messages name its keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code that a checkpoint brings along runs where `model.trust_remote_code` says so, and is not asked for elsewhere."""
+"""A checkpoint's own code runs only if `model.trust_remote_code` allows it; no process asks on stdin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step's rates are made of, by hand."""
+"""A step's rates, against hand-computed values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SignalsConfig means the same from Python and from YAML, and refuses what no model could be read with."""
+"""SignalsConfig means the same in Python and in YAML, and refuses values that fit no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""γ: cases worked by hand from eqs. 13 to 18, batches, and bad input."""
+"""γ: hand-computed cases of eqs. 13 to 18, batches, and bad input."""
 
 from __future__ import annotations
 

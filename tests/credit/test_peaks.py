@@ -1,4 +1,4 @@
-"""Peaks worked by hand."""
+"""Peaks against hand-computed ones."""
 
 from __future__ import annotations
 

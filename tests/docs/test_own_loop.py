@@ -1,4 +1,4 @@
-"""The loop of docs/own_loop.md, run as it stands on a tiny model with random weights."""
+"""The loop of docs/own_loop.md, run unchanged on a tiny model with random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watch on a device: blocks add up, and on a GPU nothing waits for them before they are read."""
+"""DeviceWatch: blocks add up, and on a GPU nothing waits for them before they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RhythmGRPOTrainer, by really training the tiny model."""
+"""RhythmGRPOTrainer in real training steps of the tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels that an op launches, and the results of the small ones."""
+"""Which kernels an op launches, and the results of the small ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way to launch a kernel: all loaders, tile shapes, wide offsets, long sequences and invalid lengths."""
+"""All variants of a launch: loaders, tile shapes, wide offsets, long sequences and invalid lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ops refuse: every message names the argument, what it was and what is allowed."""
+"""Refused arguments of the ops: every message names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output from other libraries with the bands added, and spans from sampled rows, against the fp64 reference."""
+"""Attention outputs of other libraries with bands added, and spans from sampled rows, against the fp64 reference."""
 
 from __future__ import annotations
 

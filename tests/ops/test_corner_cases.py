@@ -1,4 +1,4 @@
-"""The table of odd inputs, through the C++ kernels; tests/kernels runs it through Triton's."""
+"""The table of unusual inputs, with the C++ kernels; tests/kernels runs it with Triton's."""
 
 from __future__ import annotations
 

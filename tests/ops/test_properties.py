@@ -1,4 +1,4 @@
-"""The CPU kernels against the reference over drawn shapes and arguments, allowed and not.
+"""The CPU kernels against the reference over random shapes and arguments, valid and invalid.
 
 What is allowed gives what the reference gives on the same numbers in fp64; what is not raises a ValueError, the same in
 both backends. How small the error has to be is test_statistics.py's business: tolerances here tell right from wrong.

@@ -1,4 +1,4 @@
-"""The reference against its definitions: triple loops, and cases worked by hand."""
+"""The reference against its definitions: triple loops, and hand-computed cases."""
 
 from __future__ import annotations
 

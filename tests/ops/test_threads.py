@@ -1,4 +1,4 @@
-"""The CPU kernels on a machine that starts fewer threads than were asked for."""
+"""The CPU kernels if the system starts fewer threads than requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both pages share: numbers, percents, p-values, and the strength of a token's color."""
+"""Formatting shared by both pages: numbers, percents, p-values, and the strength of a token's color."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run: what it shows, what it leaves out, and that it needs nothing but itself."""
+"""The report of a run: what it shows, what it leaves out, and that it is self-contained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run in a real browser: what fills its grid, what its tokens wear, and what is folded away."""
+"""The report of a run in a real browser: its grid, the tokens' colors, and collapsed parts."""
 
 from __future__ import annotations
 

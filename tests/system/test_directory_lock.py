@@ -1,4 +1,4 @@
-"""One process at a time in a directory, whatever becomes of it and of its children."""
+"""The directory lock admits one process at a time, even if it or its children are killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines of progress: one unit throughout, and a sign of life at least every 30 s, by a clock that the test sets."""
+"""Progress lines: one unit throughout, and one line at least every 30 s, by a clock that the test sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of writing name the file and the system's reason, and leave what was there."""
+"""Failed writes name the file and the system's reason, and keep the old file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention that we can't follow is refused by name: by layer type, by argument or by mask."""
+"""Unsupported attention is refused by name: by layer type, by argument or by mask."""
 
 from __future__ import annotations
 

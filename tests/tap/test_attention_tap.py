@@ -1,4 +1,4 @@
-"""AttentionTap around forward passes that happen anyway."""
+"""AttentionTap around other code's forward passes."""
 
 from __future__ import annotations
 

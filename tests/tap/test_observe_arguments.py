@@ -1,4 +1,4 @@
-"""The arguments of observe(): what is refused by name, and what responses, layers and presets may be called."""
+"""The arguments of observe(): which are refused by name, and the forms of responses, layers and presets."""
 
 from __future__ import annotations
 

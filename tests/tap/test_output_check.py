@@ -1,4 +1,4 @@
-"""Attention whose output is not that of the map assumed for its call is refused by name."""
+"""Attention whose output differs from that of the assumed map is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run small enough for tests: a Qwen3 of three narrow layers, six training steps of a dozen responses."""
+"""A run small enough for tests: a Qwen3 with three narrow layers, six training steps of twelve responses."""
 
 from __future__ import annotations
 

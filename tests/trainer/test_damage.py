@@ -1,4 +1,4 @@
-"""Files of a run that are damaged, missing or have no room: what is said, and what stays."""
+"""Files of a run that are damaged, missing or don't fit on the disk: messages, and what is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs in this process: where signals come from, what γ does, and a loss that is not finite."""
+"""Runs in this process: sources of signals, the effect of γ, and a loss that is not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run from which nothing can be learned says so once, and counts it."""
+"""A run without anything to learn from says so once, and counts such steps."""
 
 from __future__ import annotations
 

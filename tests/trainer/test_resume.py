@@ -1,4 +1,4 @@
-"""A run that is killed and resumed ends as one that never was: real processes, real signals."""
+"""A run that is killed and resumed ends like an uninterrupted one; with real processes and signals."""
 
 from __future__ import annotations
 

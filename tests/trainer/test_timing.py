@@ -1,4 +1,4 @@
-"""What a step says of the time spent in attention is what its statistics took, wherever they were made."""
+"""A step's recorded attention time is the time of its statistics, wherever they are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights & Biases gets what metrics.jsonl gets; chosen steps leave a trace of torch's profiler."""
+"""Weights & Biases gets the same metrics as metrics.jsonl; chosen steps write a trace of torch's profiler."""
 
 from __future__ import annotations
 

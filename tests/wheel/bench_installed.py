@@ -1,4 +1,4 @@
-"""A benchmark as another project would write it: nothing but torch and the installed rhythm.
+"""A benchmark as another project would write it, with only torch and the installed rhythm.
 
 `python bench_installed.py --tokens 4096 --json times.json`, from any directory. The fused ops are first checked against
 the reference in fp64; if one of them is wrong no time is reported and the exit code is 1.

@@ -1,4 +1,4 @@
-"""What the installed package must look like, from the wheel or from an editable install."""
+"""The installed package, from the wheel or from an editable install."""
 
 from __future__ import annotations
 

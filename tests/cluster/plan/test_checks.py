@@ -1,4 +1,4 @@
-"""Dimensions of models, and what is refused before anything is started."""
+"""Dimensions of models, and plans that are refused before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process stands on which GPU, by hand."""
+"""The assignment of processes to GPUs, against hand-made ones."""
 
 from __future__ import annotations
 

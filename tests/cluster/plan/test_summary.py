@@ -1,4 +1,4 @@
-"""The plan of the shipped configurations, its numbers worked out by hand."""
+"""The plans of the shipped configurations, against hand-computed numbers."""
 
 from __future__ import annotations
 

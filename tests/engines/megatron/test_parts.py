@@ -1,4 +1,4 @@
-"""What of the Megatron engine works without other ranks: recipes of weights, shares of a batch, refusals."""
+"""Parts of the Megatron engine that need no other ranks: weight recipes, shares of a batch, refusals."""
 
 from __future__ import annotations
 

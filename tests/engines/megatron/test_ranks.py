@@ -115,7 +115,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def run_ranks(scratch: Path, timeout: float = 400, **spec: Any) -> list[dict[str, Any]]:
-    """Run a scenario of ranks.py; what each rank found."""
+    """Run a scenario of ranks.py; returns each rank's results."""
     torch.save(spec, scratch / "spec.pt")
     script = Path(__file__).with_name("ranks.py")
     command = [sys.executable, "-W", "ignore", str(script), str(scratch / "spec.pt"), str(scratch / "out")]
@@ -130,7 +130,7 @@ class Layouts:
     def __init__(self, case: Case, directory: Path) -> None:
         self._case = case
         self._directory = directory
-        self._found: dict[str, list[dict[str, Any]]] = {}
+        self._results: dict[str, list[dict[str, Any]]] = {}
         self._begun: set[str] = set()
 
     def saved(self, name: str) -> Path:
@@ -138,8 +138,8 @@ class Layouts:
         return self._directory / "saved" / name
 
     def results(self, name: str) -> list[dict[str, Any]]:
-        """What each rank of a layout found."""
-        if name not in self._found:
+        """The results of each rank of a layout."""
+        if name not in self._results:
             assert name not in self._begun, f"layout {name} failed when another test asked for it"
             self._begun.add(name)
             for other in LOADS[name]:
@@ -147,7 +147,7 @@ class Layouts:
             scratch = self._directory / name
             scratch.mkdir()
             self.saved(name).parent.mkdir(exist_ok=True)
-            self._found[name] = run_ranks(
+            self._results[name] = run_ranks(
                 scratch,
                 scenario="everything",
                 parallel=LAYOUTS[name],
@@ -158,7 +158,7 @@ class Layouts:
                 save_to=str(self.saved(name)),
                 load_from=[str(self.saved(other)) for other in LOADS[name]],
             )
-        return self._found[name]
+        return self._results[name]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def layouts(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Layouts:
 
 @pytest.fixture(params=LAYOUTS)
 def ranks(request: pytest.FixtureRequest, layouts: Layouts) -> Any:
-    """(name of the layout, what each of its ranks found)."""
+    """(name of the layout, results of each of its ranks)."""
     return request.param, layouts.results(request.param)
 
 

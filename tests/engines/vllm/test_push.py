@@ -1,4 +1,4 @@
-"""Weights from a trainer in another process, by every kind of transfer, and parity after it."""
+"""Weights from a trainer in another process, by every kind of transfer, and parity afterwards."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A trainer in a process of its own, for the tests of pushes: `python trainer_process.py SOCKET KIND CHECKPOINT`.
+"""A trainer in a separate process, for the tests of weight pushes: `python trainer_process.py SOCKET KIND CHECKPOINT`.
 
-It does what it is told over the socket: (method, arguments) comes in, (result, error) goes out.
+It serves calls over the socket: receives (method, arguments), sends (result, error).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles every kernel for sm_90 in the ways a launch may specialize it; run by test_compile_ahead.py.
+"""Compiles every kernel for sm_90 in all ways in which a launch may specialize it; run by test_compile_ahead.py.
 
 Unlike its interpreter, Triton's compiler turns integers that are 1 into constants: what compiles for one batch need not
 compile for another. With --batches: prints how many variants of each kernel are compiled for batches that differ in

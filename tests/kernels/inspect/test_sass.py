@@ -1,4 +1,4 @@
-"""Listings written by hand, read as compiled kernels."""
+"""The SASS parser on hand-written listings."""
 
 from __future__ import annotations
 
