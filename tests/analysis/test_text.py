@@ -11,7 +11,7 @@ from rhythm.tiny.model import build_tokenizer
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte a token."""
+    """One token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

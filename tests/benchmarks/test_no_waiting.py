@@ -34,7 +34,7 @@ class HostTouchedError(AssertionError):
 
 
 class NoHost(TorchDispatchMode):
-    """Raises on whatever copies from the host or waits for the device, inside rhythm's ops too."""
+    """Raises if anything copies from the host or waits for the device, inside rhythm's ops too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name

@@ -94,7 +94,7 @@ def test_a_section_keeps_the_defaults_of_its_other_keys() -> None:
 
 
 def test_short_options_and_their_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A short option's value is taken as it stands, and over the file's; options may stand between the words."""
+    """A short option's value is taken literally, and overrides the file's; options may come between the words."""
     file = tmp_path / "a=b.yaml"
     file.write_text("model: other\nprompts: p\nseed: 2\n", encoding="utf-8")
     words = [str(file), "--model", "2024", "maps=1", "--out", "a: b", "seed=3"]

@@ -59,7 +59,7 @@ def small_cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Launched:
-    """rhythm-train in a process of its own, and the processes that it started."""
+    """rhythm-train in a separate process, and the processes that it started."""
 
     def __init__(self, config: Path, *arguments: str, cwd: Path | None = None) -> None:
         self.log = config.parent / f"log-{time.monotonic_ns()}.txt"

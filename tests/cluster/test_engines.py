@@ -154,7 +154,7 @@ def running(checkpoint: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(running: Cluster) -> Cluster:
-    """Whole, with the trainer's weights in every replica and no restarts counted, whatever another test did to it."""
+    """The cluster, reset: the trainer's weights in every replica, and no restarts counted."""
     running.rates.restarts.clear()
     running.push()
     running.rates.restarts.clear()

@@ -59,7 +59,7 @@ def test_measures(mode: str, outside: float) -> None:
 
 
 def test_weighted_advantages_are_a_weighted_loss() -> None:
-    """Each token's clipped objective times its weight, whatever the sign of the advantage; the averages stay."""
+    """Each token's clipped objective times its weight, for either sign of the advantage; the averages stay the same."""
     weight = rollout_correction(ROLLOUT, TRAIN, MASK, CorrectionConfig(mode="token_mask")).weight
     advantages = torch.tensor([[9.0, 1, 1, -2], [-1, 0.5, 9, 9]])
     now = torch.where(MASK, TRAIN + torch.tensor([[0, 0.4, 0.1, 0.5], [-0.4, 0.3, 0, 0]]), NAN)

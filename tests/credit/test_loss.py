@@ -107,7 +107,7 @@ def test_clip_is_one_sided() -> None:
 
 
 def test_dual_clip() -> None:
-    """Dual-clip PPO, Ye et al. (2020): with Ã < 0, max(min(r·Ã, clip(r)·Ã), c·Ã), whatever r > c is; Ã ≥ 0 as ever."""
+    """Dual-clip PPO, Ye et al. (2020): with Ã < 0, max(min(r·Ã, clip(r)·Ã), c·Ã), for any r > c; Ã ≥ 0 is unchanged."""
     # r    5     2.9   5 (Ã > 0)   0.5
     # Ã   −2    −2     1          −1
     # r·Ã −10   −5.8   5          −0.5
