@@ -140,7 +140,7 @@ def serve(fd: int) -> None:
     connection = Connection(fd)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_KILL)
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_KILL, encoding="ascii")
     try:
         name, options = connection.recv()
         try:

@@ -106,7 +106,9 @@ class FakeInfer:
     def __init__(self) -> None:
         self.calls: list[tuple[list[int], int]] = []
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int, done: object
+    ) -> Rollout:
         self.calls.append(([ids[0] for ids in prompts], seed))
         return rollout([ids[0] for ids in prompts], n, width=9)
 
