@@ -67,14 +67,14 @@ def test_signatures_are_written_as_in_the_source(signatures: ModuleType) -> None
     assert signatures.signature("f", example) == (
         "f(a: Tensor, b: int | None = None, *rest: float, c: str = 'x', **others: bool) -> list[Tensor]"
     )
-    assert signatures.described("m.ResultError", ResultError) == (
+    assert signatures.entry("m.ResultError", ResultError) == (
         "class m.ResultError(ValueError)\n    x: Tensor\n    y: int\n    total(weight: float = 1.0) -> float"
     )
 
 
-def test_long_signatures_are_folded_at_the_outer_commas(signatures: ModuleType) -> None:
+def test_long_signatures_are_wrapped_at_the_outer_commas(signatures: ModuleType) -> None:
     name = "f" * signatures.WIDTH
-    assert signatures.folded(f"{name}(a: tuple[int, int] = (1, 2), *, b: int) -> (Tensor, Tensor)") == (
+    assert signatures.wrapped(f"{name}(a: tuple[int, int] = (1, 2), *, b: int) -> (Tensor, Tensor)") == (
         f"{name}(\n    a: tuple[int, int] = (1, 2),\n    *,\n    b: int,\n) -> (Tensor, Tensor)"
     )
 
