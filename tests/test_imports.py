@@ -172,7 +172,7 @@ for code in {list(MISSING)!r}:
     assert said == {code: message + end for code, message in MISSING.items()}
 
 
-COMMANDS = {"train": "train", "analyze": "analyze", "report": "train", "doctor": "train"}
+COMMANDS = {"train": "train", "analyze": "analyze", "eval": "train", "report": "train", "doctor": "train"}
 
 
 def test_commands_say_in_a_line_what_to_install(tmp_path: Path) -> None:

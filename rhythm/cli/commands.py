@@ -20,6 +20,10 @@ def analyze() -> int:
     return _run("analyze", extra="analyze")
 
 
+def eval() -> int:
+    return _run("eval", extra="train")
+
+
 def report() -> int:
     return _run("report", extra="train")
 

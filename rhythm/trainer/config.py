@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, PositiveInt, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveInt, field_validator, model_validator
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.credit.advantages import AdvantageConfig
@@ -16,44 +16,11 @@ from rhythm.credit.overlong import OverlongConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.system.renamed import renamed_keys
-from rhythm.tasks import TASKS, task_class
+from rhythm.tasks.config import TaskConfig
 from rhythm.tasks.isolation import RewardConfig
 from rhythm.tiny.warm_start import WarmStartConfig
 from rhythm.trainer.checkpoint import CheckpointConfig
 from rhythm.trainer.evaluation import EvalConfig
-
-
-class _NoOptions(BaseModel):
-    """Stands in for the options of a task that can't be imported."""
-
-
-class TaskConfig(BaseModel, extra="forbid", frozen=True):
-    """The task's name, and its own keys under `options`."""
-
-    name: str = Field(
-        default="countdown",
-        description=f"{', '.join(TASKS)}, reasoning_gym:GENERATOR, or module:Class for your own task",
-    )
-    options: SerializeAsAny[BaseModel] = Field(
-        default_factory=dict, validate_default=True, description="the task's own keys"
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _exists(cls, name: str) -> str:
-        try:
-            task_class(name)
-        except (ImportError, AttributeError, TypeError) as error:  # TypeError: a relative name, ..x:y
-            raise ValueError(f"cannot be imported: {type(error).__name__}: {error}") from error
-        return name
-
-    @field_validator("options", mode="wrap")
-    @classmethod
-    def _of_the_task(cls, value: object, handler: object, info: ValidationInfo) -> BaseModel:
-        if "name" not in info.data:  # its error is reported already, and without the task no option can be checked
-            return _NoOptions()
-        options: BaseModel = task_class(info.data["name"]).config_class.model_validate(value)
-        return options
 
 
 class ModelConfig(BaseModel, extra="forbid", frozen=True):

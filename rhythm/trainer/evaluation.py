@@ -1,14 +1,23 @@
-"""Measures held-out accuracy."""
+"""Held-out accuracy on the run's own task, and pass@1, avg@n and pass@k on others.
+
+Shape suffixes: B responses.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from rhythm.engines.interfaces import Infer, SamplingConfig
+from rhythm.evaluation.config import TASKS_ARE, EvalTasks, Plan
+from rhythm.evaluation.scores import Judged, TaskScores, score
 from rhythm.seeds import derive_seed
-from rhythm.tasks import Task
+from rhythm.tasks import Task, load_task
+from rhythm.tasks.isolation import IsolatedTask
 from rhythm.trainer.rollout import ScoredRollout, roll_out
 
 
@@ -32,6 +41,78 @@ class EvalConfig(BaseModel, extra="forbid", frozen=True):
         ge=0,
         description="responses in which the rhythm is watched (rhythm_* in the metrics); 0: none",
     )
+    tasks: EvalTasks = Field(
+        default=(),
+        description=f"further {TASKS_ARE}; where they name none: one response, and instances and temperature as above",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> EvalConfig:
+        self.plans(SamplingConfig())
+        return self
+
+    def plans(self, sampling: SamplingConfig) -> list[Plan]:
+        """Of the further tasks; `sampling`: the run's own, but for the temperature."""
+        drawn = sampling.model_copy(update={"temperature": self.temperature})
+        return [task.resolved(1, None, self.instances, drawn) for task in self.tasks]
+
+
+@dataclass(frozen=True)
+class FurtherTask:
+    """A task beside the run's own: how it is evaluated, and the task itself."""
+
+    plan: Plan
+    task: Task[Any]
+
+
+@contextmanager
+def open_further_tasks(
+    config: EvalConfig, sampling: SamplingConfig, *, reward_seconds: float, start_seconds: float
+) -> Iterator[list[FurtherTask]]:
+    """The tasks of `config.tasks`, their rewards judged in processes of their own; until the block is left.
+
+    Raises ValueError naming the task for options that it refuses, and where it has no test instances.
+    """
+    with ExitStack() as stack:
+        found = []
+        for plan in config.plans(sampling):
+            name, options = plan.task.name, plan.task.options.model_dump()
+            try:
+                task = load_task(name, options)
+            except ValueError as error:
+                raise ValueError(f"evaluation.tasks, {plan.title}: {error}") from error
+            if not task.test:
+                raise ValueError(f"evaluation.tasks, {plan.title}: the task has no test instances")
+            isolated = IsolatedTask(task, name, options, seconds=reward_seconds, start_seconds=start_seconds)
+            found.append(FurtherTask(plan, stack.enter_context(isolated)))
+        yield found
+
+
+def evaluate_further(
+    infer: Infer, tasks: Sequence[FurtherTask], tokenizer: Any, *, seed: int, step: int
+) -> list[TaskScores]:
+    """The scores of every task, estimated as rhythm-eval does; (seed, task, step) seeds the sampling."""
+    found = []
+    for each in tasks:
+        plan = each.plan
+        scored = roll_out(
+            infer,
+            each.task,
+            tokenizer,
+            each.task.test[: plan.problems],
+            responses_per_prompt=plan.samples,
+            sampling=plan.sampling,
+            seed=derive_seed(seed, "evaluation", plan.title, step),
+        )
+        group_B, rollout = scored.rollout.group.tolist(), scored.rollout
+        judged = [
+            Judged(problem, reward.correct, reward.format_ok, finished, tokens, reward.fault)
+            for problem, reward, finished, tokens in zip(
+                group_B, scored.rewards, rollout.finished.tolist(), rollout.response_lens.tolist(), strict=True
+            )
+        ]
+        found.append(score(plan.title, judged, plan.samples, plan.ks))
+    return found
 
 
 def evaluate(

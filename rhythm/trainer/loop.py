@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.console import Console
 from rhythm.cluster.errors import TrainLostError
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines.interfaces import NonFiniteError
+from rhythm.evaluation.scores import as_metrics
 from rhythm.reports.run import write_report
 from rhythm.seeds import generator
 from rhythm.system.directory_lock import lock_directory
@@ -26,7 +27,7 @@ from rhythm.system.writing import naming
 from rhythm.tasks import Task
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from rhythm.trainer.config import TrainConfig
-from rhythm.trainer.evaluation import evaluate
+from rhythm.trainer.evaluation import FurtherTask, evaluate, evaluate_further
 from rhythm.trainer.interrupts import Interrupts
 from rhythm.trainer.metrics import MetricsLog, Record, Stopwatch, read_metrics
 from rhythm.trainer.notices import Notices
@@ -40,6 +41,7 @@ from rhythm.trainer.setup import (
     initial_checkpoint,
     load_vocabulary,
     open_engines,
+    open_evaluation,
     open_reward_worker,
 )
 from rhythm.trainer.step import Engines, StepAbandonedError, train_step
@@ -106,12 +108,16 @@ def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -
         task = fit_task(config, task, start)
     vocabulary = load_vocabulary(start, config.model)
     restarts = 0
-    with open_reward_worker(config, task) as isolated, open_engines(config, task, vocabulary) as build:
+    with (
+        open_reward_worker(config, task) as isolated,
+        open_evaluation(config) as further,
+        open_engines(config, task, vocabulary) as build,
+    ):
         while True:
             try:
                 with _saying("building engines"):
                     engines = build(start, restarts)
-                state, stopped_by = _train(config, engines, isolated, vocabulary.tokenizer, console, resumed)
+                state, stopped_by = _train(config, engines, isolated, further, vocabulary.tokenizer, console, resumed)
                 break
             except TrainLostError as error:
                 restarts += 1
@@ -129,6 +135,7 @@ def _train(
     config: TrainConfig,
     engines: Engines,
     task: Task[Any],
+    further: Sequence[FurtherTask],
     tokenizer: Any,
     console: Console,
     resumed: tuple[Path, RunState] | None,
@@ -151,7 +158,7 @@ def _train(
     )
     progress = RunProgress(console, steps=config.steps, done=state.step)
     with closing(metrics), Interrupts() as interrupts, progress:
-        trainer = _Trainer(config, engines, task, tokenizer, metrics, progress, interrupts.asked)
+        trainer = _Trainer(config, engines, task, further, tokenizer, metrics, progress, interrupts.asked)
         return trainer.train(state, measured=resumed is not None), interrupts.received
 
 
@@ -172,6 +179,7 @@ class _Trainer:
     config: TrainConfig
     engines: Engines
     task: Task[Any]
+    further: Sequence[FurtherTask]
     tokenizer: Any
     metrics: MetricsLog
     progress: RunProgress
@@ -246,6 +254,10 @@ class _Trainer:
         )
         record["accuracy"] = scored.accuracy
         record["accuracy_instances"] = float(len(scored.rewards))
+        for scores in evaluate_further(
+            self.engines.infer, self.further, self.tokenizer, seed=config.seed, step=state.step
+        ):
+            record.update(as_metrics(scores))
         if config.evaluation.samples:
             lines = sample_lines(
                 self.engines,

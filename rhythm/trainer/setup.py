@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from rhythm import checkpoints
 from rhythm.checkpoints import checkpoint_end_tokens, loading_options, refusal_names
+from rhythm.cluster.config import Deadlines
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer, max_positions
 from rhythm.engines.local.train import TorchTrain
@@ -28,6 +29,7 @@ from rhythm.tasks.prompts import ChatPrompt
 from rhythm.tiny.warm_start import warm_start
 from rhythm.trainer.cluster_engines import check_cluster, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
+from rhythm.trainer.evaluation import FurtherTask, open_further_tasks
 from rhythm.trainer.prompts import fit_prompts
 from rhythm.trainer.step import Engines
 
@@ -179,6 +181,22 @@ def open_reward_worker(config: TrainConfig, task: Task[Any]) -> Iterator[Task[An
     name, options = config.task.name, config.task.options.model_dump()
     with IsolatedTask(task, name, options, **config.reward.model_dump()) as isolated:
         yield isolated
+
+
+@contextmanager
+def open_evaluation(config: TrainConfig) -> Iterator[list[FurtherTask]]:
+    """The tasks of `evaluation.tasks`, until the block is left. Raises SetupError where one can't be had."""
+    deadlines = Deadlines() if config.cluster is None else config.cluster.deadlines
+    with ExitStack() as stack:
+        try:
+            further = stack.enter_context(
+                open_further_tasks(
+                    config.evaluation, config.sampling, reward_seconds=deadlines.reward, start_seconds=deadlines.start
+                )
+            )
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+        yield further
 
 
 @contextmanager

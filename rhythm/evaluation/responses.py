@@ -1,0 +1,72 @@
+"""Responses on disk: a line each in responses/<task>.jsonl, appended a batch at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError
+
+from rhythm.evaluation.scores import Judged
+from rhythm.system.writing import naming, replace_file
+
+log = logging.getLogger(__name__)
+
+
+class ResponseRow(BaseModel, extra="forbid", frozen=True):
+    """One response and its judgement."""
+
+    problem: int = Field(ge=0, description="index among the test instances")
+    sample: int = Field(ge=0)
+    seed: int
+    prompt: str
+    response: str
+    tokens: int = Field(ge=0, description="of the response, its end token included")
+    finished: bool
+    score: float
+    correct: bool
+    format_ok: bool
+    fault: str | None = None
+
+    @property
+    def judged(self) -> Judged:
+        """What the scores need of it."""
+        return Judged(self.problem, self.correct, self.format_ok, self.finished, self.tokens, self.fault)
+
+
+def read_rows(path: Path) -> dict[tuple[int, int], ResponseRow]:
+    """(problem, sample) → row; a missing file has none.
+
+    What a killed process left is no row: a last line that was cut off. Raises ValueError naming the first other line
+    that is none.
+    """
+    rows: dict[tuple[int, int], ResponseRow] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], start=1):
+        try:
+            row = ResponseRow.model_validate_json(line)
+        except ValidationError as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a response: delete the file to generate it again"
+            ) from error
+        rows[row.problem, row.sample] = row
+    return rows
+
+
+def keep_rows(path: Path, keep: Sequence[ResponseRow]) -> None:
+    """Replace the file by these rows in one go, so that what is appended follows whole lines."""
+    replace_file(path, "".join(map(_line, keep)))
+
+
+def append_rows(path: Path, rows: Sequence[ResponseRow]) -> None:
+    """Add a batch; on the disk when this returns. Raises OSError naming the file."""
+    with naming(path), path.open("ab") as file:
+        file.write("".join(map(_line, rows)).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(row: ResponseRow) -> str:
+    return json.dumps(row.model_dump(), ensure_ascii=False) + "\n"

@@ -1,0 +1,266 @@
+"""A checkpoint and tasks in, a directory of responses and results out; the same command again goes on where it stopped.
+
+The directory holds settings.json, responses/<task>.jsonl, and once all are done results.json and report.html.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rhythm.engines.interfaces import Rollout
+from rhythm.evaluation.config import EvaluationConfig, MachineConfig, Plan, settings
+from rhythm.evaluation.engine import Answerer, check_checkpoint, fingerprint, open_answerer
+from rhythm.evaluation.page import write_page
+from rhythm.evaluation.progress import EvaluationProgress
+from rhythm.evaluation.responses import ResponseRow, append_rows, keep_rows, read_rows
+from rhythm.evaluation.scores import TaskScores, score
+from rhythm.seeds import derive_seed
+from rhythm.system.directory_lock import content, lock_directory
+from rhythm.system.version import __version__
+from rhythm.system.writing import replace_file
+from rhythm.tasks import Task, load_task
+from rhythm.tasks.isolation import IsolatedTask
+from rhythm.tasks.scoring import score_response
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the files; another version's are not continued
+SETTINGS, RESULTS, REPORT, RESPONSES = "settings.json", "results.json", "report.html", "responses"
+JUDGE_START_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation: the directory, and the scores of every task in the order asked."""
+
+    directory: Path
+    scores: tuple[TaskScores, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A response to generate: of which problem the how many-th, the prompt as text and as tokens."""
+
+    problem: int
+    sample: int
+    prompt: str
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Responses generated together, all of them at most `longest` tokens."""
+
+    asked: tuple[Asked, ...]
+    longest: int
+
+
+def default_directory(model: Path) -> Path:
+    """evaluations/<name>: of the checkpoint, with its run's in front where it is one of a run's checkpoints."""
+    path = model.resolve()
+    name = f"{path.parent.parent.name}-{path.name}" if path.parent.name == "checkpoints" else path.name
+    return Path("evaluations") / name
+
+
+def evaluate_checkpoint(
+    config: EvaluationConfig, machine: MachineConfig | None = None, console: Console | None = None
+) -> Evaluation:
+    """Generate, judge and score; whatever is in the directory already is not done again.
+
+    A response is drawn by a seed of (seed, task, problem, sample), and generated in the same batch whenever it is:
+    an evaluation that was killed and went on has the same results as one that never was, on the same machine.
+
+    Raises:
+        ValueError: no such checkpoint, a task that can't be loaded, a directory of another evaluation.
+        DirectoryLockedError (a ValueError): another process works there.
+        OSError: a file can't be read or written. What was finished stays.
+    """
+    machine = machine or MachineConfig()
+    check_checkpoint(config.model)
+    plans = config.plans()
+    tasks = [_load(plan) for plan in plans]
+    directory = machine.out or default_directory(config.model)
+    with lock_directory(directory):
+        _claim(directory, config)
+        (directory / RESPONSES).mkdir(exist_ok=True)
+        with open_answerer(config, machine) as answerer:
+            work = [
+                _Work(plan, task, directory / RESPONSES / f"{plan.title}.jsonl", config, answerer)
+                for plan, task in zip(plans, tasks, strict=True)
+            ]
+            total = sum(each.responses for each in work)
+            with EvaluationProgress(console, responses=total, kept=sum(len(each.kept) for each in work)) as progress:
+                for each in work:
+                    progress.task(each.plan.title)
+                    each.finish(progress)
+        scores = tuple(each.scores() for each in work)
+        replace_file(directory / RESULTS, results_json(config, scores))
+        write_page(directory / REPORT, config, scores, {each.plan.title: each.kept for each in work})
+    return Evaluation(directory, scores)
+
+
+class _Work:
+    """The responses of one task: those on the disk, and those still to be generated."""
+
+    def __init__(self, plan: Plan, task: Task[Any], path: Path, config: EvaluationConfig, answerer: Answerer) -> None:
+        self.plan = plan
+        self._task, self._path, self._config, self._answerer = task, path, config, answerer
+        problems = task.test[: plan.problems]
+        if not problems:
+            raise ValueError(f"task {plan.title} has no test instances")
+        self.batches, self.left_out = batches(plan, task, len(problems), answerer)
+        if not self.batches:
+            raise ValueError(
+                f"task {plan.title}: no prompt leaves room for a response in the model's context of {answerer.context}"
+            )
+        if self.left_out:
+            log.warning("%s: left out %d problems whose prompts fill the context", plan.title, self.left_out)
+        there = read_rows(path)
+        whole = [batch for batch in self.batches if all((a.problem, a.sample) in there for a in batch.asked)]
+        self.kept = [there[a.problem, a.sample] for batch in whole for a in batch.asked]
+        self._open = [batch for batch in self.batches if batch not in whole]
+        if len(self.kept) != len(there) or path.is_file():
+            keep_rows(path, self.kept)
+
+    @property
+    def responses(self) -> int:
+        """How many the task has when it is finished."""
+        return sum(len(batch.asked) for batch in self.batches)
+
+    def finish(self, progress: EvaluationProgress) -> None:
+        """Generate and judge what is missing, a batch at a time."""
+        if not self._open:
+            return
+        name, options = self.plan.task.name, self.plan.task.options.model_dump()
+        seconds = self._config.reward_seconds
+        with IsolatedTask(self._task, name, options, seconds=seconds, start_seconds=JUDGE_START_SECONDS) as judging:
+            for batch in self._open:
+                rows = self._answer(batch, judging)
+                append_rows(self._path, rows)
+                self.kept += rows
+                progress.add(len(rows))
+
+    def _answer(self, batch: Batch, task: Task[Any]) -> list[ResponseRow]:
+        seeds = [
+            derive_seed(self._config.seed, "evaluation", self.plan.title, asked.problem, asked.sample)
+            for asked in batch.asked
+        ]
+        sampling = self.plan.sampling.model_copy(update={"max_new_tokens": batch.longest})
+        rollout = self._answerer.infer.generate_each([asked.ids for asked in batch.asked], sampling, seeds)
+        texts = _texts(rollout, self._answerer.tokenizer)
+        rows = []
+        for asked, seed, text, tokens, finished in zip(
+            batch.asked, seeds, texts, rollout.response_lens.tolist(), rollout.finished.tolist(), strict=True
+        ):
+            reward = score_response(task, task.test[asked.problem], asked.prompt, text)
+            rows.append(
+                ResponseRow(
+                    problem=asked.problem,
+                    sample=asked.sample,
+                    seed=seed,
+                    prompt=asked.prompt,
+                    response=text,
+                    tokens=tokens,
+                    finished=finished,
+                    score=reward.score,
+                    correct=reward.correct,
+                    format_ok=reward.format_ok,
+                    fault=reward.fault,
+                )
+            )
+        return rows
+
+    def scores(self) -> TaskScores:
+        """Of the finished task."""
+        judged = [row.judged for row in self.kept]
+        return score(self.plan.title, judged, self.plan.samples, self.plan.ks, self.left_out)
+
+
+def batches(plan: Plan, task: Task[Any], problems: int, answerer: Answerer) -> tuple[list[Batch], int]:
+    """What is generated together, and how many problems are left out: their prompts fill the context.
+
+    A response may be as long as max_new_tokens and the context allow, so prompts that leave the same room go together;
+    a batch depends on nothing but the configuration.
+    """
+    asked: list[tuple[int, Asked]] = []
+    left_out = 0
+    for problem in range(problems):
+        prompt = task.prompt(task.test[problem])
+        ids = answerer.tokenizer.encode(prompt)
+        longest = plan.sampling.max_new_tokens
+        if answerer.context is not None:
+            longest = min(longest, answerer.context - len(ids))
+        if longest < 1:
+            left_out += 1
+            continue
+        asked += [(longest, Asked(problem, sample, prompt, ids)) for sample in range(plan.samples)]
+    asked.sort(key=lambda pair: -pair[0])  # stable: problems stay in order
+    at_once = plan.sampling.rows_at_once
+    return [
+        Batch(tuple(rows[i : i + at_once]), longest)
+        for longest, members in groupby(asked, key=lambda pair: pair[0])
+        for rows in [[row for _, row in members]]
+        for i in range(0, len(rows), at_once)
+    ], left_out
+
+
+def results_json(config: EvaluationConfig, scores: Sequence[TaskScores]) -> str:
+    """results.json: settings; for every task estimates with intervals, and each problem's number of right responses."""
+    tasks = [asdict(each) for each in scores]
+    found = {
+        "version": VERSION,
+        "rhythm": __version__,
+        "interval": INTERVAL,
+        "settings": settings(config),
+        "tasks": tasks,
+    }
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
+INTERVAL = "95 %, over problems: percentiles of 10,000 bootstrap samples; Wilson's where all problems have one value"
+
+
+def _texts(rollout: Rollout, tokenizer: Any) -> Iterator[str]:
+    for ids, mask in zip(rollout.input_ids.tolist(), rollout.response_mask.tolist(), strict=True):
+        yield tokenizer.decode([i for i, inside in zip(ids, mask, strict=True) if inside], skip_special_tokens=True)
+
+
+def _load(plan: Plan) -> Task[Any]:
+    try:
+        return load_task(plan.task.name, plan.task.options.model_dump())
+    except ValueError as error:
+        raise ValueError(f"task {plan.title}: {error}") from error
+
+
+def _claim(directory: Path, config: EvaluationConfig) -> None:
+    """Write settings.json. Raises ValueError where the directory holds something else than this evaluation."""
+    path = directory / SETTINGS
+    wanted = {"version": VERSION, "weights": fingerprint(config.model), **settings(config)}
+    if not content(directory):
+        replace_file(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+        return
+    if not path.is_file():
+        raise ValueError(f"{directory} holds something else than an evaluation: choose another out=…")
+    try:
+        found = json.loads(path.read_bytes())
+        changed = [key for key in wanted if found[key] != wanted[key]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version: choose another out=…, or delete {directory}"
+        ) from error
+    if changed:
+        listed = ", ".join(f"{key} was {_short(found[key])}, is {_short(wanted[key])}" for key in changed[:5])
+        raise ValueError(f"{directory} holds another evaluation ({listed}): choose another out=…, or delete it")
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:80]} …"
