@@ -90,7 +90,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """`read_config` for a training run; the keys of `task.options` are those of the task named in it."""
     # Imported here, because rhythm-analyze reads its configuration without the trainer.
     from rhythm.tasks import task_class
-    from rhythm.trainer.config import TaskConfig, TrainConfig
+    from rhythm.tasks.config import TaskConfig
+    from rhythm.trainer.config import TrainConfig
 
     def with_the_task(values: Mapping[str, Any]) -> TrainConfig:
         task = values.get("task")

@@ -142,7 +142,7 @@ def draw_seconds(records: Sequence[Record]) -> Curve | None:
         )
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(bottom=0)
-        svg = _svg(figure, "Seconds of every step by phase")
+        svg = page_svg(figure, "Seconds of every step by phase")
     legend = tuple((name, name) for name, _, _ in layers)
     last = f"{format_number(float(sum(seconds[-1] for _, _, seconds in layers)))} s"
     return Curve("seconds", "Seconds per step", "", last, svg, legend)
@@ -174,7 +174,7 @@ def _draw_curve(records: Sequence[Record], spec: CurveSpec, peak_alpha: float) -
         if spec.percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{_tick(100 * value)}%"))
             _stay_within_shares(axes, values[np.isfinite(values)])
-        svg = _svg(figure, f"{spec.title} by step")
+        svg = page_svg(figure, f"{spec.title} by step")
     last = float(values[np.isfinite(values)][-1])
     label = "each evaluation" if spec.key == "accuracy" else "each step"
     legend: tuple[tuple[str, str], ...] = (("values", label), ("peak", "running peak")) if spec.peak else ()
@@ -225,8 +225,11 @@ def _tick(value: float) -> str:
     return f"−{-value:.6g}" if value < 0 else f"{value:.6g}"
 
 
-def _svg(figure: Figure, label: str) -> str:
-    """The figure as an <svg> that fits its box, uses the page's colors and font, and refers to no URL."""
+def page_svg(figure: Figure, label: str, colors: Mapping[str, str] | None = None) -> str:
+    """The figure as an <svg> that fits its box, uses the page's colors and font, and refers to no URL.
+
+    colors: in place of this module's, color in the figure → CSS color.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
@@ -243,6 +246,6 @@ def _svg(figure: Figure, label: str) -> str:
     if view_box is None:
         raise ValueError("matplotlib wrote an SVG without a viewBox")
     svg = re.sub(r"<svg[^>]*>", f'<svg {view_box.group()} role="img" aria-label="{label}">', svg, count=1)
-    for color, variable in _PAGE_COLORS.items():
+    for color, variable in (_PAGE_COLORS if colors is None else colors).items():
         svg = svg.replace(color, variable)
     return svg.strip()

@@ -1,0 +1,148 @@
+"""Which method a run is, read from its recorded configuration, by the paper's names and what differs between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rhythm.reports.run import Run, load_run
+
+BASELINE = "GRPO"
+NAMES = {
+    "none": BASELINE,
+    "random": "+ random credit",
+    "entropy": "+ high-entropy credit",
+    "global_anchor": "+ global-anchor credit",
+    "local_chunk": "+ local-chunk credit",
+    "coupled": "+ coupled rhythm credit",
+}
+"""Strategies in the order and by the names of the paper's Tables 3 and 4; another one goes by its own."""
+SHORT = {"global_anchor": "Global", "local_chunk": "Local", "coupled": "Coupled", "entropy": "Entropy"}
+"""Of Table 5."""
+USUAL_FRACTION = 0.4
+# Where and how a run was computed, not what: it makes no other method and no other block.
+_WHERE = ("name", "runs_dir", "seed", "tensorboard", "checkpoint.", "warm_start.cache_dir", "cluster.", "evaluation.",
+          "model.device", "batch.micro_batch_size", "optimizer.token_chunk")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """A run and what it is.
+
+    config: dotted key → value, empty where the run recorded none. method: its label in tables. block: what differs
+    from other runs beside the credit and the seed, such as the model; only runs of one block are compared. ablation:
+    the label in Table 5, which tells the selection, too. seed: None where it is not recorded.
+    """
+
+    run: Run
+    directory: Path
+    config: Mapping[str, Any]
+    seed: int | None
+    method: str = ""
+    block: str = ""
+    ablation: str = ""
+    usual: bool = True
+    rank: tuple[int, ...] = field(default=())
+
+
+def load_runs(directories: Sequence[Path], labels: Mapping[str, str]) -> list[MethodRun]:
+    """The runs with their methods, ordered by block, method and seed.
+
+    Args:
+        labels: of a method, by the run's directory name or path, in place of the name read off the configuration.
+
+    Raises ValueError: a directory without metrics, a config.yaml that can't be read, a label for none of the runs, two
+    runs of one method with the same seed.
+    """
+    loaded = [_load(Path(directory)) for directory in directories]
+    unknown = sorted(set(labels) - {name for run in loaded for name in (run.run.name, str(run.directory))})
+    if unknown:
+        raise ValueError(f"labels.{unknown[0]} names none of the runs: {', '.join(run.run.name for run in loaded)}")
+    configs = [run.config for run in loaded if run.config]
+    differing, fraction = _differing(configs), _usual_fraction(configs)
+    named = [_named(run, differing, fraction, labels) for run in loaded]
+    seen: dict[tuple[str, str, str, int | None], MethodRun] = {}
+    for run in named:
+        key = (run.block, run.method, run.ablation, run.seed)
+        if key in seen:
+            raise ValueError(
+                f"{seen[key].directory} and {run.directory} are both {run.method}, seed {run.seed}: give one of them a "
+                f"label of its own, labels='{{{run.run.name}: …}}'"
+            )
+        seen[key] = run
+    return sorted(named, key=lambda run: (run.block, run.rank, run.method, -1 if run.seed is None else run.seed))
+
+
+def _load(directory: Path) -> MethodRun:
+    run = load_run(directory)
+    config: dict[str, Any] = {}
+    if run.config is not None:
+        try:
+            values = yaml.safe_load(run.config)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ValueError(f"{directory / 'config.yaml'} is not YAML: {str(error).splitlines()[0]}") from error
+        if isinstance(values, Mapping):
+            config = dict(flat(values))
+    seed = config.get("seed")
+    return MethodRun(run, directory, config, seed if isinstance(seed, int) else None)
+
+
+def _named(run: MethodRun, differing: set[str], usual_fraction: float, labels: Mapping[str, str]) -> MethodRun:
+    label = labels.get(run.run.name) or labels.get(str(run.directory))
+    config = run.config
+    strategy = config.get("credit.strategy")
+    if strategy is None:
+        name = label or run.run.name
+        return MethodRun(run.run, run.directory, config, run.seed, name, "", name, True, (len(NAMES) + 1,))
+    block = ", ".join(f"{key}={config.get(key)}" for key in sorted(differing) if not key.startswith("credit."))
+    select, fraction = config.get("credit.select", "top"), config.get("credit.top_fraction", USUAL_FRACTION)
+    usual = label is not None or strategy == "none" or (select == "top" and fraction == usual_fraction)
+    name = NAMES.get(strategy, f"+ {strategy} credit")
+    ablation = name
+    if strategy not in ("none", "random"):
+        ablation = f"{SHORT.get(strategy, strategy)} ({select.capitalize()}-{100 * fraction:.4g}%)"
+    elif strategy == "random" and not usual:
+        ablation = f"Random ({100 * fraction:.4g}%)"
+    others = []
+    if strategy != "none":  # γ is 1 whatever the other keys say
+        told = {"credit.strategy", "credit.select", "credit.top_fraction"}
+        others = [f"{key.removeprefix('credit.')}={config.get(key)}" for key in sorted(differing - told)
+                  if key.startswith("credit.") and key in config]  # fmt: skip
+    tail = f", {', '.join(others)}" if others else ""
+    method = label or (name if usual else ablation) + tail
+    order = list(NAMES).index(strategy) if strategy in NAMES else len(NAMES)
+    rank = (order, 0 if select == "top" else 1, round(1000 * fraction))
+    return MethodRun(run.run, run.directory, config, run.seed, method, block, label or ablation + tail, usual, rank)
+
+
+def _usual_fraction(configs: Sequence[Mapping[str, Any]]) -> float:
+    """The paper's 0.4 where a run has it, else the commonest."""
+    found = [
+        c["credit.top_fraction"] for c in configs if c.get("credit.strategy") != "none" and "credit.top_fraction" in c
+    ]
+    return max(found, key=lambda each: (each == USUAL_FRACTION, found.count(each)), default=USUAL_FRACTION)
+
+
+def _differing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Keys in which the runs differ, but for where and by which seed they ran. `none` has no γ to differ in."""
+    found = set()
+    for key in {key for config in configs for key in config}:
+        if key.startswith(_WHERE):
+            continue
+        asked = [c for c in configs if not (key.startswith("credit.") and c.get("credit.strategy") == "none")]
+        if len({repr(config.get(key)) for config in asked}) > 1:
+            found.add(key)
+    return found
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; an empty section is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
