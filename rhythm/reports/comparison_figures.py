@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -74,7 +75,7 @@ def write_figure(found: Sequence[Panel], palette: dict[str, str], peak_alpha: fl
         grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
         for axes in grid[len(found) :]:
             axes.remove()
-        handles = {}
+        handles: dict[str, Any] = {}
         for axes, panel in zip(grid, found, strict=False):
             _draw(axes, panel, palette, peak_alpha, _FILE["ink"], _FILE["grid"])
             axes.set_title(panel.title, fontweight="bold")
@@ -112,9 +113,7 @@ def _draw(axes: Axes, panel: Panel, palette: dict[str, str], peak_alpha: float, 
         axes.plot(steps, means, color=color, linewidth=1.9, label=label, marker="o" if len(steps) == 1 else "")
         if len(runs) > 1:
             lows, highs = zip(*(over_seeds(column) for column in columns), strict=True)
-            floor, top = axes.get_ylim()
             axes.fill_between(steps, np.maximum(lows, 0), np.minimum(highs, 1), color=color, alpha=0.12, linewidth=0)
-            axes.set_ylim(floor, top)  # two seeds have intervals wider than any curve
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(grid)
     axes.grid(axis="y", color=grid, linewidth=0.8)
@@ -124,4 +123,7 @@ def _draw(axes: Axes, panel: Panel, palette: dict[str, str], peak_alpha: float, 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
     axes.set_xlabel("step", color=ink)
-    axes.autoscale(axis="y")
+    # By the lines alone: two seeds have intervals far wider than any curve.
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+    margin = 0.06 * (values.max() - values.min()) or 0.01
+    axes.set_ylim(max(0.0, values.min() - margin), values.max() + margin)

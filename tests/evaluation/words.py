@@ -28,3 +28,11 @@ class Words:
     def reward(self, instance: str, response: str) -> Reward:
         correct = response[:1].isdigit()
         return Reward(float(correct), correct, format_ok=bool(response))
+
+
+class Long(Words):
+    """The first prompt is as long as the option says, the others have a letter."""
+
+    def __init__(self, config: WordsConfig) -> None:
+        super().__init__(config)
+        self.test = ["1" * config.longest, *"23456789"[: config.count - 1]]
