@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,13 +57,15 @@ class EvalTask(TaskConfig, extra="forbid", frozen=True):
         return Plan(self, n, ks, self.problems if self.problems is not None else problems, drawn)
 
 
+@dataclass(frozen=True)
 class Plan:
     """A task with its number of samples, its k, its number of problems (None: all) and its sampling."""
 
-    def __init__(
-        self, task: EvalTask, samples: int, ks: tuple[int, ...], problems: int | None, sampling: SamplingConfig
-    ) -> None:
-        self.task, self.samples, self.ks, self.problems, self.sampling = task, samples, ks, problems, sampling
+    task: EvalTask
+    samples: int
+    ks: tuple[int, ...]
+    problems: int | None
+    sampling: SamplingConfig
 
     @property
     def title(self) -> str:

@@ -124,10 +124,15 @@ class _Work:
         if self.left_out:
             log.warning("%s: left out %d problems whose prompts fill the context", plan.title, self.left_out)
         there = read_rows(path)
-        whole = [batch for batch in self.batches if all((a.problem, a.sample) in there for a in batch.asked)]
-        self.kept = [there[a.problem, a.sample] for batch in whole for a in batch.asked]
-        self._open = [batch for batch in self.batches if batch not in whole]
-        if len(self.kept) != len(there) or path.is_file():
+        self.kept: list[ResponseRow] = []
+        self._open: list[Batch] = []
+        for batch in self.batches:  # part of a batch is generated again with the rest of it, to be the same
+            rows = [there[key] for asked in batch.asked if (key := (asked.problem, asked.sample)) in there]
+            if len(rows) == len(batch.asked):
+                self.kept += rows
+            else:
+                self._open.append(batch)
+        if path.is_file():
             keep_rows(path, self.kept)
 
     @property

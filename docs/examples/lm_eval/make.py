@@ -1,4 +1,4 @@
-"""python docs/examples/lm_eval/make.py: writes countdown_steps.jsonl beside this file, the tiny model's first 64 test problems.
+"""python docs/examples/lm_eval/make.py: writes countdown_steps.jsonl beside this file, 64 problems of the tiny model.
 
 `solution` is one right answer of several, so the harness's exact match is below the task's own accuracy.
 """
