@@ -186,7 +186,7 @@ def test_the_context_limits_responses_and_leaves_problems_out(
         (["tasks=[{name: countdown, options: {numbrs: 3}}]"], "tasks[0].options"),
         (["tasks=[{name: countdown, options: {numbers: 2, max_number: 2}}]"], "task countdown: train_size + test_size"),
         (["tasks=[nowhere:Task]"], "tasks[0].name: cannot be imported"),
-        ([], "tasks: must be given"),
+        ([], "tasks: is required"),
         (["tasks=[countdown]", "modle=x"], "did you mean model?"),
     ],
 )
