@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import Literal
 
 import yaml
 
-from rhythm.reports.curves import running_peak_average
+from rhythm.reports.curves import running_peak_average, task_metrics
 from rhythm.reports.intervals import over_seeds
 from rhythm.reports.methods import BASELINE, MethodRun
 
 At = Literal["final", "best", "peak"]
-_METRIC = re.compile(r"(?P<task>.+)/(?P<kind>avg|pass)@(?P<k>\d+)")
 AVERAGE = "Avg."
 
 
@@ -75,18 +73,8 @@ def columns(runs: Sequence[MethodRun]) -> list[Column]:
     if any("accuracy" in record for run in runs for record in run.run.records):
         own = sorted({str(run.config.get("task.name", "held out")) for run in runs})
         found.append(Column(" / ".join(own), "accuracy", "accuracy"))
-    kinds: dict[str, dict[str, str]] = {}
-    for run in runs:
-        for record in run.run.records:
-            for key in record:
-                if match := _METRIC.fullmatch(key):
-                    kinds.setdefault(match["task"], {})[f"{match['kind']}@{match['k']}"] = key
-    for task, metrics in kinds.items():
-        averages = sorted((name for name in metrics if name.startswith("avg@")), key=lambda name: int(name[4:]))
-        name = averages[-1] if averages and averages[-1] != "avg@1" else "pass@1"
-        if name in metrics:
-            found.append(Column(task, name, metrics[name]))
-    return found
+    metrics = task_metrics([record for run in runs for record in run.run.records])
+    return [*found, *(Column(task, metric, f"{task}/{metric}") for task, metric in metrics.items())]
 
 
 def series(run: MethodRun, key: str) -> list[tuple[float, float]]:

@@ -84,6 +84,7 @@ FURTHER_CURVES = (
     CurveSpec("lr", "Learning rate"),
     CurveSpec("tokens_per_second", "Throughput", "tokens per second"),
 )
+_AVERAGE = re.compile(r"(?P<task>.+)/avg@(?P<samples>\d+)")
 _PHASES = (("rollout", _ROLLOUT), ("attention", _ATTENTION), ("training", _TRAINING))
 
 
@@ -107,6 +108,19 @@ def running_peak_average(values: Iterable[float], alpha: float) -> list[float]:
         average = value if math.isnan(average) else alpha * max(value, average) + (1 - alpha) * average
         averages.append(average)
     return averages
+
+
+def task_metrics(records: Iterable[Record]) -> dict[str, str]:
+    """Task → metric, of the further tasks in the records: avg@n with several responses a problem, else pass@1.
+
+    The records have them as `<task>/<metric>`.
+    """
+    samples: dict[str, int] = {}
+    for record in records:
+        for key in record:
+            if match := _AVERAGE.fullmatch(key):
+                samples[match["task"]] = max(samples.get(match["task"], 1), int(match["samples"]))
+    return {task: f"avg@{n}" if n > 1 else "pass@1" for task, n in samples.items()}
 
 
 def draw_curves(records: Sequence[Record], specs: Iterable[CurveSpec], peak_alpha: float) -> list[Curve]:

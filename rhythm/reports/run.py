@@ -17,10 +17,12 @@ from typing import Any, TypeGuard
 from rhythm.reports.curves import (
     FURTHER_CURVES,
     MAIN_CURVES,
+    CurveSpec,
     Record,
     draw_curves,
     draw_seconds,
     running_peak_average,
+    task_metrics,
 )
 from rhythm.reports.format import format_number, format_percent, template_environment, token_strengths
 from rhythm.reports.intervals import difference, wilson
@@ -139,7 +141,11 @@ def load_run(run_dir: Path) -> Run:
 def render(run: Run) -> str:
     """The page of a run as HTML."""
     environment = template_environment(TEMPLATES)
-    curves = draw_curves(run.records, MAIN_CURVES, PEAK_ALPHA)
+    further_tasks = [
+        CurveSpec(f"{task}/{metric}", f"{task}, {metric}", percent=True, peak=True)
+        for task, metric in task_metrics(run.records).items()
+    ]
+    curves = draw_curves(run.records, [MAIN_CURVES[0], *further_tasks, *MAIN_CURVES[1:]], PEAK_ALPHA)
     seconds = draw_seconds(run.records)
     sampled = {
         step: [_response(row) for row in run.samples[step][:MAX_SAMPLES_PER_STEP]]

@@ -388,3 +388,16 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert write_report(run).read_bytes() == first
     names = sorted(path.name for path in run.iterdir())
     assert names == ["config.yaml", "metrics.jsonl", "report.html", "samples"]
+
+
+def test_further_tasks_have_curves_of_their_own(tmp_path: Path) -> None:
+    metrics = [
+        {"step": 0, "accuracy": 0.1, "aime/avg@16": 0.2, "aime/pass@16": 0.5, "qa/avg@1": 0.3, "qa/pass@1": 0.3},
+        {"step": 1, "reward": 0.2},
+        {"step": 2, "accuracy": 0.2, "aime/avg@16": 0.25, "aime/pass@16": 0.5, "qa/avg@1": 0.4, "qa/pass@1": 0.4},
+    ]
+    page = read_page(write_report(write_run(tmp_path / "run", metrics)))
+    assert [name for name in page.ids() if name.startswith("curve-")] == [
+        "curve-accuracy", "curve-aime/avg@16", "curve-qa/pass@1", "curve-reward",
+    ]  # fmt: skip
+    assert [element.text for element in page.all("span", "last")][:3] == ["20.0%", "25.0%", "40.0%"]
