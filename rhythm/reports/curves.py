@@ -190,7 +190,7 @@ def _draw_curve(records: Sequence[Record], spec: CurveSpec, peak_alpha: float) -
             _stay_within_shares(axes, values[np.isfinite(values)])
         svg = page_svg(figure, f"{spec.title} by step")
     last = float(values[np.isfinite(values)][-1])
-    label = "each evaluation" if spec.key == "accuracy" else "each step"
+    label = "each evaluation" if spec.key == "accuracy" or "/" in spec.key else "each step"
     legend: tuple[tuple[str, str], ...] = (("values", label), ("peak", "running peak")) if spec.peak else ()
     if interval:
         legend += (("interval", "95% interval"),)

@@ -131,6 +131,19 @@ def test_half_a_line_and_half_a_batch_are_generated_again(
     same_results(out, whole)
 
 
+@pytest.mark.cluster
+def test_vllm_answers_as_transformers_does(checkpoint: Path, tmp_path: Path) -> None:
+    """Greedily: the same responses, but for ties that rounding decides."""
+    words = ("sampling.temperature=0", "tasks=['words:Words']")
+    finish(start(checkpoint, tmp_path / "transformers", *words))
+    finish(
+        start(checkpoint, tmp_path / "vllm", *words, "engine=vllm", "vllm.kv_cache_gib=0.0625", "vllm.max_num_seqs=16")
+    )
+    first, second = (rows(tmp_path / name, "Words") for name in ("transformers", "vllm"))
+    assert [row["problem"] for row in first] == [row["problem"] for row in second]
+    assert sum(a["response"] == b["response"] for a, b in zip(first, second, strict=True)) >= len(first) - 1
+
+
 def test_the_seed_and_the_batch_size_decide(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
     """Another seed gives other responses; other batches give the same ones."""
     finish(start(checkpoint, tmp_path / "other", "seed=1"))
