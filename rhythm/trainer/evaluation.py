@@ -65,26 +65,34 @@ class FurtherTask:
     task: Task[Any]
 
 
-@contextmanager
-def open_further_tasks(
-    config: EvalConfig, sampling: SamplingConfig, *, reward_seconds: float, start_seconds: float
-) -> Iterator[list[FurtherTask]]:
-    """The tasks of `config.tasks`, their rewards judged in processes of their own; until the block is left.
+def load_further_tasks(config: EvalConfig, sampling: SamplingConfig) -> list[FurtherTask]:
+    """The tasks of `config.tasks`.
 
     Raises ValueError naming the task for options that it refuses, and where it has no test instances.
     """
+    found = []
+    for plan in config.plans(sampling):
+        try:
+            task = load_task(plan.task.name, plan.task.options.model_dump())
+        except ValueError as error:
+            raise ValueError(f"evaluation.tasks, {plan.title}: {error}") from error
+        if not task.test:
+            raise ValueError(f"evaluation.tasks, {plan.title}: the task has no test instances")
+        found.append(FurtherTask(plan, task))
+    return found
+
+
+@contextmanager
+def isolated(
+    tasks: Sequence[FurtherTask], *, reward_seconds: float, start_seconds: float
+) -> Iterator[list[FurtherTask]]:
+    """The same tasks, their rewards computed in processes of their own; until the block is left."""
     with ExitStack() as stack:
         found = []
-        for plan in config.plans(sampling):
-            name, options = plan.task.name, plan.task.options.model_dump()
-            try:
-                task = load_task(name, options)
-            except ValueError as error:
-                raise ValueError(f"evaluation.tasks, {plan.title}: {error}") from error
-            if not task.test:
-                raise ValueError(f"evaluation.tasks, {plan.title}: the task has no test instances")
-            isolated = IsolatedTask(task, name, options, seconds=reward_seconds, start_seconds=start_seconds)
-            found.append(FurtherTask(plan, stack.enter_context(isolated)))
+        for each in tasks:
+            name, options = each.plan.task.name, each.plan.task.options.model_dump()
+            task = IsolatedTask(each.task, name, options, seconds=reward_seconds, start_seconds=start_seconds)
+            found.append(FurtherTask(each.plan, stack.enter_context(task)))
         yield found
 
 

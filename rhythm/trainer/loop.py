@@ -35,6 +35,7 @@ from rhythm.trainer.progress import RunProgress
 from rhythm.trainer.run_dir import CHECKPOINTS, SAMPLES, open_run_dir
 from rhythm.trainer.samples import first_rows, sample_lines, write_samples
 from rhythm.trainer.setup import (
+    build_further_tasks,
     build_task,
     check_machine,
     fit_task,
@@ -90,14 +91,16 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     """
     console = console or Console(stderr=True)
     check_machine(config)
-    task = build_task(config)
+    task, asked = build_task(config), build_further_tasks(config)
     if config.model.path is not None:  # the tiny model's tokenizer is there once it has been warm-started
         task = fit_task(config, task, config.model.path)
     with lock_directory(config.run_dir):
-        return _run(config, task, resume, console)
+        return _run(config, task, asked, resume, console)
 
 
-def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -> RunSummary:
+def _run(
+    config: TrainConfig, task: Task[Any], asked: Sequence[FurtherTask], resume: bool, console: Console
+) -> RunSummary:
     """`run`, with the directory locked."""
     resumed = open_run_dir(config, resume=resume)
     # Lost processes restart from the checkpoint that the engines were built with, and the KL reference is the model
@@ -110,7 +113,7 @@ def _run(config: TrainConfig, task: Task[Any], resume: bool, console: Console) -
     restarts = 0
     with (
         open_reward_worker(config, task) as isolated,
-        open_evaluation(config) as further,
+        open_evaluation(config, asked) as further,
         open_engines(config, task, vocabulary) as build,
     ):
         while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from rhythm.tasks.prompts import ChatPrompt
 from rhythm.tiny.warm_start import warm_start
 from rhythm.trainer.cluster_engines import check_cluster, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
-from rhythm.trainer.evaluation import FurtherTask, open_further_tasks
+from rhythm.trainer.evaluation import FurtherTask, isolated, load_further_tasks
 from rhythm.trainer.prompts import fit_prompts
 from rhythm.trainer.step import Engines
 
@@ -183,19 +183,19 @@ def open_reward_worker(config: TrainConfig, task: Task[Any]) -> Iterator[Task[An
         yield isolated
 
 
+def build_further_tasks(config: TrainConfig) -> list[FurtherTask]:
+    """The tasks of `evaluation.tasks`. Raises SetupError where one can't be had."""
+    try:
+        return load_further_tasks(config.evaluation, config.sampling)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+
 @contextmanager
-def open_evaluation(config: TrainConfig) -> Iterator[list[FurtherTask]]:
-    """The tasks of `evaluation.tasks`, until the block is left. Raises SetupError where one can't be had."""
+def open_evaluation(config: TrainConfig, tasks: Sequence[FurtherTask]) -> Iterator[list[FurtherTask]]:
+    """The further tasks, rewards in processes of their own; until the block is left."""
     deadlines = Deadlines() if config.cluster is None else config.cluster.deadlines
-    with ExitStack() as stack:
-        try:
-            further = stack.enter_context(
-                open_further_tasks(
-                    config.evaluation, config.sampling, reward_seconds=deadlines.reward, start_seconds=deadlines.start
-                )
-            )
-        except ValueError as error:
-            raise SetupError(str(error)) from error
+    with isolated(tasks, reward_seconds=deadlines.reward, start_seconds=deadlines.start) as further:
         yield further
 
 

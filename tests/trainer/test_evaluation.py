@@ -42,3 +42,4 @@ def test_tasks_that_cant_be_evaluated_are_named(small_config: Configure, tmp_pat
     impossible = "evaluation.tasks=[{name: countdown, options: {numbers: 2, max_number: 2}}]"
     with pytest.raises(SetupError, match=r"evaluation\.tasks, countdown: train_size"):
         run(small_config(f"runs_dir={tmp_path}", "steps=0", impossible))
+    assert not (tmp_path / "small").exists()  # refused before the warm start, and before anything is written
