@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from rhythm.checkpoints import checkpoint_end_tokens, load_model, loading_options, refusal_names
 from rhythm.engines.interfaces import SeededInfer
-from rhythm.engines.local.infer import GenerateInfer
+from rhythm.engines.local.infer import GenerateInfer, max_positions
 from rhythm.engines.vllm.infer import VllmInfer
 from rhythm.evaluation.config import EvaluationConfig, MachineConfig
 from rhythm.system.extras import missing
@@ -26,11 +26,11 @@ _EDGE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Answerer:
-    """context: longest prompt and response together, in tokens; None: the model names none."""
+    """context: longest prompt and response together, in tokens."""
 
     infer: SeededInfer
     tokenizer: Any
-    context: int | None
+    context: int
 
 
 def check_checkpoint(directory: Path) -> None:
@@ -79,7 +79,7 @@ def open_answerer(config: EvaluationConfig, machine: MachineConfig) -> Iterator[
     if not ends:
         raise ValueError(f"model is {config.model}: its tokenizer has no end token; a response needs one")
     pad = ends[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    context = max_positions(model_config)
     if config.engine == "transformers":
         with refusal_names("set trust_remote_code=true", config.model):
             model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trust)
@@ -87,8 +87,6 @@ def open_answerer(config: EvaluationConfig, machine: MachineConfig) -> Iterator[
         return
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(f"{missing('engine=vllm', 'vllm')}, or take engine=transformers")
-    if context is None:
-        raise ValueError(f"model is {config.model}: its config names no max_position_embeddings, which vLLM needs")
     infer = VllmInfer(
         config.model,
         machine.vllm,

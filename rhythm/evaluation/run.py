@@ -9,13 +9,13 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from rhythm.engines.interfaces import Rollout
+from rhythm.engines.stopping import cut_at_stop
 from rhythm.evaluation.config import EvaluationConfig, MachineConfig, Plan, settings
 from rhythm.evaluation.engine import Answerer, check_checkpoint, fingerprint, open_answerer
 from rhythm.evaluation.page import write_page
@@ -28,6 +28,7 @@ from rhythm.system.version import __version__
 from rhythm.system.writing import replace_file
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.isolation import IsolatedTask
+from rhythm.tasks.prompts import encode_prompt
 from rhythm.tasks.scoring import score_response
 
 log = logging.getLogger(__name__)
@@ -55,12 +56,8 @@ class Asked:
     ids: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Responses generated together, all of them at most `longest` tokens."""
-
-    asked: tuple[Asked, ...]
-    longest: int
+Batch = Sequence[Asked]
+"""Responses that are generated together."""
 
 
 def default_directory(model: Path) -> Path:
@@ -127,8 +124,8 @@ class _Work:
         self.kept: list[ResponseRow] = []
         self._open: list[Batch] = []
         for batch in self.batches:  # part of a batch is generated again with the rest of it, to be the same
-            rows = [there[key] for asked in batch.asked if (key := (asked.problem, asked.sample)) in there]
-            if len(rows) == len(batch.asked):
+            rows = [there[key] for asked in batch if (key := (asked.problem, asked.sample)) in there]
+            if len(rows) == len(batch):
                 self.kept += rows
             else:
                 self._open.append(batch)
@@ -138,7 +135,7 @@ class _Work:
     @property
     def responses(self) -> int:
         """How many the task has when it is finished."""
-        return sum(len(batch.asked) for batch in self.batches)
+        return sum(map(len, self.batches))
 
     def finish(self, progress: EvaluationProgress) -> None:
         """Generate and judge what is missing, a batch at a time."""
@@ -156,14 +153,15 @@ class _Work:
     def _answer(self, batch: Batch, task: Task[Any]) -> list[ResponseRow]:
         seeds = [
             derive_seed(self._config.seed, "evaluation", self.plan.title, asked.problem, asked.sample)
-            for asked in batch.asked
+            for asked in batch
         ]
-        sampling = self.plan.sampling.model_copy(update={"max_new_tokens": batch.longest})
-        rollout = self._answerer.infer.generate_each([asked.ids for asked in batch.asked], sampling, seeds)
-        texts = _texts(rollout, self._answerer.tokenizer)
+        sampling, tokenizer = self.plan.sampling, self._answerer.tokenizer
+        generated = self._answerer.infer.generate_each([asked.ids for asked in batch], sampling, seeds)
+        rollout = cut_at_stop(generated, tokenizer, sampling.stop)
+        texts = _texts(rollout, tokenizer)
         rows = []
         for asked, seed, text, tokens, finished in zip(
-            batch.asked, seeds, texts, rollout.response_lens.tolist(), rollout.finished.tolist(), strict=True
+            batch, seeds, texts, rollout.response_lens.tolist(), rollout.finished.tolist(), strict=True
         ):
             reward = score_response(task, task.test[asked.problem], asked.prompt, text)
             rows.append(
@@ -190,31 +188,22 @@ class _Work:
 
 
 def batches(plan: Plan, task: Task[Any], problems: int, answerer: Answerer) -> tuple[list[Batch], int]:
-    """What is generated together, and how many problems are left out: their prompts fill the context.
+    """What is generated together, and how many problems are left out: those whose prompts leave no room for a response
+    in the context, or have more than sampling.max_prompt_tokens.
 
-    A response may be as long as max_new_tokens and the context allow, so prompts that leave the same room go together;
-    a batch depends on nothing but the configuration.
+    A batch depends on nothing but the configuration and the checkpoint.
     """
-    asked: list[tuple[int, Asked]] = []
+    longest = min(answerer.context - 1, plan.sampling.max_prompt_tokens or answerer.context)
+    asked: list[Asked] = []
     left_out = 0
     for problem in range(problems):
-        prompt = task.prompt(task.test[problem])
-        ids = answerer.tokenizer.encode(prompt)
-        longest = plan.sampling.max_new_tokens
-        if answerer.context is not None:
-            longest = min(longest, answerer.context - len(ids))
-        if longest < 1:
+        prompt, ids = encode_prompt(answerer.tokenizer, task.prompt(task.test[problem]))
+        if len(ids) > longest:
             left_out += 1
-            continue
-        asked += [(longest, Asked(problem, sample, prompt, ids)) for sample in range(plan.samples)]
-    asked.sort(key=lambda pair: -pair[0])  # stable: problems stay in order
+        else:
+            asked += [Asked(problem, sample, prompt, ids) for sample in range(plan.samples)]
     at_once = plan.sampling.rows_at_once
-    return [
-        Batch(tuple(rows[i : i + at_once]), longest)
-        for longest, members in groupby(asked, key=lambda pair: pair[0])
-        for rows in [[row for _, row in members]]
-        for i in range(0, len(rows), at_once)
-    ], left_out
+    return [asked[i : i + at_once] for i in range(0, len(asked), at_once)], left_out
 
 
 def results_json(config: EvaluationConfig, scores: Sequence[TaskScores]) -> str:

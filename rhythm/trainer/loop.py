@@ -113,7 +113,7 @@ def _run(
     restarts = 0
     with (
         open_reward_worker(config, task) as isolated,
-        open_evaluation(config, asked) as further,
+        open_evaluation(config, asked, start) as further,
         open_engines(config, task, vocabulary) as build,
     ):
         while True:

@@ -1,16 +1,14 @@
-"""Prompts as tokens: which instances fit into the model's context; and where stop strings end a response."""
+"""Prompts as tokens: which instances fit into the model's context."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from pydantic import BaseModel
 
-from rhythm.engines.interfaces import Rollout
 from rhythm.tasks import Reward, Task
 from rhythm.tasks.prompts import encode_prompt
 
@@ -61,43 +59,3 @@ def fit_prompts(task: Task[Any], tokenizer: Any, longest: int) -> Task[Any]:
     if all(len(fitting[name]) == len(instances) for name, instances in sets.items()):
         return task
     return FittedTask(task, fitting["training"], fitting["held-out"])
-
-
-def cut_at_stop(rollout: Rollout, tokenizer: Any, stop: Sequence[str]) -> Rollout:
-    """Each response without what follows the token that completes the first of the `stop` strings; it ends there by
-    itself.
-    """
-    if not stop:
-        return rollout
-    lens = rollout.lens.tolist()
-    finished = rollout.finished.clone()
-    for row, (start, end) in enumerate(zip(rollout.prompt_lens.tolist(), lens, strict=True)):
-        response = rollout.input_ids[row, start:end].tolist()
-        kept = tokens_to_stop(tokenizer, response, stop)
-        if kept is not None:
-            lens[row], finished[row] = start + kept, True
-    inside = torch.arange(rollout.input_ids.shape[1], device=rollout.input_ids.device)
-    inside_BT = inside < torch.tensor(lens, device=inside.device)[:, None]
-    return replace(
-        rollout,
-        attention_mask=rollout.attention_mask & inside_BT,
-        response_mask=rollout.response_mask & inside_BT,
-        logprobs=rollout.logprobs.masked_fill(~inside_BT, 0.0),
-        finished=finished,
-    )
-
-
-def tokens_to_stop(tokenizer: Any, response: Sequence[int], stop: Sequence[str]) -> int | None:
-    """How many tokens of the response it takes until its text holds one of the strings; None: it holds none."""
-
-    def holds(count: int) -> bool:
-        text = tokenizer.decode(response[:count], skip_special_tokens=True)
-        return any(string in text for string in stop)
-
-    if not holds(len(response)):
-        return None
-    few, enough = 0, len(response)
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        few, enough = (few, middle) if holds(middle) else (middle, enough)
-    return enough

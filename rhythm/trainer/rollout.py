@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Infer, Rollout, SamplingConfig
+from rhythm.engines.stopping import cut_at_stop
 from rhythm.seeds import generator
 from rhythm.tasks import Reward, Task
 from rhythm.tasks.isolation import start_rewards
 from rhythm.tasks.prompts import encode_prompt
-from rhythm.trainer.prompts import cut_at_stop
 
 
 @dataclass(frozen=True)

@@ -192,10 +192,13 @@ def build_further_tasks(config: TrainConfig) -> list[FurtherTask]:
 
 
 @contextmanager
-def open_evaluation(config: TrainConfig, tasks: Sequence[FurtherTask]) -> Iterator[list[FurtherTask]]:
-    """The further tasks, rewards in processes of their own; until the block is left."""
+def open_evaluation(config: TrainConfig, tasks: Sequence[FurtherTask], checkpoint: Path) -> Iterator[list[FurtherTask]]:
+    """The further tasks without prompts that don't fit (`fit_task`), rewards in processes of their own; until the block
+    is left.
+    """
     deadlines = Deadlines() if config.cluster is None else config.cluster.deadlines
-    with isolated(tasks, reward_seconds=deadlines.reward, start_seconds=deadlines.start) as further:
+    fitted = [FurtherTask(each.plan, fit_task(config, each.task, checkpoint)) for each in tasks]
+    with isolated(fitted, reward_seconds=deadlines.reward, start_seconds=deadlines.start) as further:
         yield further
 
 

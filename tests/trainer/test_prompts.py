@@ -13,10 +13,11 @@ import torch
 from rhythm.cli.train import main
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.infer import GenerateInfer
+from rhythm.engines.stopping import cut_at_stop, tokens_to_stop
 from rhythm.tasks import load_task
 from rhythm.tasks.prompts import ChatPrompt, PromptConfig, encode_prompt
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
-from rhythm.trainer.prompts import cut_at_stop, fit_prompts, tokens_to_stop
+from rhythm.trainer.prompts import fit_prompts
 
 _path = Path(__file__).parents[1] / "tasks" / "paper_sets.py"
 _spec = importlib.util.spec_from_file_location("paper_sets", _path)

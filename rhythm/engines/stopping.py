@@ -1,0 +1,51 @@
+"""Where stop strings end a response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rhythm.engines.interfaces import Rollout
+
+
+def cut_at_stop(rollout: Rollout, tokenizer: Any, stop: Sequence[str]) -> Rollout:
+    """Each response without what follows the token that completes the first of the `stop` strings; it ends there by
+    itself.
+    """
+    if not stop:
+        return rollout
+    lens = rollout.lens.tolist()
+    finished = rollout.finished.clone()
+    for row, (start, end) in enumerate(zip(rollout.prompt_lens.tolist(), lens, strict=True)):
+        response = rollout.input_ids[row, start:end].tolist()
+        kept = tokens_to_stop(tokenizer, response, stop)
+        if kept is not None:
+            lens[row], finished[row] = start + kept, True
+    inside = torch.arange(rollout.input_ids.shape[1], device=rollout.input_ids.device)
+    inside_BT = inside < torch.tensor(lens, device=inside.device)[:, None]
+    return replace(
+        rollout,
+        attention_mask=rollout.attention_mask & inside_BT,
+        response_mask=rollout.response_mask & inside_BT,
+        logprobs=rollout.logprobs.masked_fill(~inside_BT, 0.0),
+        finished=finished,
+    )
+
+
+def tokens_to_stop(tokenizer: Any, response: Sequence[int], stop: Sequence[str]) -> int | None:
+    """How many tokens of the response it takes until its text holds one of the strings; None: it holds none."""
+
+    def holds(count: int) -> bool:
+        text = tokenizer.decode(response[:count], skip_special_tokens=True)
+        return any(string in text for string in stop)
+
+    if not holds(len(response)):
+        return None
+    few, enough = 0, len(response)
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if holds(middle) else (middle, enough)
+    return enough
