@@ -17,7 +17,7 @@ COUNTDOWN = f"{{name: countdown, options: {{{OPTIONS}}}}}"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "tiny"
     tokenizer = build_tokenizer()
-    shape = {"hidden_size": 32, "mlp_size": 48, "query_heads": 2, "key_heads": 1, "head_size": 16}
+    shape = {"hidden_size": 32, "mlp_size": 48, "query_heads": 2, "key_heads": 1, "head_size": 32}
     model = build_model(TinyModelConfig(layers=3, **shape), tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
