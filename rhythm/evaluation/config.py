@@ -13,6 +13,7 @@ from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.vllm.infer import VllmConfig
 from rhythm.evaluation.estimators import usual_k
 from rhythm.tasks.config import TaskConfig
+from rhythm.tasks.isolation import RewardConfig
 
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Of a task: it names a file and metrics."""
@@ -136,7 +137,6 @@ class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the model's weights; auto: float32 on a CPU, elsewhere bfloat16"
     )
-    reward_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="deadline of one judgement")
 
     @field_validator("tasks")
     @classmethod
@@ -163,6 +163,7 @@ class MachineConfig(BaseModel, extra="forbid", frozen=True):
     )
     device: str = Field(default="auto", description="auto (CUDA where there is one), cpu, cuda, cuda:1 …")
     trust_remote_code: bool = Field(default=False, description="run Python code that the checkpoint brings along")
+    reward: RewardConfig = RewardConfig()
     vllm: VllmConfig = Field(default=VllmConfig(), description="with engine=vllm: its engine")
 
 

@@ -27,15 +27,13 @@ from rhythm.system.directory_lock import content, lock_directory
 from rhythm.system.version import __version__
 from rhythm.system.writing import replace_file
 from rhythm.tasks import Task, load_task
-from rhythm.tasks.isolation import IsolatedTask
+from rhythm.tasks.isolation import IsolatedTask, RewardConfig
 from rhythm.tasks.prompts import encode_prompt
-from rhythm.tasks.scoring import score_response
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the files; another version's are not continued
 SETTINGS, RESULTS, REPORT, RESPONSES = "settings.json", "results.json", "report.html", "responses"
-JUDGE_START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def evaluate_checkpoint(
             with EvaluationProgress(console, responses=total, kept=sum(len(each.kept) for each in work)) as progress:
                 for each in work:
                     progress.task(each.plan.title)
-                    each.finish(progress)
+                    each.finish(machine.reward, progress)
         scores = tuple(each.scores() for each in work)
         replace_file(directory / RESULTS, results_json(config, scores))
         write_page(directory / REPORT, config, scores, {each.plan.title: each.kept for each in work})
@@ -137,20 +135,19 @@ class _Work:
         """How many the task has when it is finished."""
         return sum(map(len, self.batches))
 
-    def finish(self, progress: EvaluationProgress) -> None:
+    def finish(self, reward: RewardConfig, progress: EvaluationProgress) -> None:
         """Generate and judge what is missing, a batch at a time."""
         if not self._open:
             return
         name, options = self.plan.task.name, self.plan.task.options.model_dump()
-        seconds = self._config.reward_seconds
-        with IsolatedTask(self._task, name, options, seconds=seconds, start_seconds=JUDGE_START_SECONDS) as judging:
+        with IsolatedTask(self._task, name, options, **reward.model_dump()) as judging:
             for batch in self._open:
                 rows = self._answer(batch, judging)
                 append_rows(self._path, rows)
                 self.kept += rows
                 progress.add(len(rows))
 
-    def _answer(self, batch: Batch, task: Task[Any]) -> list[ResponseRow]:
+    def _answer(self, batch: Batch, task: IsolatedTask) -> list[ResponseRow]:
         seeds = [
             derive_seed(self._config.seed, "evaluation", self.plan.title, asked.problem, asked.sample)
             for asked in batch
@@ -158,12 +155,11 @@ class _Work:
         sampling, tokenizer = self.plan.sampling, self._answerer.tokenizer
         generated = self._answerer.infer.generate_each([asked.ids for asked in batch], sampling, seeds)
         rollout = cut_at_stop(generated, tokenizer, sampling.stop)
-        texts = _texts(rollout, tokenizer)
+        texts = list(_texts(rollout, tokenizer))
+        rewards = task.rewards([task.test[asked.problem] for asked in batch], texts)
         rows = []
-        for asked, seed, text, tokens, finished in zip(
-            batch, seeds, texts, rollout.response_lens.tolist(), rollout.finished.tolist(), strict=True
-        ):
-            reward = score_response(task, task.test[asked.problem], asked.prompt, text)
+        lens, ends = rollout.response_lens.tolist(), rollout.finished.tolist()
+        for asked, seed, text, reward, tokens, finished in zip(batch, seeds, texts, rewards, lens, ends, strict=True):
             rows.append(
                 ResponseRow(
                     problem=asked.problem,

@@ -17,7 +17,7 @@ from rhythm.evaluation.config import TASKS_ARE, EvalTasks, Plan
 from rhythm.evaluation.scores import Judged, TaskScores, score
 from rhythm.seeds import derive_seed
 from rhythm.tasks import Task, load_task
-from rhythm.tasks.isolation import IsolatedTask
+from rhythm.tasks.isolation import IsolatedTask, RewardConfig
 from rhythm.trainer.rollout import ScoredRollout, roll_out
 
 
@@ -83,15 +83,13 @@ def load_further_tasks(config: EvalConfig, sampling: SamplingConfig) -> list[Fur
 
 
 @contextmanager
-def isolated(
-    tasks: Sequence[FurtherTask], *, reward_seconds: float, start_seconds: float
-) -> Iterator[list[FurtherTask]]:
+def isolated(tasks: Sequence[FurtherTask], reward: RewardConfig) -> Iterator[list[FurtherTask]]:
     """The same tasks, their rewards computed in processes of their own; until the block is left."""
     with ExitStack() as stack:
         found = []
         for each in tasks:
             name, options = each.plan.task.name, each.plan.task.options.model_dump()
-            task = IsolatedTask(each.task, name, options, seconds=reward_seconds, start_seconds=start_seconds)
+            task = IsolatedTask(each.task, name, options, **reward.model_dump())
             found.append(FurtherTask(each.plan, stack.enter_context(task)))
         yield found
 

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoTokenizer
 
 from rhythm import checkpoints
 from rhythm.checkpoints import checkpoint_end_tokens, loading_options, refusal_names
-from rhythm.cluster.config import Deadlines
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer, max_positions
 from rhythm.engines.local.train import TorchTrain
@@ -196,9 +195,8 @@ def open_evaluation(config: TrainConfig, tasks: Sequence[FurtherTask], checkpoin
     """The further tasks without prompts that don't fit (`fit_task`), rewards in processes of their own; until the block
     is left.
     """
-    deadlines = Deadlines() if config.cluster is None else config.cluster.deadlines
     fitted = [FurtherTask(each.plan, fit_task(config, each.task, checkpoint)) for each in tasks]
-    with isolated(fitted, reward_seconds=deadlines.reward, start_seconds=deadlines.start) as further:
+    with isolated(fitted, config.reward) as further:
         yield further
 
 
