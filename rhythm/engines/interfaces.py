@@ -106,13 +106,14 @@ class TrainBatch:
 
     Attributes:
         rollout: the responses.
-        old_logprobs: fp32 [B, T], under the weights that generated the rollout; NaN outside the response.
+        old_logprobs: fp32 [B, T], under the weights that generated the rollout; NaN outside the response. None: those
+            of the step's own forward pass, which are the same until the first gradient step changes a weight.
         advantages: fp32 [B, T], with γ applied.
         reference_logprobs: fp32 [B, T], under the initial weights, for the KL term; None without one.
     """
 
     rollout: Rollout
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None
     advantages: Tensor
     reference_logprobs: Tensor | None = None
 
@@ -216,6 +217,39 @@ class Train(Protocol):
 
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote, bit for bit."""
+
+
+ShapeAdvantages = Callable[[TrainBatch, Tensor, RhythmSignals | None], Tensor]
+"""(some rows with their old_logprobs, entropies [B, T], signals) → the advantages [B, T] that their loss takes."""
+
+
+@dataclass(frozen=True)
+class TappedStep:
+    """A gradient step, and what was read in its forward pass, before the step changed the weights.
+
+    log_probs: of the tokens in the batch's response_mask. signals: None if none were asked for.
+    """
+
+    metrics: StepMetrics
+    log_probs: LogProbs
+    signals: RhythmSignals | None
+
+
+class TappedTrain(Protocol):
+    """A Train engine that reads signals in the forward pass of the gradient step itself: tap, then γ, then loss.
+
+    statistics_seconds: as in Train, of the last `tapped_step`: statistics and advantages.
+    """
+
+    statistics_seconds: float
+
+    def tapped_step(self, batch: TrainBatch, tap: SignalsConfig | None, shape: ShapeAdvantages) -> TappedStep:
+        """Run one gradient step whose advantages `shape` makes from the batch's and the signals, a micro-batch at a
+        time. `tap`: None reads no signals.
+
+        Raises NonFiniteError, with the weights unchanged, and ValueError if the tap's head groups are not those of each
+        sequence: others are known only after the last micro-batch.
+        """
 
 
 class Attn(Protocol):

@@ -48,6 +48,12 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
         default=8, ge=1, description="responses per forward and backward pass; limits memory, not the result"
     )
 
+    old_logprobs: Literal["trainer", "rollout"] = Field(
+        default="trainer",
+        description="signals.source training: old log-probs of all mini-batches but the first, whose own forward pass "
+        "has them: from a pass of the trainer before the first gradient step, or those of the rollout (float32 only)",
+    )
+
     extra_rounds: int = Field(
         default=0,
         ge=0,
@@ -88,9 +94,10 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
 class RunSignalsConfig(SignalsConfig, frozen=True):
     """How attention statistics become WAAD and FAI, and which forward pass they are computed in."""
 
-    source: Literal["inline", "separate"] = Field(
+    source: Literal["inline", "separate", "training"] = Field(
         default="inline",
-        description="inline: signals are computed in the old-log-prob pass; separate: in a forward pass of their own",
+        description="inline: signals are computed in the old-log-prob pass; separate: in a forward pass of their own; "
+        "training: in the training pass itself, under the weights of each gradient step (not on a cluster)",
     )
     recalibrate_steps: int | None = Field(
         default=None,
@@ -184,6 +191,37 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
                 f"profile_steps is {list(self.profile_steps)}: must be empty with a cluster: "
                 "its engines run in other processes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _signals_of_the_training_pass(self) -> TrainConfig:
+        if self.signals.source != "training":
+            if self.batch.old_logprobs == "rollout":
+                raise ValueError(
+                    "batch.old_logprobs is 'rollout': must be 'trainer' unless signals.source is training: "
+                    f"with {self.signals.source} a pass over the batch has them"
+                )
+            return self
+        if self.cluster is not None:
+            raise ValueError("signals.source is 'training': must be inline or separate with a cluster")
+        reads, alone = self.credit.reads, "where signals.source is training, before all rows have been read"
+        if "attention" in reads and self.signals.grouping != "sequence":
+            raise ValueError(f"signals.grouping is {self.signals.grouping!r}: must be 'sequence' {alone}")
+        if reads and self.credit.mass == "matched":
+            raise ValueError(f"credit.mass is 'matched': must be 'as_is' {alone}")
+        if reads and self.credit.random_like is not None:
+            raise ValueError(f"credit.random_like is {self.credit.random_like!r}: must be null {alone}")
+        if self.batch.old_logprobs == "rollout":
+            if self.model.precision != "float32":
+                raise ValueError(
+                    f"batch.old_logprobs is 'rollout': must be 'trainer' with model.precision = "
+                    f"{self.model.precision}: the rollout's log-probs are rounded otherwise than the trainer's"
+                )
+            if self.correction.mode != "none":
+                raise ValueError(
+                    f"correction.mode is {self.correction.mode!r}: must be 'none' where batch.old_logprobs is "
+                    "rollout, which leaves nothing to compare with"
+                )
         return self
 
     @model_validator(mode="after")

@@ -239,8 +239,9 @@ def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path
         precision=precision,
         reference=load_model(checkpoint, config.model) if config.loss.kl_coef else None,
     )
-    if config.signals.source == "inline":
-        return Engines(infer=infer, train=train, attn=None, weight_sync=LocalWeightSync(train, infer))
+    if config.signals.source != "separate":
+        tapped = train if config.signals.source == "training" else None
+        return Engines(infer=infer, train=train, attn=None, weight_sync=LocalWeightSync(train, infer), tapped=tapped)
     attn = ObserveAttn(
         copy.deepcopy(model),
         config.signals,

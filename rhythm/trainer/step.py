@@ -26,6 +26,7 @@ from rhythm.engines.interfaces import (
     LogProbs,
     Rollout,
     StepMetrics,
+    TappedTrain,
     Train,
     TrainBatch,
     WeightSync,
@@ -35,6 +36,7 @@ from rhythm.tasks import Task
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.drawing import Drawn, draw, zero_variance_share
 from rhythm.trainer.metrics import Record, Stopwatch
+from rhythm.trainer.tapped import take_steps
 
 
 class Meter(Protocol):
@@ -51,15 +53,16 @@ class Meter(Protocol):
 class Engines:
     """The engines of a run.
 
-    attn: only with signals.source=separate. weight_sync: copies the trainer's weights to infer and attn. check:
-    compares the log-probs of Infer and Train for a rollout; returns metrics, raises where they differ too much. meter:
-    counts how long each role worked in a step.
+    attn: only with signals.source=separate. weight_sync: copies the trainer's weights to infer and attn. tapped: only
+    with signals.source=training: `train`, which reads the signals. check: compares the log-probs of Infer and Train for
+    a rollout; returns metrics, raises where they differ too much. meter: counts how long each role worked in a step.
     """
 
     infer: Infer
     train: Train
     attn: Attn | None
     weight_sync: WeightSync
+    tapped: TappedTrain | None = None
     check: Callable[[Rollout, LogProbs, int], Record] | None = None
     meter: Meter | None = None
 
@@ -68,12 +71,14 @@ class Engines:
 class TokenCredit:
     """Old log-probs, signals and γ of a rollout, under the weights that generated it.
 
-    signals: None where the strategy reads none. gamma: [B, T].
+    signals: None where the strategy reads none. gamma: [B, T]. measured: bool [B, T], the tokens whose log-probs are
+    known. With signals.source=training only the first mini-batch's signals are under those weights.
     """
 
     log_probs: LogProbs
     signals: RhythmSignals | None
     gamma: Tensor
+    measured: Tensor
 
 
 class StepAbandonedError(Exception):
@@ -106,7 +111,7 @@ def credit_tokens(
         if wanted and engines.attn is not None:
             signals = replace(engines.attn.signals(rollout, groups), entropy=log_probs.entropy)
         gamma_BT = batch_credit_weights(signals, rollout.response_mask, credit, generator, entropy=log_probs.entropy)
-    return TokenCredit(log_probs, signals, gamma_BT)
+    return TokenCredit(log_probs, signals, gamma_BT, rollout.response_mask)
 
 
 def train_step(
@@ -135,6 +140,10 @@ def train_step(
         drawn = draw(engines.infer, task, tokenizer, config, step=step, stop_asked=stop_asked)
     scored = drawn.scored
     _leave_if(stop_asked)
+    if engines.tapped is not None:
+        phase("training")
+        tapped = _train_tapped(engines.train, engines.tapped, drawn, config, step, watch)
+        return _finish(engines, drawn, tapped, {}, config, step, watch, phase), groups
     phase("attention")
     held, groups = groups, None if config.signals.calibrates(step) else groups
     credited = credit_tokens(
@@ -161,25 +170,63 @@ def train_step(
         )
         batch, advantages_B = _train_batch(engines.train, drawn, credited, correction, config)
         step_metrics = [engines.train.step(part) for part in mini_batches(batch, config, step)]
+    trained = Trained(credited, correction, advantages_B, step_metrics)
+    return _finish(engines, drawn, trained, {**turned, **parity}, config, step, watch, phase), groups
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training step's gradient steps took and gave. advantages: [B], without γ."""
+
+    credited: TokenCredit
+    correction: Correction
+    advantages: Tensor
+    metrics: list[StepMetrics]
+
+
+def _train_tapped(
+    train: Train, tapped: TappedTrain, drawn: Drawn, config: TrainConfig, step: int, watch: Stopwatch
+) -> Trained:
+    """The gradient steps with signals.source=training. The phase "attention" of `watch` is as in `credit_tokens`."""
+    rollout = drawn.scored.rollout
+    with watch("training"):
+        advantages_B = group_advantages(drawn.rewards, rollout.group, config.advantages)
+        rows = _mini_batch_rows(rollout, config, step)
+        taken = take_steps(train, tapped, rollout, _loss_mask(rollout, config), advantages_B, rows, config, step)
+    watch.move(taken.statistics_seconds, of="training", to="attention")
+    credited = TokenCredit(taken.log_probs, taken.signals, taken.gamma, taken.measured)
+    return Trained(credited, taken.correction, advantages_B, taken.metrics)
+
+
+def _finish(
+    engines: Engines,
+    drawn: Drawn,
+    trained: Trained,
+    more: Record,
+    config: TrainConfig,
+    step: int,
+    watch: Stopwatch,
+    phase: Callable[[str], None],
+) -> Record:
+    """Push the weights; returns the step's metrics, with `more` among them."""
+    credited = trained.credited
     phase("push")
     with watch("push"):
         engines.weight_sync.sync(step)
     total = watch.total
     unknown = math.nan if math.isnan(engines.train.statistics_seconds) else 0.0
-    record = {
+    return {
         "step": float(step),
         **_rollout_metrics(drawn, credited),
         **drawn.metrics,
-        **_mean_metrics(step_metrics),
-        **_credit_metrics(credited, advantages_B, scored.rollout.response_mask, config.credit),
-        **_correction_metrics(correction),
-        **turned,
-        **parity,
+        **_mean_metrics(trained.metrics),
+        **_credit_metrics(credited, trained.advantages, drawn.scored.rollout.response_mask, config.credit),
+        **_correction_metrics(trained.correction),
+        **more,
         **(engines.meter.pop_metrics(total) if engines.meter is not None else {}),
         "attention_share": watch.seconds["attention"] / total + unknown,
         **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
     }
-    return record, groups
 
 
 def _of_the_batch(signals: RhythmSignals, quantile: float) -> HeadGroups:
@@ -196,9 +243,17 @@ def _turnover(held: HeadGroups | None, chosen: HeadGroups) -> Record:
 
 def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[TrainBatch]:
     """The batch's rows, shuffled by (seed, step) and split into the mini-batches of the gradient steps."""
-    rows = len(batch.rollout.prompt_lens)
-    order = torch.randperm(rows, generator=generator(config.seed, "mini-batches", step))
-    return (take_rows(batch, index) for index in torch.split(order, config.batch.mini_batch_size))
+    return (take_rows(batch, index) for index in _mini_batch_rows(batch.rollout, config, step))
+
+
+def _mini_batch_rows(rollout: Rollout, config: TrainConfig, step: int) -> tuple[Tensor, ...]:
+    order = torch.randperm(len(rollout.prompt_lens), generator=generator(config.seed, "mini-batches", step))
+    return torch.split(order, config.batch.mini_batch_size)
+
+
+def _loss_mask(rollout: Rollout, config: TrainConfig) -> Tensor:
+    """bool [B, T]: the response tokens, without those of responses left out as overlong."""
+    return rollout.response_mask & rollout.finished[:, None] if config.overlong.mask else rollout.response_mask
 
 
 def _train_batch(
@@ -209,8 +264,7 @@ def _train_batch(
     advantages_BT = token_advantages(advantages_B, credited.gamma, rollout.response_mask, config.credit.apply_to)
     advantages_BT = advantages_BT * correction.weight
     reference = train.reference_log_probs(rollout) if config.loss.kl_coef else None
-    if config.overlong.mask:
-        rollout = replace(rollout, response_mask=rollout.response_mask & rollout.finished[:, None])
+    rollout = replace(rollout, response_mask=_loss_mask(rollout, config))
     return TrainBatch(rollout, credited.log_probs.logprobs, advantages_BT, reference), advantages_B
 
 
@@ -223,7 +277,7 @@ def _rollout_metrics(drawn: Drawn, credited: TokenCredit) -> Record:
     """Means over responses (reward … response_length), over groups (zero_variance_share) and over tokens (entropy, and
     logprob_gap: |log-prob of the Infer engine − log-prob of the Train engine| of the sampled token)."""
     scored = drawn.scored
-    rollout, mask_BT = scored.rollout, scored.rollout.response_mask
+    rollout, mask_BT, measured_BT = scored.rollout, scored.rollout.response_mask, credited.measured
     gap_BT = (rollout.logprobs - credited.log_probs.logprobs).abs()
     return {
         "reward": float(scored.scores.double().mean()),
@@ -236,8 +290,8 @@ def _rollout_metrics(drawn: Drawn, credited: TokenCredit) -> Record:
         "finished_share": float(rollout.finished.double().mean()),
         "response_length": float(rollout.response_lens.double().mean()),
         "response_tokens": float(mask_BT.sum()),
-        "entropy": float(credited.log_probs.entropy[mask_BT].double().mean()),
-        "logprob_gap": float(gap_BT[mask_BT].double().mean()),
+        "entropy": float(credited.log_probs.entropy[measured_BT].double().mean()),
+        "logprob_gap": float(gap_BT[measured_BT].double().mean()),
     }
 
 

@@ -68,13 +68,17 @@ class SignalRows:
         self._waiting: list[tuple[Tensor, HeadStatistics]] = []
         self._parts: list[tuple[Tensor, RhythmSignals]] = []
 
-    def put(self, index_n: Tensor, part: HeadStatistics) -> None:
-        """Add the statistics of rows `index_n`, which start at position 0."""
+    def put(self, index_n: Tensor, part: HeadStatistics) -> RhythmSignals | None:
+        """Add the statistics of rows `index_n`, which start at position 0. Returns their signals, or None if these need
+        all rows.
+        """
         if self._groups is None and self._tap.per == "batch":
             self._waiting.append((index_n, part))
-        else:
-            groups = self._groups or select_heads(part.span, self._tap.quantile)
-            self._parts.append((index_n, part.signals(groups)))
+            return None
+        groups = self._groups or select_heads(part.span, self._tap.quantile)
+        signals = part.signals(groups)
+        self._parts.append((index_n, signals))
+        return signals
 
     def joined(self) -> RhythmSignals:
         """The signals of all rows, NaN where there are none; without entropy."""

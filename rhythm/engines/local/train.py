@@ -16,12 +16,21 @@ from torch import Tensor
 from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
-from rhythm.credit.signals import RhythmSignals
+from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.head import output_head
-from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TrainBatch
+from rhythm.engines.interfaces import (
+    LogProbs,
+    NonFiniteError,
+    Rollout,
+    ShapeAdvantages,
+    StepMetrics,
+    TappedStep,
+    TrainBatch,
+)
 from rhythm.engines.local.attn import SignalRows, autocast
 from rhythm.engines.local.logprobs import check_output_head, response_logprobs
+from rhythm.engines.local.step_reader import StepReader
 from rhythm.engines.local.weights import load_weights
 from rhythm.engines.watch import DeviceWatch
 from rhythm.tap.attention_tap import AttentionTap
@@ -121,12 +130,22 @@ class TorchTrain:
 
     def step(self, batch: TrainBatch) -> StepMetrics:
         """See rhythm.engines.interfaces.Train."""
+        return self._step(batch, None)
+
+    def tapped_step(self, batch: TrainBatch, tap: SignalsConfig | None, shape: ShapeAdvantages) -> TappedStep:
+        """See rhythm.engines.interfaces.TappedTrain."""
+        reader = StepReader(batch.rollout, tap, shape, DeviceWatch(self._model.device))
+        metrics = self._step(batch, reader)
+        self.statistics_seconds = reader.watch.seconds
+        return TappedStep(metrics, reader.log_probs, reader.signals())
+
+    def _step(self, batch: TrainBatch, reader: StepReader | None) -> StepMetrics:
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         totals = BatchTotals.of(batch.rollout.response_mask)
         sums = torch.zeros(5, dtype=torch.float64)
         for index, width in micro_batches(batch.rollout, self._micro_batch_size):
-            sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch)
+            sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch, index, reader)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
         if not math.isfinite(grad_norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -173,13 +192,26 @@ class TorchTrain:
         self._optimizer.load_state_dict(state["optimizer"])
         self._gradient_steps = state["gradient_steps"]
 
-    def _accumulate(self, micro: TrainBatch, totals: BatchTotals, batch: TrainBatch) -> Tensor:
-        """Add a micro-batch's part to the gradients; returns its part of the step's numbers, `LossOutput.parts`."""
+    def _accumulate(
+        self, micro: TrainBatch, totals: BatchTotals, batch: TrainBatch, index: Tensor, reader: StepReader | None
+    ) -> Tensor:
+        """Add a micro-batch's part to the gradients; returns its part of the step's numbers, `LossOutput.parts`.
+
+        `index`: the micro-batch's rows in `batch`. `reader`: reads its signals and makes its advantages.
+        """
         with autocast(self._model, self._precision):
-            now = self._response_logprobs(self._model, micro.rollout)
+            now, statistics = self._forward(
+                self._model,
+                micro.rollout,
+                None if reader is None else reader.tap,
+                None if reader is None else reader.watch,
+            )
+        old_BT = now.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+        if reader is not None:
+            micro = reader.shaped(index, replace(micro, old_logprobs=old_BT), now, statistics)
         out = policy_loss(
             now.logprobs,
-            micro.old_logprobs,
+            old_BT,
             micro.advantages,
             micro.rollout.response_mask,
             self._loss,
@@ -210,23 +242,29 @@ class TorchTrain:
         for index, width in micro_batches(rollout, self._micro_batch_size):
             micro = trim(take_rows(rollout, index), width)
             with autocast(model, self._precision):
-                if tap is None or signals is None:
-                    part = self._response_logprobs(model, micro)
-                else:
-                    open_tap = AttentionTap(
-                        model,
-                        attention_mask=micro.attention_mask,
-                        prompt_lens=micro.prompt_lens,
-                        signals=tap,
-                    )
-                    open_tap.watch = watch or nullcontext()
-                    with open_tap:
-                        part = self._response_logprobs(model, micro)
-                    with open_tap.watch:
-                        signals.put(index, open_tap.statistics())
+                part, statistics = self._forward(model, micro, tap, watch)
+                if signals is not None and statistics is not None:
+                    with watch or nullcontext():
+                        signals.put(index, statistics)
             logprobs_BT[index, :width] = part.logprobs
             entropy_BT[index, :width] = part.entropy
         return LogProbs(logprobs_BT, entropy_BT)
 
-    def _response_logprobs(self, model: Any, rollout: Rollout) -> LogProbs:
-        return response_logprobs(model, rollout, temperature=self._temperature, chunk=self._config.token_chunk)
+    def _forward(
+        self, model: Any, rollout: Rollout, tap: SignalsConfig | None, watch: DeviceWatch | None
+    ) -> tuple[LogProbs, HeadStatistics | None]:
+        """One forward pass; with `tap` also the statistics of its attention, timed by `watch`."""
+
+        def scored() -> LogProbs:
+            return response_logprobs(model, rollout, temperature=self._temperature, chunk=self._config.token_chunk)
+
+        if tap is None:
+            return scored(), None
+        open_tap = AttentionTap(
+            model, attention_mask=rollout.attention_mask, prompt_lens=rollout.prompt_lens, signals=tap
+        )
+        open_tap.watch = watch or nullcontext()
+        with open_tap:
+            log_probs = scored()
+        with open_tap.watch:
+            return log_probs, open_tap.statistics()

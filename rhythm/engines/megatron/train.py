@@ -275,10 +275,10 @@ class MegatronTrain:
         def placed(x_bP: Tensor) -> Tensor:
             return x_bP[:, : packed.width].to(packed.target.device)
 
-        reference = micro.reference_logprobs
+        old, reference = micro.old_logprobs, micro.reference_logprobs
         out = policy_loss(
             now.logprobs,
-            placed(micro.old_logprobs),
+            now.logprobs.detach() if old is None else placed(old),
             placed(micro.advantages),
             packed.target,
             self._loss,

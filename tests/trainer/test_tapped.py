@@ -1,0 +1,107 @@
+"""signals.source=training: γ from the training pass itself, against the pass before it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from rhythm.engines.local.train import TorchTrain
+from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.loop import run
+
+Configure = Callable[..., TrainConfig]
+EVALUATED = 9
+EVALUATION = ("evaluation.samples=0", f"evaluation.instances={EVALUATED}")
+WHOLE = ("batch.mini_batch_size=16", "batch.micro_batch_size=4")
+TRAINING = "signals.source=training"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every log-prob pass of the trainer, but for those of evaluations."""
+    rows: list[int] = []
+    honest = TorchTrain.log_probs
+
+    def log_probs(self: TorchTrain, rollout: Any, *options: Any) -> Any:
+        if len(rollout.input_ids) != EVALUATED:  # an evaluation reads signals too
+            rows.append(len(rollout.input_ids))
+        return honest(self, rollout, *options)
+
+    monkeypatch.setattr(TorchTrain, "log_probs", log_probs)
+    return rows
+
+
+def records_and_weights(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    run_dir = run(config).run_dir
+    weights = next((run_dir / "checkpoints" / f"step_{config.steps:06d}").rglob("model.safetensors"))
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()], load_file(weights)
+
+
+@pytest.mark.parametrize("strategy", ["coupled", "entropy", "random"])
+def test_one_gradient_step_is_as_inline_without_its_pass(
+    small_config: Configure, tmp_path: Path, passes: list[int], strategy: str
+) -> None:
+    shared = (f"runs_dir={tmp_path}", "steps=2", f"credit.strategy={strategy}", *WHOLE, *EVALUATION)
+    inline, expected = records_and_weights(small_config(*shared, "name=inline"))
+    assert passes == [16, 16]
+    training, weights = records_and_weights(small_config(*shared, "name=training", TRAINING))
+    assert passes == [16, 16], "no pass but the training's own"
+    for left, right in zip(inline[1:], training[1:], strict=True):
+        for key in ("loss", "grad_norm", "gamma_mean", "gamma_share", "entropy", "waad_mean", "fai_mean", "reward"):
+            assert right[key] == (None if left[key] is None else pytest.approx(left[key], rel=1e-4, abs=1e-6)), key
+        assert right["gamma_mean"] > 1
+        assert right["logprob_gap"] < 1e-4
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "rows"), [("trainer", [8]), ("rollout", [])])
+def test_later_mini_batches_have_the_rollouts_log_probs(
+    small_config: Configure, tmp_path: Path, passes: list[int], source: str, rows: list[int]
+) -> None:
+    """Two gradient steps: old log-probs of the second one's rows alone are computed, or taken from the rollout."""
+    shared = (f"runs_dir={tmp_path}", "steps=1", "credit.strategy=random", *EVALUATION)
+    inline, expected = records_and_weights(small_config(*shared, "name=inline"))
+    passes.clear()
+    override = (TRAINING, f"batch.old_logprobs={source}")
+    training, weights = records_and_weights(small_config(*shared, "name=training", *override))
+    assert passes == rows
+    assert training[1]["approx_kl"] > 0
+    for key in ("loss", "clip_share", "approx_kl", "grad_norm"):
+        assert training[1][key] == pytest.approx(inline[1][key], rel=1e-3, abs=1e-6), key
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refusal"),
+    [
+        ((TRAINING, "signals.grouping=batch"), "signals.grouping is 'batch': must be 'sequence'"),
+        ((TRAINING, "credit.mass=matched"), "credit.mass is 'matched': must be 'as_is'"),
+        (
+            ("credit.strategy=random", "credit.random_like=coupled", TRAINING),
+            "credit.random_like is 'coupled': must be",
+        ),
+        (("batch.old_logprobs=rollout",), "batch.old_logprobs is 'rollout': must be 'trainer' unless"),
+        ((TRAINING, "batch.old_logprobs=rollout", "model.precision=bfloat16"), "'trainer' with model.precision"),
+        ((TRAINING, "batch.old_logprobs=rollout", "correction.mode=token_mask"), "correction.mode is 'token_mask'"),
+    ],
+)
+def test_what_needs_all_rows_is_refused(small_config: Configure, overrides: tuple[str, ...], refusal: str) -> None:
+    with pytest.raises((ValidationError, ValueError), match=refusal):
+        small_config(*overrides)
