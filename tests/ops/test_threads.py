@@ -7,6 +7,8 @@ import resource
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import resource, torch, rhythm
 
@@ -67,6 +69,7 @@ print(one, many, time.process_time() - before)
 """
 
 
+@pytest.mark.timing
 def test_threads_that_wait_use_no_cpu_time() -> None:
     """Eight threads for few cores spend what one does; nothing runs after a call, where two of libgomp's spin."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
