@@ -68,7 +68,7 @@ class Block:
 
 
 def columns(runs: Sequence[MethodRun]) -> list[Column]:
-    """The run's own task, then every further one: by avg@n where it has several responses a problem, else pass@1."""
+    """The run's own task, then every further one: by avg@n where it has several responses per problem, else pass@1."""
     found = []
     if any("accuracy" in record for run in runs for record in run.run.records):
         own = sorted({str(run.config.get("task.name", "held out")) for run in runs})

@@ -111,7 +111,7 @@ def running_peak_average(values: Iterable[float], alpha: float) -> list[float]:
 
 
 def task_metrics(records: Iterable[Record]) -> dict[str, str]:
-    """Task → metric, of the further tasks in the records: avg@n with several responses a problem, else pass@1.
+    """Task → metric, of the further tasks in the records: avg@n with several responses per problem, else pass@1.
 
     The records have them as `<task>/<metric>`.
     """

@@ -53,7 +53,7 @@ def load_runs(directories: Sequence[Path], labels: Mapping[str, str]) -> list[Me
     """The runs with their methods, ordered by block, method and seed.
 
     Args:
-        labels: of a method, by the run's directory name or path, in place of the name read off the configuration.
+        labels: names of methods, by the run's directory name or path, in place of the name read off the configuration.
 
     Raises ValueError: a directory without metrics, a config.yaml that can't be read, a label for none of the runs, two
     runs of one method with the same seed.
