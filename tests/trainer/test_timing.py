@@ -46,6 +46,7 @@ def test_the_share_is_that_of_the_statistics(
         f"signals.source={source}",
         f"signals.grouping={grouping}",
         "evaluation.samples=0",
+        "evaluation.rhythm_responses=0",  # which needs statistics too
     )
     config = small_config(*overrides, "name=timed", "steps=1")
     run(config)
