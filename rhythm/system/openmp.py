@@ -16,6 +16,7 @@ number of threads stays, and only the wait changes:
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -36,10 +37,12 @@ BLOCK_MILLISECONDS = 1
 
 _GNU, _KMP = re.compile(r"/libgomp[^/]*\.so[^/]*$"), re.compile(r"/lib(iomp5|omp)[^/a-z]*\.so[^/]*$")
 _SCHEDSTAT = Path("/proc/self/schedstat")  # of the main thread: seconds on a core, seconds ready but without one, in ns
-_INTERVAL = 0.5
-# A main thread that is alone waits 1 to 2% of the time, beside one busy process on two cores 30% or more.
-_BUSY, _CALM = 0.10, 0.05
-_BUSY_LOOKS, _CALM_LOOKS = 2, 4
+_INTERVAL = 0.25
+# A main thread that is alone waits 1% of the time, beside one busy process on two cores 40%. While threads don't spin
+# it tells less: then a thread that is woken waits a little for its core, tens of thousands of times a second.
+_BUSY, _BUSY_LOOKS = 0.10, 2
+# So a crowd stays that many looks and then leaves, to see; twice as many each time it is called back at once.
+_STAY, _LONGEST_STAY = 8, 40
 _MOST_CROWDS = 4
 
 
@@ -81,8 +84,9 @@ def waited() -> float | None:
 
 
 class SpinWatch:
-    """Until the block is left, looks twice a second how long the main thread waited for a core, and has libgomp's
-    threads spin next to nothing while that is more than a tenth of the time.
+    """Until the block is left, looks four times a second how long the main thread waited for a core. Where that was
+    more than a tenth of the time twice in a row, libgomp's threads spin next to nothing for the next 2 seconds; up to
+    10 where it is so again and again.
 
     `crowded` says whether they do now. Where the system doesn't say how long threads wait (it is Linux that does),
     and with another OpenMP runtime than libgomp, it does nothing.
@@ -111,17 +115,26 @@ class SpinWatch:
 
     def _watch(self) -> None:
         before, then = self._waited(), time.monotonic()
-        looks = 0  # in a row that speak for a change
+        looks, stay = 0, 0  # in a row that were busy, or of this crowd; of the last crowd
+        alone = math.inf  # looks since the last crowd
         while before is not None and not self._end.wait(self._interval):
             after, now = self._waited(), time.monotonic()
             if after is None:
                 break
             share = (after - before) / (now - then)
             before, then = after, now
-            looks = looks + 1 if (share < _CALM if self.crowded else share > _BUSY) else 0
-            if looks >= (_CALM_LOOKS if self.crowded else _BUSY_LOOKS):
-                looks = 0
+            if self.crowded:
+                looks += 1
+                if looks == stay:
+                    self._change()
+                    looks = alone = 0
+                continue
+            alone += 1
+            looks = looks + 1 if share > _BUSY else 0
+            if looks == _BUSY_LOOKS:
+                stay = min(2 * stay, _LONGEST_STAY) if alone <= 2 * _BUSY_LOOKS else _STAY
                 self._change()
+                looks = 0
         if self._crowd is not None:
             self._change()
 

@@ -99,14 +99,40 @@ def test_one_look_or_a_short_wait_changes_nothing(shares: tuple[float, ...], mon
     assert not watch.crowded
 
 
-def test_four_calm_looks_end_a_crowd_and_three_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    left: list[int] = []
-    wait = Wait([0.5, 0.5, 0, 0, 0, 0.06, 0, 0, 0, 0, 0, 0])
+def test_a_crowd_stays_longer_each_time_it_is_called_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the wait is while it is there: 8 looks, 16, 32, 40 at most; and 8 again after a calm time."""
+    came, left = [], []
+
+    class Noted:
+        def __init__(self) -> None:
+            came.append(wait.looks)
+
+        def leave(self) -> None:
+            left.append(wait.looks)
+
+    shares = [
+        0.5,
+        0.5,
+        *[0.0] * 8,
+        0.5,
+        0.5,
+        *[0.5] * 16,
+        0.0,
+        0.5,
+        0.5,
+        *[0.0] * 32,
+        0.5,
+        0.5,
+        *[0.0] * 40,
+        *[0.0] * 4,
+    ]
+    wait = Wait([*shares, 0.5, 0.5, *[0.5] * 8, 0.0])
     monkeypatch.setattr(openmp, "uses_libgomp", lambda: True)
-    monkeypatch.setattr(openmp, "Crowd", lambda: type("C", (), {"leave": lambda self: left.append(wait.looks)})())
-    with SpinWatch(wait, interval=0.03):
+    monkeypatch.setattr(openmp, "Crowd", Noted)
+    with SpinWatch(wait, interval=0.02):
         wait.over()
-    assert left == [10]
+    assert came == [2, 12, 31, 65, 111]
+    assert [end - start for start, end in zip(came, left, strict=True)] == [8, 16, 32, 40, 8]
 
 
 class Wait:
