@@ -144,6 +144,6 @@ def measured(run: Callable[[Tile], None], tile: Tile) -> float:
     """
     try:
         return float(triton.testing.do_bench_cudagraph(lambda: run(tile), rep=50, return_mode="median"))
-    except Exception as error:
+    except Exception as error:  # see above
         logger.warning("tile left out: %s: %s: %s", tile, type(error).__name__, error)
         return float("inf")

@@ -21,12 +21,12 @@ if not torch.cuda.is_available():
 
 
 class _Helpers(MetaPathFinder):
-    """`import corner_cases`, `in_browser`, `models` and `tensors` from any test, without this folder on sys.path.
+    """`import tensors` and the other `names` from any test, without this folder on sys.path.
 
     On sys.path it would make tests/kernels importable as `kernels`, which is another package's name.
     """
 
-    names = ("corner_cases", "in_browser", "models", "tensors")
+    names = ("corner_cases", "in_browser", "megatron_case", "models", "tensors")
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
         if fullname not in self.names:

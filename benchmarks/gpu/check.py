@@ -21,9 +21,10 @@ import torch
 from benchmarks import ROOT
 from benchmarks.gpu.ceilings import HOPPER, Sizes, card_part, ceilings_part
 from benchmarks.gpu.clock import Budget, Clock, clock_of, one_line
+from benchmarks.gpu.comparison import OURS
 from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Console, GpuPart, Planned, Report
-from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, GpuSettings
+from benchmarks.gpu.suite import FULL, INTERPRETED, GpuSettings
 from benchmarks.implementations import Outputs
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Inputs, Shape, make_inputs

@@ -202,7 +202,7 @@ class MadeUpClock(InterpreterClock):
             try:
                 self.captured(run)()
                 timings[name] = Timing(self._times(name, rounds))
-            except Exception as error:
+            except Exception as error:  # as on a GPU: affects only its own row
                 reasons[name] = one_line(error)
         return timings, reasons
 

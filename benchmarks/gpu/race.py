@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.gpu.clock import Budget, Clock, clock_of, one_line
+from benchmarks.gpu.comparison import OURS, Comparison
 from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.profile import counters_part, kernels_part
 from benchmarks.gpu.report import Console, GpuPart, Planned, Report
-from benchmarks.gpu.suite import FULL, INTERPRETED, OURS, Comparison, GpuSettings
+from benchmarks.gpu.suite import FULL, INTERPRETED, GpuSettings
 from benchmarks.gpu.tiles import tiles_part, tuner_part
 from benchmarks.implementations import Maker, Outputs
 from benchmarks.registry import Benchmark
@@ -157,6 +158,6 @@ def _refused(trial: Prototype, settings: RaceSettings, clock: Clock) -> str | No
             verify([Benchmark(trial.name, make, score_flops, lambda shape, dtype: 0, "")], inputs)
     except WrongResultError as error:
         return str(error).splitlines()[-1].removeprefix(f"{trial.name}: ")
-    except Exception as error:
+    except Exception as error:  # a trial kernel may not compile; that is its result
         return one_line(error)
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.gpu import actor_attn
 from benchmarks.gpu.actor_attn import ModelShape
 from benchmarks.gpu.clock import Budget, Clock, Run, one_line
+from benchmarks.gpu.comparison import OURS, Comparison
 from benchmarks.gpu.implementations import GPU, INTERPRETER, Implementation
 from benchmarks.gpu.report import GpuPart, Planned
 from benchmarks.measure import Timing, ratio
@@ -22,7 +23,6 @@ from benchmarks.verify import CheckedResult, WrongResultError, verify
 from rhythm import attention_statistics, attention_with_statistics
 
 QWEN3_4B, QWEN3_4B_MODEL = Shape(8192, query_heads=32, key_heads=8, head_size=128), ModelShape()
-OURS = ("statistics", "with_output", "bands")
 
 
 @dataclass(frozen=True)
@@ -59,116 +59,6 @@ INTERPRETED = GpuSettings(
     rounds=2,
     late_lengths=(96,),
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One op at one shape.
-
-    Attributes:
-        seconds, seconds_min, seconds_max: median, fastest and slowest of the time named in `by`.
-        by: "replayed", or "eager" if the op could not be captured in a CUDA graph (benchmarks/gpu/clock.py).
-        eager_seconds, host_seconds: median time of eager calls, and time in which the host issues one.
-        flops: the counted FLOPs.
-        peak_bytes: peak memory beyond the inputs.
-        to_best_forward: ratio to the best plain forward, both by the same kind of time.
-    """
-
-    op: str
-    tokens: int
-    seconds: float
-    seconds_min: float
-    seconds_max: float
-    by: str
-    eager_seconds: float
-    host_seconds: float
-    flops: int
-    peak_bytes: int
-    to_best_forward: float | None
-
-    @property
-    def tflops(self) -> float:
-        return self.flops / self.seconds / 1e12
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self) | {"tflops": self.tflops}
-
-    def cells(self) -> dict[str, str]:
-        """The row of the printed table."""
-        return {
-            "op": self.op,
-            "T": str(self.tokens),
-            "ms": f"{1e3 * self.seconds:,.3f}",
-            "fastest": f"{1e3 * self.seconds_min:,.3f}",
-            "slowest": f"{1e3 * self.seconds_max:,.3f}",
-            "by": self.by,
-            "eager ms": f"{1e3 * self.eager_seconds:,.3f}",
-            "host ms": f"{1e3 * self.host_seconds:,.3f}",
-            "TFLOP/s": f"{self.tflops:.1f}",
-            "MB beyond inputs": f"{self.peak_bytes / 1e6:,.1f}",
-            "over the best forward": "" if self.to_best_forward is None else f"{self.to_best_forward:.3f}",
-        }
-
-
-@dataclass
-class Comparison:
-    """Implementations to be compared, and their times.
-
-    Attributes:
-        runs: the calls to time, by name; only implementations that ran once without an error.
-        absent: what can't run on this machine or at this length, and why.
-        failed: why an implementation that should have run failed, by name.
-        peaks, host: peak memory in bytes, and the host's seconds per call, by name.
-        eager, replayed: times by name; a call that could not be captured is in `failed` instead of `replayed`.
-    """
-
-    runs: dict[str, Run] = field(default_factory=dict)
-    absent: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    peaks: dict[str, int] = field(default_factory=dict)
-    host: dict[str, float] = field(default_factory=dict)
-    eager: dict[str, Timing] = field(default_factory=dict)
-    replayed: dict[str, Timing] = field(default_factory=dict)
-
-    def enter(self, name: str, make: Callable[[], Run], clock: Clock) -> None:
-        """Build and run an implementation. If it raises, the error is kept and the others still run."""
-        try:
-            run = make()
-            run()
-            self.peaks[name] = clock.peak_bytes(run)
-        except Exception as error:
-            self.failed[name] = one_line(error)
-        else:
-            self.runs[name] = run
-
-    def measure(self, clock: Clock, rounds: int) -> None:
-        self.host = {name: clock.host_seconds(run) for name, run in self.runs.items()}
-        self.eager = clock.interleaved(self.runs, rounds)
-        self.replayed, reasons = clock.interleaved_replays(self.runs, rounds)
-        self.failed |= {name: f"not captured in a graph, {reason}" for name, reason in reasons.items()}
-
-    def best(self, plain: list[str]) -> str | None:
-        """The fastest plain forward, by replays if there are any."""
-        timings = self.replayed if any(name in self.replayed for name in plain) else self.eager
-        present = [name for name in plain if name in timings]
-        return min(present, key=lambda name: timings[name].median) if present else None
-
-    def rows(self, tokens: int, flops: Mapping[str, int], best: str | None) -> tuple[Row, ...]:
-        return tuple(self._row(name, tokens, flops[name], best) for name in self.runs)
-
-    def ours_failed(self) -> bool:
-        return any(name in OURS for name in self.failed)
-
-    def not_measured(self) -> tuple[str, ...]:
-        return tuple(f"{name}: {reason}" for name, reason in self.failed.items())
-
-    def _row(self, name: str, tokens: int, flops: int, best: str | None) -> Row:
-        by, timings = ("replayed", self.replayed) if name in self.replayed else ("eager", self.eager)
-        timing = timings[name]
-        share = ratio(timing, timings[best]) if best is not None and best in timings else None
-        seconds = timing.median, min(timing.seconds), max(timing.seconds)
-        eager, host = self.eager[name].median, self.host[name]
-        return Row(name, tokens, *seconds, by, eager, host, flops, self.peaks[name], share)
 
 
 def parts(settings: GpuSettings, clock: Clock, refused: Mapping[str, str], budget: Budget) -> list[Planned]:
@@ -210,7 +100,7 @@ def refusals(settings: GpuSettings, clock: Clock, late: bool = False) -> dict[st
             verify([one], make_inputs(settings.checked_shapes[0], torch.bfloat16, clock.device, clock.backend))
         except WrongResultError as error:
             refused[one.name] = str(error).splitlines()[-1].removeprefix(f"{one.name}: ")
-        except Exception as error:
+        except Exception as error:  # not for this machine or these tensors
             refused[one.name] = one_line(error)
     return refused
 

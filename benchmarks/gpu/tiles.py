@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.clock import Budget, Clock, one_line
+from benchmarks.gpu.comparison import Comparison
 from benchmarks.gpu.report import GpuPart
-from benchmarks.gpu.suite import Comparison
 from benchmarks.implementations import Outputs
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, Shape, make_inputs
 from benchmarks.verify import relative_error
@@ -125,7 +125,7 @@ def tuner_part(inputs: Callable[[], Inputs]) -> GpuPart:
         for sweep, op in ops(inputs()).items():
             try:
                 op()
-            except Exception as error:
+            except Exception as error:  # reported; the other kernels are still timed
                 failed.append(f"{sweep}: {one_line(error)}")
     path = tuning.cache_file()
     kept = path.read_text(encoding="utf-8") if path.exists() else "no tiles were timed: each kernel has only one"

@@ -4,53 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from types import TracebackType
-from typing import Self
+from contextlib import nullcontext
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rhythm.system.display import ProgressDisplay, say_as, shows_bars
 from rhythm.system.progress import Heartbeat, Rate, duration
 
+COMMAND = "rhythm-analyze"
 
-class AnalysisProgress:
-    """Shows the number of finished problems and the current phase. Without a console nothing is shown."""
+
+class AnalysisProgress(ProgressDisplay):
+    """Shows the number of finished problems and the current phase."""
 
     def __init__(self, console: Console | None, *, problems: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`problems`: their number in the whole analysis. `clock`: returns the time in seconds."""
-        shows_bars = console is not None and _shows_bars(console)
-        self._bars = Progress(
+        super().__init__(
+            console,
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[phase]}"),
-            console=console,
-            disable=not shows_bars,
+            description="analyzing",
+            total=problems,
+            say=say_as(COMMAND, console),
+            clock=clock,
+            phase="",
         )
-        self._bar = self._bars.add_task("analyzing", total=problems, phase="")
-        self._lines = None if shows_bars else console
-        self._problems, self._clock = problems, clock
+        self._problems = problems
         self._started = self._phase_began = clock()
         self._phase: Callable[[], str] = lambda: "starting"
         self._done, self._share, self._batch = 0, 0.0, 0
         self._rate = Rate("problem")
-        self.heartbeat = Heartbeat(self.status, self._say, clock=clock)
-        self._open = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        if self._lines is not None:
-            self._open.enter_context(self.heartbeat)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.close()
-        self._bars.stop()
 
     def batch(self, problems: int) -> None:
         """Begin a batch of so many problems."""
@@ -78,26 +66,14 @@ class AnalysisProgress:
         left = duration((self._problems - done) * seconds)
         return f"{done:.3g}/{self._problems} problems, {self._rate.text(seconds)}, {left} left; {doing}"
 
-    def _say(self, line: str) -> None:
-        if self._lines is not None:
-            _print(self._lines, line)
-
 
 def finishing(console: Console | None, clock: Callable[[], float] = time.monotonic) -> Heartbeat | nullcontext[None]:
     """Progress lines while tables, figures and the page are written, after the last problem."""
-    if console is None or _shows_bars(console):
+    if console is None or shows_bars(console):
         return nullcontext()
     began = clock()
     return Heartbeat(
         lambda: f"all problems done; writing tables, figures and the page for {duration(clock() - began)}",
-        lambda line: _print(console, line),
+        say_as(COMMAND, console),
         clock=clock,
     )
-
-
-def _shows_bars(console: Console) -> bool:
-    return console.is_terminal or console.is_jupyter
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(f"rhythm-analyze: {line}", soft_wrap=True, markup=False, highlight=False)

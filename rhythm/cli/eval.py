@@ -20,7 +20,6 @@ from rhythm.evaluation.config import EvaluationConfig, MachineConfig
 from rhythm.evaluation.engine import check_checkpoint, placed
 from rhythm.evaluation.page import table
 from rhythm.evaluation.run import REPORT, RESPONSES, RESULTS, Evaluation, default_directory, evaluate_checkpoint
-from rhythm.tasks import load_task
 
 ALIASES = ("model", "out")
 
@@ -56,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     directory = config.out or default_directory(config.model)
     try:
-        found = evaluate_checkpoint(config.evaluation, config.machine, ErrorConsole())
+        evaluation = evaluate_checkpoint(config.evaluation, config.machine, ErrorConsole())
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if any((directory / RESPONSES).glob("*.jsonl")):
             error.add_note(f"rhythm-eval: finished responses stay in {directory}; the same command goes on from there")
         raise
-    show(_shown(found))
+    show(_shown(evaluation))
     return ExitCode.DONE
 
 
@@ -69,7 +68,7 @@ def _config(arguments: argparse.Namespace) -> CommandConfig:
     """Raises ConfigError naming the keys at fault."""
     path, overrides = config_and_overrides(arguments.words)
     given = {name: value for name in ALIASES if (value := getattr(arguments, name)) is not None}
-    if twice := [name for name in given if any(each.startswith(f"{name}=") for each in overrides)]:
+    if twice := [name for name in given if any(override.startswith(f"{name}=") for override in overrides)]:
         raise ConfigError(f"{twice[0]} is given twice: --{twice[0]} {given[twice[0]]} is short for {twice[0]}=…")
     return read_config(CommandConfig, path, overrides, given=given, like=lambda _: _DEFAULTS)
 
@@ -81,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "rhythm-eval",
         "[CONFIG] --model DIR tasks='[NAME, …]' [key=value …] [--dry-run]",
-        "Generate and judge responses to the tasks' test problems; write pass@1, avg@n and pass@k with 95% intervals\n"
+        "Generate and score responses to the tasks' test problems; write pass@1, avg@n and pass@k with 95% intervals\n"
         "(results.json, report.html) and every response (responses/*.jsonl). The same command again goes on where it\n"
         "stopped.",
     )
@@ -117,8 +116,7 @@ def _dry_run(config: CommandConfig) -> str:
     device, dtype = placed(config.device, config.dtype)
     lines = [f"# model: on {device}, dtype {str(dtype).removeprefix('torch.')}, engine {config.engine}"]
     for plan in config.plans():
-        task = load_task(plan.task.name, plan.task.options.model_dump())
-        problems = len(task.test[: plan.problems])
+        problems = len(plan.load_task().test[: plan.problems])
         metrics = ", ".join([f"avg@{plan.samples}", *(f"pass@{k}" for k in plan.ks)])
         lines.append(
             f"# {plan.title}: {problems} problems × {plan.samples} = {problems * plan.samples} responses; {metrics}"
@@ -129,13 +127,13 @@ def _dry_run(config: CommandConfig) -> str:
     return dump_config(config) + "# derived\n" + "\n".join(lines)
 
 
-def _shown(found: Evaluation) -> str:
+def _shown(evaluation: Evaluation) -> str:
     """The table, and where everything is."""
     console = Console(file=io.StringIO(), width=100)
-    console.print(table(found.scores))
+    console.print(table(evaluation.scores))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     lines = [line.rstrip() for line in text.splitlines()]
-    return "\n".join([*lines, *(str(found.directory / name) for name in (RESULTS, REPORT))])
+    return "\n".join([*lines, *(str(evaluation.directory / name) for name in (RESULTS, REPORT))])
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def command(name: str, meanings: Mapping[type[Exception], ExitCode] | None = Non
                     return ExitCode.BROKEN_PIPE
                 _say(f"{name}: stdout: {_reason(error.reason)}")
                 return ExitCode.FILES
-            except Exception as error:
+            except Exception as error:  # raised again unless it has an exit code
                 code_of = _code(error, known)
                 if code_of is None:
                     raise

@@ -69,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("a single run has a page without settings: name several runs, or leave the keys out")
         show(_dry_run(only) if arguments.dry_run else str(write_report(only)))
         return ExitCode.DONE
-    found = compare(
+    comparison = compare(
         config.runs, labels=config.labels, baseline=config.baseline, at=config.at, peak_alpha=config.peak_alpha
     )
     out = config.out or config.runs[0].resolve().parent / "comparison"
     if arguments.dry_run:
-        show(_dry_comparison(config, found, out))
+        show(_dry_comparison(config, comparison, out))
         return ExitCode.DONE
-    show("\n".join(map(str, write_comparison(found, out))))
+    show("\n".join(map(str, write_comparison(comparison, out))))
     return ExitCode.DONE
 
 
@@ -94,11 +94,11 @@ def _config(words: Sequence[str]) -> ReportConfig:
     return config
 
 
-def _dry_comparison(config: ReportConfig, found: Comparison, out: Path) -> str:
+def _dry_comparison(config: ReportConfig, comparison: Comparison, out: Path) -> str:
     """What the comparison would contain."""
     lines = [f"# {run.directory}: {run.method}, seed {run.seed}" + (f", {run.block}" if run.block else "")
-             for run in found.runs]  # fmt: skip
-    tasks = ", ".join(f"{column.task} ({column.metric})" for column in found.columns)
+             for run in comparison.runs]  # fmt: skip
+    tasks = ", ".join(f"{column.task} ({column.metric})" for column in comparison.columns)
     return "\n".join([f"{dump_config(config)}# derived", *lines, f"# tasks: {tasks}", f"# out: {out}"])
 
 

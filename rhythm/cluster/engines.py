@@ -19,7 +19,7 @@ from rhythm.cluster.session import Session
 from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
 from rhythm.cluster.utilization import Rates
 from rhythm.credit.config import SignalsConfig
-from rhythm.credit.heads import HeadGroups, select_heads
+from rhythm.credit.heads import HeadGroups, shared_heads
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import concatenate, take_rows
 from rhythm.engines.interfaces import (
@@ -266,8 +266,7 @@ class ClusterAttn(Replicas[AttnSpec]):
         signals = self._signals(rollout, groups)
         tap = self._spec.tap
         if groups is None and tap.grouping != "sequence":
-            chosen = select_heads(signals.span, tap.quantile, tap.per)
-            signals = self._signals(rollout, HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1]))
+            signals = self._signals(rollout, shared_heads(signals.span, tap.quantile))
         seconds = time.perf_counter() - started
         self._rates.processed(Role.ATTN, int(rollout.lens.sum()), seconds)
         self._rates.statistics += seconds

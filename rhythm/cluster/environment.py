@@ -7,7 +7,7 @@ import os
 from rhythm.cluster.config import ClusterConfig
 
 
-def prepare_environment(config: ClusterConfig) -> None:
+def prepare_ray_environment(config: ClusterConfig) -> None:
     """Make Ray listen on `bind_address`, send no usage statistics, and require a token from its clients.
 
     Even with 127.0.0.1 Ray listens on an address that other machines can reach, unless clusters of several machines are

@@ -31,7 +31,7 @@ from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.transfer import Bucket, WeightSender, buckets, make_sender
-from rhythm.engines.vllm.infer import VllmInfer, prepare_environment
+from rhythm.engines.vllm.infer import VllmInfer, prepare_vllm_environment
 
 
 class Host:
@@ -59,7 +59,7 @@ class Host:
         started = time.perf_counter()
         try:
             value = getattr(self, method)(*arguments)
-        except Exception:
+        except Exception:  # raised again
             traceback.print_exc()  # into the log
             raise
         return Reply(value, time.perf_counter() - started)
@@ -185,7 +185,7 @@ class InferHost(Host):
         if spec.vllm is None:
             self._engine = _GenerateReplica(_load_model(spec, dtype), spec)
             return
-        prepare_environment(self._bind_address)
+        prepare_vllm_environment(self._bind_address)
         self._engine = VllmInfer(
             spec.checkpoint,
             spec.vllm,

@@ -36,7 +36,7 @@ class Session:
             workers = session.start(Role.TRAIN)
 
     On exit all processes are killed, and Ray is stopped if it was started here. Call
-    `rhythm.cluster.environment.prepare_environment` before importing this module.
+    `rhythm.cluster.environment.prepare_ray_environment` before importing this module.
     """
 
     def __init__(self, config: ClusterConfig, *, separate_attn: bool) -> None:
@@ -151,7 +151,7 @@ class Session:
         if self.config.ray_address is None and address != self.config.bind_address:
             raise RuntimeError(
                 f"Ray listens on {address}, cluster.bind_address is {self.config.bind_address}: "
-                "rhythm.cluster.environment.prepare_environment must be called before ray is imported"
+                "rhythm.cluster.environment.prepare_ray_environment must be called before ray is imported"
             )
 
     def _reserve(self) -> None:

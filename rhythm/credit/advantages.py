@@ -81,7 +81,7 @@ def token_advantages(
     """Ã_t = γ_t·A on response tokens (eq. 12), 0 elsewhere.
 
     Args:
-        advantages_B: [B] of the responses.
+        advantages_B: [B] of the responses, or [B, T] of their tokens.
         gamma_BT: [B, T], as from batch_credit_weights.
         response_mask_BT: [B, T], true on response tokens.
         apply_to: "nonnegative" leaves negative advantages as they are; "all" multiplies them as well.
@@ -95,12 +95,14 @@ def token_advantages(
     if apply_to not in ("nonnegative", "all"):
         raise ValueError(f"apply_to is {apply_to!r}; it must be 'nonnegative' or 'all'")
     B, T = check_shape("response_mask", response_mask_BT, ("B", "T"))
-    check_shape("advantages", advantages_B, (B,))
     check_shape("gamma", gamma_BT, (B, T))
-    advantage_B1 = advantages_B.detach().float()[:, None]
-    shaped_BT = gamma_BT.detach().float() * advantage_B1
+    per_token = advantages_B.ndim == 2
+    check_shape("advantages", advantages_B, (B, T) if per_token else (B,))
+    plain = advantages_B.detach().float()
+    plain_BT = (plain if per_token else plain[:, None]).expand(B, T)
+    shaped_BT = gamma_BT.detach().float() * plain_BT
     if apply_to == "nonnegative":
-        shaped_BT = torch.where(advantage_B1 >= 0, shaped_BT, advantage_B1)
+        shaped_BT = torch.where(plain_BT >= 0, shaped_BT, plain_BT)
     return torch.where(response_mask_BT.bool(), shaped_BT, 0.0)
 
 

@@ -87,6 +87,12 @@ def select_heads(span: Tensor, quantile: float = 0.3, per: Literal["sequence", "
     return HeadGroups(local=local_Rn.expand(span.shape), global_=global_Rn.expand(span.shape))
 
 
+def shared_heads(span: Tensor, quantile: float = 0.3) -> HeadGroups:
+    """The fixed groups, [1, n], that a batch's mean spans choose: `select_heads` per batch. span: [B, n]."""
+    chosen = select_heads(span, quantile, "batch")
+    return HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
+
+
 def turnover(before: HeadGroups, now: HeadGroups) -> tuple[float, float]:
     """(local, global): how far fixed groups have changed, 1 − |A ∩ B| / |A ∪ B| (the Jaccard distance): 0 for the same
     heads, 1 for none in common; NaN where both are empty.

@@ -6,6 +6,7 @@ value at [b, t] belongs to the token input_ids[b, t], so logprobs[b, t] is log p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,12 @@ class StepMetrics:
     kl: float
     grad_norm: float
     lr: float
+
+    @classmethod
+    def of(cls, sums_5: Tensor, *, grad_norm: float, lr: float, has_reference: bool) -> StepMetrics:
+        """From the sum of its micro-batches' `LossOutput.parts`."""
+        loss, clip_share, dual_clip_share, approx_kl, kl = sums_5.tolist()
+        return cls(loss, clip_share, dual_clip_share, approx_kl, kl if has_reference else math.nan, grad_norm, lr)
 
 
 class NonFiniteError(ArithmeticError):

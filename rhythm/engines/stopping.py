@@ -11,6 +11,15 @@ import torch
 from rhythm.engines.interfaces import Rollout
 
 
+def response_texts(rollout: Rollout, tokenizer: Any) -> list[str]:
+    """The responses as text, without special tokens."""
+    rows = zip(rollout.input_ids.tolist(), rollout.response_mask.tolist(), strict=True)
+    return [
+        tokenizer.decode([i for i, inside in zip(ids, mask, strict=True) if inside], skip_special_tokens=True)
+        for ids, mask in rows
+    ]
+
+
 def cut_at_stop(rollout: Rollout, tokenizer: Any, stop: Sequence[str]) -> Rollout:
     """Each response without what follows the token that completes the first of the `stop` strings; it ends there by
     itself.

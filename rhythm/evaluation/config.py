@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_v
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.vllm.infer import VllmConfig
 from rhythm.evaluation.estimators import usual_k
+from rhythm.tasks import Task, load_task
 from rhythm.tasks.config import TaskConfig
 from rhythm.tasks.isolation import RewardConfig
 
@@ -46,7 +47,7 @@ class EvalTask(TaskConfig, extra="forbid", frozen=True):
         n = samples if self.samples is None else self.samples
         given = self.k if self.k is not None else k
         ks = usual_k(n) if given is None else tuple(sorted(set(given)))
-        if wrong := [each for each in ks if not 1 <= each <= n]:
+        if wrong := [value for value in ks if not 1 <= value <= n]:
             raise ValueError(f"k is {wrong[0]} for task {self.title}: must be from 1 to samples = {n}")
         own = {key: getattr(self, key) for key in ("temperature", "top_p", "max_new_tokens")}
         drawn = sampling.model_copy(update={key: value for key, value in own.items() if value is not None})
@@ -73,6 +74,19 @@ class Plan:
         """The task's name in results."""
         return self.task.title
 
+    def load_task(self, where: str = "task ") -> Task[Any]:
+        """The task.
+
+        Raises ValueError, beginning with `where` and the title, for options that it refuses and without test instances.
+        """
+        try:
+            task = load_task(self.task.name, self.task.options.model_dump())
+        except ValueError as error:
+            raise ValueError(f"{where}{self.title}: {error}") from error
+        if not task.test:
+            raise ValueError(f"{where}{self.title}: the task has no test instances")
+        return task
+
 
 def _each_by_itself(value: object) -> object:
     """Names become mappings; a fault names its task: `tasks[1].samples is 0: …`."""
@@ -96,17 +110,17 @@ def _each_by_itself(value: object) -> object:
 
 
 def _faults(place: int, error: ValidationError) -> list[str]:
-    found = []
+    faults = []
     for fault in error.errors(include_url=False, include_context=False):
         key = ".".join([f"tasks[{place}]", *map(str, fault["loc"])])
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            found.append(f"{key}: unknown key")
+            faults.append(f"{key}: unknown key")
         elif fault["type"] in ("missing", "value_error"):
-            found.append(f"{key}: {message}")
+            faults.append(f"{key}: {message}")
         else:
-            found.append(f"{key} is {fault['input']!r:.80}: {message[0].lower()}{message[1:]}")
-    return found
+            faults.append(f"{key} is {fault['input']!r:.80}: {message[0].lower()}{message[1:]}")
+    return faults
 
 
 EvalTasks = Annotated[tuple[EvalTask, ...], BeforeValidator(_each_by_itself)]

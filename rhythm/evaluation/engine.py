@@ -59,12 +59,12 @@ def placed(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.empty(0, device=device).device
+        device_found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA answers with an assertion
         raise ValueError(f"device is {device!r}: {error}") from error
     if dtype == "auto":
-        return found, torch.float32 if found.type == "cpu" else torch.bfloat16
-    return found, getattr(torch, dtype)
+        return device_found, torch.float32 if device_found.type == "cpu" else torch.bfloat16
+    return device_found, getattr(torch, dtype)
 
 
 @contextmanager

@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rhythm.reports.intervals import over_problems
+from rhythm.reports.intervals import RESAMPLES, over_problems
+
+INTERVAL = f"percentiles of {RESAMPLES:,} bootstrap samples; Wilson's where all problems have one value"
+"""How the intervals over problems are made."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import yaml
 from rich.table import Table
 
 from rhythm.evaluation.config import EvaluationConfig, settings
-from rhythm.evaluation.estimators import Estimate
+from rhythm.evaluation.estimators import INTERVAL, Estimate
 from rhythm.evaluation.responses import ResponseRow
 from rhythm.evaluation.scores import TaskScores
 from rhythm.reports.format import format_number, format_percent, template_environment
@@ -18,7 +18,6 @@ from rhythm.reports.run import TEMPLATES
 from rhythm.system.writing import replace_file
 
 MAX_CELLS, MAX_PROBLEMS, MAX_RESPONSES, MAX_CHARACTERS = 600, 12, 4, 4000
-INTERVAL = "bootstrap; Wilson's where all problems have one value"
 
 
 def write_page(
@@ -34,7 +33,7 @@ def write_page(
             model=str(config.model),
             facts=[f"{len(scores)} task{'s' * (len(scores) != 1)}", drawn, f"seed {config.seed}", config.engine],
             interval=INTERVAL,
-            tasks=[_task(each, rows[each.task]) for each in scores],
+            tasks=[_task(task, rows[task.task]) for task in scores],
             settings=yaml.safe_dump(settings(config), sort_keys=False, allow_unicode=True),
         )
     )
@@ -43,7 +42,7 @@ def write_page(
 
 def table(scores: Sequence[TaskScores]) -> Table:
     """A row per metric, its value and interval in percent."""
-    found = Table(box=None, pad_edge=False, header_style="")
+    rows = Table(box=None, pad_edge=False, header_style="")
     for name, justify in (
         ("task", "left"),
         ("problems", "right"),
@@ -51,12 +50,12 @@ def table(scores: Sequence[TaskScores]) -> Table:
         ("value", "right"),
         ("95% interval", "left"),
     ):
-        found.add_column(name, justify=justify, overflow="fold", no_wrap=True)  # type: ignore[arg-type]
-    for each in scores:
-        for place, estimate in enumerate(each.estimates):
-            first = (each.task, f"{each.problems:,}") if place == 0 else ("", "")
-            found.add_row(*first, estimate.name, format_percent(estimate.value), _interval(estimate))
-    return found
+        rows.add_column(name, justify=justify, overflow="fold", no_wrap=True)  # type: ignore[arg-type]
+    for task in scores:
+        for place, estimate in enumerate(task.estimates):
+            first = (task.task, f"{task.problems:,}") if place == 0 else ("", "")
+            rows.add_row(*first, estimate.name, format_percent(estimate.value), _interval(estimate))
+    return rows
 
 
 def _interval(estimate: Estimate) -> str:
@@ -74,21 +73,21 @@ def _task(scores: TaskScores, rows: Sequence[ResponseRow]) -> dict[str, Any]:
         f"{format_percent(scores.finished_share)} ended by themselves",
         f"{format_percent(scores.format_share)} could be read",
     ]
-    facts += [f"{scores.faults} not judged (late, or the judge failed)"] if scores.faults else []
+    facts += [f"{scores.faults} not scored (late, or the reward failed)"] if scores.faults else []
     facts += [f"{scores.left_out} problems left out: the prompt fills the context"] if scores.left_out else []
     return {
         "scores": scores,
         "facts": facts,
         "rows": [
             {
-                "name": each.name,
-                "value": format_percent(each.value),
-                "interval": _interval(each),
-                "left": f"{100 * each.low:.2f}",
-                "width": f"{100 * (each.high - each.low):.2f}",
-                "at": f"{min(100 * each.value, 98.5):.2f}",
+                "name": estimate.name,
+                "value": format_percent(estimate.value),
+                "interval": _interval(estimate),
+                "left": f"{100 * estimate.low:.2f}",
+                "width": f"{100 * (estimate.high - estimate.low):.2f}",
+                "at": f"{min(100 * estimate.value, 98.5):.2f}",
             }
-            for each in scores.estimates
+            for estimate in scores.estimates
         ],
         "cells": [
             {"share": f"{count / scores.samples:.3f}", "title": f"problem {problem}: {count} of {scores.samples} right"}
@@ -115,7 +114,7 @@ def _problem(index: int, rows: Sequence[ResponseRow]) -> dict[str, Any]:
                         f"score {format_number(row.score)}",
                         f"{row.tokens:,} token{'s' * (row.tokens != 1)}",
                         *([] if row.finished else ["cut off"]),
-                        *([f"not judged: {row.fault}"] if row.fault else []),
+                        *([f"not scored: {row.fault}"] if row.fault else []),
                     ]
                 ),
             }

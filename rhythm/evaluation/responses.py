@@ -10,14 +10,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
-from rhythm.evaluation.scores import Judged
+from rhythm.evaluation.scores import ScoredResponse
 from rhythm.system.writing import naming, replace_file
 
 log = logging.getLogger(__name__)
 
 
 class ResponseRow(BaseModel, extra="forbid", frozen=True):
-    """One response and its judgement."""
+    """One response and its reward."""
 
     problem: int = Field(ge=0, description="index among the test instances")
     sample: int = Field(ge=0)
@@ -32,9 +32,9 @@ class ResponseRow(BaseModel, extra="forbid", frozen=True):
     fault: str | None = None
 
     @property
-    def judged(self) -> Judged:
+    def scored(self) -> ScoredResponse:
         """What the scores need of it."""
-        return Judged(self.problem, self.correct, self.format_ok, self.finished, self.tokens, self.fault)
+        return ScoredResponse(self.problem, self.correct, self.format_ok, self.finished, self.tokens, self.fault)
 
 
 def read_rows(path: Path) -> dict[tuple[int, int], ResponseRow]:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rhythm.engines.interfaces import Rollout
-from rhythm.engines.stopping import cut_at_stop
+from rhythm.engines.stopping import cut_at_stop, response_texts
 from rhythm.evaluation.config import EvaluationConfig, MachineConfig, Plan, settings
 from rhythm.evaluation.engine import Answerer, check_checkpoint, fingerprint, open_answerer
+from rhythm.evaluation.estimators import INTERVAL
 from rhythm.evaluation.page import write_page
 from rhythm.evaluation.progress import EvaluationProgress
 from rhythm.evaluation.responses import ResponseRow, append_rows, keep_rows, read_rows
@@ -26,7 +26,7 @@ from rhythm.seeds import derive_seed
 from rhythm.system.directory_lock import content, lock_directory
 from rhythm.system.version import __version__
 from rhythm.system.writing import replace_file
-from rhythm.tasks import Task, load_task
+from rhythm.tasks import Task
 from rhythm.tasks.isolation import IsolatedTask, RewardConfig
 from rhythm.tasks.prompts import encode_prompt
 
@@ -68,7 +68,7 @@ def default_directory(model: Path) -> Path:
 def evaluate_checkpoint(
     config: EvaluationConfig, machine: MachineConfig | None = None, console: Console | None = None
 ) -> Evaluation:
-    """Generate, judge and score; whatever is in the directory already is not done again.
+    """Generate responses and score them; whatever is in the directory already is not done again.
 
     A response is drawn by a seed of (seed, task, problem, sample), and generated in the same batch whenever it is:
     an evaluation that was killed and went on has the same results as one that never was, on the same machine.
@@ -81,24 +81,24 @@ def evaluate_checkpoint(
     machine = machine or MachineConfig()
     check_checkpoint(config.model)
     plans = config.plans()
-    tasks = [_load(plan) for plan in plans]
+    tasks = [plan.load_task() for plan in plans]
     directory = machine.out or default_directory(config.model)
     with lock_directory(directory):
-        _claim(directory, config)
+        _check_settings(directory, config)
         (directory / RESPONSES).mkdir(exist_ok=True)
         with open_answerer(config, machine) as answerer:
             work = [
                 _Work(plan, task, directory / RESPONSES / f"{plan.title}.jsonl", config, answerer)
                 for plan, task in zip(plans, tasks, strict=True)
             ]
-            total = sum(each.responses for each in work)
-            with EvaluationProgress(console, responses=total, kept=sum(len(each.kept) for each in work)) as progress:
-                for each in work:
-                    progress.task(each.plan.title)
-                    each.finish(machine.reward, progress)
-        scores = tuple(each.scores() for each in work)
+            total = sum(item.responses for item in work)
+            with EvaluationProgress(console, responses=total, kept=sum(len(item.kept) for item in work)) as progress:
+                for item in work:
+                    progress.task(item.plan.title)
+                    item.finish(machine.reward, progress)
+        scores = tuple(item.scores() for item in work)
         replace_file(directory / RESULTS, results_json(config, scores))
-        write_page(directory / REPORT, config, scores, {each.plan.title: each.kept for each in work})
+        write_page(directory / REPORT, config, scores, {item.plan.title: item.kept for item in work})
     return Evaluation(directory, scores)
 
 
@@ -108,10 +108,7 @@ class _Work:
     def __init__(self, plan: Plan, task: Task[Any], path: Path, config: EvaluationConfig, answerer: Answerer) -> None:
         self.plan = plan
         self._task, self._path, self._config, self._answerer = task, path, config, answerer
-        problems = task.test[: plan.problems]
-        if not problems:
-            raise ValueError(f"task {plan.title} has no test instances")
-        self.batches, self.left_out = batches(plan, task, len(problems), answerer)
+        self.batches, self.left_out = batches(plan, task, answerer)
         if not self.batches:
             raise ValueError(
                 f"task {plan.title}: no prompt leaves room for a response in the model's context of {answerer.context}"
@@ -136,13 +133,13 @@ class _Work:
         return sum(map(len, self.batches))
 
     def finish(self, reward: RewardConfig, progress: EvaluationProgress) -> None:
-        """Generate and judge what is missing, a batch at a time."""
+        """Generate and score what is missing, a batch at a time."""
         if not self._open:
             return
         name, options = self.plan.task.name, self.plan.task.options.model_dump()
-        with IsolatedTask(self._task, name, options, **reward.model_dump()) as judging:
+        with IsolatedTask(self._task, name, options, **reward.model_dump()) as isolated:
             for batch in self._open:
-                rows = self._answer(batch, judging)
+                rows = self._answer(batch, isolated)
                 append_rows(self._path, rows)
                 self.kept += rows
                 progress.add(len(rows))
@@ -155,7 +152,7 @@ class _Work:
         sampling, tokenizer = self.plan.sampling, self._answerer.tokenizer
         generated = self._answerer.infer.generate_each([asked.ids for asked in batch], sampling, seeds)
         rollout = cut_at_stop(generated, tokenizer, sampling.stop)
-        texts = list(_texts(rollout, tokenizer))
+        texts = response_texts(rollout, tokenizer)
         rewards = task.rewards([task.test[asked.problem] for asked in batch], texts)
         rows = []
         lens, ends = rollout.response_lens.tolist(), rollout.finished.tolist()
@@ -179,11 +176,10 @@ class _Work:
 
     def scores(self) -> TaskScores:
         """Of the finished task."""
-        judged = [row.judged for row in self.kept]
-        return score(self.plan.title, judged, self.plan.samples, self.plan.ks, self.left_out)
+        return score(self.plan.title, [row.scored for row in self.kept], self.plan.samples, self.plan.ks, self.left_out)
 
 
-def batches(plan: Plan, task: Task[Any], problems: int, answerer: Answerer) -> tuple[list[Batch], int]:
+def batches(plan: Plan, task: Task[Any], answerer: Answerer) -> tuple[list[Batch], int]:
     """What is generated together, and how many problems are left out: those whose prompts leave no room for a response
     in the context, or have more than sampling.max_prompt_tokens.
 
@@ -192,8 +188,8 @@ def batches(plan: Plan, task: Task[Any], problems: int, answerer: Answerer) -> t
     longest = min(answerer.context - 1, plan.sampling.max_prompt_tokens or answerer.context)
     asked: list[Asked] = []
     left_out = 0
-    for problem in range(problems):
-        prompt, ids = encode_prompt(answerer.tokenizer, task.prompt(task.test[problem]))
+    for problem, instance in enumerate(task.test[: plan.problems]):
+        prompt, ids = encode_prompt(answerer.tokenizer, task.prompt(instance))
         if len(ids) > longest:
             left_out += 1
         else:
@@ -204,33 +200,18 @@ def batches(plan: Plan, task: Task[Any], problems: int, answerer: Answerer) -> t
 
 def results_json(config: EvaluationConfig, scores: Sequence[TaskScores]) -> str:
     """results.json: settings; for every task estimates with intervals, and each problem's number of right responses."""
-    tasks = [asdict(each) for each in scores]
-    found = {
+    tasks = [asdict(task) for task in scores]
+    results = {
         "version": VERSION,
         "rhythm": __version__,
-        "interval": INTERVAL,
+        "interval": f"95 %, over problems: {INTERVAL}",
         "settings": settings(config),
         "tasks": tasks,
     }
-    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(results, indent=1, ensure_ascii=False) + "\n"
 
 
-INTERVAL = "95 %, over problems: percentiles of 10,000 bootstrap samples; Wilson's where all problems have one value"
-
-
-def _texts(rollout: Rollout, tokenizer: Any) -> Iterator[str]:
-    for ids, mask in zip(rollout.input_ids.tolist(), rollout.response_mask.tolist(), strict=True):
-        yield tokenizer.decode([i for i, inside in zip(ids, mask, strict=True) if inside], skip_special_tokens=True)
-
-
-def _load(plan: Plan) -> Task[Any]:
-    try:
-        return load_task(plan.task.name, plan.task.options.model_dump())
-    except ValueError as error:
-        raise ValueError(f"task {plan.title}: {error}") from error
-
-
-def _claim(directory: Path, config: EvaluationConfig) -> None:
+def _check_settings(directory: Path, config: EvaluationConfig) -> None:
     """Write settings.json. Raises ValueError where the directory holds something else than this evaluation."""
     path = directory / SETTINGS
     wanted = {"version": VERSION, "weights": fingerprint(config.model), **settings(config)}
@@ -240,14 +221,14 @@ def _claim(directory: Path, config: EvaluationConfig) -> None:
     if not path.is_file():
         raise ValueError(f"{directory} holds something else than an evaluation: choose another out=…")
     try:
-        found = json.loads(path.read_bytes())
-        changed = [key for key in wanted if found[key] != wanted[key]]
+        recorded = json.loads(path.read_bytes())
+        changed = [key for key in wanted if recorded[key] != wanted[key]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged or of another version: choose another out=…, or delete {directory}"
         ) from error
     if changed:
-        listed = ", ".join(f"{key} was {_short(found[key])}, is {_short(wanted[key])}" for key in changed[:5])
+        listed = ", ".join(f"{key} was {_short(recorded[key])}, is {_short(wanted[key])}" for key in changed[:5])
         raise ValueError(f"{directory} holds another evaluation ({listed}): choose another out=…, or delete it")
 
 

@@ -1,4 +1,4 @@
-"""What is known of a task once its responses are judged: estimates, and counts of what went otherwise."""
+"""A task's scored responses → estimates, and counts of responses that were late, faulty or cut off."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rhythm.evaluation.estimators import Estimate, estimates
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A response's judgement. tokens: of the response, its end token included; fault: why there is no judgement."""
+class ScoredResponse:
+    """One response. tokens: its length, its end token included; fault: why it has no reward of its own."""
 
     problem: int
     correct: bool
@@ -42,19 +42,21 @@ class TaskScores:
 
     def estimate(self, name: str) -> Estimate:
         """By its name. Raises KeyError."""
-        for each in self.estimates:
-            if each.name == name:
-                return each
+        for estimate in self.estimates:
+            if estimate.name == name:
+                return estimate
         raise KeyError(name)
 
 
-def score(task: str, judged: Sequence[Judged], samples: int, ks: Sequence[int], left_out: int = 0) -> TaskScores:
+def score(
+    task: str, responses: Sequence[ScoredResponse], samples: int, ks: Sequence[int], left_out: int = 0
+) -> TaskScores:
     """The scores of a task of which every problem has `samples` responses."""
     correct: dict[int, int] = {}
-    for each in judged:
-        correct[each.problem] = correct.get(each.problem, 0) + each.correct
+    for response in responses:
+        correct[response.problem] = correct.get(response.problem, 0) + response.correct
     counts = tuple(correct[problem] for problem in sorted(correct))
-    n = len(judged)
+    n = len(responses)
 
     def share(count: float) -> float:
         return count / n if n else math.nan
@@ -66,14 +68,14 @@ def score(task: str, judged: Sequence[Judged], samples: int, ks: Sequence[int], 
         estimates=tuple(estimates(counts, samples, ks)),
         correct=counts,
         left_out=left_out,
-        finished_share=share(sum(each.finished for each in judged)),
-        format_share=share(sum(each.format_ok for each in judged)),
-        mean_tokens=share(sum(each.tokens for each in judged)),
-        faults=sum(each.fault is not None for each in judged),
+        finished_share=share(sum(response.finished for response in responses)),
+        format_share=share(sum(response.format_ok for response in responses)),
+        mean_tokens=share(sum(response.tokens for response in responses)),
+        faults=sum(response.fault is not None for response in responses),
     )
 
 
 def as_metrics(scores: TaskScores) -> dict[str, float]:
     """As numbers of a training step: `aime24/avg@16`, `aime24/pass@16`, …, and of how many problems."""
-    named = {f"{scores.task}/{each.name}": each.value for each in scores.estimates}
+    named = {f"{scores.task}/{estimate.name}": estimate.value for estimate in scores.estimates}
     return {**named, f"{scores.task}/problems": float(scores.problems)}

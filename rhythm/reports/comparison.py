@@ -69,12 +69,12 @@ class Block:
 
 def columns(runs: Sequence[MethodRun]) -> list[Column]:
     """The run's own task, then every further one: by avg@n where it has several responses per problem, else pass@1."""
-    found = []
+    task_columns = []
     if any("accuracy" in record for run in runs for record in run.run.records):
         own = sorted({str(run.config.get("task.name", "held out")) for run in runs})
-        found.append(Column(" / ".join(own), "accuracy", "accuracy"))
+        task_columns.append(Column(" / ".join(own), "accuracy", "accuracy"))
     metrics = task_metrics([record for run in runs for record in run.run.records])
-    return [*found, *(Column(task, metric, f"{task}/{metric}") for task, metric in metrics.items())]
+    return [*task_columns, *(Column(task, metric, f"{task}/{metric}") for task, metric in metrics.items())]
 
 
 def series(run: MethodRun, key: str) -> list[tuple[float, float]]:
@@ -97,7 +97,7 @@ def blocks(
     runs: Sequence[MethodRun], wanted: Sequence[Column], *, at: At, peak_alpha: float, baseline: str, ablation: bool
 ) -> list[Block]:
     """The tables. `ablation`: methods by their names of Table 5; `baseline`: the method that gains are over."""
-    found = []
+    tables = []
     for title in dict.fromkeys(run.block for run in runs):
         members = [run for run in runs if run.block == title]
         values: dict[str, dict[int | None, list[float]]] = {}
@@ -127,8 +127,8 @@ def blocks(
             next((i for i, row in enumerate(rows) if row.cells[place].value == top), -1)
             for place, top in enumerate(best)
         )
-        found.append(Block(title, tuple(names), rows, where))
-    return found
+        tables.append(Block(title, tuple(names), rows, where))
+    return tables
 
 
 def _cell(own: Mapping[int | None, float], base: Mapping[int | None, float]) -> Cell:
@@ -154,14 +154,14 @@ def baseline_of(runs: Sequence[MethodRun], asked: str | None) -> str:
 def command_lines(runs: Sequence[MethodRun], config_name: str) -> list[tuple[str, str]]:
     """(run, command) that makes each run again, from one configuration file: `overrides` of the first run's values."""
     first = next((run for run in runs if run.config), None)
-    found = []
+    lines = []
     for run in runs:
         if first is None or not run.config:
-            found.append((run.run.name, "# config.yaml was not recorded"))
+            lines.append((run.run.name, "# config.yaml was not recorded"))
             continue
         changed = overrides(first.config, run.config)
-        found.append((run.run.name, " ".join(["rhythm-train", config_name, *map(shlex.quote, changed)])))
-    return found
+        lines.append((run.run.name, " ".join(["rhythm-train", config_name, *map(shlex.quote, changed)])))
+    return lines
 
 
 def overrides(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:

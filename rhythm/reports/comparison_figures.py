@@ -39,7 +39,7 @@ class Panel:
 
 def panels(runs: Sequence[MethodRun], columns: Sequence[Column], label: Callable[[MethodRun], str]) -> list[Panel]:
     """A panel for every block and task that some run was evaluated on."""
-    found = []
+    drawn_panels = []
     for block in dict.fromkeys(run.block for run in runs):
         members = [run for run in runs if run.block == block]
         for column in columns:
@@ -47,8 +47,8 @@ def panels(runs: Sequence[MethodRun], columns: Sequence[Column], label: Callable
             if drawn:
                 by_label = {name: tuple(r for r in drawn if label(r) == name) for name in map(label, drawn)}
                 title = ", ".join(part for part in (f"{column.task} ({column.metric})", block) if part)
-                found.append(Panel(title, column.key, tuple(by_label.items())))
-    return found
+                drawn_panels.append(Panel(title, column.key, tuple(by_label.items())))
+    return drawn_panels
 
 
 def draw_svg(panel: Panel, palette: dict[str, str], peak_alpha: float) -> str:
@@ -59,10 +59,10 @@ def draw_svg(panel: Panel, palette: dict[str, str], peak_alpha: float) -> str:
         return page_svg(figure, panel.title, _PAGE)
 
 
-def write_figure(found: Sequence[Panel], palette: dict[str, str], peak_alpha: float, stem: Path) -> list[Path]:
+def write_figure(figure_panels: Sequence[Panel], palette: dict[str, str], peak_alpha: float, stem: Path) -> list[Path]:
     """All panels side by side as stem.png and stem.pdf."""
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
+    columns = min(3, len(figure_panels))
+    rows = -(-len(figure_panels) // columns)
     style = {
         "font.size": 8,
         "pdf.fonttype": 42,
@@ -73,10 +73,10 @@ def write_figure(found: Sequence[Panel], palette: dict[str, str], peak_alpha: fl
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_SIZE_IN[0] * columns, _SIZE_IN[1] * rows + 0.5), layout="constrained")
         grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-        for axes in grid[len(found) :]:
+        for axes in grid[len(figure_panels) :]:
             axes.remove()
         handles: dict[str, Any] = {}
-        for axes, panel in zip(grid, found, strict=False):
+        for axes, panel in zip(grid, figure_panels, strict=False):
             _draw(axes, panel, palette, peak_alpha, _FILE["ink"], _FILE["grid"])
             axes.set_title(panel.title, fontweight="bold")
             handles |= {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
@@ -96,7 +96,7 @@ def peak_curves(runs: Sequence[MethodRun], key: str, peak_alpha: float) -> tuple
         averages = running_peak_average([value for _, value in pairs], peak_alpha)
         drawn.append({step: average for (step, _), average in zip(pairs, averages, strict=True)})
     steps = sorted(set.intersection(*map(set, drawn)))
-    return steps, [[each[step] for step in steps] for each in drawn]
+    return steps, [[curve[step] for step in steps] for curve in drawn]
 
 
 def _draw(axes: Axes, panel: Panel, palette: dict[str, str], peak_alpha: float, ink: str, grid: str) -> None:

@@ -118,52 +118,55 @@ def _section(
     )
 
 
-def write_comparison(found: Comparison, out: Path) -> list[Path]:
+def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     """Write all files into `out`, which is made if missing; returns their paths, the page first.
 
     Raises OSError naming the file that can't be written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"report.html": _html(found), "report.md": markdown(found), "runs.csv": _runs_csv(found),
-             "curves.csv": _curves_csv(found), "commands.sh": _commands(found)}  # fmt: skip
-    texts |= {f"table_{section.stem}.csv": _table_csv(section) for section in found.sections}
-    first = next((run for run in found.runs if run.config), None)
+    texts = {"report.html": _html(comparison), "report.md": markdown(comparison), "runs.csv": _runs_csv(comparison),
+             "curves.csv": _curves_csv(comparison), "commands.sh": _commands(comparison)}  # fmt: skip
+    texts |= {f"table_{section.stem}.csv": _table_csv(section) for section in comparison.sections}
+    first = next((run for run in comparison.runs if run.config), None)
     if first is not None and first.run.config is not None:
         texts["config.yaml"] = first.run.config
     for name, text in texts.items():
         replace_file(out / name, text)
     paths = [out / name for name in texts]
-    for section in found.sections:
-        paths += write_figure(section.panels, dict(section.palette), found.peak_alpha, out / f"curves_{section.stem}")
+    for section in comparison.sections:
+        paths += write_figure(
+            section.panels, dict(section.palette), comparison.peak_alpha, out / f"curves_{section.stem}"
+        )
     return paths
 
 
-def _html(found: Comparison) -> str:
+def _html(comparison: Comparison) -> str:
     environment = template_environment(TEMPLATES)
     environment.filters |= {"points": points, "gain": gain}
     return environment.get_template("comparison.html.j2").render(
-        found=found,
-        at=AT[found.at],
-        seeds=_seeds(found.runs),
+        comparison=comparison,
+        at=AT[comparison.at],
+        seeds=_seeds(comparison.runs),
         sections=[
             {
                 "it": section,
                 "hues": {name: f"var(--m{PALETTE.index(color)})" for name, color in section.palette.items()},
                 "figures": [
-                    (panel.title, draw_svg(panel, dict(section.palette), found.peak_alpha)) for panel in section.panels
+                    (panel.title, draw_svg(panel, dict(section.palette), comparison.peak_alpha))
+                    for panel in section.panels
                 ],
             }
-            for section in found.sections
+            for section in comparison.sections
         ],
     )
 
 
-def markdown(found: Comparison) -> str:
+def markdown(comparison: Comparison) -> str:
     """report.md: the tables, the figures and the commands."""
     lines = ["# Comparison of runs", "",
-             f"Accuracies in percent, {AT[found.at]}; means over seeds with 95 % intervals (t).",
-             f"Gains are over {found.baseline}, paired by seed.", ""]  # fmt: skip
-    for section in found.sections:
+             f"Accuracies in percent, {AT[comparison.at]}; means over seeds with 95 % intervals (t).",
+             f"Gains are over {comparison.baseline}, paired by seed.", ""]  # fmt: skip
+    for section in comparison.sections:
         lines += [f"## {section.title}", "", section.note, ""]
         for block in section.blocks:
             if block.title:
@@ -175,7 +178,7 @@ def markdown(found: Comparison) -> str:
                 lines.append(f"| {_cell_text(row.method)} | {len(row.seeds)} | " + " | ".join(cells) + " |")
             lines.append("")
         lines += [f"![curves](curves_{section.stem}.png)", ""]
-    return "\n".join([*lines, "## Commands", "", "```", *(line for _, line in found.commands), "```", ""])
+    return "\n".join([*lines, "## Commands", "", "```", *(line for _, line in comparison.commands), "```", ""])
 
 
 def _markdown_cell(cell: Cell, best: bool) -> str:
@@ -215,7 +218,7 @@ def _csv(rows: Iterable[Sequence[object]]) -> str:
     file = io.StringIO()
     # A spreadsheet runs text that begins with one of these as a formula.
     csv.writer(file, lineterminator="\n").writerows(
-        [f"'{each}" if isinstance(each, str) and each[:1] in ("=", "+", "-", "@") else each for each in row]
+        [f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value for value in row]
         for row in rows
     )
     return file.getvalue()
@@ -233,22 +236,22 @@ def _table_csv(section: Section) -> str:
     return _csv([head, *rows])
 
 
-def _runs_csv(found: Comparison) -> str:
+def _runs_csv(comparison: Comparison) -> str:
     rows = [
         (str(run.directory), run.block, run.method, "" if run.seed is None else run.seed, column.task, column.metric,
-         *(_number(value_of(run, column.key, at, found.peak_alpha)) for at in AT))  # type: ignore[arg-type]
-        for run in found.runs
-        for column in found.columns
+         *(_number(value_of(run, column.key, at, comparison.peak_alpha)) for at in AT))  # type: ignore[arg-type]
+        for run in comparison.runs
+        for column in comparison.columns
     ]  # fmt: skip
     return _csv([("run", "block", "method", "seed", "task", "metric", *AT), *rows])
 
 
-def _curves_csv(found: Comparison) -> str:
+def _curves_csv(comparison: Comparison) -> str:
     rows = []
-    for run in found.runs:
-        for column in found.columns:
+    for run in comparison.runs:
+        for column in comparison.columns:
             if pairs := series(run, column.key):
-                _, (averages,) = peak_curves([run], column.key, found.peak_alpha)
+                _, (averages,) = peak_curves([run], column.key, comparison.peak_alpha)
                 rows += [
                     (
                         run.run.name,
@@ -269,6 +272,6 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6g}"
 
 
-def _commands(found: Comparison) -> str:
+def _commands(comparison: Comparison) -> str:
     head = "# Each line makes a run again, from config.yaml beside this file: the first run's, as it was recorded.\n"
-    return head + "".join(f"{line}\n" for _, line in found.commands)
+    return head + "".join(f"{line}\n" for _, line in comparison.commands)

@@ -121,22 +121,24 @@ def _named(run: MethodRun, differing: set[str], usual_fraction: float, labels: M
 
 def _usual_fraction(configs: Sequence[Mapping[str, Any]]) -> float:
     """The paper's 0.4 where a run has it, else the commonest."""
-    found = [
+    fractions = [
         c["credit.top_fraction"] for c in configs if c.get("credit.strategy") != "none" and "credit.top_fraction" in c
     ]
-    return max(found, key=lambda each: (each == USUAL_FRACTION, found.count(each)), default=USUAL_FRACTION)
+    return max(
+        fractions, key=lambda fraction: (fraction == USUAL_FRACTION, fractions.count(fraction)), default=USUAL_FRACTION
+    )
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
     """Keys in which the runs differ, but for where and by which seed they ran. `none` has no γ to differ in."""
-    found = set()
+    keys = set()
     for key in {key for config in configs for key in config}:
         if key.startswith(_WHERE):
             continue
         asked = [c for c in configs if not (key.startswith("credit.") and c.get("credit.strategy") == "none")]
         if len({repr(config.get(key)) for config in asked}) > 1:
-            found.add(key)
-    return found
+            keys.add(key)
+    return keys
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

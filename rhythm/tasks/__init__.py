@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rhythm.tasks.base import TASKS, Reward, Task, load_judge, load_task, task_class
+from rhythm.tasks.base import TASKS, Reward, Task, load_for_rewards, load_task, task_class
 from rhythm.tasks.isolation import isolated
 
-__all__ = ["TASKS", "Reward", "Task", "isolated", "load_judge", "load_task", "task_class"]
+__all__ = ["TASKS", "Reward", "Task", "isolated", "load_for_rewards", "load_task", "task_class"]

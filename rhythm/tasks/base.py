@@ -128,10 +128,10 @@ def load_task(name: str, options: Mapping[str, object] | None = None) -> Task[An
     return task
 
 
-def load_judge(name: str, options: Mapping[str, object] | None = None) -> Task[Any]:
-    """The task for its rewards alone: of a class with a `judge(config)` what that gives, which need have no instances
-    and be no work to make; otherwise as `load_task`.
+def load_for_rewards(name: str, options: Mapping[str, object] | None = None) -> Task[Any]:
+    """The task for rewards alone. A class with a `for_rewards(config)` gives what that returns, which needs no
+    instances and reads no files; any other is loaded by `load_task`.
     """
     class_ = task_class(name)
-    judge: Callable[[Any], Task[Any]] = getattr(class_, "judge", class_)
-    return judge(class_.config_class.model_validate(dict(options or {})))
+    build: Callable[[Any], Task[Any]] = getattr(class_, "for_rewards", class_)
+    return build(class_.config_class.model_validate(dict(options or {})))

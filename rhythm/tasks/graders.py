@@ -40,8 +40,8 @@ class Grader(Protocol):
     def check(self, answer: str) -> None:
         """Raise ValueError, saying what is allowed, for a right answer whose form the grader doesn't know."""
 
-    def judge(self, answer: str, response: str, which: Which = "first") -> Reward:
-        """The judgement of `response`, where `answer` is right: 1 or 0."""
+    def grade(self, answer: str, response: str, which: Which = "first") -> Reward:
+        """The reward of `response`, where `answer` is right: 1 or 0."""
 
 
 class MathGrader:
@@ -57,7 +57,7 @@ class MathGrader:
         if _number(answer) is None and not any(not isinstance(part, str) for part in _parse(answer)):
             raise ValueError("must be LaTeX that math-verify reads, or a number")
 
-    def judge(self, answer: str, response: str, which: Which = "first") -> Reward:
+    def grade(self, answer: str, response: str, which: Which = "first") -> Reward:
         """See Grader."""
         given = find_answer(response, which)
         if not given:
@@ -87,7 +87,7 @@ class NumericGrader:
         if _number(answer) is None:
             raise ValueError("must be one number, such as 1,234.5 or -3/4")
 
-    def judge(self, answer: str, response: str, which: Which = "first") -> Reward:
+    def grade(self, answer: str, response: str, which: Which = "first") -> Reward:
         """See Grader."""
         given = find_answer(response, which)
         value = None if given is None else _number(given, alone=False)
@@ -105,7 +105,7 @@ class ExactGrader:
         if not answer.strip():
             raise ValueError("must not be empty")
 
-    def judge(self, answer: str, response: str, which: Which = "first") -> Reward:
+    def grade(self, answer: str, response: str, which: Which = "first") -> Reward:
         """See Grader."""
         given = find_answer(response, which)
         return _reward(readable=given is not None, correct=given is not None and given.split() == answer.split())
@@ -115,7 +115,7 @@ class ChoiceGrader:
     """The letter of a choice, or a text.
 
     A letter (`B`, `(B)`, `B. Oxygen`) is right where the first capital of the answer is that letter; the answer is the
-    last or first answer block, without one what follows `answer is`, and without that the whole response. So judges
+    last or first answer block, without one what follows `answer is`, and without that the whole response. So grades
     ROLL's rule for CrossThink-QA. Any other right answer is compared with the answer block as text, but for case,
     white space and a full stop.
     """
@@ -125,7 +125,7 @@ class ChoiceGrader:
         if not answer.strip():
             raise ValueError("must be the letter of a choice, or the text of the answer")
 
-    def judge(self, answer: str, response: str, which: Which = "first") -> Reward:
+    def grade(self, answer: str, response: str, which: Which = "first") -> Reward:
         """See Grader."""
         block = find_answer(response, which)
         letter = _ONE_CHOICE.fullmatch(answer.strip())

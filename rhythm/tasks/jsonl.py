@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class JsonlConfig(PromptConfig, frozen=True):
-    """Which rows there are, which of their columns count, and how answers are judged."""
+    """Which rows there are, which of their columns count, and how answers are graded."""
 
     path: str = Field(description="a .jsonl or .parquet file, a directory or a name on the hub (through datasets)")
     subset: str | None = Field(default=None, description="configuration of a data set on the hub; null for its default")
@@ -97,7 +97,7 @@ class Jsonl:
         self.test: Sequence[Problem] = test
 
     @classmethod
-    def judge(cls, config: JsonlConfig) -> Jsonl:
+    def for_rewards(cls, config: JsonlConfig) -> Jsonl:
         """The task without rows: all that a reward needs."""
         task = cls.__new__(cls)
         task.config, task._grader = config, GRADERS[config.grader]()
@@ -117,7 +117,7 @@ class Jsonl:
 
     def reward(self, instance: Problem, response: str) -> Reward:
         """1 for the right answer, else 0."""
-        return self._grader.judge(instance.answer, response, self.config.answer_block)
+        return self._grader.grade(instance.answer, response, self.config.answer_block)
 
     def _read(self, path: str, split: str) -> list[Problem]:
         config = self.config
@@ -163,8 +163,8 @@ def _problem(config: JsonlConfig, where: str, row: Mapping[str, Any]) -> Problem
     answer = "" if answer is None else str(answer)
     solution = None if config.solution is None else str(_value(row, config.solution, "solution", where))
     if config.answer_after is not None:
-        before, found, after = answer.rpartition(config.answer_after)
-        if not found:
+        before, separator, after = answer.rpartition(config.answer_after)
+        if not separator:
             raise ValueError(f"{where}: {config.answer} is {answer[-80:]!r}: must contain {config.answer_after!r}")
         solution, answer = before if config.solution == config.answer else solution, after
     return Problem(question, answer.strip(), solution)

@@ -1,6 +1,6 @@
 """Any of reasoning-gym's generators as a task: `reasoning_gym:chain_sum`, `reasoning_gym:gsm_symbolic` …
 
-A response is judged by the generator's own scorer, which sees the answer block alone. Scorers that run the answer as
+A response is scored by the generator's own scorer, which sees the answer block alone. Scorers that run the answer as
 Python, by `eval` or by sympy, which evaluates what it parses, are refused: a model's answer is hostile input.
 """
 
@@ -79,7 +79,7 @@ class ReasoningGym:
         self.train: Sequence[Entry] = entries[config.test_size :]
 
     @classmethod
-    def judge(cls, config: ReasoningGymConfig) -> ReasoningGym:
+    def for_rewards(cls, config: ReasoningGymConfig) -> ReasoningGym:
         """The task without instances: all that a reward needs."""
         task = cls.__new__(cls)
         task._prepare(config)
@@ -175,7 +175,7 @@ def _task_class(name: str) -> type[ReasoningGym]:
     with needs(f"task reasoning_gym:{name}"):
         from reasoning_gym.factory import DATASETS
     if name in UNSAFE:
-        raise AttributeError(f"generator {name} evaluates a response as Python code to judge it, so it can't be a task")
+        raise AttributeError(f"generator {name} evaluates a response as Python code to score it, so it can't be a task")
     if name not in DATASETS or name == "composite":
         near = difflib.get_close_matches(name, DATASETS, n=1)
         raise AttributeError(f"reasoning-gym has no generator {name}{f'; did you mean {near[0]}?' if near else ''}")

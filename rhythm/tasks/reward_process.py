@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rhythm.tasks.base import Reward, load_judge
+from rhythm.tasks.base import Reward, load_for_rewards
 from rhythm.tasks.scoring import Fault, RewardWorkerError, call_reward
 
 # `import rhythm` loads torch. Here the package's own code runs when the task asks for one of its names.
@@ -144,7 +144,7 @@ def serve(fd: int) -> None:
     try:
         name, options = connection.recv()
         try:
-            task = load_judge(name, options)
+            task = load_for_rewards(name, options)
         except BaseException:
             connection.send(Fault("raised", traceback.format_exc()))
             return

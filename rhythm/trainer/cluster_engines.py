@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rhythm.cluster.config import ClusterConfig
-from rhythm.cluster.environment import prepare_environment
+from rhythm.cluster.environment import prepare_ray_environment
 from rhythm.cluster.plan.checks import check, check_weights
 from rhythm.cluster.plan.dimensions import KNOWN, Dimensions, Workload, read_dimensions
 from rhythm.cluster.plan.summary import describe_plan, push_kind
@@ -101,7 +101,7 @@ def open_cluster(
     weights. Replicas lost later start from that checkpoint again, so it must not be deleted. `restarts`: how often the
     training ranks have been restarted so far.
     """
-    prepare_environment(cluster)
+    prepare_ray_environment(cluster)
     from rhythm.cluster.session import Session
 
     with Session(cluster, separate_attn=config.signals.source == "separate") as session:

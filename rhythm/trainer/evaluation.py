@@ -14,9 +14,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from rhythm.engines.interfaces import Infer, SamplingConfig
 from rhythm.evaluation.config import TASKS_ARE, EvalTasks, Plan
-from rhythm.evaluation.scores import Judged, TaskScores, score
+from rhythm.evaluation.scores import ScoredResponse, TaskScores, score
 from rhythm.seeds import derive_seed
-from rhythm.tasks import Task, load_task
+from rhythm.tasks import Task
 from rhythm.tasks.isolation import IsolatedTask, RewardConfig
 from rhythm.trainer.rollout import ScoredRollout, roll_out
 
@@ -70,55 +70,46 @@ def load_further_tasks(config: EvalConfig, sampling: SamplingConfig) -> list[Fur
 
     Raises ValueError naming the task for options that it refuses, and where it has no test instances.
     """
-    found = []
-    for plan in config.plans(sampling):
-        try:
-            task = load_task(plan.task.name, plan.task.options.model_dump())
-        except ValueError as error:
-            raise ValueError(f"evaluation.tasks, {plan.title}: {error}") from error
-        if not task.test:
-            raise ValueError(f"evaluation.tasks, {plan.title}: the task has no test instances")
-        found.append(FurtherTask(plan, task))
-    return found
+    return [FurtherTask(plan, plan.load_task("evaluation.tasks, ")) for plan in config.plans(sampling)]
 
 
 @contextmanager
-def isolated(tasks: Sequence[FurtherTask], reward: RewardConfig) -> Iterator[list[FurtherTask]]:
+def isolated_rewards(tasks: Sequence[FurtherTask], reward: RewardConfig) -> Iterator[list[FurtherTask]]:
     """The same tasks, their rewards computed in processes of their own; until the block is left."""
     with ExitStack() as stack:
-        found = []
-        for each in tasks:
-            name, options = each.plan.task.name, each.plan.task.options.model_dump()
-            task = IsolatedTask(each.task, name, options, **reward.model_dump())
-            found.append(FurtherTask(each.plan, stack.enter_context(task)))
-        yield found
+        further = []
+        for item in tasks:
+            name, options = item.plan.task.name, item.plan.task.options.model_dump()
+            task = IsolatedTask(item.task, name, options, **reward.model_dump())
+            further.append(FurtherTask(item.plan, stack.enter_context(task)))
+        yield further
 
 
 def evaluate_further(
     infer: Infer, tasks: Sequence[FurtherTask], tokenizer: Any, *, seed: int, step: int
 ) -> list[TaskScores]:
     """The scores of every task, estimated as rhythm-eval does; (seed, task, step) seeds the sampling."""
-    found = []
-    for each in tasks:
-        plan = each.plan
+    scores = []
+    for item in tasks:
+        plan = item.plan
         scored = roll_out(
             infer,
-            each.task,
+            item.task,
             tokenizer,
-            each.task.test[: plan.problems],
+            item.task.test[: plan.problems],
             responses_per_prompt=plan.samples,
             sampling=plan.sampling,
             seed=derive_seed(seed, "evaluation", plan.title, step),
         )
         group_B, rollout = scored.rollout.group.tolist(), scored.rollout
-        judged = [
-            Judged(problem, reward.correct, reward.format_ok, finished, tokens, reward.fault)
+        responses = [
+            ScoredResponse(problem, reward.correct, reward.format_ok, finished, tokens, reward.fault)
             for problem, reward, finished, tokens in zip(
                 group_B, scored.rewards, rollout.finished.tolist(), rollout.response_lens.tolist(), strict=True
             )
         ]
-        found.append(score(plan.title, judged, plan.samples, plan.ks))
-    return found
+        scores.append(score(plan.title, responses, plan.samples, plan.ks))
+    return scores
 
 
 def evaluate(

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from time import perf_counter
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-from rhythm.system.progress import Heartbeat, Rate, duration
+from rhythm.system.display import ProgressDisplay
+from rhythm.system.progress import Rate, duration
 
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class RunProgress:
+class RunProgress(ProgressDisplay):
     """Shows the step count, the current phase and the last step's numbers.
 
     Where stderr is not a terminal: a line after a step, at most one every 10 s, and a line with the current phase
@@ -35,7 +32,8 @@ class RunProgress:
 
     def __init__(self, console: Console, *, steps: int, done: int, clock: Callable[[], float] = perf_counter) -> None:
         """`done`: steps finished before this process started. `clock`: returns the time in seconds."""
-        self._bars = Progress(
+        super().__init__(
+            console,
             TextColumn("[bold]training"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -43,31 +41,19 @@ class RunProgress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[phase]}"),
-            console=console,
-            disable=not console.is_terminal,
+            description="training",
+            total=steps,
+            done=done,
+            say=log.info,
+            clock=clock,
+            numbers="",
+            phase="",
         )
-        self._bar = self._bars.add_task("training", total=steps, completed=done, numbers="", phase="")
-        self._lines = not console.is_terminal
-        self._clock = clock
         self._last_line = -_SECONDS_BETWEEN_LINES
         self._steps, self._first, self._done = steps, done, done
         self._started = self._phase_began = clock()
         self._phase = "starting"
         self._rate, self._seconds = Rate("step"), 0.0
-        self.heartbeat = Heartbeat(self._status, log.info, clock=clock)
-        self._open = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        if self._lines:
-            self._open.enter_context(self.heartbeat)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.close()
-        self._bars.stop()
 
     def phase(self, name: str) -> None:
         """Set the name of the current phase."""
@@ -88,7 +74,7 @@ class RunProgress:
             numbers += f", accuracy {record['accuracy']:.1%}"
         self._bars.update(self._bar, completed=step, numbers=numbers)
         due = now - self._last_line >= _SECONDS_BETWEEN_LINES or "accuracy" in record or step == self._steps
-        if self._lines and due:
+        if self.lines and due:
             self._last_line = now
             self.heartbeat.said()
             log.info("step %d/%d: %s, %s left", step, self._steps, numbers, self._left())
@@ -96,7 +82,8 @@ class RunProgress:
     def _left(self) -> str:
         return duration((self._steps - self._done) * self._seconds)
 
-    def _status(self) -> str:
+    def status(self) -> str:
+        """The status line, for example "after step 4/40: rollout for 35 s; 1.2 s/step, 45 s left"."""
         text = f"after step {self._done}/{self._steps}: {self._phase} for {duration(self._clock() - self._phase_began)}"
         if self._done == self._first:
             return f"{text}; no step is finished yet, so the remaining time is unknown"

@@ -48,7 +48,7 @@ def fit_prompts(task: Task[Any], tokenizer: Any, longest: int) -> Task[Any]:
     fitting = {}
     for name, instances in sets.items():
         lens = [len(encode_prompt(tokenizer, task.prompt(instance))[1]) for instance in instances]
-        fitting[name] = [each for each, tokens in zip(instances, lens, strict=True) if tokens <= longest]
+        fitting[name] = [instance for instance, tokens in zip(instances, lens, strict=True) if tokens <= longest]
         if lens and not fitting[name]:
             raise ValueError(f"no {name} prompt has at most {longest} tokens; the shortest has {min(lens)}")
         if left_out := len(lens) - len(fitting[name]):

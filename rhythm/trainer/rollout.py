@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Infer, Rollout, SamplingConfig
-from rhythm.engines.stopping import cut_at_stop
+from rhythm.engines.stopping import cut_at_stop, response_texts
 from rhythm.seeds import generator
 from rhythm.tasks import Reward, Task
 from rhythm.tasks.isolation import start_rewards
@@ -80,7 +80,7 @@ def roll_out(
 
     def score(part: Rollout) -> None:
         """`part` holds the rows that follow those scored already."""
-        texts = _texts(cut_at_stop(part, tokenizer, sampling.stop), tokenizer)
+        texts = response_texts(cut_at_stop(part, tokenizer, sampling.stop), tokenizer)
         responses.extend(texts)
         pending.append(start_rewards(task, [instances[g] for g in part.group.tolist()], texts))
 
@@ -93,12 +93,3 @@ def roll_out(
         responses=responses,
         rewards=[reward for rewards in pending for reward in rewards()],
     )
-
-
-def _texts(rollout: Rollout, tokenizer: Any) -> list[str]:
-    """Responses without special tokens."""
-    rows = zip(rollout.input_ids.tolist(), rollout.response_mask.tolist(), strict=True)
-    return [
-        tokenizer.decode([i for i, inside in zip(ids, mask, strict=True) if inside], skip_special_tokens=True)
-        for ids, mask in rows
-    ]

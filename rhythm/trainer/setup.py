@@ -28,7 +28,7 @@ from rhythm.tasks.prompts import ChatPrompt
 from rhythm.tiny.warm_start import warm_start
 from rhythm.trainer.cluster_engines import check_cluster, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
-from rhythm.trainer.evaluation import FurtherTask, isolated, load_further_tasks
+from rhythm.trainer.evaluation import FurtherTask, isolated_rewards, load_further_tasks
 from rhythm.trainer.prompts import fit_prompts
 from rhythm.trainer.step import Engines
 
@@ -195,8 +195,8 @@ def open_evaluation(config: TrainConfig, tasks: Sequence[FurtherTask], checkpoin
     """The further tasks without prompts that don't fit (`fit_task`), rewards in processes of their own; until the block
     is left.
     """
-    fitted = [FurtherTask(each.plan, fit_task(config, each.task, checkpoint)) for each in tasks]
-    with isolated(fitted, config.reward) as further:
+    fitted = [FurtherTask(further.plan, fit_task(config, further.task, checkpoint)) for further in tasks]
+    with isolated_rewards(fitted, config.reward) as further:
         yield further
 
 

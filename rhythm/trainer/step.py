@@ -17,7 +17,7 @@ from rhythm.credit.advantages import gamma_share, group_advantages, token_advant
 from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.credit.correction import Correction, rollout_correction
 from rhythm.credit.gamma import batch_credit_weights
-from rhythm.credit.heads import HeadGroups, select_heads, turnover
+from rhythm.credit.heads import HeadGroups, shared_heads, turnover
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import (
@@ -158,7 +158,7 @@ def train_step(
     parity = engines.check(scored.rollout, credited.log_probs, step) if engines.check is not None else {}
     turned: Record = {}
     if config.signals.grouping == "calibrated" and credited.signals is not None:
-        chosen = _of_the_batch(credited.signals, config.signals.quantile)
+        chosen = shared_heads(credited.signals.span, config.signals.quantile)
         turned = _turnover(held, chosen)
         groups = chosen if groups is None else groups
     _leave_if(stop_asked)
@@ -227,12 +227,6 @@ def _finish(
         "attention_share": watch.seconds["attention"] / total + unknown,
         **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
     }
-
-
-def _of_the_batch(signals: RhythmSignals, quantile: float) -> HeadGroups:
-    """The groups that the batch as a whole chooses, [1, n], whichever its signals are of."""
-    chosen = select_heads(signals.span, quantile, "batch")
-    return HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
 
 
 def _turnover(held: HeadGroups | None, chosen: HeadGroups) -> Record:

@@ -88,9 +88,8 @@ def take_steps(
         mask_BT, advantages_BT = micro.rollout.response_mask, micro.advantages
         assert micro.old_logprobs is not None
         if credit.reads:
-            shaped_BT = batch_credit_weights(signals, mask_BT, credit, entropy=entropy_BT) * advantages_BT
-            applies_BT = advantages_BT >= 0 if credit.apply_to == "nonnegative" else torch.ones_like(mask_BT)
-            advantages_BT = torch.where(applies_BT, shaped_BT, advantages_BT)
+            gamma_BT = batch_credit_weights(signals, mask_BT, credit, entropy=entropy_BT)
+            advantages_BT = token_advantages(advantages_BT, gamma_BT, mask_BT, credit.apply_to)
         correction = rollout_correction(micro.rollout.logprobs, micro.old_logprobs, mask_BT, config.correction)
         return advantages_BT * correction.weight
 
@@ -132,8 +131,8 @@ def _later_log_probs(train: Train, rollout: Rollout, rows: Sequence[Tensor], con
         return LogProbs(rollout.logprobs.clone(), log_probs.entropy)
     if len(rows) > 1:
         later = torch.cat(list(rows[1:]))
-        found, _ = train.log_probs(take_rows(rollout, later))
-        log_probs.logprobs[later], log_probs.entropy[later] = found.logprobs, found.entropy
+        scored, _ = train.log_probs(take_rows(rollout, later))
+        log_probs.logprobs[later], log_probs.entropy[later] = scored.logprobs, scored.entropy
     return log_probs
 
 

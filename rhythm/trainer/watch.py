@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rhythm.credit.config import CreditConfig, SignalsConfig
 from rhythm.credit.gamma import batch_credit_weights
-from rhythm.credit.heads import HeadGroups, select_heads, turnover
+from rhythm.credit.heads import HeadGroups, shared_heads, turnover
 from rhythm.credit.peaks import PeaksConfig, coupling, find_peaks, rotated_lift, within_reach
 from rhythm.credit.signals import RhythmSignals
 from rhythm.credit.strategies import STRATEGIES
@@ -62,8 +62,7 @@ def watch_rhythm(
     if signals is None:
         raise RuntimeError("the engines gave no signals although they were asked for")
     entropy_BT = credited.log_probs.entropy
-    chosen = select_heads(signals.span, tap.quantile, "batch")
-    now = HeadGroups(local=chosen.local[:1].cpu(), global_=chosen.global_[:1].cpu())
+    now = shared_heads(signals.span.cpu(), tap.quantile)
     changed = turnover(before, now) if before is not None else (float("nan"),) * 2
     anchor_BT = _bonus("global_anchor", signals, entropy_BT, mask_BT, credit) > 0
     record = {

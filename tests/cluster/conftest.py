@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from rhythm.cluster.config import ClusterConfig
-from rhythm.cluster.environment import prepare_environment
+from rhythm.cluster.environment import prepare_ray_environment
 
 # Before anything imports Ray, which reads it once.
-prepare_environment(ClusterConfig())
+prepare_ray_environment(ClusterConfig())
 
 SMALL_RUN = """
 name: small

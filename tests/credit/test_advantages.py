@@ -90,6 +90,14 @@ MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
 GAMMA = torch.tensor([[NAN, 1.5, 1.0, 1.25], [1.5, 1.0, NAN, 9.0], [9.0, 1.0, 1.5, 1.0]])
 
 
+def test_advantages_per_token_are_multiplied_one_by_one() -> None:
+    advantages_BT = torch.tensor([[2.0, -2.0, 0.0, 3.0]])
+    gamma_BT = torch.tensor([[1.5, 1.5, 1.5, 1.5]])
+    mask_BT = torch.tensor([[True, True, True, False]])
+    assert token_advantages(advantages_BT, gamma_BT, mask_BT).tolist() == [[3.0, -2.0, 0.0, 0.0]]
+    assert token_advantages(advantages_BT, gamma_BT, mask_BT, "all").tolist() == [[3.0, -3.0, 0.0, 0.0]]
+
+
 def test_gamma_multiplies_nonnegative_advantages() -> None:
     shaped = token_advantages(ADVANTAGES, GAMMA, MASK)
     close(shaped, [[0, 3.0, 2.0, 2.5], [-1.0, -1.0, 0, 0], [0.0, 0.0, 0.0, 0.0]])

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from rhythm.evaluation.estimators import estimates, pass_at_k, usual_k
-from rhythm.evaluation.scores import Judged, as_metrics, score
+from rhythm.evaluation.scores import ScoredResponse, as_metrics, score
 from rhythm.reports.intervals import over_problems, over_seeds, wilson
 
 
@@ -78,13 +78,13 @@ def test_interval_over_seeds_by_hand() -> None:
 
 
 def test_scores_count_per_problem() -> None:
-    judged = [
-        Judged(0, True, True, True, 4),
-        Judged(0, False, True, False, 8),
-        Judged(7, False, False, True, 6, fault="late"),
-        Judged(7, False, True, True, 6),
+    responses = [
+        ScoredResponse(0, True, True, True, 4),
+        ScoredResponse(0, False, True, False, 8),
+        ScoredResponse(7, False, False, True, 6, fault="late"),
+        ScoredResponse(7, False, True, True, 6),
     ]
-    found = score("aime", judged, 2, [1, 2], left_out=3)
+    found = score("aime", responses, 2, [1, 2], left_out=3)
     assert (found.problems, found.correct, found.left_out, found.faults) == (2, (1, 0), 3, 1)
     assert (found.finished_share, found.format_share, found.mean_tokens) == (0.75, 0.75, 6)
     assert as_metrics(found) == {"aime/pass@1": 0.25, "aime/pass@2": 0.5, "aime/avg@2": 0.25, "aime/problems": 2}

@@ -61,7 +61,7 @@ def test_an_evaluation_fits_and_escapes_responses(
         for p in range(3)
         for s in range(2)
     ]  # fmt: skip
-    scores = score("countdown", [row.judged for row in rows], 2, [1, 2])
+    scores = score("countdown", [row.scored for row in rows], 2, [1, 2])
     config = EvaluationConfig.model_validate({"model": "some/model", "tasks": ["countdown"], "samples": 2})
     write_page(tmp_path / "page.html", config, [scores], {"countdown": rows})
     resize(browser, size)
@@ -70,7 +70,7 @@ def test_an_evaluation_fits_and_escapes_responses(
     assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
     assert texts(browser, ".task tr td b")[:3] == ["16.7%", "", "33.3%"]
     assert texts(browser, ".text")[1] == HOSTILE
-    assert "not judged: late" in texts(browser, ".outcome.wrong")[0]
+    assert "not scored: late" in texts(browser, ".outcome.wrong")[0]
     shares = [element.get_attribute("title") for element in browser.find_elements("css selector", ".solved i")]
     assert shares == ["problem 0: 1 of 2 right", "problem 1: 0 of 2 right", "problem 2: 0 of 2 right"]
     bar, mark = (browser.find_element("css selector", f".bar {tag}").rect for tag in ("i", "b"))

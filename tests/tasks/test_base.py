@@ -71,9 +71,9 @@ HEAVY = {"datasets", "pyarrow", "sympy", "math_verify", "reasoning_gym", "transf
     ("more", "loaded"),
     [
         ("load_task('countdown', {'train_size': 1, 'test_size': 1})", set()),
-        ("load_judge('jsonl', {'path': 'x.jsonl', 'held_out': 1.0, 'grader': 'numeric'})", set()),
-        ("load_judge('crossthink_qa')", set()),
-        ("load_judge('math500')", {"math_verify", "sympy"}),
+        ("load_for_rewards('jsonl', {'path': 'x.jsonl', 'held_out': 1.0, 'grader': 'numeric'})", set()),
+        ("load_for_rewards('crossthink_qa')", set()),
+        ("load_for_rewards('math500')", {"math_verify", "sympy"}),
     ],
 )
 def test_a_task_loads_only_what_it_needs(more: str, loaded: set[str]) -> None:

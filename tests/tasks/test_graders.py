@@ -33,7 +33,7 @@ RIGHT, WRONG, UNREADABLE = Reward(1.0, True, True), Reward(0.0, False, True), Re
 )
 def test_math(answer: str, given: str, right: bool | None) -> None:
     expected = UNREADABLE if right is None else RIGHT if right else WRONG
-    assert GRADERS["math"]().judge(answer, f"so \\boxed{{{given}}}") == expected
+    assert GRADERS["math"]().grade(answer, f"so \\boxed{{{given}}}") == expected
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_math(answer: str, given: str, right: bool | None) -> None:
 )
 def test_numeric(answer: str, given: str, right: bool | None) -> None:
     expected = UNREADABLE if right is None else RIGHT if right else WRONG
-    assert GRADERS["numeric"]().judge(answer, f"so \\boxed{{{given}}}") == expected
+    assert GRADERS["numeric"]().grade(answer, f"so \\boxed{{{given}}}") == expected
 
 
 def test_exact() -> None:
     grader = GRADERS["exact"]()
-    assert grader.judge("a  b\nc", "<answer>\na b c </answer>") == RIGHT
-    assert grader.judge("a b c", "<answer>A b c</answer>") == WRONG
-    assert grader.judge("a b c", "a b c") == UNREADABLE
+    assert grader.grade("a  b\nc", "<answer>\na b c </answer>") == RIGHT
+    assert grader.grade("a b c", "<answer>A b c</answer>") == WRONG
+    assert grader.grade("a b c", "a b c") == UNREADABLE
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_exact() -> None:
     ],
 )
 def test_choice(answer: str, response: str, expected: Reward) -> None:
-    assert GRADERS["choice"]().judge(answer, response) == expected
+    assert GRADERS["choice"]().grade(answer, response) == expected
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ HOSTILE = [
 @pytest.mark.parametrize("grader", GRADERS)
 @pytest.mark.parametrize("given", HOSTILE, ids=lambda given: given[:20])
 def test_a_hostile_answer_is_wrong_and_cheap(grader: GraderName, given: str) -> None:
-    judge = GRADERS[grader]()
-    judge.judge("3", r"\boxed{x+1}")  # loads sympy
+    built = GRADERS[grader]()
+    built.grade("3", r"\boxed{x+1}")  # loads sympy
     start = time.process_time()
-    assert not judge.judge("3", f"\\boxed{{{given}}}").correct
+    assert not built.grade("3", f"\\boxed{{{given}}}").correct
     assert time.process_time() - start < 3
 
 
@@ -135,14 +135,14 @@ def test_an_answer_is_never_run_as_python(grader: GraderName, tmp_path: Path) ->
     trap = tmp_path / "trap"
     code = f"__import__('pathlib').Path('{trap}').touch()"
     for given in (code, f"\\text{{{code}}}", f"x = {code}", f"[{code}]"):
-        assert not GRADERS[grader]().judge("3", f"\\boxed{{{given}}}").correct
-        assert not GRADERS[grader]().judge("3", f"<answer>{given}</answer>").correct
+        assert not GRADERS[grader]().grade("3", f"\\boxed{{{given}}}").correct
+        assert not GRADERS[grader]().grade("3", f"<answer>{given}</answer>").correct
     assert not trap.exists()
 
 
 def test_math_needs_no_signals_so_it_works_outside_the_main_thread() -> None:
     judged: list[Reward] = []
-    thread = threading.Thread(target=lambda: judged.append(GRADERS["math"]().judge(r"2\sqrt{3}", r"\boxed{\sqrt{12}}")))
+    thread = threading.Thread(target=lambda: judged.append(GRADERS["math"]().grade(r"2\sqrt{3}", r"\boxed{\sqrt{12}}")))
     thread.start()
     thread.join(60)
     assert judged == [RIGHT]

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from rhythm.tasks import Reward, load_judge, load_task
+from rhythm.tasks import Reward, load_for_rewards, load_task
 from rhythm.tasks.prompts import ChatPrompt
 
 ROWS = [{"problem": f"What is {n} + 1?", "answer": str(n + 1), "name": f"p{n}"} for n in range(20)]
@@ -172,13 +172,15 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
             load_task("jsonl", options(path, **more))
 
 
-def test_a_judge_reads_no_rows(tmp_path: Path) -> None:
+def test_rewards_alone_read_no_rows(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
     problem = load_task("jsonl", options(path)).train[0]
     (tmp_path / "rows.jsonl").unlink()
-    judge = load_judge("jsonl", options(path))
-    assert judge.reward(problem, f"\\boxed{{{problem.answer}}}") == Reward(1.0, True, True)
-    assert len(load_judge("countdown", {"train_size": 3, "test_size": 2}).train) == 3  # made whole, having no judge
+    task = load_for_rewards("jsonl", options(path))
+    assert task.reward(problem, f"\\boxed{{{problem.answer}}}") == Reward(1.0, True, True)
+    assert (
+        len(load_for_rewards("countdown", {"train_size": 3, "test_size": 2}).train) == 3
+    )  # made whole, having no task
 
 
 def test_a_chat_prompt_survives_the_way_to_another_process() -> None:

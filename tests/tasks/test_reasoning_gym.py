@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from reasoning_gym.factory import DATASETS
 
-from rhythm.tasks import Reward, load_judge, load_task, task_class
+from rhythm.tasks import Reward, load_for_rewards, load_task, task_class
 from rhythm.tasks.reasoning_gym import UNSAFE
 
 RIGHT = Reward(1.0, True, True)
@@ -85,11 +85,11 @@ def test_names_and_parameters_that_do_not_exist() -> None:
         load_task("reasoning_gym:chain_sum", {**SMALL, "parameters": tiny})
 
 
-def test_a_judge_has_no_instances_and_a_class_can_be_pickled() -> None:
+def test_rewards_alone_have_no_instances_and_a_class_can_be_pickled() -> None:
     entry = load_task("reasoning_gym:chain_sum", SMALL).train[0]
-    judge = load_judge("reasoning_gym:chain_sum", SMALL)
-    assert len(judge.train) == 0
-    assert judge.reward(entry, f"<answer>{entry.answer}</answer>") == RIGHT
+    task = load_for_rewards("reasoning_gym:chain_sum", SMALL)
+    assert len(task.train) == 0
+    assert task.reward(entry, f"<answer>{entry.answer}</answer>") == RIGHT
     kind = task_class("reasoning_gym:chain_sum")
     assert pickle.loads(pickle.dumps(kind)) is kind
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rhythm.credit.config import SignalsConfig
-from rhythm.credit.heads import HeadGroups, select_heads
+from rhythm.credit.heads import HeadGroups, select_heads, shared_heads
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.interfaces import Rollout
@@ -84,8 +84,7 @@ class SignalRows:
         """The signals of all rows, NaN where there are none; without entropy."""
         if self._waiting:
             span_Bn = _in_order([(index_n, part.span) for index_n, part in self._waiting])
-            chosen = select_heads(span_Bn, self._tap.quantile, per="batch")
-            shared = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
+            shared = shared_heads(span_Bn, self._tap.quantile)
             self._parts = [(index_n, part.signals(shared)) for index_n, part in self._waiting]
             self._waiting = []
         return RhythmSignals(

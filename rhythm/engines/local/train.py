@@ -155,16 +155,7 @@ class TorchTrain:
             group["lr"] = lr
         self._optimizer.step()
         self._gradient_steps += 1
-        loss, clip_share, dual_clip_share, approx_kl, kl = sums.tolist()
-        return StepMetrics(
-            loss=loss,
-            clip_share=clip_share,
-            dual_clip_share=dual_clip_share,
-            approx_kl=approx_kl,
-            kl=kl if batch.reference_logprobs is not None else math.nan,
-            grad_norm=grad_norm,
-            lr=lr,
-        )
+        return StepMetrics.of(sums, grad_norm=grad_norm, lr=lr, has_reference=batch.reference_logprobs is not None)
 
     def weights(self) -> dict[str, Tensor]:
         """See rhythm.engines.interfaces.Train."""

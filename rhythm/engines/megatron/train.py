@@ -123,9 +123,8 @@ class MegatronTrain:
 
         self._model.train()
         self._run(self._model, batch.rollout, part, backward=True)
-        loss, clip_share, dual_clip_share, approx_kl, kl = self._groups.all_reduce_sum(
-            sums if self._groups.is_output_rank else 0 * sums
-        ).tolist()
+        sums = self._groups.all_reduce_sum(sums if self._groups.is_output_rank else 0 * sums)
+        loss = float(sums[0])
         grad_norm = self._clipped_gradients() if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._model.zero_grad_buffer()
@@ -137,15 +136,7 @@ class MegatronTrain:
         with on_cpu():
             self._optimizer.step_with_ready_grads()
         self._gradient_steps += 1
-        return StepMetrics(
-            loss=loss,
-            clip_share=clip_share,
-            dual_clip_share=dual_clip_share,
-            approx_kl=approx_kl,
-            kl=kl if batch.reference_logprobs is not None else math.nan,
-            grad_norm=grad_norm,
-            lr=lr,
-        )
+        return StepMetrics.of(sums, grad_norm=grad_norm, lr=lr, has_reference=batch.reference_logprobs is not None)
 
     def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a transformers checkpoint, complete tensor on this rank's device), gathered one parameter at a time.

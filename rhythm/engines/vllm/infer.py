@@ -46,7 +46,7 @@ class VllmConfig(BaseModel, extra="forbid", frozen=True):
     )
 
 
-def prepare_environment(bind_address: str = "127.0.0.1") -> None:
+def prepare_vllm_environment(bind_address: str = "127.0.0.1") -> None:
     """Set the environment variables that vLLM reads. Call it before anything imports vLLM.
 
     `bind_address`: where its workers listen for each other. Variables that are already set are kept, except the bind
@@ -108,7 +108,7 @@ class VllmInfer:
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
         self._manifest = PushManifest.of_checkpoint(checkpoint)
-        prepare_environment(os.environ.get("VLLM_HOST_IP") or "127.0.0.1")
+        prepare_vllm_environment(os.environ.get("VLLM_HOST_IP") or "127.0.0.1")
         from vllm import LLM
         from vllm.platforms import current_platform
 

@@ -7,121 +7,30 @@ Adam's first steps divide a gradient by its own size, so where it is nearly 0 th
 
 from __future__ import annotations
 
-import copy
-import subprocess
-import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from megatron_case import (
+    LAYOUTS,
+    OPTIONS,
+    Case,
+    assert_near,
+    assert_weights,
+    run_ranks,
+)
+from transformers import AutoModelForCausalLM
 
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
-from rhythm.credit.heads import HeadGroups
-from rhythm.credit.loss import LossConfig
-from rhythm.engines.batches import take_rows
-from rhythm.engines.interfaces import Rollout, TrainBatch
-from rhythm.engines.local.train import OptimizerConfig, TorchTrain
-from rhythm.engines.megatron.layout import ParallelConfig
-from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 # A test that is the first to ask for "both" runs four layouts.
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-LAYOUTS = {
-    "one": ParallelConfig(distributed_optimizer=False),
-    "tensor": ParallelConfig(tensor=2),
-    "pipeline": ParallelConfig(pipeline=2, recompute=True),
-    "data": ParallelConfig(data=2),
-    "both": ParallelConfig(tensor=2, pipeline=2),
-}
 # Whose checkpoints a layout loads, saved with the same kind of optimizer.
 LOADS = {"one": (), "tensor": (), "pipeline": ("tensor",), "data": ("pipeline",), "both": ("data", "pipeline")}
-OPTIONS: dict[str, Any] = {
-    "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5, token_chunk=16),
-    "loss": LossConfig(kl_coef=0.1, entropy_coef=0.01),
-    "temperature": 0.9,
-}
 CHUNK = OPTIONS["optimizer"].token_chunk
-TAP = SignalsConfig(backend="reference", layers=3)
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the one-machine engine makes of the same data."""
-
-    checkpoint: Path
-    rollout: Rollout
-    batches: list[TrainBatch]
-    results: dict[str, Any]
-
-
-def make_rollout(rows: int = 7, positions: int = 40) -> Rollout:
-    random = torch.Generator().manual_seed(5)
-    lens = torch.randint(12, positions + 1, (rows, 1), generator=random)
-    prompt_lens = torch.randint(1, 8, (rows,), generator=random)
-    t = torch.arange(positions)
-    mask = t < lens
-    ids = torch.randint(4, 100, (rows, positions), generator=random)
-    return Rollout(
-        input_ids=torch.where(mask, ids, 0),
-        attention_mask=mask,
-        response_mask=mask & (t >= prompt_lens[:, None]),
-        prompt_lens=prompt_lens,
-        group=torch.arange(rows) // 2,
-        logprobs=torch.zeros(rows, positions),
-        finished=torch.ones(rows, dtype=torch.bool),
-    )
-
-
-def make_batches(rollout: Rollout, old: torch.Tensor, reference: torch.Tensor | None, count: int) -> list[TrainBatch]:
-    random = torch.Generator().manual_seed(6)
-    return [TrainBatch(rollout, old, torch.randn(old.shape, generator=random), reference) for _ in range(count)]
-
-
-def torch_engine(model: Any) -> TorchTrain:
-    return TorchTrain(model, build_tokenizer(), micro_batch_size=2, reference=copy.deepcopy(model), **OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A Qwen3 of six layers, so that both stages have sampled ones, with 8 query and 4 key heads."""
-    checkpoint = tmp_path_factory.mktemp("qwen3")
-    shape = TinyModelConfig(layers=6, hidden_size=48, mlp_size=80, query_heads=8, key_heads=4, head_size=16)
-    torch.manual_seed(0)
-    model = build_model(shape, build_tokenizer())
-    with torch.no_grad():  # a fresh model is nearly uniform: sharper weights tell right from wrong
-        for parameter in model.parameters():
-            parameter.mul_(4) if parameter.ndim == 2 else parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
-    save_checkpoint(model, build_tokenizer(), checkpoint)
-    rollout = make_rollout()
-    engine = torch_engine(model)
-    results: dict[str, Any] = {"weights_at_start": copy.deepcopy(engine.weights())}
-    results["log_probs"], results["signals"] = engine.log_probs(rollout, TAP)
-    results["batch_signals"] = engine.log_probs(rollout, TAP.model_copy(update={"grouping": "batch"}))[1]
-    groups = results["signals"].groups
-    fixed = HeadGroups(groups.local[:1].roll(1, dims=1), groups.global_[:1].roll(1, dims=1))
-    results["fixed_signals"] = engine.log_probs(rollout, TAP, fixed)[1]
-    results["reference"] = engine.reference_log_probs(rollout)
-    batches = make_batches(rollout, results["log_probs"].logprobs, results["reference"], count=4)
-    results["steps"] = [engine.step(batch) for batch in batches[:-1]]
-    results["weights"] = copy.deepcopy(engine.weights())
-    engine.step(batches[-1])
-    results["last_weights"] = copy.deepcopy(engine.weights())
-    return Case(checkpoint, rollout, batches, results)
-
-
-def run_ranks(scratch: Path, timeout: float = 400, **spec: Any) -> list[dict[str, Any]]:
-    """Run a scenario of ranks.py; returns each rank's results."""
-    torch.save(spec, scratch / "spec.pt")
-    script = Path(__file__).with_name("ranks.py")
-    command = [sys.executable, "-W", "ignore", str(script), str(scratch / "spec.pt"), str(scratch / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [torch.load(scratch / f"out.{rank}", weights_only=False) for rank in range(spec["parallel"].ranks)]
 
 
 class Layouts:
@@ -172,17 +81,6 @@ def ranks(request: pytest.FixtureRequest, layouts: Layouts) -> Any:
     return request.param, layouts.results(request.param)
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol, equal_nan=True)
-
-
-def assert_weights(actual: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
-    tied = {"lm_head.weight"} if "lm_head.weight" not in actual else set()
-    assert actual.keys() == expected.keys() - tied
-    for name, tensor in actual.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}")  # noqa: B023
-
-
 def test_weights_go_in_and_out_bit_for_bit(ranks: Any, case: Case) -> None:
     for results in ranks[1]:
         assert_weights(results["weights_at_start"], case.results["weights_at_start"], atol=0.0)
@@ -226,36 +124,6 @@ def test_steps_follow_one_machine(ranks: Any, case: Case) -> None:
         first, expected = results["steps"][0], case.results["steps"][0]
         assert first.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
         assert_weights(results["weights"], case.results["weights"], atol=2e-4)
-
-
-@pytest.mark.parametrize("loss", [LossConfig(dual_clip=1.25), LossConfig(objective="cispo", clip_low=1, clip_high=3)])
-def test_other_objectives_follow_one_machine(case: Case, tmp_path: Path, loss: LossConfig) -> None:
-    """Off-policy, on two data ranks; the longest three rows are masked as overlong, a whole micro-batch among them."""
-    masked = torch.isin(torch.arange(7), case.rollout.lens.argsort(descending=True)[:3])
-    rollout = replace(case.rollout, response_mask=case.rollout.response_mask & ~masked[:, None])
-    noise = torch.randn(case.rollout.input_ids.shape, generator=torch.Generator().manual_seed(8))
-    batches = make_batches(rollout, case.results["log_probs"].logprobs + 0.5 * noise, None, count=1)
-    options = OPTIONS | {"loss": loss}
-    model = AutoModelForCausalLM.from_pretrained(case.checkpoint, dtype=torch.float32)
-    engine = TorchTrain(model, build_tokenizer(), micro_batch_size=2, **options)
-    expected = engine.step(batches[0])
-    assert (expected.dual_clip_share > 0.01) == (loss.dual_clip is not None)
-    assert expected.clip_share > 0.01 or loss.dual_clip is None
-    for results in run_ranks(
-        tmp_path,
-        scenario="scores",
-        parallel=LAYOUTS["data"],
-        checkpoint=case.checkpoint,
-        options=options,
-        rollout=rollout,
-        batches=batches,
-    ):
-        (step,) = results["steps"]
-        assert step.loss == pytest.approx(expected.loss, abs=1e-4)
-        assert step.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
-        assert step.clip_share == pytest.approx(expected.clip_share, abs=0.01)
-        assert step.dual_clip_share == pytest.approx(expected.dual_clip_share, abs=0.01)
-        assert_weights(results["weights"], engine.weights(), atol=2e-4)
 
 
 def test_infinity_stops_every_rank_and_changes_no_weight(ranks: Any) -> None:
@@ -304,109 +172,3 @@ def test_logits_exist_a_chunk_at_a_time_and_time_is_kept(ranks: Any) -> None:
     assert any(results["widest_logits"] for results in ranks[1])
     assert all(results["statistics_seconds"] > 0 for results in ranks[1])
     assert [results["statistics_seconds_without_tap"] for results in ranks[1]] == [0.0] * len(ranks[1])
-
-
-def test_an_untied_llama_with_scaled_rope(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "llama"
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 10_000.0,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=16_384,
-            rope_parameters=rope,
-            tie_word_embeddings=False,
-            initializer_range=0.2,
-        )
-    )
-    model.save_pretrained(checkpoint, max_shard_size="20KB")
-    build_tokenizer().save_pretrained(checkpoint)
-    assert (checkpoint / "model.safetensors.index.json").is_file()
-    rollout = make_rollout(rows=4)
-    engine = torch_engine(model)
-    at_start = copy.deepcopy(engine.weights())
-    expected = engine.log_probs(rollout)[0]
-    batches = make_batches(rollout, expected.logprobs, engine.reference_log_probs(rollout), count=2)
-    (first, *_) = run_ranks(
-        tmp_path,
-        scenario="scores",
-        parallel=LAYOUTS["both"],
-        checkpoint=checkpoint,
-        options=OPTIONS,
-        rollout=rollout,
-        batches=batches,
-    )
-    assert_weights(first["weights_at_start"], at_start, atol=0.0)
-    assert_near(first["log_probs"].logprobs, expected.logprobs, atol=1e-5)
-    steps = [engine.step(batch) for batch in batches]
-    assert first["steps"][1].loss == pytest.approx(steps[1].loss, abs=1e-4)
-    assert_weights(first["weights"], engine.weights(), atol=2e-4)
-
-
-def test_a_data_rank_without_rows_joins_the_step(case: Case, tmp_path: Path) -> None:
-    batch = take_rows(case.batches[0], torch.tensor([2]))
-    model = AutoModelForCausalLM.from_pretrained(case.checkpoint, local_files_only=True)
-    engine = torch_engine(model)
-    expected = engine.step(batch)
-    for results in run_ranks(
-        tmp_path,
-        scenario="scores",
-        parallel=LAYOUTS["data"],
-        checkpoint=case.checkpoint,
-        options=OPTIONS,
-        rollout=batch.rollout,
-        batches=[batch],
-    ):
-        assert results["steps"][0].loss == pytest.approx(expected.loss, abs=1e-5)
-        assert_weights(results["weights"], engine.weights(), atol=2e-4)
-
-
-@pytest.mark.parametrize("layout", ["one", "tensor"])
-def test_bfloat16_log_probs_are_of_an_fp32_product(layout: str, case: Case, tmp_path: Path) -> None:
-    for results in run_ranks(
-        tmp_path,
-        scenario="hidden",
-        parallel=LAYOUTS[layout],
-        checkpoint=case.checkpoint,
-        options={**OPTIONS, "precision": torch.bfloat16},
-        rollout=case.rollout,
-    ):
-        assert sum(len(token) for _, token, _, _ in results["seen"]) == int(case.rollout.response_mask.sum())
-        for hidden, token, logprobs, entropies in results["seen"]:
-            assert hidden.dtype == results["head"].dtype == torch.bfloat16
-            log_p = (hidden.double() @ results["head"].double().T / OPTIONS["temperature"]).log_softmax(dim=-1)
-            assert_near(logprobs.double(), log_p.gather(1, token[:, None])[:, 0], atol=1e-5)
-            assert_near(entropies.double(), -(log_p.exp() * log_p).sum(dim=-1), atol=1e-5)
-
-
-def test_bfloat16_keeps_weights_in_float32(case: Case, tmp_path: Path) -> None:
-    options = {**OPTIONS, "precision": torch.bfloat16, "optimizer": OptimizerConfig(lr=1e-3, token_chunk=16)}
-    (results,) = run_ranks(
-        tmp_path,
-        scenario="scores",
-        parallel=ParallelConfig(),
-        checkpoint=case.checkpoint,
-        options=options,
-        rollout=case.rollout,
-        batches=[replace(batch) for batch in case.batches * 10],
-    )
-    gap = (results["log_probs"].logprobs - case.results["log_probs"].logprobs).abs()
-    assert 1e-4 < gap.nanmean() < 0.1
-    # 40 steps of at most 1e-3 add up in the float32 copy; each alone is lost in bfloat16's eight bits near 1.
-    name = "model.norm.weight"
-    start, end = results["weights_at_start"][name], results["weights"][name]
-    assert start.dtype == end.dtype == torch.bfloat16
-    assert torch.equal(start + 1e-3, start)
-    assert not torch.equal(start, end)

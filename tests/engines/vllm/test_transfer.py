@@ -19,7 +19,7 @@ from rhythm.engines.transfer import (
     make_sender,
     merged,
 )
-from rhythm.engines.vllm.infer import prepare_environment
+from rhythm.engines.vllm.infer import prepare_vllm_environment
 
 SEGMENTS = Path("/dev/shm")
 
@@ -27,7 +27,7 @@ SEGMENTS = Path("/dev/shm")
 @pytest.fixture(scope="module")
 def worker(_as_it_was: None) -> Any:
     """The module that runs in vLLM's workers; it imports vLLM."""
-    prepare_environment()
+    prepare_vllm_environment()
     from rhythm.engines.vllm import worker
 
     return worker
@@ -182,12 +182,12 @@ def test_environment_binds_to_loopback_unless_told(monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-    prepare_environment()
+    prepare_vllm_environment()
     assert os.environ["VLLM_HOST_IP"] == "127.0.0.1"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    prepare_environment("10.0.0.5")
+    prepare_vllm_environment("10.0.0.5")
     assert os.environ["VLLM_HOST_IP"] == "10.0.0.5"
     assert "GLOO_SOCKET_IFNAME" not in os.environ

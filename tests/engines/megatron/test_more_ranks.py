@@ -1,0 +1,169 @@
+"""The Megatron engine on real ranks with other objectives, another family, a rank without rows, and bfloat16.
+
+Differences allowed are as in test_ranks.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from megatron_case import (
+    LAYOUTS,
+    OPTIONS,
+    Case,
+    assert_near,
+    assert_weights,
+    make_batches,
+    make_rollout,
+    run_ranks,
+    torch_engine,
+)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from rhythm.credit.loss import LossConfig
+from rhythm.engines.batches import take_rows
+from rhythm.engines.local.train import OptimizerConfig, TorchTrain
+from rhythm.engines.megatron.layout import ParallelConfig
+from rhythm.tiny.model import build_tokenizer
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("loss", [LossConfig(dual_clip=1.25), LossConfig(objective="cispo", clip_low=1, clip_high=3)])
+def test_other_objectives_follow_one_machine(case: Case, tmp_path: Path, loss: LossConfig) -> None:
+    """Off-policy, on two data ranks; the longest three rows are masked as overlong, a whole micro-batch among them."""
+    masked = torch.isin(torch.arange(7), case.rollout.lens.argsort(descending=True)[:3])
+    rollout = replace(case.rollout, response_mask=case.rollout.response_mask & ~masked[:, None])
+    noise = torch.randn(case.rollout.input_ids.shape, generator=torch.Generator().manual_seed(8))
+    batches = make_batches(rollout, case.results["log_probs"].logprobs + 0.5 * noise, None, count=1)
+    options = OPTIONS | {"loss": loss}
+    model = AutoModelForCausalLM.from_pretrained(case.checkpoint, dtype=torch.float32)
+    engine = TorchTrain(model, build_tokenizer(), micro_batch_size=2, **options)
+    expected = engine.step(batches[0])
+    assert (expected.dual_clip_share > 0.01) == (loss.dual_clip is not None)
+    assert expected.clip_share > 0.01 or loss.dual_clip is None
+    for results in run_ranks(
+        tmp_path,
+        scenario="scores",
+        parallel=LAYOUTS["data"],
+        checkpoint=case.checkpoint,
+        options=options,
+        rollout=rollout,
+        batches=batches,
+    ):
+        (step,) = results["steps"]
+        assert step.loss == pytest.approx(expected.loss, abs=1e-4)
+        assert step.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert step.clip_share == pytest.approx(expected.clip_share, abs=0.01)
+        assert step.dual_clip_share == pytest.approx(expected.dual_clip_share, abs=0.01)
+        assert_weights(results["weights"], engine.weights(), atol=2e-4)
+
+
+def test_an_untied_llama_with_scaled_rope(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "llama"
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16_384,
+            rope_parameters=rope,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+        )
+    )
+    model.save_pretrained(checkpoint, max_shard_size="20KB")
+    build_tokenizer().save_pretrained(checkpoint)
+    assert (checkpoint / "model.safetensors.index.json").is_file()
+    rollout = make_rollout(rows=4)
+    engine = torch_engine(model)
+    at_start = copy.deepcopy(engine.weights())
+    expected = engine.log_probs(rollout)[0]
+    batches = make_batches(rollout, expected.logprobs, engine.reference_log_probs(rollout), count=2)
+    (first, *_) = run_ranks(
+        tmp_path,
+        scenario="scores",
+        parallel=LAYOUTS["both"],
+        checkpoint=checkpoint,
+        options=OPTIONS,
+        rollout=rollout,
+        batches=batches,
+    )
+    assert_weights(first["weights_at_start"], at_start, atol=0.0)
+    assert_near(first["log_probs"].logprobs, expected.logprobs, atol=1e-5)
+    steps = [engine.step(batch) for batch in batches]
+    assert first["steps"][1].loss == pytest.approx(steps[1].loss, abs=1e-4)
+    assert_weights(first["weights"], engine.weights(), atol=2e-4)
+
+
+def test_a_data_rank_without_rows_joins_the_step(case: Case, tmp_path: Path) -> None:
+    batch = take_rows(case.batches[0], torch.tensor([2]))
+    model = AutoModelForCausalLM.from_pretrained(case.checkpoint, local_files_only=True)
+    engine = torch_engine(model)
+    expected = engine.step(batch)
+    for results in run_ranks(
+        tmp_path,
+        scenario="scores",
+        parallel=LAYOUTS["data"],
+        checkpoint=case.checkpoint,
+        options=OPTIONS,
+        rollout=batch.rollout,
+        batches=[batch],
+    ):
+        assert results["steps"][0].loss == pytest.approx(expected.loss, abs=1e-5)
+        assert_weights(results["weights"], engine.weights(), atol=2e-4)
+
+
+@pytest.mark.parametrize("layout", ["one", "tensor"])
+def test_bfloat16_log_probs_are_of_an_fp32_product(layout: str, case: Case, tmp_path: Path) -> None:
+    for results in run_ranks(
+        tmp_path,
+        scenario="hidden",
+        parallel=LAYOUTS[layout],
+        checkpoint=case.checkpoint,
+        options={**OPTIONS, "precision": torch.bfloat16},
+        rollout=case.rollout,
+    ):
+        assert sum(len(token) for _, token, _, _ in results["seen"]) == int(case.rollout.response_mask.sum())
+        for hidden, token, logprobs, entropies in results["seen"]:
+            assert hidden.dtype == results["head"].dtype == torch.bfloat16
+            log_p = (hidden.double() @ results["head"].double().T / OPTIONS["temperature"]).log_softmax(dim=-1)
+            assert_near(logprobs.double(), log_p.gather(1, token[:, None])[:, 0], atol=1e-5)
+            assert_near(entropies.double(), -(log_p.exp() * log_p).sum(dim=-1), atol=1e-5)
+
+
+def test_bfloat16_keeps_weights_in_float32(case: Case, tmp_path: Path) -> None:
+    options = {**OPTIONS, "precision": torch.bfloat16, "optimizer": OptimizerConfig(lr=1e-3, token_chunk=16)}
+    (results,) = run_ranks(
+        tmp_path,
+        scenario="scores",
+        parallel=ParallelConfig(),
+        checkpoint=case.checkpoint,
+        options=options,
+        rollout=case.rollout,
+        batches=[replace(batch) for batch in case.batches * 10],
+    )
+    gap = (results["log_probs"].logprobs - case.results["log_probs"].logprobs).abs()
+    assert 1e-4 < gap.nanmean() < 0.1
+    # 40 steps of at most 1e-3 add up in the float32 copy; each alone is lost in bfloat16's eight bits near 1.
+    name = "model.norm.weight"
+    start, end = results["weights_at_start"][name], results["weights"][name]
+    assert start.dtype == end.dtype == torch.bfloat16
+    assert torch.equal(start + 1e-3, start)
+    assert not torch.equal(start, end)
