@@ -28,6 +28,10 @@ def report() -> int:
     return _run("report", extra="train")
 
 
+def sweep() -> int:
+    return _run("sweep", extra="train")
+
+
 def doctor() -> int:
     return _run("doctor", extra="train")
 

@@ -8,6 +8,7 @@ Shapes: B rows of a batch, T tokens (right-padded).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,29 @@ def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None
         instances = instances[: config.examples]
     texts = [(task.prompt(instance), task.solution(instance)) for instance in instances]
     directory = config.cache_dir / f"warm-start-{cache_key(texts, config)}"
+    with naming(config.cache_dir), _one_at_a_time(directory):
+        return _warm_start(texts, directory, config, console)
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Waits while another process trains the same warm start, to find it in the cache."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_name(f".{directory.name}.lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process trains the same warm start: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("%s can't be locked: %s", file.name, error.strerror)
+        yield
+
+
+def _warm_start(
+    texts: Sequence[tuple[str, str]], directory: Path, config: WarmStartConfig, console: Console | None
+) -> WarmStart:
+    """From `directory`, or trained and saved there."""
     if directory.is_dir():
         record = json.loads((directory / _RECORD).read_bytes())
         return WarmStart(directory, cached=True, loss=record["loss"], seconds=record["seconds"])
@@ -110,7 +134,6 @@ def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None
     last = losses[-max(1, len(losses) // 10) :]
     result = WarmStart(directory, False, sum(last) / len(last), time.perf_counter() - start)
 
-    config.cache_dir.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".warm-start-", dir=config.cache_dir))
     try:
         with naming(aside):
