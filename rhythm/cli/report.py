@@ -16,6 +16,7 @@ from rhythm.cli.failures import ExitCode, command, show
 from rhythm.reports.comparison import At
 from rhythm.reports.comparison_page import Comparison, compare, write_comparison
 from rhythm.reports.run import load_run, write_report
+from rhythm.sweep.report import holds_a_sweep, summarize, write_sweep_report
 
 _OVERRIDE = re.compile(r"[A-Za-z_.]+=")
 
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "RUN_DIR… [CONFIG] [key=value …] [--dry-run]",
         "Of one run: write report.html into its directory: curves, and sampled responses with signals. Of several:\n"
         "write tables (method × task, gains over GRPO paired by seed), curves and the commands that make the runs\n"
-        "again, as report.html, report.md, CSV, PNG and PDF, into a directory of their own.",
+        "again, as report.html, report.md, CSV, PNG and PDF, into a directory of their own. Of the results of\n"
+        "rhythm-sweep (a directory with runs.csv): differences to GRPO paired by seed, with intervals and p-values.",
     )
     parser.add_argument(
         "words",
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = _config(arguments.words)
     if len(config.runs) == 1:
         only = config.runs[0]
+        if holds_a_sweep(only):
+            return _sweep(only, config, dry_run=arguments.dry_run)
         if config.model_copy(update={"runs": ()}) != ReportConfig():
             raise ConfigError("a single run has a page without settings: name several runs, or leave the keys out")
         show(_dry_run(only) if arguments.dry_run else str(write_report(only)))
@@ -77,6 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(_dry_comparison(config, comparison, out))
         return ExitCode.DONE
     show("\n".join(map(str, write_comparison(comparison, out))))
+    return ExitCode.DONE
+
+
+def _sweep(directory: Path, config: ReportConfig, *, dry_run: bool) -> int:
+    """The report of a sweep's results, which has one setting: the baseline."""
+    if config.model_copy(update={"runs": (), "baseline": None}) != ReportConfig():
+        raise ConfigError("the report of a sweep has one setting, baseline=METHOD: leave the other keys out")
+    if dry_run:
+        report = summarize(directory, config.baseline)
+        show("\n".join(f"# {row.method}: {len(row.seeds)} seeds" for row in report.methods))
+    else:
+        show("\n".join(map(str, write_sweep_report(directory, config.baseline))))
     return ExitCode.DONE
 
 

@@ -32,7 +32,6 @@ class SweepConfig(BaseModel, extra="forbid", frozen=True):
     methods: dict[str, dict[str, Any]] = Field(
         default={}, description="name of a method → keys of rhythm-train that make it, such as {credit.strategy: none}"
     )
-    baseline: str = Field(default="grpo", description="method that the others are compared with")
     seeds: tuple[int, ...] = Field(
         default=(1, 2, 3, 4, 5), description="of prompts, sampling and warm start; all methods of a seed share them"
     )
