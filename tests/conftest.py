@@ -26,7 +26,7 @@ class _Helpers(MetaPathFinder):
     On sys.path it would make tests/kernels importable as `kernels`, which is another package's name.
     """
 
-    names = ("corner_cases", "in_browser", "megatron_case", "models", "tensors")
+    names = ("corner_cases", "in_browser", "interpreter", "megatron_case", "models", "tensors")
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
         if fullname not in self.names:
@@ -37,33 +37,10 @@ class _Helpers(MetaPathFinder):
 sys.meta_path.insert(0, _Helpers())
 
 
-def _swap_once_a_launch() -> None:
-    """Cuts two fifths of the kernels' tests' time: Triton's interpreter swaps the functions of `tl` for its own
-    at every launch and again, without need, at every call of a device function.
-    """
-    from triton.runtime import interpreter
-
-    swap, swapped = interpreter._patch_lang, set()
-
-    def once_a_launch(function: Callable[..., object]) -> Any:
-        if function in swapped:
-            return None  # only a launch wants the scope
-        swapped.add(function)
-        scope = swap(function)
-        restore = scope.restore
-
-        def end() -> None:  # of the launch
-            swapped.clear()
-            restore()
-
-        scope.restore = end
-        return scope
-
-    interpreter._patch_lang = once_a_launch
-
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    _swap_once_a_launch()
+    from interpreter import make_faster
+
+    make_faster()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
