@@ -14,13 +14,13 @@ from rhythm.ops.statistics import AttentionStatistics, attention_statistics, att
 from rhythm.system.lazy import lazy
 
 if TYPE_CHECKING:
-    from rhythm.credit.config import SignalsConfig
     from rhythm.credit.gamma import credit_weights
     from rhythm.system.version import __version__ as __version__
     from rhythm.tap.attention_form import UnsupportedAttention
     from rhythm.tap.attention_tap import AttentionTap
     from rhythm.tap.observe import observe
     from rhythm.tap.rhythm_credit import RhythmCredit
+    from rhythm.tap.signals_config import SignalsConfig
 
 __all__ = [
     "AttentionStatistics",
@@ -45,7 +45,7 @@ __getattr__, __dir__ = lazy(
     {
         "AttentionTap": "rhythm.tap.attention_tap",
         "RhythmCredit": "rhythm.tap.rhythm_credit",
-        "SignalsConfig": "rhythm.credit.signals_config",
+        "SignalsConfig": "rhythm.tap.signals_config",
         "UnsupportedAttention": "rhythm.tap.attention_form",
         "__version__": "rhythm.system.version",
         "credit_weights": "rhythm.credit.gamma",

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import Rollout, TrainBatch
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 from rhythm.engines.megatron.layout import ParallelConfig
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 LAYOUTS = {

@@ -12,7 +12,7 @@ from torch import Tensor
 import rhythm
 from benchmarks.gpu.clock import Clock
 from benchmarks.measure import Timing
-from rhythm.credit.signals_config import SignalsConfig
+from rhythm.tap.signals_config import SignalsConfig
 
 
 @dataclass(frozen=True)

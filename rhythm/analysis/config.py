@@ -8,10 +8,11 @@ from typing import Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rhythm.analysis.counterfactual import CounterfactualConfig
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.peaks import PeaksConfig as PeaksConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.system.renamed import renamed_keys
+from rhythm.tap.signals_config import SignalsConfig
 
 SAMPLING = SamplingConfig(temperature=0.7)
 

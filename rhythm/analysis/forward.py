@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rhythm.analysis.attention import ObservedAttention
 from rhythm.analysis.receivers import excess_kurtosis, received_between_sentences
-from rhythm.credit.config import SignalsConfig
 from rhythm.engines.local.logprobs import check_output_head
 from rhythm.ops import reference
 from rhythm.ops.column_scores import column_scores
@@ -32,6 +31,7 @@ from rhythm.tap.interception import (
 )
 from rhythm.tap.output_check import check_output
 from rhythm.tap.padding import PaddedBatch
+from rhythm.tap.signals_config import SignalsConfig
 
 LOGIT_ELEMENTS = 2**24  # fp32 logits held at a time: 64 MB
 LEAST_LAYERS = 3

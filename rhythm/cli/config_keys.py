@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def config_keys(config: BaseModel, prefix: str = "") -> Iterator[Key]:
             yield from config_keys(section() if value is None else value, f"{prefix}{name}.")
         else:
             meaning = field.description or ""
-            yield Key(f"{prefix}{name}", kind_of(field.annotation), _inline(config, name), meaning)
+            yield Key(f"{prefix}{name}", _kind(field), _inline(config, name), meaning)
 
 
 def sections(keys: list[Key]) -> list[str]:
@@ -50,6 +51,13 @@ def describe(keys: list[Key], width: int = 100) -> str:
         lines.append(f"  {key.path}  {key.kind} = {default}")
         lines += textwrap.wrap(key.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
+
+
+def _kind(field: FieldInfo) -> str:
+    """The names that are allowed, where the field's JSON schema lists them; else the type."""
+    schema = field.json_schema_extra
+    names = schema.get("enum") if isinstance(schema, dict) else None
+    return " | ".join(map(str, names)) if isinstance(names, list) else kind_of(field.annotation)
 
 
 def kind_of(annotation: Any) -> str:

@@ -18,7 +18,6 @@ from rhythm.cluster.rpc import Worker, call, collect
 from rhythm.cluster.session import Session
 from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
 from rhythm.cluster.utilization import Rates
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, shared_heads
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import concatenate, take_rows
@@ -31,6 +30,7 @@ from rhythm.engines.interfaces import (
     TrainBatch,
 )
 from rhythm.seeds import derive_seed
+from rhythm.tap.signals_config import SignalsConfig
 
 log = logging.getLogger(__name__)
 

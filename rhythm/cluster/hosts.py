@@ -24,7 +24,6 @@ from rhythm.checkpoints import load_model, loading_options
 from rhythm.cluster.config import PushKind
 from rhythm.cluster.object_store import ModelReceiver, ObjectStoreSender
 from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
-from rhythm.credit.config import SignalsConfig
 from rhythm.engines.batches import to_device
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, Train, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
@@ -32,6 +31,7 @@ from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.transfer import Bucket, WeightSender, buckets, make_sender
 from rhythm.engines.vllm.infer import VllmInfer, prepare_vllm_environment
+from rhythm.tap.signals_config import SignalsConfig
 
 
 class Host:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rhythm.cluster.config import TrainRole
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.engines.vllm.infer import VllmConfig
+from rhythm.tap.signals_config import SignalsConfig
 
 Precision = Literal["float32", "bfloat16"]
 

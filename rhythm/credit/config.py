@@ -1,4 +1,4 @@
-"""The options of the signals and of γ, spelled once for Python, YAML, TRL, the analysis and Megatron.
+"""The options of γ, spelled once for Python, YAML, TRL, the analysis and Megatron.
 
 Shape suffixes: B responses, T positions.
 """
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from rhythm.credit.heads import as_fraction
-from rhythm.credit.signals_config import HORIZONS as HORIZONS
-from rhythm.credit.signals_config import MAX_TOKENS as MAX_TOKENS
-from rhythm.credit.signals_config import SignalsConfig as SignalsConfig
 from rhythm.credit.strategies import STRATEGIES, Reads
 from rhythm.system.extras import needs
 from rhythm.system.renamed import renamed_keys

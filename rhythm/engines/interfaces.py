@@ -15,9 +15,9 @@ from typing import Protocol
 from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
+from rhythm.tap.signals_config import SignalsConfig
 
 
 class SamplingConfig(BaseModel, extra="forbid", frozen=True):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
-from rhythm.credit.signals_config import SignalsConfig
 from rhythm.ops import arguments, reference
 from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import (
@@ -32,6 +31,7 @@ from rhythm.tap.attention_form import (
 from rhythm.tap.interception import Output, checked_layers, format_layers, intercept_attention, text_config
 from rhythm.tap.output_check import check_output
 from rhythm.tap.padding import PaddedBatch, check_one_of, integers, whole_batch
+from rhythm.tap.signals_config import SignalsConfig
 
 logger = logging.getLogger("rhythm")
 

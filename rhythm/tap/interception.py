@@ -22,7 +22,7 @@ from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from rhythm.credit.signals_config import SignalsConfig
+    from rhythm.tap.signals_config import SignalsConfig
 
 Output = tuple[Tensor, Tensor | None]
 Receiver = Callable[[AttentionCall], Output]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
-from rhythm.credit.signals_config import SignalsConfig
 from rhythm.shapes import check_dense, check_shape
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.padding import PaddedBatch
+from rhythm.tap.signals_config import SignalsConfig
 
 ENTROPY_ELEMENTS = 2**24  # fp32 probabilities held at a time: 64 MB
 

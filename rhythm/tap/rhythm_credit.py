@@ -15,10 +15,10 @@ from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
-from rhythm.credit.signals_config import SignalsConfig
 from rhythm.shapes import check_shape
 from rhythm.tap.observe import observe, response_entropy
 from rhythm.tap.padding import PaddedBatch
+from rhythm.tap.signals_config import SignalsConfig
 
 
 class RhythmCredit:

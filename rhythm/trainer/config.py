@@ -9,13 +9,14 @@ from pydantic import BaseModel, Field, PositiveInt, field_validator, model_valid
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.credit.advantages import AdvantageConfig
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.correction import CorrectionConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.credit.overlong import OverlongConfig
 from rhythm.engines.interfaces import SamplingConfig
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.system.renamed import renamed_keys
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tasks.config import TaskConfig
 from rhythm.tasks.isolation import RewardConfig
 from rhythm.tiny.warm_start import WarmStartConfig

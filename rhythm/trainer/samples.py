@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines.batches import take_rows, trim
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.trainer.metrics import Stopwatch
 from rhythm.trainer.rollout import ScoredRollout
 from rhythm.trainer.step import Engines, credit_tokens

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rhythm.credit.advantages import gamma_share, group_advantages, token_advantages
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.correction import Correction, rollout_correction
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups, shared_heads, turnover
@@ -32,6 +32,7 @@ from rhythm.engines.interfaces import (
     WeightSync,
 )
 from rhythm.seeds import derive_seed, generator
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tasks import Task
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.drawing import Drawn, draw, zero_variance_share

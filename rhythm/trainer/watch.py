@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups, shared_heads, turnover
 from rhythm.credit.peaks import PeaksConfig, coupling, find_peaks, rotated_lift, within_reach
 from rhythm.credit.signals import RhythmSignals
 from rhythm.credit.strategies import STRATEGIES
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.trainer.metrics import Record, Stopwatch
 from rhythm.trainer.rollout import ScoredRollout
 from rhythm.trainer.step import Engines, credit_tokens

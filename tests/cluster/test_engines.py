@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.errors import LostError, RemoteError, TrainLostError
 from rhythm.cluster.roles import Role
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import OptimizerConfig
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 if TYPE_CHECKING:  # they import Ray, whose environment has to be prepared first

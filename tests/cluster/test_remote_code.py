@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rhythm.cluster.config import ClusterConfig, TrainRole
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.local.train import OptimizerConfig
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 from rhythm.trainer.cluster_engines import open_cluster
 from rhythm.trainer.config import TrainConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ import rhythm
 from rhythm import SignalsConfig
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.cli.config_file import load_config
+from rhythm.cli.config_keys import config_keys
 from rhythm.credit import CreditConfig, batch_credit_weights
 from rhythm.credit.strategies import STRATEGIES, Strategy, StrategyInputs
-from rhythm.ops.backends import NAMES
+from rhythm.ops import backends
 from rhythm.trainer.config import TrainConfig
 
 
@@ -58,7 +59,17 @@ def test_layers_of_a_model() -> None:
 
 
 def test_backends_are_those_of_the_ops() -> None:
-    assert set(get_args(SignalsConfig.model_fields["backend"].annotation)) == set(NAMES)
+    assert [SignalsConfig(backend=name).backend for name in backends.NAMES] == list(backends.NAMES)
+    assert SignalsConfig.model_json_schema()["properties"]["backend"]["enum"] == list(backends.NAMES)
+    (key,) = [key for key in config_keys(SignalsConfig()) if key.path == "backend"]
+    assert key.kind == " | ".join(backends.NAMES)
+
+
+def test_a_backend_is_an_entry_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError, match="must be one of auto, cpu, triton, reference, got 'mine'"):
+        SignalsConfig(backend="mine")
+    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "mine"))
+    assert SignalsConfig(backend="mine").backend == "mine"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,9 @@ def test_backends_are_those_of_the_ops() -> None:
         ({"horizon": [True, 4]}, "must hold whole numbers, got [True, 4]"),
         ({"window": 0}, "greater than or equal to 1"),
         ({"window": True}, "must hold whole numbers, got True"),
-        ({"backend": "cuda"}, "'auto', 'cpu', 'triton' or 'reference'"),
+        ({"backend": "cuda"}, "must be one of auto, cpu, triton, reference, got 'cuda'"),
+        ({"backend": "refrence"}, "got 'refrence'; did you mean reference?"),
+        ({"backend": None}, "valid string"),
         ({"quantile": 0.6}, "less than or equal to 0.5"),
         ({"grouping": "row"}, "'sequence', 'batch' or 'calibrated'"),
         ({"layers": []}, "layers is []; it must be how many to sample"),

@@ -17,9 +17,10 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 import rhythm
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.integrations.trl import RhythmGRPOTrainer
 from rhythm.tap.rhythm_credit import RhythmCredit
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -14,12 +14,12 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.tap import attention_form
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.observe import observe
 from rhythm.tap.padding import PaddedBatch
+from rhythm.tap.signals_config import SignalsConfig
 
 SIZES = models.SIZES | {"num_hidden_layers": 4}  # of which 1 and 2 are sampled
 GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.observe import observe
+from rhythm.tap.signals_config import SignalsConfig
 
 SIZES = models.SIZES | models.GQA | {"num_hidden_layers": 6}
 

@@ -15,13 +15,13 @@ from models import GQA
 from tensors import assert_same
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
 from rhythm.credit.signals import RhythmSignals, aggregate
 from rhythm.ops import reference
 from rhythm.tap import attention_tap as tap
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.observe import observe
+from rhythm.tap.signals_config import SignalsConfig
 
 WINDOW, HORIZON = 4, (2, 9)
 LAYERS = 6  # of which 2, 3 and 4 are sampled

@@ -15,10 +15,10 @@ from models import GQA
 from tensors import assert_same
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import sampled_layers
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.observe import observe
+from rhythm.tap.signals_config import SignalsConfig
 
 LAYERS = 6  # of which 2, 3 and 4 are sampled
 

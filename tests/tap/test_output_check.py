@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.observe import observe
+from rhythm.tap.signals_config import SignalsConfig
 
 T = 20
 

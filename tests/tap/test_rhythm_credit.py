@@ -9,9 +9,10 @@ import transformers
 from torch import Tensor
 
 import rhythm
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.tap.rhythm_credit import RhythmCredit
+from rhythm.tap.signals_config import SignalsConfig
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rhythm import attention_statistics
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import select_heads
 from rhythm.credit.signals import aggregate
 from rhythm.tap import attention_form, output_check
@@ -30,6 +29,7 @@ from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.interception import intercept_attention, text_config
 from rhythm.tap.observe import observe
 from rhythm.tap.padding import PaddedBatch
+from rhythm.tap.signals_config import SignalsConfig
 
 T, PROMPT_LENS = 40, [6, 3]
 WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "_unique2", "unique_dim"}

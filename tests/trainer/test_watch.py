@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.interfaces import LogProbs, Rollout
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.trainer.checkpoint import RunState
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import run

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, select_heads, shared_heads
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.weights import load_weights
 from rhythm.tap.observe import observe_heads
+from rhythm.tap.signals_config import SignalsConfig
 
 
 class ObserveAttn:

@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.engines.interfaces import LogProbs, Rollout, ShapeAdvantages, TrainBatch
 from rhythm.engines.local.attn import SignalRows
 from rhythm.engines.watch import DeviceWatch
+from rhythm.tap.signals_config import SignalsConfig
 
 
 class StepReader:

@@ -13,7 +13,6 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
@@ -34,6 +33,7 @@ from rhythm.engines.local.step_reader import StepReader
 from rhythm.engines.local.weights import load_weights
 from rhythm.engines.watch import DeviceWatch
 from rhythm.tap.attention_tap import AttentionTap
+from rhythm.tap.signals_config import SignalsConfig
 
 _OPTIMIZER_FILE = "optimizer.pt"
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.interfaces import Rollout
@@ -24,6 +23,7 @@ from rhythm.engines.megatron.packing import Packed
 from rhythm.engines.megatron.parallel import Groups
 from rhythm.engines.watch import DeviceWatch
 from rhythm.ops.statistics import attention_statistics
+from rhythm.tap.signals_config import SignalsConfig
 
 
 @dataclass(frozen=True)

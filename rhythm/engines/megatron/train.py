@@ -19,7 +19,6 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
 from rhythm.credit.signals import RhythmSignals
@@ -35,6 +34,7 @@ from rhythm.engines.megatron.packing import Packed, deal_micro_batches, pack
 from rhythm.engines.megatron.parallel import Rendezvous, join, leave
 from rhythm.engines.megatron.tap import MegatronTap
 from rhythm.engines.megatron.weights import gather_weights, load_weights
+from rhythm.tap.signals_config import SignalsConfig
 
 
 class MegatronTrain:

@@ -9,13 +9,14 @@ import torch
 from tensors import assert_same
 
 import rhythm
-from rhythm.credit.config import CreditConfig, SignalsConfig
+from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
+from rhythm.tap.signals_config import SignalsConfig
 
 MakeRollout = Callable[..., Rollout]
 Grouping = Literal["sequence", "batch", "calibrated"]

@@ -11,12 +11,12 @@ import torch
 from tensors import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import LossConfig, policy_loss
 from rhythm.engines.interfaces import NonFiniteError, Rollout, TrainBatch
 from rhythm.engines.local.logprobs import response_logprobs
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
+from rhythm.tap.signals_config import SignalsConfig
 
 TAP = SignalsConfig(horizon=(2, 6))
 # A large eps makes AdamW's first step smooth in the gradient: without it a rounding error may turn its sign.

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 from rhythm.engines.local.weights import LocalWeightSync, load_weights
+from rhythm.tap.signals_config import SignalsConfig
 
 
 def test_weights_are_copied_and_converted(model: Any) -> None:

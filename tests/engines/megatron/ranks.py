@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from rhythm.credit.config import SignalsConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines import head
 from rhythm.engines.interfaces import NonFiniteError, Rollout, TrainBatch
@@ -23,6 +22,7 @@ from rhythm.engines.megatron import train
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.parallel import Rendezvous
 from rhythm.engines.megatron.train import MegatronTrain
+from rhythm.tap.signals_config import SignalsConfig
 
 
 def main(spec_path: str, out_path: str) -> None:

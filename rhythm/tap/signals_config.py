@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 from rhythm.credit.heads import sampled_layers
+from rhythm.ops import backends
 
 HORIZONS: dict[str, tuple[int, int | None]] = {"paper": (10, 50), "revised": (10, 100)}
 """Horizons of FAI by name: the paper's, and its revised version's."""
@@ -83,14 +85,25 @@ if TYPE_CHECKING or _is_checked():
             default="sequence",
             description="who shares head groups: none, a batch, or all batches (fixed on the first)",
         )
-        backend: Literal["auto", "cpu", "triton", "reference"] = Field(
-            default="auto", description="backend of the statistics; auto takes the fastest there is"
+        backend: str = Field(
+            default="auto",
+            description="backend of the statistics; auto takes the fastest there is",
+            json_schema_extra={"enum": list(backends.NAMES)},
         )
 
         def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
             """Only what differs from the defaults."""
             fields = type(self).model_fields
             return ((name, getattr(self, name)) for name in fields if getattr(self, name) != fields[name].default)
+
+        @field_validator("backend")
+        @classmethod
+        def _known(cls, value: str) -> str:
+            if value not in backends.NAMES:
+                near = get_close_matches(value, backends.NAMES, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"must be one of {', '.join(backends.NAMES)}, got {value!r}{hint}")
+            return value
 
         @field_validator("layers", mode="before")
         @classmethod
