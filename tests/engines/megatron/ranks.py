@@ -1,6 +1,7 @@
 """Runs a scenario of test_ranks.py on all ranks of a layout: `python ranks.py SPEC OUT`, both files of torch.save.
 
-A script, not a module of tests: the ranks are spawned processes, which import it by its path.
+A script, not a module of tests: the ranks are forked from a process that has imported torch and Megatron-core, which
+takes longer than most scenarios, and has started no thread yet.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from rhythm.tap.signals_config import SignalsConfig
 
 
 def main(spec_path: str, out_path: str) -> None:
-    """Spawn the ranks of the layout and wait for them."""
+    """Fork the ranks of the layout and wait for them."""
     spec = torch.load(spec_path, weights_only=False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (spec, out_path, port), nprocs=spec["parallel"].ranks)
+    ranks = spec["parallel"].ranks
+    multiprocessing.start_processes(_rank, (spec, out_path, port), nprocs=ranks, start_method="fork")
 
 
 def _rank(rank: int, spec: dict[str, Any], out_path: str, port: int) -> None:
