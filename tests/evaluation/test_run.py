@@ -82,7 +82,7 @@ def test_files_of_an_evaluation(whole: Path) -> None:
     assert f"problem 0: {right[0]} of 6 right" in page
 
 
-MOMENTS = {
+MOMENTS: dict[str, Callable[[Path], bool]] = {
     "before the first response": (lambda out: (out / "settings.json").is_file()),
     "after a batch": (lambda out: lines(out, "Words") >= 8),
     "in the middle": (lambda out: lines(out, "Words") >= 40),
@@ -101,19 +101,20 @@ def same_results(first: Path, second: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_continued_equals_uninterrupted(moment: str, checkpoint: Path, whole: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again_and_continued_equals_uninterrupted(
+    checkpoint: Path, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    happened: Callable[[Path], bool] = MOMENTS[moment]
-    process = start(checkpoint, out)
-    deadline = time.monotonic() + 200
-    while not happened(out):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (out / "results.json").exists()
+    for moment, happened in MOMENTS.items():
+        process = start(checkpoint, out)
+        deadline = time.monotonic() + 200
+        while not happened(out):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, moment
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (out / "results.json").exists(), moment
     finish(start(checkpoint, out))
     same_results(out, whole)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from rhythm.cli.train import main
+
 TIMINGS = ("seconds_", "tokens_per_second", "attention_share")
 
 
@@ -77,18 +79,19 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed_equals_uninterrupted(moment: str, small_config_file: Path, whole_run: Path) -> None:
-    name = moment.replace(" ", "-")
-    run = whole_run.parent / name
-    process = start(small_config_file, f"name={name}")
-    wait_for(MOMENTS[moment](run), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (run / "checkpoints" / "step_000006").exists()
+def test_killed_again_and_again_and_resumed_equals_uninterrupted(small_config_file: Path, whole_run: Path) -> None:
+    run = whole_run.parent / "killed"
+    resume: list[str] = []
+    for moment, happens in MOMENTS.items():
+        process = start(small_config_file, "name=killed", *resume)
+        wait_for(happens(run), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, moment
+        assert not (run / "checkpoints" / "step_000006").exists(), moment
+        resume = ["--resume"]
 
-    finish(start(small_config_file, f"name={name}", "--resume"))
+    finish(start(small_config_file, "name=killed", *resume))
     assert metrics(run) == metrics(whole_run)
     assert weights_digest(run, 6) == weights_digest(whole_run, 6)
     assert not list((run / "checkpoints").glob(".writing-*"))
@@ -97,18 +100,19 @@ def test_killed_and_resumed_equals_uninterrupted(moment: str, small_config_file:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves(number: signal.Signals, code: int, small_config_file: Path, whole_run: Path) -> None:
-    name = number.name.lower()
-    run = whole_run.parent / name
-    process = start(small_config_file, f"name={name}")
-    wait_for(lines_written(run, 2), process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert f"stopped by {number.name} after step" in output
-    assert "--resume" in output
-    finish(start(small_config_file, f"name={name}", "--resume"))
+def test_a_signal_saves_and_leaves(small_config_file: Path, whole_run: Path) -> None:
+    run = whole_run.parent / "signals"
+    resume: list[str] = []
+    for number, code, rows in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 4)):
+        process = start(small_config_file, "name=signals", *resume)
+        wait_for(lines_written(run, rows), process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert f"stopped by {number.name} after step" in output
+        assert "--resume" in output
+        resume = ["--resume"]
+    finish(start(small_config_file, "name=signals", *resume))
     assert metrics(run) == metrics(whole_run)
     assert weights_digest(run, 6) == weights_digest(whole_run, 6)
 
@@ -129,16 +133,15 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(small_config_file: Pat
     assert metrics(run)[-1] == metrics(whole_run)[-1]
 
 
-def test_an_existing_run_is_not_overwritten(small_config_file: Path, whole_run: Path) -> None:
+def test_an_existing_run_is_not_overwritten(
+    small_config_file: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (whole_run / "metrics.jsonl").read_bytes()
-    process = start(small_config_file, "name=whole")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "holds a run: continue it with --resume" in output
-    process = start(small_config_file, "name=whole", "optimizer.lr=0.5", "--resume")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "optimizer.lr was 0.001, is 0.5" in output
+    words = [str(small_config_file), "name=whole"]
+    assert main(words) == 2
+    assert "holds a run: continue it with --resume" in capsys.readouterr().err
+    assert main([*words, "optimizer.lr=0.5", "--resume"]) == 2
+    assert "optimizer.lr was 0.001, is 0.5" in capsys.readouterr().err
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
