@@ -45,6 +45,7 @@ class ExitCode(IntEnum):
     TERMINATED = 143, "SIGTERM"
 
 
+SIGNALLED = 128  # added to the number of the signal that stopped a command
 EXIT_CODES = "exit codes:\n" + "\n".join(f"  {code.value:<4}{code.meaning}" for code in ExitCode)
 """For --help."""
 

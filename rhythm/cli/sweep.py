@@ -10,7 +10,7 @@ from pathlib import Path
 from rhythm.cli.arguments import command_parser, config_and_overrides
 from rhythm.cli.config_file import ConfigError, load_config, read_config
 from rhythm.cli.config_keys import config_keys, describe
-from rhythm.cli.failures import ErrorConsole, ExitCode, command, show
+from rhythm.cli.failures import SIGNALLED, ErrorConsole, ExitCode, command, show
 from rhythm.sweep.config import PlannedRun, SweepConfig, plan
 from rhythm.sweep.results import Results, read_results
 from rhythm.sweep.run import SweepOutcome, left, run_sweep
@@ -31,24 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     path, overrides = config_and_overrides(arguments.words)
     if path is None:
         raise ConfigError("no sweep given: rhythm-sweep SWEEP.yaml, or rhythm-sweep --help")
-    sweep = read_config(SweepConfig, path, overrides, like=_with_its_keys)
+    # Methods and overrides hold keys of rhythm-train, which are checked with the runs' configurations.
+    sweep = read_config(SweepConfig, path, overrides, like=lambda _: _EXAMPLE)
     base = sweep.base if sweep.base.is_absolute() else path.parent / sweep.base
     runs = plan(sweep, lambda keys: load_config(base, keys))
     if arguments.dry_run:
         show(_dry_run(sweep, runs))
         return ExitCode.DONE
-    try:
-        outcome = run_sweep(sweep, runs, ErrorConsole())
-    except KeyboardInterrupt as error:
-        error.add_note(f"finished runs are in {sweep.results}; the same command goes on from there")
-        raise
+    outcome = run_sweep(sweep, runs, ErrorConsole())
     show(_summary(sweep, runs, outcome))
+    if outcome.stopped_by is not None:
+        return SIGNALLED + outcome.stopped_by
     return ExitCode.FAULT if outcome.failures else ExitCode.DONE
-
-
-def _with_its_keys(values: object) -> SweepConfig:
-    """Methods and overrides hold keys of rhythm-train, which are checked with the runs' configurations."""
-    return _EXAMPLE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,6 +105,8 @@ def _summary(sweep: SweepConfig, runs: Sequence[PlannedRun], outcome: SweepOutco
             lines.append(f"{method:24}{len(rows):>5}{start:>9.1%}{final:>9.1%}")
     for failure in outcome.failures:
         lines.append(f"{failure.run.name} failed with exit code {failure.code}, {failure.log} ends:\n{failure.said}")
+    if outcome.stopped_by is not None:
+        lines.append(f"stopped by {outcome.stopped_by.name}; the same command goes on from there")
     lines.append(f"results     {sweep.results}")
     lines.append(f"the report  rhythm-report {sweep.results}")
     return "\n".join(lines)

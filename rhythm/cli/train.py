@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from rhythm.cli.arguments import command_parser, config_and_overrides
 from rhythm.cli.config_file import ConfigError, dump_config, load_config
 from rhythm.cli.config_keys import config_keys, describe
-from rhythm.cli.failures import ErrorConsole, ExitCode, command, show
+from rhythm.cli.failures import SIGNALLED, ErrorConsole, ExitCode, command, show
 from rhythm.engines.parity import ParityError
 from rhythm.trainer.checkpoint import DamagedCheckpointError
 from rhythm.trainer.cluster_engines import plan
@@ -25,8 +25,6 @@ from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, RunSummary, run
 from rhythm.trainer.run_dir import CHECKPOINTS, CONFIG, RunDirectoryError
 from rhythm.trainer.setup import SetupError
-
-SIGNALLED = 128
 
 _FAILURES: dict[type[Exception], ExitCode] = {
     ConfigError: ExitCode.BAD_INPUT,

@@ -12,6 +12,7 @@ from typing import Literal
 import yaml
 
 from rhythm.reports.curves import running_peak_average, task_metrics
+from rhythm.reports.format import mean
 from rhythm.reports.intervals import over_seeds
 from rhythm.reports.methods import BASELINE, MethodRun
 
@@ -132,15 +133,11 @@ def blocks(
 
 
 def _cell(own: Mapping[int | None, float], base: Mapping[int | None, float]) -> Cell:
-    value = _mean(list(own.values()))
+    value = mean(list(own.values()))
     shared = [seed for seed in own if seed in base and seed is not None]
     differences = [own[seed] - base[seed] for seed in shared]
-    gain = _mean(differences) if differences else value - _mean(list(base.values()))
+    gain = mean(differences) if differences else value - mean(list(base.values()))
     return Cell(value, *over_seeds(list(own.values())), gain, *over_seeds(differences), len(shared))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
 
 
 def baseline_of(runs: Sequence[MethodRun], asked: str | None) -> str:

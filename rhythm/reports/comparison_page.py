@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from rhythm.reports.comparison import (
     value_of,
 )
 from rhythm.reports.comparison_figures import PALETTE, Panel, draw_svg, panels, peak_curves, write_figure
-from rhythm.reports.format import template_environment
+from rhythm.reports.format import csv_text, template_environment
 from rhythm.reports.methods import MethodRun, load_runs
 from rhythm.reports.run import TEMPLATES
 from rhythm.system.writing import replace_file
@@ -214,16 +212,6 @@ def _seeds(runs: Iterable[MethodRun]) -> str:
     return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
-def _csv(rows: Iterable[Sequence[object]]) -> str:
-    file = io.StringIO()
-    # A spreadsheet runs text that begins with one of these as a formula.
-    csv.writer(file, lineterminator="\n").writerows(
-        [f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value for value in row]
-        for row in rows
-    )
-    return file.getvalue()
-
-
 def _table_csv(section: Section) -> str:
     head = ("block", "method", "seeds", "task", "value", "low", "high", "gain", "gain_low", "gain_high", "pairs")
     rows = [
@@ -233,7 +221,7 @@ def _table_csv(section: Section) -> str:
         for row in block.rows
         for task, cell in zip(block.columns, row.cells, strict=True)
     ]  # fmt: skip
-    return _csv([head, *rows])
+    return csv_text([head, *rows])
 
 
 def _runs_csv(comparison: Comparison) -> str:
@@ -243,7 +231,7 @@ def _runs_csv(comparison: Comparison) -> str:
         for run in comparison.runs
         for column in comparison.columns
     ]  # fmt: skip
-    return _csv([("run", "block", "method", "seed", "task", "metric", *AT), *rows])
+    return csv_text([("run", "block", "method", "seed", "task", "metric", *AT), *rows])
 
 
 def _curves_csv(comparison: Comparison) -> str:
@@ -265,7 +253,7 @@ def _curves_csv(comparison: Comparison) -> str:
                     )
                     for (step, value), peak in zip(pairs, averages, strict=True)
                 ]
-    return _csv([("run", "method", "seed", "task", "metric", "step", "value", "running_peak"), *rows])
+    return csv_text([("run", "method", "seed", "task", "metric", "step", "value", "running_peak"), *rows])
 
 
 def _number(value: float) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -20,6 +22,21 @@ def template_environment(templates: Path) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """The rows as CSV. Text that a spreadsheet would run as a formula begins with an apostrophe."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(
+        [f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value for value in row]
+        for row in rows
+    )
+    return file.getvalue()
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN where there is none."""
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def format_number(value: float) -> str:

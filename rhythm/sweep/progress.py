@@ -25,7 +25,6 @@ class SweepProgress(ProgressDisplay):
         total: int,
         done: int,
         steps_left: int,
-        jobs: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """total, done: runs. steps_left: training steps of those that are not done. clock: seconds."""
@@ -44,17 +43,18 @@ class SweepProgress(ProgressDisplay):
             doing="",
         )
         self._say = say_as("rhythm-sweep", console)
-        self._total, self._done, self._left, self._jobs = total, done, steps_left, jobs
+        self._total, self._done, self._left = total, done, steps_left
         self._began = clock()
         self._base: dict[str, int] = {}  # steps that a resumed run had before
         self._running: dict[str, tuple[int, str]] = {}
+        self._read: dict[str, tuple[int, tuple[int, str]]] = {}  # size of a run's metrics, and what they say
         self._ended = 0
 
     def update(self, runs: Sequence[PlannedRun]) -> None:
         """These are running; reads how far each is."""
         self._running = {}
         for run in runs:
-            step, accuracy = last_step(run.config.run_dir)
+            step, accuracy = self._last_step(run)
             self._base.setdefault(run.name, step)
             self._running[run.name] = step, f"{run.name} step {step}/{run.config.steps}{accuracy}"
         self._bars.update(self._bar, doing=self._doing())
@@ -80,12 +80,20 @@ class SweepProgress(ProgressDisplay):
             names.append(f"{duration(seconds)} left")
         return "; ".join(names) or "starting"
 
+    def _last_step(self, run: PlannedRun) -> tuple[int, str]:
+        """`last_step`, read again only where the file has grown."""
+        path = run.config.run_dir / "metrics.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if run.name not in self._read or self._read[run.name][0] != size:
+            self._read[run.name] = size, last_step(path)
+        return self._read[run.name][1]
 
-def last_step(run_dir: Path) -> tuple[int, str]:
-    """The last recorded step, and ", accuracy …" of the last evaluation; (0, "") before the first."""
+
+def last_step(path: Path) -> tuple[int, str]:
+    """The last step in a run's metrics.jsonl, and ", accuracy …" of the last evaluation; (0, "") before the first."""
     step, accuracy = 0, ""
     try:
-        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError:
         return step, accuracy
     for line in lines:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -16,7 +14,8 @@ from matplotlib.ticker import FuncFormatter
 
 from rhythm.reports.comparison_figures import PALETTE
 from rhythm.reports.comparison_page import points, spread
-from rhythm.reports.format import format_p_value, template_environment
+from rhythm.reports.curves import page_svg
+from rhythm.reports.format import csv_text, format_p_value, mean, template_environment
 from rhythm.reports.intervals import over_seeds
 from rhythm.reports.run import TEMPLATES
 from rhythm.sweep.results import RUNS, CurveRow, Results, read_results
@@ -35,6 +34,12 @@ _PANELS = {
     "response_length": "tokens per response",
 }
 _WIDTH = 1.9
+_INK = "#010101"  # replaced by the page's own
+_PAGE = {_INK: "var(--muted)"} | {color: f"var(--m{index})" for index, color in enumerate(PALETTE)}
+_STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left", "legend.frameon": False,
+          "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "rhythm"} | dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,13 @@ def summarize(directory: Path, baseline: str | None = None) -> SweepReport:
             MethodRow(
                 method,
                 tuple(run.seed for run in runs),
-                start=_mean([run.start for run in runs]),
-                final=_mean([run.final for run in runs]),
+                start=mean([run.start for run in runs]),
+                final=mean([run.final for run in runs]),
                 final_t=over_seeds([run.final for run in runs]),
-                best=_mean([run.best for run in runs]),
-                area=_mean(list(values["area"][method].values())),
-                bonus_mass=_mean([run.bonus_mass for run in runs]),
-                seconds=_mean([run.seconds for run in runs]),
+                best=mean([run.best for run in runs]),
+                area=mean(list(values["area"][method].values())),
+                bonus_mass=mean([run.bonus_mass for run in runs]),
+                seconds=mean([run.seconds for run in runs]),
             )
         )
     incomplete = [(row.method, lacking) for row in rows if (lacking := tuple(s for s in seeds if s not in row.seeds))]
@@ -116,14 +121,19 @@ def write_sweep_report(directory: Path, baseline: str | None = None) -> list[Pat
     Raises ValueError: see `summarize`. OSError names a file that can't be written.
     """
     report = summarize(directory, baseline)
-    texts = {
-        "report.html": _html(report),
-        "report.md": markdown(report),
-        "differences.csv": _differences_csv(report),
-    }
-    for name, text in texts.items():
-        replace_file(directory / name, text)
-    return [*(directory / name for name in texts), *draw(read_results(directory), directory / "curves")]
+    with matplotlib.rc_context(_STYLE):
+        figure = figure_of(read_results(directory))
+        texts = {
+            "report.html": _html(report, page_svg(figure, "curves of all methods", _PAGE)),
+            "report.md": markdown(report),
+            "differences.csv": _differences_csv(report),
+        }
+        for name, text in texts.items():
+            replace_file(directory / name, text)
+        figures = [directory / "curves.png", directory / "curves.pdf"]
+        figure.savefig(figures[0], dpi=140)
+        figure.savefig(figures[1], metadata={"CreationDate": None})
+    return [*(directory / name for name in texts), *figures]
 
 
 def markdown(report: SweepReport) -> str:
@@ -209,7 +219,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 
-def _html(report: SweepReport) -> str:
+def _html(report: SweepReport, figure: str) -> str:
     tables = [("Methods", METHOD_HEAD, method_cells(report))]
     tables += [
         (f"Difference to {report.baseline}: {meaning}", DIFFERENCE_HEAD, difference_cells(report.differences[measure]))
@@ -218,44 +228,35 @@ def _html(report: SweepReport) -> str:
     return (
         template_environment(TEMPLATES)
         .get_template("sweep.html.j2")
-        .render(report=report, said=_said(report), tables=tables)
+        .render(report=report, said=_said(report), tables=tables, figure=figure)
     )
 
 
 def _differences_csv(report: SweepReport) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["measure", *(field.name for field in fields(Difference))])
-    for measure, found in report.differences.items():
-        for one in found:
-            cells = [" ".join(map(str, cell)) if isinstance(cell, tuple) else cell for cell in astuple(one)]
-            writer.writerow([measure, *cells])
-    return file.getvalue()
+    rows = [
+        [measure, *(" ".join(map(str, cell)) if isinstance(cell, tuple) else cell for cell in astuple(one))]
+        for measure, found in report.differences.items()
+        for one in found
+    ]
+    return csv_text([["measure", *(field.name for field in fields(Difference))], *rows])
 
 
-def draw(results: Results, stem: Path) -> list[Path]:
-    """stem.png and stem.svg: mean over seeds, shaded its 95 % interval (t), thin the runs."""
+def figure_of(results: Results) -> Figure:
+    """A panel per measured curve. Bold: mean over seeds; shaded: its 95 % interval (t); thin: the runs."""
     methods = list(dict.fromkeys(run.method for run in results.runs))
-    style = {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left", "legend.frameon": False,
-             "svg.hashsalt": "rhythm"}  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(10.5, 3.4), layout="constrained")
-        for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
-            for index, method in enumerate(methods):
-                curves = [_curve(results, run.method, run.seed) for run in results.runs if run.method == method]
-                _draw_method(axes, curves, key, method, PALETTE[index % len(PALETTE)], dashed=index >= len(PALETTE))
-            axes.set_title(title)
-            axes.set_xlabel("step")
-            axes.spines[["top", "right"]].set_visible(False)
-            if key == "accuracy":
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
-        paths = []
-        for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-            paths.append(stem.with_suffix(f".{suffix}"))
-            figure.savefig(paths[-1], dpi=140, metadata=metadata)
-    return paths
+    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
+        for index, method in enumerate(methods):
+            curves = [_curve(results, run.method, run.seed) for run in results.runs if run.method == method]
+            _draw_method(axes, curves, key, method, PALETTE[index % len(PALETTE)], dashed=index >= len(PALETTE))
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        if key == "accuracy":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
+    return figure
 
 
 def _draw_method(
@@ -271,7 +272,7 @@ def _draw_method(
     steps = [step for step in sorted(by_step) if len(by_step[step]) == len(curves)]
     if not steps:
         return
-    means = [_mean(by_step[step]) for step in steps]
+    means = [mean(by_step[step]) for step in steps]
     axes.plot(steps, means, color=color, linewidth=_WIDTH, linestyle="--" if dashed else "-", label=method)
     if len(curves) > 1:
         lows, highs = zip(*(over_seeds(by_step[step]) for step in steps), strict=True)
@@ -284,7 +285,3 @@ def _curve(results: Results, method: str, seed: int) -> list[CurveRow]:
 
 def _area(curve: Sequence[CurveRow]) -> float:
     return area_under_curve([row.step for row in curve], [row.accuracy for row in curve])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

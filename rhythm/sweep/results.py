@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from rhythm.reports.format import csv_text, mean
 from rhythm.reports.run import load_run
 from rhythm.sweep.config import PlannedRun
 from rhythm.system.writing import replace_file
@@ -86,11 +86,11 @@ def measure(run: PlannedRun, commit: str) -> tuple[RunRow, list[CurveRow]]:
         seed=run.seed,
         start=accuracies[0],
         best=max(accuracies),
-        final=_mean(finals),
+        final=mean(finals),
         steps=last,
         tokens=round(math.fsum(_values(records, "response_tokens"))),
         seconds=math.fsum(_values(records, "seconds_total")),
-        bonus_mass=_mean(_values(records, "bonus_mass")),
+        bonus_mass=mean(_values(records, "bonus_mass")),
         commit=commit,
         settings=run.settings,
     )
@@ -98,7 +98,7 @@ def measure(run: PlannedRun, commit: str) -> tuple[RunRow, list[CurveRow]]:
     for record in evaluated:
         since = [other for other in records if before < other["step"] <= record["step"]]
         before = record["step"]
-        means = {key: _mean(_values(since, key)) for key in ("reward", "entropy", "response_length")}
+        means = {key: mean(_values(since, key)) for key in ("reward", "entropy", "response_length")}
         curve.append(CurveRow(run.method, run.seed, int(record["step"]), record["accuracy"], **means))
     return row, curve
 
@@ -129,17 +129,9 @@ def _values(records: Sequence[Mapping[str, float]], key: str) -> list[float]:
     return [record[key] for record in records if math.isfinite(record.get(key, math.nan))]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
 def _csv(kind: type[Any], rows: Sequence[Any]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     names = [field.name for field in fields(kind)]
-    writer.writerow(names)
-    writer.writerows([_shown(getattr(row, name)) for name in names] for row in rows)
-    return file.getvalue()
+    return csv_text([names, *([_shown(getattr(row, name)) for name in names] for row in rows)])
 
 
 def _shown(value: object) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -24,7 +23,10 @@ from rhythm.sweep.config import PlannedRun, SweepConfig
 from rhythm.sweep.progress import SweepProgress
 from rhythm.sweep.results import Results, measure, read_results, write_results
 from rhythm.system.directory_lock import lock_directory
+from rhythm.system.parent import signal_at_parents_end
+from rhythm.system.version import __version__
 from rhythm.system.writing import replace_file
+from rhythm.trainer.interrupts import Interrupts
 from rhythm.trainer.run_dir import CHECKPOINTS
 
 _POLL_SECONDS = 0.5
@@ -53,10 +55,11 @@ class Failure:
 
 @dataclass
 class SweepOutcome:
-    """What a sweep came to."""
+    """What a sweep came to. stopped_by: the signal that stopped it."""
 
     results: Results
     failures: list[Failure] = field(default_factory=list)
+    stopped_by: signal.Signals | None = None
 
 
 @dataclass
@@ -88,8 +91,8 @@ def left(plan: Sequence[PlannedRun], results: Results, directory: Path) -> list[
 def run_sweep(sweep: SweepConfig, plan: Sequence[PlannedRun], console: Console | None = None) -> SweepOutcome:
     """Trains what is left of `plan`, at most `jobs` runs at once, each in its directory below sweep.runs.
 
-    A run that was stopped continues; one that fails is told, and the others go on. KeyboardInterrupt or SIGTERM lets
-    the runs at work save, and is raised again.
+    A run that was stopped continues; one that fails is told, and the others go on. Ctrl-C and SIGTERM let the runs at
+    work save, then it returns.
 
     Raises:
         DirectoryLockedError: another sweep works in sweep.runs or sweep.results.
@@ -107,14 +110,12 @@ def run_sweep(sweep: SweepConfig, plan: Sequence[PlannedRun], console: Console |
             total=len(plan),
             done=len(plan) - len(todo),
             steps_left=sum(run.config.steps for run in todo),
-            jobs=jobs,
         )
         free = deque(device for _ in range(-(-jobs // max(1, len(devices)))) for device in (devices or [None]))
         running: list[_Process] = []
-        previous = signal.signal(signal.SIGTERM, _raise_interrupt)
         try:
-            with progress:
-                while todo or running:
+            with Interrupts() as interrupts, progress:
+                while (todo or running) and not interrupts.asked():
                     while todo and len(running) < jobs:
                         running.append(_start(todo.popleft(), sweep.threads, free.popleft()))
                     time.sleep(_POLL_SECONDS)
@@ -123,14 +124,12 @@ def run_sweep(sweep: SweepConfig, plan: Sequence[PlannedRun], console: Console |
                         free.append(ended.device)
                         _finish(sweep, ended, outcome, progress)
                     progress.update([process.run for process in running])
-        finally:
+                _stop(running)
+            outcome.stopped_by = interrupts.received
+        except BaseException:
             _stop(running)
-            signal.signal(signal.SIGTERM, previous)
+            raise
         return outcome
-
-
-def _raise_interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _devices() -> list[str | None]:
@@ -174,8 +173,7 @@ def _start(run: PlannedRun, threads: int, device: str | None) -> _Process:
 
 def end_with(parent: int) -> None:
     """Called in a run's process: SIGTERM, on which it saves and stops, once the sweep is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    signal_at_parents_end(signal.SIGTERM)
     if os.getppid() != parent:  # it was gone before
         sys.exit(128 + signal.SIGTERM)
 
@@ -227,8 +225,6 @@ def current_commit() -> str:
     """The first 10 digits of the commit that this code is checked out at, "-dirty" where its files differ; without a
     repository, the release.
     """
-    from rhythm.system.version import __version__
-
     package = Path(__file__).parents[1]
     try:
         head = _git(package, "rev-parse", "--short=10", "HEAD")

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
 _HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+_WAIT_SECONDS = 0.2
 
 _held: set[int] = set()
 
@@ -38,19 +40,23 @@ class DirectoryLockedError(ValueError):
 
 
 @contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
+def lock_directory(
+    directory: Path, name: str = LOCK_NAME, *, waiting: Callable[[str], object] | None = None
+) -> Iterator[None]:
     """Hold the lock of `directory`, which is created if missing, until the block is left or the process dies.
 
-    The lock is an flock on the file `.lock`, which is deleted after the block. A file left behind by a killed process
+    The lock is an flock on the file `name`, which is deleted after the block. A file left behind by a killed process
     is not locked. If the file system doesn't support locks, a warning is logged and the block runs without one.
 
+    waiting: if given, wait for another process that holds the lock, after telling this once which one it is.
+
     Raises:
-        DirectoryLockedError: immediately, if another process holds the lock; nothing has been written.
+        DirectoryLockedError: if another process holds the lock and there is no `waiting`; nothing has been written.
         OSError: the directory or the file can't be created.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / LOCK_NAME
-    descriptor = _acquire(path)
+    path = directory / name
+    descriptor = _acquire(path) if waiting is None else _wait_for(path, waiting)
     _held.add(descriptor)
     try:
         _sign(path, descriptor)
@@ -89,6 +95,19 @@ def _acquire(path: Path) -> int:
         if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)  # its holder deleted it between open and flock: try again
+
+
+def _wait_for(path: Path, waiting: Callable[[str], object]) -> int:
+    """`_acquire`, as soon as no other process holds the lock."""
+    told = False
+    while True:
+        try:
+            return _acquire(path)
+        except DirectoryLockedError as error:
+            if not told:
+                waiting(str(error))
+                told = True
+            time.sleep(_WAIT_SECONDS)
 
 
 def _sign(path: Path, descriptor: int) -> None:

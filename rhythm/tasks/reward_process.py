@@ -5,7 +5,6 @@ It imports the task's module and what that imports, but not torch, which comes a
 
 from __future__ import annotations
 
-import ctypes
 import json
 import select
 import signal
@@ -19,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from rhythm.system.parent import signal_at_parents_end
 from rhythm.tasks.base import Reward, load_for_rewards
 from rhythm.tasks.scoring import Fault, RewardWorkerError, call_reward
 
@@ -38,7 +38,6 @@ package.__getattr__ = load
 from rhythm.tasks.reward_process import serve
 serve(fd)
 """
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _FIRST_TO_KILL = "1000"  # oom_score_adj: a reward that takes all memory ends this process, not the run
 
 
@@ -138,8 +137,8 @@ def serve(fd: int) -> None:
     is ready, or a Fault, then a Reward or a Fault per response.
     """
     connection = Connection(fd)
+    signal_at_parents_end(signal.SIGKILL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_KILL, encoding="ascii")
     try:
         name, options = connection.recv()

@@ -8,7 +8,6 @@ Shapes: B rows of a batch, T tokens (right-padded).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
+from rhythm.system.directory_lock import lock_directory
 from rhythm.system.progress import Heartbeat, Rate, duration
 from rhythm.system.writing import naming
 from rhythm.tasks.base import Task
@@ -100,33 +100,25 @@ def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None
         instances = instances[: config.examples]
     texts = [(task.prompt(instance), task.solution(instance)) for instance in instances]
     directory = config.cache_dir / f"warm-start-{cache_key(texts, config)}"
-    with naming(config.cache_dir), _one_at_a_time(directory):
-        return _warm_start(texts, directory, config, console)
+    if finished := _finished(directory):
+        return finished
+    # Another process may train the same now, such as another method of a sweep.
+    with lock_directory(config.cache_dir, f".{directory.name}.lock", waiting=log.info):
+        return _finished(directory) or _trained(texts, directory, config, console)
 
 
-@contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Waits while another process trains the same warm start, to find it in the cache."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_name(f".{directory.name}.lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process trains the same warm start: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            log.warning("%s can't be locked: %s", file.name, error.strerror)
-        yield
+def _finished(directory: Path) -> WarmStart | None:
+    """The warm start in the cache, if it is there."""
+    if not directory.is_dir():
+        return None
+    record = json.loads((directory / _RECORD).read_bytes())
+    return WarmStart(directory, cached=True, loss=record["loss"], seconds=record["seconds"])
 
 
-def _warm_start(
+def _trained(
     texts: Sequence[tuple[str, str]], directory: Path, config: WarmStartConfig, console: Console | None
 ) -> WarmStart:
-    """From `directory`, or trained and saved there."""
-    if directory.is_dir():
-        record = json.loads((directory / _RECORD).read_bytes())
-        return WarmStart(directory, cached=True, loss=record["loss"], seconds=record["seconds"])
-
+    """Trained now, and saved in `directory`."""
     tokenizer = build_tokenizer(config.model.vocabulary, (text for pair in texts for text in pair))
     model = build_model(config.model, tokenizer)
     start = time.perf_counter()

@@ -164,7 +164,7 @@ def test_the_report_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "report.md",
         "differences.csv",
         "curves.png",
-        "curves.svg",
+        "curves.pdf",
     ]
     text = (tmp_path / "s" / "report.md").read_text(encoding="utf-8")
     assert "| coupled | 2 | +3.0 | [−9.7, 15.7] | [2.0, 4.0] | ≤ 0.5 | 0.50 |" in text

@@ -132,10 +132,10 @@ def test_a_sweep_that_was_stopped_ends_like_one_that_was_not(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, number)
-    _, err = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=120)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert "the same command goes on from there" in err
+        assert "stopped by SIGINT; the same command goes on from there" in out
     while (tmp_path / "runs/s/coupled-1/.lock").exists() or (tmp_path / "runs/s/grpo-1/.lock").exists():
         assert time.monotonic() < deadline  # the runs of a killed sweep save and stop by themselves
         time.sleep(0.1)

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import math
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +187,32 @@ def test_two_runs_at_once_end_with_one_result(tmp_path: Path, monkeypatch: pytes
     result = run(TASK, config(tmp_path), quiet())
     assert (result.directory / "theirs").exists()
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_second_process_waits_for_the_first_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, trained = module.train, []
+
+    def meanwhile(*arguments: object, **keys: object) -> object:
+        """Another process asks for the same; a thread can stand for it, since each opens the lock's file itself."""
+        trained.append(1)
+        if len(trained) == 1:
+            other.start()
+            while "is in use by process" not in caplog.text:
+                time.sleep(0.01)
+        return train(*arguments, **keys)  # type: ignore[arg-type]
+
+    results: list[module.WarmStart] = []
+    other = threading.Thread(target=lambda: results.append(run(TASK, config(tmp_path), quiet())))
+    monkeypatch.setattr(module, "train", meanwhile)
+    with caplog.at_level(logging.INFO):
+        first = run(TASK, config(tmp_path), quiet())
+    other.join()
+    assert not first.cached
+    assert [(result.cached, result.directory) for result in results] == [(True, first.directory)]
+    assert len(trained) == 1
+    assert list((tmp_path / "cache").iterdir()) == [first.directory]
 
 
 def test_the_bar_shows_rate_and_loss(tmp_path: Path) -> None:

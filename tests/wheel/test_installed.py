@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent
-COMMANDS = ["rhythm-analyze", "rhythm-doctor", "rhythm-eval", "rhythm-report", "rhythm-train"]
+COMMANDS = ["rhythm-analyze", "rhythm-doctor", "rhythm-eval", "rhythm-report", "rhythm-sweep", "rhythm-train"]
 
 
 def is_editable() -> bool:
