@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -156,7 +157,7 @@ def test_cuda_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [finding.found for finding in doctor._cuda()] == ["12.8", "H100, sm_90, 80 GiB"]
 
 
-def test_packages_are_found_without_being_imported() -> None:
+def test_packages_are_found_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._has_module("pytest")
     assert not doctor._has_module("no_such_parent.child")
     assert doctor._package("s", "no-such-package", "pip install it").reason == "not installed: pip install it"
@@ -164,7 +165,9 @@ def test_packages_are_found_without_being_imported() -> None:
     # As vLLM's build for CPUs: a module that another distribution brings.
     assert doctor._package("s", "yaml", "").found == f"{version('PyYAML')} (PyYAML)"
     unpacked = "version unknown: on the path, but not installed as a package"
-    assert doctor._package("s", "benchmarks", "").found == unpacked
+    (tmp_path / "unpacked_here.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._package("s", "unpacked_here", "").found == unpacked
 
 
 def test_interpreter_trouble_is_the_last_line_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
