@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rhythm.system.directory_lock import lock_directory
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
@@ -136,9 +138,9 @@ def test_a_sweep_that_was_stopped_ends_like_one_that_was_not(
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert "stopped by SIGINT; the same command goes on from there" in out
-    while (tmp_path / "runs/s/coupled-1/.lock").exists() or (tmp_path / "runs/s/grpo-1/.lock").exists():
-        assert time.monotonic() < deadline  # the runs of a killed sweep save and stop by themselves
-        time.sleep(0.1)
+    for name in ("grpo-1", "coupled-1"):  # the runs of a killed sweep save and stop by themselves
+        with lock_directory(tmp_path / "runs/s" / name, waiting=print):
+            pass
     assert sweep(path)[0] == 0
     assert measured(tmp_path) == [row for row in measured(whole) if row[1] == "1"]
 

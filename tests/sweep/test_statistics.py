@@ -67,8 +67,11 @@ def test_the_bootstrap_resamples_seeds() -> None:
     low, high = bootstrap([0.0, 1.0])
     assert (low, high) == (0.0, 1.0)  # means 0, ½, 1 with ¼, ½, ¼
     assert bootstrap([0.2, 0.2, 0.2]) == pytest.approx((0.2, 0.2))
+    # Sums of 0 … 9 drawn ten times, almost normal: 4.5 ± 1.96 √(8.25 / 10), and steps of 0.1.
+    assert bootstrap([float(value) for value in range(10)]) == pytest.approx((2.72, 6.28), abs=0.11)
 
 
 def test_area_under_the_curve_by_trapezoids() -> None:
     assert area_under_curve([0, 10, 40], [0.0, 0.2, 0.4]) == pytest.approx((10 * 0.1 + 30 * 0.3) / 40)
+    assert area_under_curve([10, 40], [0.2, 0.4]) == pytest.approx(0.3)
     assert math.isnan(area_under_curve([0], [0.1]))
