@@ -12,13 +12,6 @@ from rhythm.analysis.results import Analysis, Heads, Numbers, ResponseResult, Ta
 if TYPE_CHECKING:
     import pandas as pd
 
-_RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r")
-
-
-def not_run(cell: Any) -> Any:
-    """A value for a CSV file; text that a spreadsheet would run as a formula gets a leading apostrophe."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_RUN_BY_SPREADSHEETS) else cell
-
 
 def table1_frame(analysis: Analysis) -> pd.DataFrame:
     """Table 1 as one row; empty without counterfactuals."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.heads import summarize_heads
 from rhythm.analysis.results import Analysis, ResponseResult, read_json, response_path, write_json
-from rhythm.analysis.rows import head_rows, not_run, response_row, table1_row, table2_rows, token_rows, trial_rows
+from rhythm.analysis.rows import head_rows, response_row, table1_row, table2_rows, token_rows, trial_rows
 from rhythm.analysis.table1 import table1
 from rhythm.analysis.table2 import table2
+from rhythm.reports.format import not_run, write_csv
 from rhythm.system.writing import naming, replacing
 
 
@@ -77,14 +77,16 @@ def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One line per row, with NaN empty and text escaped by `not_run`; the first row defines the columns. Without rows
     the file is empty.
     """
+
+    def cells() -> Iterator[Iterable[Any]]:
+        for number, row in enumerate(rows):
+            if number == 0:
+                yield row.keys()
+            yield map(_cell, row.values())
+
     aside = path.with_name(f".{path.name}.part")
     with naming(path), replacing(aside, path), aside.open("w", encoding="utf-8", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
-        for row in rows:
-            if writer is None:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow({name: _cell(value) for name, value in row.items()})
+        write_csv(file, cells())
 
 
 def _cell(value: Any) -> Any:

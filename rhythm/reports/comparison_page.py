@@ -256,8 +256,8 @@ def _curves_csv(comparison: Comparison) -> str:
     return csv_text([("run", "method", "seed", "task", "metric", "step", "value", "running_peak"), *rows])
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
+def _number(value: float) -> float | str:
+    return "" if math.isnan(value) else value
 
 
 def _commands(comparison: Comparison) -> str:

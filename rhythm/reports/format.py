@@ -1,4 +1,4 @@
-"""Shared by the HTML pages of runs and of analyses: templates, number formats and token colors."""
+"""Shared by the pages and tables of runs and of analyses: templates, CSV, number formats and token colors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 import jinja2
 
 OUTLIER = 2.5  # the color scale ends at the 95th percentile if the largest value is this many times as far above low
+_RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def template_environment(templates: Path) -> jinja2.Environment:
@@ -25,13 +27,33 @@ def template_environment(templates: Path) -> jinja2.Environment:
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
-    """The rows as CSV. Text that a spreadsheet would run as a formula begins with an apostrophe."""
+    """The rows as CSV: floats with six digits, text escaped by `not_run`."""
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(
-        [f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value for value in row]
-        for row in rows
-    )
+    write_csv(file, ([f"{cell:.6g}" if isinstance(cell, float) else not_run(cell) for cell in row] for row in rows))
     return file.getvalue()
+
+
+def write_csv(file: TextIO, rows: Iterable[Iterable[object]]) -> None:
+    """Writes the rows as CSV, each ended by a line feed. The file must be open with newline="".
+
+    Cells with a carriage return are quoted: with another line terminator, Python 3.11 would write them bare.
+    """
+    csv.writer(_LineFeeds(file), lineterminator="\r\n").writerows(rows)
+
+
+class _LineFeeds:
+    """What csv.writer writes to; it writes one row at a time."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(row.removesuffix("\r\n") + "\n")
+
+
+def not_run(cell: Any) -> Any:
+    """A value for a CSV file; text that a spreadsheet would run as a formula gets a leading apostrophe."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_RUN_BY_SPREADSHEETS) else cell
 
 
 def mean(values: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -233,12 +233,14 @@ def _html(report: SweepReport, figure: str) -> str:
 
 
 def _differences_csv(report: SweepReport) -> str:
+    names = ("method", "seeds", "mean", "t_low", "t_high", "bootstrap_low", "bootstrap_high", "p", "least_p", "holm")
     rows = [
-        [measure, *(" ".join(map(str, cell)) if isinstance(cell, tuple) else cell for cell in astuple(one))]
+        (measure, one.method, " ".join(map(str, one.seeds)), one.mean, *one.t, *one.bootstrap, one.p, one.least_p,
+         one.holm, one.detectable)
         for measure, found in report.differences.items()
         for one in found
-    ]
-    return csv_text([["measure", *(field.name for field in fields(Difference))], *rows])
+    ]  # fmt: skip
+    return csv_text([("measure", *names, "detectable"), *rows])
 
 
 def figure_of(results: Results) -> Figure:

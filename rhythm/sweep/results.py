@@ -131,11 +131,7 @@ def _values(records: Sequence[Mapping[str, float]], key: str) -> list[float]:
 
 def _csv(kind: type[Any], rows: Sequence[Any]) -> str:
     names = [field.name for field in fields(kind)]
-    return csv_text([names, *([_shown(getattr(row, name)) for name in names] for row in rows)])
-
-
-def _shown(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else value
+    return csv_text([names, *([getattr(row, name) for name in names] for row in rows)])
 
 
 def _read(path: Path, kind: type[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, r
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.progress import AnalysisProgress
 from rhythm.analysis.results import read_json, response_path, write_json
-from rhythm.analysis.rows import not_run, table1_frame, table2_frame, tokens_frame
+from rhythm.analysis.rows import table1_frame, table2_frame, tokens_frame
 from rhythm.engines.local.infer import _LogProbRecorder
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
@@ -159,7 +159,6 @@ def as_text(cell: str) -> str:
 def test_a_spreadsheet_runs_nothing_of_the_csv_files(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hostile = "=cmd|' /C calc'!A0"
     original = run_module.summarize
 
     def with_hostile_texts(directory: Path, **options: Any) -> Any:
@@ -180,8 +179,6 @@ def test_a_spreadsheet_runs_nothing_of_the_csv_files(
         trials = [row for row in csv.DictReader(file) if row["response"] == "00003-0"]
     assert {(row["continuation"], row["replacement_token"]) for row in trials} == {("'@SUM(1)", "'\t=1")}
     assert tokens_frame(results).query("response == '00003-0'").text.tolist()[:3] == ["=", "1", "+"]
-    assert not_run(hostile) == f"'{hostile}"
-    assert [not_run(cell) for cell in (-1.5, -2, None, True, "", "a=b")] == [-1.5, -2, None, True, "", "a=b"]
 
 
 def test_what_is_given_is_observed_as_it_stands(model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def test_labels_and_baseline_can_be_given(six: list[Path], tmp_path: Path, capsy
     assert "Gains are over ours" in text
     assert "| GRPO | 3 | 54.0 [40.9, 67.1] −5.0 [−10.0, −0.0] |" in text
     assert "| ours | 3 |" in text
+    rows = list(csv.DictReader((tmp_path / "out" / "table_methods.csv").read_text().splitlines()))
+    assert {row["gain"] for row in rows if (row["method"], row["task"]) == ("GRPO", "countdown")} == {"-0.05"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 
 import rhythm
 from rhythm.reports.format import (
+    csv_text,
     format_number,
     format_p_value,
     format_percent,
+    not_run,
     template_environment,
     token_scale,
     token_strengths,
@@ -84,3 +88,12 @@ def test_no_other_module_formats_numbers_for_a_page() -> None:
     names = ("def format_number", "def format_percent", "def format_p_value", "jinja2.Environment(")
     for name in names:
         assert [p.name for p in package.rglob("*.py") if name in p.read_text(encoding="utf-8")] == ["format.py"]
+
+
+def test_csv_holds_numbers_as_numbers_and_text_that_no_spreadsheet_runs() -> None:
+    rows = [("=1+2", "@SUM(1)", "\t=1", "\r=1", "+a", "-a", "a=b"), (-0.25, -3, 1 / 3, math.nan, None, True, "")]
+    first, second = csv.reader(io.StringIO(csv_text(rows), newline=""))
+    assert first == ["'=1+2", "'@SUM(1)", "'\t=1", "'\r=1", "'+a", "'-a", "a=b"]
+    assert second == ["-0.25", "-3", "0.333333", "nan", "", "True", ""]
+    assert not_run("=cmd|' /C calc'!A0") == "'=cmd|' /C calc'!A0"
+    assert [not_run(cell) for cell in (-1.5, None, True)] == [-1.5, None, True]

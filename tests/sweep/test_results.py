@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_a_finished_run_is_measured_by_hand(tmp_path: Path) -> None:
 
 def test_results_read_back_as_written_and_damage_is_told(tmp_path: Path) -> None:
     runs = planned(tmp_path)
-    curve = [CurveRow("grpo", 3, 0, 0.1, float("nan"), 1.5, 12.0), CurveRow("grpo", 3, 20, 0.25, 0.2, 1.25, 13.0)]
+    curve = [CurveRow("grpo", 3, 0, 0.1, float("nan"), 1.5, 12.0), CurveRow("grpo", 3, 20, 0.25, -0.2, 1.25, 13.0)]
     write_results(Results().with_run(run_row(runs[0], 0.25), curve), tmp_path / "out")
     again = read_results(tmp_path / "out")
     assert again.runs == (run_row(runs[0], 0.25),)
@@ -167,6 +168,10 @@ def test_the_report_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "curves.pdf",
     ]
     text = (tmp_path / "s" / "report.md").read_text(encoding="utf-8")
+    rows = list(csv.DictReader((tmp_path / "s" / "differences.csv").read_text(encoding="utf-8").splitlines()))
+    final = next(row for row in rows if row["measure"] == "final")
+    assert (final["method"], final["seeds"], final["mean"], final["least_p"]) == ("coupled", "3 4", "0.03", "0.5")
+    assert float(final["t_low"]) == pytest.approx(-0.097, abs=1e-3)
     assert "| coupled | 2 | +3.0 | [−9.7, 15.7] | [2.0, 4.0] | ≤ 0.5 | 0.50 |" in text
     assert "| grpo | 2 | 10.0 | 35.0 |" in text
     write_results(Results(results.runs[:3], results.curves), tmp_path / "s")
