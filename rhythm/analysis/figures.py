@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from rhythm.analysis.page_data import SIGNALS
 from rhythm.analysis.results import Analysis, AttentionMap, Heads, Interval, ResponseResult, Table1, Table2Row
 from rhythm.analysis.rows import table1_frame, table2_frame
-from rhythm.reports.format import format_number, format_p_value, format_percent, token_strengths
+from rhythm.reports.format import format_number, format_p_value, format_percent, save_figure, token_strengths
+from rhythm.system.writing import replace_file
 
 Floats = NDArray[np.float64]
 
@@ -40,7 +41,7 @@ STYLE = {
     "legend.frameon": False,
     "pdf.fonttype": 42,  # embed fonts, so that text can be selected
 }
-LABELLED_TOKENS = 80  # the tokens of a longer response don't fit below the curves
+LABELED_TOKENS = 80  # the tokens of a longer response don't fit below the curves
 LINE, FONT_PT = 96, 7.0  # characters per line and font size of the tokens' figure
 ADVANCE = 0.602  # of DejaVu Sans Mono, in units of its size
 
@@ -54,6 +55,7 @@ def write_figures(analysis: Analysis, directory: Path | None = None, *, name: st
 
     Raises:
         ValueError: no response has this name.
+        OSError: a file can't be written; it names the file.
     """
     directory = analysis.directory / "figures" if directory is None else directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -65,17 +67,15 @@ def write_figures(analysis: Analysis, directory: Path | None = None, *, name: st
         figures |= {"rhythm": rhythm_figure(response), "tokens": tokens_figure(response)}
     paths = []
     for stem, figure in figures.items():
-        for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-            paths.append(directory / f"{stem}.{suffix}")
-            with matplotlib.rc_context(STYLE):
-                figure.savefig(paths[-1], dpi=200, metadata=metadata)
+        with matplotlib.rc_context(STYLE):
+            paths += [save_figure(figure, directory / f"{stem}.{suffix}", dpi=200) for suffix in ("pdf", "png")]
     tables = {"table2": (table2_frame(analysis), table2_latex(analysis.table2, analysis.p_floor))}
     if analysis.table1 is not None:
         tables["table1"] = (table1_frame(analysis), table1_latex(analysis.table1))
     for stem, (frame, latex) in tables.items():
         paths += [directory / f"{stem}.csv", directory / f"{stem}.tex"]
-        frame.to_csv(paths[-2], index=False)
-        paths[-1].write_text(latex, encoding="utf-8")
+        replace_file(paths[-2], frame.to_csv(index=False))
+        replace_file(paths[-1], latex)
     return paths
 
 
@@ -105,7 +105,7 @@ def rhythm_figure(response: ResponseResult) -> Figure:
             for start in response.chunks[1:]:
                 axes.axvline(start - 0.5, color="#c9ccd0", linewidth=0.5, linestyle=(0, (3, 3)), zorder=0)
             axes.margins(x=0.01)
-        if len(tokens.texts) <= LABELLED_TOKENS:
+        if len(tokens.texts) <= LABELED_TOKENS:
             labels = [shown(text).strip("␣") or shown(text) for text in tokens.texts]
             rows[2].set_xticks(range(len(labels)), labels, rotation=90, fontsize=5.5, parse_math=False)
             for axes in rows:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rhythm.reports.comparison import Column, series
 from rhythm.reports.curves import page_svg, running_peak_average
+from rhythm.reports.format import save_figure
 from rhythm.reports.intervals import over_seeds
 from rhythm.reports.methods import MethodRun
 
@@ -81,11 +82,7 @@ def write_figure(figure_panels: Sequence[Panel], palette: dict[str, str], peak_a
             axes.set_title(panel.title, fontweight="bold")
             handles |= {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
-        paths = []
-        for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-            paths.append(stem.with_suffix(f".{suffix}"))
-            figure.savefig(paths[-1], dpi=160, metadata=metadata)
-    return paths
+        return [save_figure(figure, stem.with_suffix(suffix), dpi=160) for suffix in (".png", ".pdf")]
 
 
 def peak_curves(runs: Sequence[MethodRun], key: str, peak_alpha: float) -> tuple[list[float], list[list[float]]]:

@@ -1,4 +1,4 @@
-"""Shared by the pages and tables of runs and of analyses: templates, CSV, number formats and token colors."""
+"""Shared by pages and tables of runs and of analyses: templates, CSV and figure files, number formats, token colors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jinja2
+
+from rhythm.system.writing import naming
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OUTLIER = 2.5  # the color scale ends at the 95th percentile if the largest value is this many times as far above low
 _RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t", "\r")
@@ -54,6 +59,16 @@ class _LineFeeds:
 def not_run(cell: Any) -> Any:
     """A value for a CSV file; text that a spreadsheet would run as a formula gets a leading apostrophe."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_RUN_BY_SPREADSHEETS) else cell
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int) -> Path:
+    """Writes a figure in the format of the path's suffix, a PDF without its date; returns the path.
+
+    Raises OSError naming the path.
+    """
+    with naming(path):
+        figure.savefig(path, dpi=dpi, metadata={"CreationDate": None} if path.suffix == ".pdf" else {})
+    return path
 
 
 def mean(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter
 from rhythm.reports.comparison_figures import PALETTE
 from rhythm.reports.comparison_page import points, spread
 from rhythm.reports.curves import page_svg
-from rhythm.reports.format import csv_text, format_p_value, mean, template_environment
+from rhythm.reports.format import csv_text, format_p_value, mean, save_figure, template_environment
 from rhythm.reports.intervals import over_seeds
 from rhythm.reports.run import TEMPLATES
 from rhythm.sweep.results import RUNS, CurveRow, Results, read_results
@@ -130,9 +130,7 @@ def write_sweep_report(directory: Path, baseline: str | None = None) -> list[Pat
         }
         for name, text in texts.items():
             replace_file(directory / name, text)
-        figures = [directory / "curves.png", directory / "curves.pdf"]
-        figure.savefig(figures[0], dpi=140)
-        figure.savefig(figures[1], metadata={"CreationDate": None})
+        figures = [save_figure(figure, directory / f"curves.{suffix}", dpi=140) for suffix in ("png", "pdf")]
     return [*(directory / name for name in texts), *figures]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rhythm.credit.config import CreditConfig
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines.batches import take_rows, trim
+from rhythm.system.writing import replace_file
 from rhythm.tap.signals_config import SignalsConfig
 from rhythm.trainer.metrics import Stopwatch
 from rhythm.trainer.rollout import ScoredRollout
@@ -81,13 +82,10 @@ def sample_lines(
 
 
 def write_samples(directory: Path, step: int, lines: list[dict[str, object]]) -> None:
-    """Write samples/step_N.jsonl, replacing an existing one atomically."""
+    """Write samples/step_N.jsonl, replacing an existing one atomically. Raises OSError naming it."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step_{step:06d}.jsonl"
-    aside = path.with_suffix(".part")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    replace_file(directory / f"step_{step:06d}.jsonl", text)
 
 
 def _numbers(x_n: Tensor) -> list[float | None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from matplotlib.figure import Figure
 
 import rhythm
 from rhythm.reports.format import (
@@ -17,6 +18,7 @@ from rhythm.reports.format import (
     format_p_value,
     format_percent,
     not_run,
+    save_figure,
     template_environment,
     token_scale,
     token_strengths,
@@ -97,3 +99,12 @@ def test_csv_holds_numbers_as_numbers_and_text_that_no_spreadsheet_runs() -> Non
     assert second == ["-0.25", "-3", "0.333333", "nan", "", "True", ""]
     assert not_run("=cmd|' /C calc'!A0") == "'=cmd|' /C calc'!A0"
     assert [not_run(cell) for cell in (-1.5, None, True)] == [-1.5, None, True]
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf"])
+def test_a_figure_that_does_not_fit_on_the_disk_is_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"curves.{suffix}"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_figure(Figure(figsize=(1, 1)), path, dpi=50)
+    assert caught.value.filename == str(path)

@@ -21,6 +21,7 @@ from rhythm.trainer.checkpoint import DamagedCheckpointError, RunState, find_dam
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.metrics import MetricsLog, read_metrics
 from rhythm.trainer.run_dir import RunDirectoryError, open_run_dir
+from rhythm.trainer.samples import write_samples
 
 Configure = Callable[..., TrainConfig]
 
@@ -166,6 +167,15 @@ def test_no_room_for_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(OSError, match="No space left") as caught:
         log.write({"step": 0.0})
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def test_no_room_for_samples(tmp_path: Path) -> None:
+    write_samples(tmp_path, 2, [{"text": "old"}])
+    (tmp_path / ".step_000002.jsonl.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_samples(tmp_path, 2, [{"text": "new"}])
+    assert caught.value.filename == str(tmp_path / "step_000002.jsonl")
+    assert [json.loads(path.read_text())["text"] for path in tmp_path.iterdir()] == ["old"]
 
 
 # --- config.yaml
