@@ -4,25 +4,19 @@ deadline, is never right, runs no code, and the next response is scored as ever.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import paper_sets
 import pytest
 
 from rhythm.tasks import TASKS, isolated
 from rhythm.tasks.base import FAMILIES
 from rhythm.tasks.graders import GraderName
 from rhythm.tasks.isolation import IsolatedTask
-
-_spec = importlib.util.spec_from_file_location("paper_sets", Path(__file__).with_name("paper_sets.py"))
-assert _spec is not None
-assert _spec.loader is not None
-paper_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(paper_sets)
 
 SECONDS = 2.0
 

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
+import paper_sets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -12,21 +11,15 @@ from pyarrow import parquet
 from rhythm.tasks import Reward, load_task, task_class
 from rhythm.tasks.presets import BOXED
 
-_spec = importlib.util.spec_from_file_location("paper_sets", Path(__file__).with_name("paper_sets.py"))
-assert _spec is not None
-assert _spec.loader is not None
-paper_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(paper_sets)
-
 RIGHT = Reward(1.0, True, True)
 
 
 def load(name: str, tmp_path: Path, suffix: str, **more: object) -> Any:
-    path, rows = tmp_path / f"{name}{suffix}", paper_sets.ROWS[name]
+    path = tmp_path / f"{name}{suffix}"
     if suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        parquet.write_table(pyarrow.Table.from_pylist(paper_sets.ROWS[name]), path)
     else:
-        path.write_text("\n".join(json.dumps(row) for row in rows))
+        paper_sets.write_rows(name, tmp_path)
     return load_task(name, {"path": str(path), "held_out": 0.5, **more})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 
@@ -88,3 +90,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "olympiadbench": [_olympiad(n) for n in range(1, COUNT + 1)],
 }
+
+
+def write_rows(name: str, directory: Path) -> Path:
+    """The rows of `name` as a JSONL file in `directory`."""
+    path = directory / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
+    return path
