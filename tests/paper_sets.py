@@ -44,12 +44,13 @@ def _olympiad(n: int) -> dict[str, Any]:
 
 def _crossthink(n: int) -> dict[str, Any]:
     letter = n % 2 == 0
+    question = f"Which number is even, A) {n} B) {n + 1}?" if letter else f"Which town has the number {n}?"
     return {
         "data_source": "synthetic",
-        "prompt": _chat(f"Which number is even, A) {n} B) {n + 1}?" if letter else f"Which town has the number {n}?"),
+        "prompt": _chat(question),
         "ability": "qa",
         "reward_model": {"ground_truth": "A" if letter else "Old Harbor", "style": "rule"},
-        "meta_data": {"index": n, "split": "train"},
+        "meta_data": {"index": n, "question": question},
     }
 
 
