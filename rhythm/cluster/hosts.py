@@ -194,6 +194,7 @@ class InferHost(Host):
             pad_id=spec.pad_id,
             dtype=dtype,
             trust_remote_code=spec.trust_remote_code,
+            stop_strings=spec.stop_strings,
         )
 
     def generate(self, prompts: list[list[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:

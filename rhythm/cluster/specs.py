@@ -51,7 +51,7 @@ class TrainSpec:
 @dataclass(frozen=True)
 class InferSpec:
     """How to build a replica of actor_infer. checkpoint: must not be deleted, because lost replicas start from it
-    again. vllm: None for transformers' generate.
+    again. vllm: None for transformers' generate. stop_strings: sampling.stop will not be empty.
     """
 
     vllm: VllmConfig | None
@@ -61,6 +61,7 @@ class InferSpec:
     pad_id: int
     precision: Precision
     trust_remote_code: bool = False
+    stop_strings: bool = False
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def open_answerer(config: EvaluationConfig, machine: MachineConfig) -> Iterator[
         dtype=dtype,
         seed=config.seed,
         trust_remote_code=trust,
+        stop_strings=bool(config.sampling.stop),
     )
     try:
         yield Answerer(infer, tokenizer, context)

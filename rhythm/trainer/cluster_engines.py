@@ -141,7 +141,16 @@ def _build(
     )
     infer = ClusterInfer(
         session,
-        InferSpec(cluster.infer.vllm, checkpoint, cluster.max_length, end_ids, pad_id, config.model.precision, trust),
+        InferSpec(
+            cluster.infer.vllm,
+            checkpoint,
+            cluster.max_length,
+            end_ids,
+            pad_id,
+            config.model.precision,
+            trust,
+            stop_strings=bool(config.sampling.stop),
+        ),
         rates,
         takes_turns=cluster.gpus > 0 and cluster.placement == "colocated",
     )

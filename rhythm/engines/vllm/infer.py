@@ -90,11 +90,12 @@ class VllmInfer:
         dtype: torch.dtype,
         seed: int = 0,
         trust_remote_code: bool = False,
+        stop_strings: bool = False,
     ) -> None:
         """Start the engine with the weights in `checkpoint`, a transformers checkpoint in safetensors.
 
         Args:
-            checkpoint: its directory; its tokenizer is not read.
+            checkpoint: its directory; its tokenizer is read only with `stop_strings`.
             config: settings of the engine.
             max_length: longest prompt and response together, in tokens.
             end_ids: tokens that end a response.
@@ -102,6 +103,7 @@ class VllmInfer:
             dtype: dtype of weights, activations and KV cache.
             seed: seed of the engine, for anything that doesn't use a response's own seed.
             trust_remote_code: run code contained in the checkpoint.
+            stop_strings: load the checkpoint's tokenizer, without which no `sampling.stop` can be given.
 
         Raises ValueError for empty end_ids, a checkpoint without safetensors, and on a CPU without kv_cache_gib.
         """
@@ -119,7 +121,7 @@ class VllmInfer:
         self._llm: Any = LLM(
             model=str(checkpoint),
             load_format="safetensors",
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not stop_strings,
             trust_remote_code=trust_remote_code,
             generation_config="vllm",  # ignore the checkpoint's sampling defaults
             hf_overrides={"head_dtype": "float32"},
@@ -141,6 +143,7 @@ class VllmInfer:
         self._max_length = max_length
         self._end_ids = list(end_ids)
         self._pad_id = pad_id
+        self._stop_strings = stop_strings
         self._version = 0
         self._state: Literal["serving", "receiving", "asleep", "lost", "closed"] = "serving"
         self._temperature = 1.0
@@ -161,10 +164,11 @@ class VllmInfer:
         """Sample `n` responses per prompt; the rollout is on the CPU. `sampling.rows_at_once` is ignored: max_num_seqs
         limits the responses at a time.
 
-        A response has at most the tokens that its prompt leaves within max_length.
+        A response has at most the tokens that its prompt leaves within max_length, and none after the one that
+        completes a string of `sampling.stop`.
 
-        Raises ValueError for no prompts, an empty prompt, one that leaves no token, or n < 1; RuntimeError if the
-        engine is not serving.
+        Raises ValueError for no prompts, an empty prompt, one that leaves no token, n < 1, or stop strings for an
+        engine started without; RuntimeError if the engine is not serving.
         """
         if n < 1:
             raise ValueError(f"n is {n}: must be at least 1")
@@ -192,6 +196,8 @@ class VllmInfer:
     ) -> Rollout:
         """One response to each prompt, by its own seed."""
         self._must_be("serving")
+        if sampling.stop and not self._stop_strings:
+            raise ValueError(f"sampling.stop is {list(sampling.stop)}: must be empty without stop_strings=True")
         if not prompts or not all(prompts):
             raise ValueError("prompts: must contain at least one prompt, and none may be empty")
         if (longest := max(map(len, prompts))) >= self._max_length:
@@ -213,7 +219,7 @@ class VllmInfer:
             [list(response.token_ids) for response in responses],
             [list(response.logprobs.logprobs) for response in responses],
             group=group,
-            end_ids=self._end_ids,
+            finished=[_ended(response, self._end_ids) for response in responses],
             pad_id=self._pad_id,
         )
 
@@ -330,7 +336,14 @@ class VllmInfer:
             self._llm.generate(
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts],
                 [
-                    SamplingParams(**options, logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True)
+                    SamplingParams(
+                        **options,
+                        logprobs=0,
+                        flat_logprobs=True,
+                        detokenize=bool(options.get("stop")),
+                        include_stop_str_in_output=True,
+                        ignore_eos=True,
+                    )
                     for options in params
                 ],
                 use_tqdm=False,
@@ -345,6 +358,7 @@ class VllmInfer:
             "top_p": 1.0 if greedy else sampling.top_p,
             "top_k": 0 if greedy else sampling.top_k,
             "stop_token_ids": self._end_ids,
+            "stop": list(sampling.stop),
         }
 
     def _set_temperature(self, temperature: float) -> None:
@@ -375,10 +389,10 @@ def assemble(
     logprobs: Sequence[Sequence[float]],
     *,
     group: Sequence[int],
-    end_ids: Sequence[int],
+    finished: Sequence[bool],
     pad_id: int,
 ) -> Rollout:
-    """Build a right-padded Rollout from token lists."""
+    """Build a right-padded Rollout from lists, one entry per response."""
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     prompt_lens_B = torch.tensor([len(prompt) for prompt in prompts])
     lens_B = torch.tensor([len(row) for row in rows])
@@ -396,5 +410,10 @@ def assemble(
         prompt_lens=prompt_lens_B,
         group=torch.tensor(list(group)),
         logprobs=logprobs_BT,
-        finished=torch.tensor([response[-1] in end_ids for response in responses]),
+        finished=torch.tensor(list(finished)),
     )
+
+
+def _ended(response: Any, end_ids: Sequence[int]) -> bool:
+    """Whether vLLM's response ended by itself: by an end token or a stop string."""
+    return response.token_ids[-1] in end_ids or isinstance(response.stop_reason, str)

@@ -61,7 +61,7 @@ def start(tokenizer: Any, _as_it_was: None) -> Iterator[Callable[..., VllmInfer]
     """An engine on a checkpoint; closed after the module."""
     started: list[VllmInfer] = []
 
-    def build(checkpoint: Path, **knobs: Any) -> VllmInfer:
+    def build(checkpoint: Path, stop_strings: bool = False, **knobs: Any) -> VllmInfer:
         engine = VllmInfer(
             checkpoint,
             VllmConfig(**{"kv_cache_gib": 0.0625, "max_num_seqs": 16} | knobs),
@@ -69,6 +69,7 @@ def start(tokenizer: Any, _as_it_was: None) -> Iterator[Callable[..., VllmInfer]
             end_ids=[tokenizer.eos_token_id],
             pad_id=tokenizer.pad_token_id,
             dtype=torch.float32,
+            stop_strings=stop_strings,
         )
         started.append(engine)
         return engine

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.parity import ParityError, compare, must_agree
+from rhythm.engines.stopping import cut_at_stop, response_texts
 from rhythm.engines.vllm.infer import VllmInfer, assemble
 from rhythm.seeds import derive_seed
 
@@ -29,7 +30,7 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def engine(start: Callable[..., VllmInfer], checkpoint: Path) -> VllmInfer:
     """Tied embeddings, prefix caching. Tests leave the checkpoint's own weights in it."""
-    return start(checkpoint, enable_prefix_caching=True)
+    return start(checkpoint, stop_strings=True, enable_prefix_caching=True)
 
 
 @pytest.fixture
@@ -91,6 +92,22 @@ def test_a_rollout_is_a_function_of_the_seed(engine: VllmInfer) -> None:
     assert torch.equal(first.logprobs, again.logprobs)
     assert not torch.equal(first.input_ids, another.input_ids)
     assert not torch.equal(first.input_ids[0], first.input_ids[1])
+
+
+def test_a_stop_string_ends_generation(engine: VllmInfer, tokenizer: Any) -> None:
+    """Generated is what remains of the whole responses when they are cut behind the first of two strings."""
+    sampling = SamplingConfig(max_new_tokens=60)
+    whole = engine.generate(PROMPTS, 3, sampling, seed=1)
+    texts = response_texts(whole, tokenizer)
+    stop = (texts[0][9:11], texts[4][20])
+    assert not all(any(string in text for string in stop) for text in texts)
+    stopped = engine.generate(PROMPTS, 3, sampling.model_copy(update={"stop": stop}), seed=1)
+    expected = cut_at_stop(whole, tokenizer, stop)
+    assert stopped.response_lens.sum() < whole.response_lens.sum()
+    assert stopped.response_lens.tolist() == expected.response_lens.tolist()
+    assert stopped.finished.tolist() == expected.finished.tolist()
+    assert response_texts(stopped, tokenizer) == response_texts(expected, tokenizer)
+    assert response_texts(stopped, tokenizer)[0].endswith(stop)
 
 
 def test_every_response_has_a_seed_of_its_own() -> None:
@@ -222,7 +239,7 @@ def test_a_push_reaches_every_tensor_parallel_worker(
 
 def test_assembled_by_hand() -> None:
     rollout = assemble(
-        [[5, 6], [7]], [[8], [9, 2, 1]], [[-0.5], [-1.0, -2.0, -3.0]], group=[0, 1], end_ids=[1], pad_id=0
+        [[5, 6], [7]], [[8], [9, 2, 1]], [[-0.5], [-1.0, -2.0, -3.0]], group=[0, 1], finished=[False, True], pad_id=0
     )
     assert rollout.input_ids.tolist() == [[5, 6, 8, 0], [7, 9, 2, 1]]
     assert rollout.attention_mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
@@ -230,6 +247,11 @@ def test_assembled_by_hand() -> None:
     assert rollout.logprobs.tolist() == [[0.0, 0.0, -0.5, 0.0], [0.0, -1.0, -2.0, -3.0]]
     assert rollout.prompt_lens.tolist() == [2, 1]
     assert rollout.finished.tolist() == [False, True]
+
+
+def test_stop_strings_need_the_tokenizer(start: Callable[..., VllmInfer], checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"sampling.stop is \['a'\]: must be empty without stop_strings=True"):
+        start(checkpoint).generate(PROMPTS, 1, SamplingConfig(stop=("a",)), seed=0)
 
 
 def test_no_engine_without_an_end_or_weights(tmp_path: Path, start: Callable[..., VllmInfer]) -> None:
