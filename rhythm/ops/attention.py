@@ -1,6 +1,6 @@
 """Attention implementations of other libraries, to whose lse the bands are added.
 
-Each gives (out, lse): out as q, lse fp32 [H, T] natural on the flattened token axis, of all rows.
+Each gives (out, lse): out as q, lse fp32 [H, T] natural on the flattened axis of q's rows.
 
 Shape suffixes: B sequences, T tokens of all sequences, H query heads, G key heads, D head size.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rhythm.ops.arguments import Request
-from rhythm.ops.plugins import Plugin, named
+from rhythm.ops.plugins import Plugin, named, only_plain
 from rhythm.shapes import Sequences
 
 logger = logging.getLogger("rhythm")
@@ -46,24 +46,33 @@ class FlashAttn(Attention):
         q = request.q
         if not q.is_cuda:
             return f"q is on {q.device}; it takes tensors on a GPU"
-        return _dtype_refused(q)
+        return _dtype_refused(q) or ("it has no sinks" if request.sinks_H is not None else None)
 
     def run(self, request: Request) -> Attended:
         q, k, v, sequences, scale = _inputs(request)
         varlen = import_module(_flash_attn_module()).flash_attn_varlen_func
-        q_THD, k_TGD, v_TGD = (x.flatten(0, -3) for x in (q, k, v))
-        cu_seqlens = _cu_seqlens(sequences, q.device)
-        longest = _longest(sequences)
+        q_SHD, k_TGD, v_TGD = (x.flatten(0, -3) for x in (q, k, v))
+        cu_seqlens, longest = _cu_seqlens(sequences, q.device), _longest(sequences)
+        cu_rows, most_rows = cu_seqlens, longest
+        if sequences.fewer_rows:
+            of_rows = Sequences(sequences.cu_rows, None, q_SHD.shape[0], sequences.count)
+            cu_rows, most_rows = _cu_seqlens(of_rows, q.device), _longest(of_rows)
+        form: dict[str, Any] = {}
+        if request.sliding_window is not None:
+            form["window_size"] = (request.sliding_window - 1, 0)
+        if request.softcap is not None:
+            form["softcap"] = request.softcap
         result = varlen(
-            q_THD,
+            q_SHD,
             k_TGD,
             v_TGD,
+            cu_rows,
             cu_seqlens,
-            cu_seqlens,
-            longest,
+            most_rows,
             longest,
             softmax_scale=scale,
             causal=True,
+            **form,
             **_asking_for_lse(varlen),
         )
         out_THD, lse_HT = result[0], result[1]
@@ -75,6 +84,8 @@ class SdpaFlash(Attention):
 
     def refuses(self, request: Request) -> str | None:
         q = request.q
+        if request.forms:
+            return only_plain(request)
         if q.is_cuda:
             return _dtype_refused(q) or _head_size_refused(q)
         return None if q.dtype in (torch.float32, *HALF) else f"q has dtype {q.dtype}; it takes fp32, fp16 and bf16"
@@ -125,7 +136,7 @@ class SdpaCudnn(Attention):
         sequences = request.sequences
         if sequences.cu_seqlens is not None and sequences.count > 1:
             return f"cu_seqlens packs {sequences.count} sequences; it takes one, or a batch [B, T, H, D]"
-        return _dtype_refused(q) or _head_size_refused(q)
+        return _dtype_refused(q) or _head_size_refused(q) or only_plain(request)
 
     def run(self, request: Request) -> Attended:
         q, k, v, _, scale = _inputs(request)

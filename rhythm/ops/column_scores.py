@@ -14,7 +14,7 @@ from torch import Tensor
 from rhythm import shapes
 from rhythm.ops import arguments, backends
 from rhythm.ops.arguments import Request
-from rhythm.ops.statistics import run
+from rhythm.ops.statistics import form_arguments, run
 from rhythm.shapes import Sequences
 
 REDUCE, PER = ("sum", "mean"), ("head", "group")
@@ -36,6 +36,10 @@ def column_scores(
     scale: float | None = None,
     lse: Tensor | None = None,
     backend: str = "auto",
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Σ_t A[t, s], or its mean, over the rows t of a range that lie at a distance within `horizon` from key s.
 
@@ -44,18 +48,19 @@ def column_scores(
     attention of Thought Anchors (arXiv 2506.19143). Never builds a map: memory is O(Hq·T).
 
     Args:
-        q: [T, Hq, D] packed, or [B, T, Hq, D]; fp32, fp16 or bf16 (fp64 for the reference); any strides. For one
-            sequence or a batch q may have fewer rows than k, as at decoding: they are the last ones.
+        q: [T, Hq, D] packed, or [B, T, Hq, D]; fp32, fp16 or bf16 (fp64 for the reference); any strides. It may have
+            fewer rows than k, as at decoding: they are the last ones of each sequence.
         k: same with Hkv heads, Hkv dividing Hq.
         reduce: "sum" is 0 and "mean" NaN for a key that no row reaches.
         per: "group" adds up (or averages) the query heads that share a key head.
         rows: (begin, end) in tokens of each sequence, as in a slice: negative counts from the end, None is open; or
             int32 or int64 [B, 2], one range per sequence. None: all rows that q has.
         horizon: (lo, hi), tokens, both ends in; hi None: to the end.
-        cu_seqlens: int32 [B + 1]; packed q and k of the same length only.
+        cu_seqlens: int32 [B + 1]; packed q only.
         scale: softmax scale; None: D^−½.
         lse: fp32 [Hq, T] or [B, Hq, T], of q's rows, from any flash attention; None: computed, in a separate sweep.
-        backend: as in `attention_statistics`.
+        backend, softcap, sliding_window, sinks, cu_seqlens_k: as in `attention_statistics`. Keys that a row's sliding
+            window hides receive 0 from it.
 
     Returns:
         fp32 [Hq, T] for packed k, [B, Hq, T] for batched; with per="group" Hkv in place of Hq.
@@ -83,6 +88,7 @@ def column_scores(
         arguments.softmax_scale(q, scale),
         None if lse is None else lse.detach(),
         arguments.name_of("backend", backend, backends.NAMES),
+        *form_arguments(softcap, sliding_window, sinks, cu_seqlens_k),
     )
     return scores
 
@@ -102,12 +108,20 @@ def _column_scores(
     scale: float,
     lse: Tensor | None,
     backend: str,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    request, missing = _checked(q, k, reduce, per, horizon_lo, horizon_hi, cu_seqlens, scale, lse)
-    arguments.check_values(request.sequences)
+    form = (softcap, sliding_window, sinks, cu_seqlens_k)
+    request = _checked(q, k, reduce, per, horizon_lo, horizon_hi, cu_seqlens, scale, lse, *form)
+    request = arguments.ready(request)
     sequences = request.sequences
-    length_B = _lengths(sequences, q.device)
-    begin_B, end_B = _range(rows_begin, rows_end, rows, missing, length_B)
+    length_B = _lengths(sequences.cu_seqlens, sequences.tokens, sequences.count, q.device)
+    missing_B = torch.zeros_like(length_B)
+    if sequences.fewer_rows:
+        missing_B = length_B - _lengths(sequences.cu_rows, sequences.rows or 0, sequences.count, q.device)
+    begin_B, end_B = _range(rows_begin, rows_end, rows, missing_B, length_B)
     position_T, sequence_T = _positions(length_B, sequences.tokens)
     # The mean is FAI of a sequence whose prompt ends where the range begins.
     if end_B is None:
@@ -115,11 +129,19 @@ def _column_scores(
     else:
         begin_B = torch.minimum(begin_B, end_B)
         kept_T = position_T < end_B[sequence_T]
-        cu_kept = torch.cat([end_B.new_zeros(1), end_B.cumsum(0)]).to(torch.int32)
-        q_THD, k_TGD = (x.flatten(0, -3)[kept_T] for x in (request.q, request.k))
+        q_SHD, k_TGD = request.q.flatten(0, -3), request.k.flatten(0, -3)[kept_T]
+        q_SHD = q_SHD[kept_T[sequences.row_places(q.device)]]
         lse_HT = None if request.lse_HT is None else request.lse_HT[:, kept_T]
-        kept = Sequences(cu_kept, begin_B, q_THD.shape[0], sequences.count)
-        kept_HT = run(replace(request, q=q_THD, k=k_TGD, lse_HT=lse_HT, sequences=kept), backend).fai_HT
+        rows_B = (end_B - missing_B).clamp(min=0) if sequences.fewer_rows else None
+        kept = Sequences(
+            _bounds(end_B),
+            begin_B,
+            k_TGD.shape[0],
+            sequences.count,
+            cu_rows=None if rows_B is None else _bounds(rows_B),
+            rows=q_SHD.shape[0],
+        )
+        kept_HT = run(replace(request, q=q_SHD, k=k_TGD, lse_HT=lse_HT, sequences=kept), backend).fai_HT
         received_HT = kept_HT.new_full((kept_HT.shape[0], sequences.tokens), torch.nan)
         received_HT[:, kept_T] = kept_HT
 
@@ -139,7 +161,7 @@ def _column_scores(
 def _(
     q: Tensor, k: Tensor, reduce: str, per: str, rows_begin: object, rows_end: object, rows: Tensor | None, *rest: Any
 ) -> Tensor:
-    request, _ = _checked(q, k, reduce, per, *rest[:5])
+    request = _checked(q, k, reduce, per, *rest[:5], *rest[6:])
     if rows is not None:
         _check_rows(rows, request.sequences.count)
     heads, dtype = (q if per == "head" else k).shape[-2], torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -161,32 +183,30 @@ def _checked(
     cu_seqlens: Tensor | None,
     scale: float,
     lse: Tensor | None,
-) -> tuple[Request, int]:
-    """(the request, with q and lse left-padded to k's length; the number of padded rows, which no kernel reads)."""
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Request:
     for name, value, allowed in (("reduce", reduce, REDUCE), ("per", per, PER)):
         if value not in allowed:
             raise arguments.unknown_name(name, value, allowed)
-    for name, x in (("q", q), ("k", k)):
-        shapes.check_dense(name, x)
-    if q.ndim not in (3, 4) or k.ndim != q.ndim:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; allowed are [(B,) T, heads, D] for both"
-        )
-    missing = k.shape[-3] - q.shape[-3]
-    if missing < 0:
-        raise ValueError(f"q has {q.shape[-3]} rows and k {k.shape[-3]}; q may have fewer than k, not more")
-    if missing and cu_seqlens is not None:
-        raise ValueError(f"cu_seqlens goes with q and k of the same length; they have {q.shape[-3]} and {k.shape[-3]}")
-    if missing:
-        if lse is not None:
-            arguments.check_lse(lse, q)
-            if lse.ndim < q.ndim - 1:
-                lse = lse.reshape(lse.shape[0], *q.shape[:2]).transpose(0, 1)
-            lse = torch.cat([lse.new_full((*lse.shape[:-1], missing), torch.nan), lse], dim=-1)
-        q = torch.cat([q.new_zeros((*q.shape[:-3], missing, *q.shape[-2:])), q], dim=-3)
     # Without lse the row sweep has to run, which span asks for; with it the bands are enough.
     options = (scale, 1, horizon_lo, horizon_hi)
-    return arguments.checked(q, k, None, cu_seqlens, None, *options, lse=lse, span=lse is None), missing
+    return arguments.checked(
+        q,
+        k,
+        None,
+        cu_seqlens,
+        None,
+        *options,
+        lse=lse,
+        span=lse is None,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        cu_seqlens_k=cu_seqlens_k,
+    )
 
 
 def _rows(rows: Rows | Tensor | None) -> tuple[int | None, int | None, Tensor | None]:
@@ -199,12 +219,16 @@ def _rows(rows: Rows | Tensor | None) -> tuple[int | None, int | None, Tensor | 
     return begin, end, None
 
 
-def _lengths(sequences: Sequences, device: torch.device) -> Tensor:
-    """int64 [B], tokens."""
-    if sequences.cu_seqlens is not None:
-        return sequences.cu_seqlens.diff().long()
-    length = sequences.tokens // max(sequences.count, 1)
-    return torch.full((sequences.count,), length, dtype=torch.int64, device=device)
+def _lengths(bounds: Tensor | None, total: int, count: int, device: torch.device) -> Tensor:
+    """int64 [B], between bounds int32 [B + 1], or even parts of the total."""
+    if bounds is not None:
+        return bounds.diff().long()
+    return torch.full((count,), total // max(count, 1), dtype=torch.int64, device=device)
+
+
+def _bounds(length_B: Tensor) -> Tensor:
+    """int32 [B + 1], where parts of these lengths begin."""
+    return torch.cat([length_B.new_zeros(1), length_B.cumsum(0)]).to(torch.int32)
 
 
 def _positions(length_B: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -225,15 +249,18 @@ def _check_rows(rows_B2: Tensor, count: int) -> None:
 
 
 def _range(
-    begin: int | None, end: int | None, rows_B2: Tensor | None, missing: int, length_B: Tensor
+    begin: int | None, end: int | None, rows_B2: Tensor | None, missing_B: Tensor, length_B: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(first row, row after the last) of each sequence, int64 [B] within its length; no end: the sequence's own."""
+    """(first row, row after the last) of each sequence, int64 [B] within its length; no end: the sequence's own.
+
+    missing_B: first tokens without a row.
+    """
     if rows_B2 is not None:
         _check_rows(rows_B2, length_B.shape[0])
         begin_B, end_B = rows_B2.to(length_B.device, torch.int64).unbind(dim=1)
-        return _within(begin_B, length_B).clamp(min=missing), _within(end_B, length_B)
+        return torch.maximum(_within(begin_B, length_B), missing_B), _within(end_B, length_B)
     begin_B, end_B = (torch.full_like(length_B, max(-FAR, min(x or 0, FAR))) for x in (begin, end))
-    begin_B = _within(begin_B, length_B).clamp(min=missing)
+    begin_B = torch.maximum(_within(begin_B, length_B), missing_B)
     return begin_B, None if end is None else _within(end_B, length_B)
 
 

@@ -47,3 +47,10 @@ def named(
     if (reason := plugin.refuses(request)) is not None:
         raise ValueError(f"{kind} {name!r} can't run: {reason}")
     return plugin
+
+
+def only_plain(request: Request) -> str | None:
+    """Why what computes plain causal attention alone can't take the request; None: it can."""
+    if not request.forms:
+        return None
+    return f"the call has {' and '.join(request.forms)}; it takes plain causal attention with a row for every key"

@@ -2,10 +2,13 @@
 
 Every other backend is tested against this file. It runs in fp64 for fp64 inputs and in fp32 for all others.
 
-Shape suffixes: T tokens of all packed sequences, N tokens of one sequence, H query heads, G key heads, D head size.
+Shape suffixes: T tokens of all packed sequences, S those among them that have a query, N tokens of one sequence, R its
+last tokens that have a query, C some of its keys, H query heads, G key heads, D head size.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,57 +34,66 @@ def masked_scores(
 
 
 def attention_weights(
-    q_NHD: Tensor,
+    q_RHD: Tensor,
     k_NGD: Tensor,
     scale: float,
     *,
-    lse_HN: Tensor | None = None,
+    lse_HR: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention map of one sequence.
+    """Causal attention map of one sequence, the rows of its last R tokens.
 
     A[h, t, s] = exp(score[h, t, s] − lse[h, t]) for s ≤ t, score = scale · q_t·k_s, query heads sharing key heads.
     A row whose lse is not finite (NaN or +inf among its scores, or all of them −inf) is NaN throughout.
 
     Args:
-        q_NHD, k_NGD: [N, H, D] and [N, G, D] of one float type; H a multiple of G.
-        lse_HN: [H, N] to use instead of computing it.
+        q_RHD, k_NGD: [R, H, D] and [N, G, D] of one float type; R ≤ N, H a multiple of G.
+        lse_HR: [H, R] to use instead of computing it.
         sliding_window: keys at distance ≥ this are masked, as in models with sliding-window layers.
         softcap: scores become c·tanh(score/c), as in Gemma 2.
+        sinks_H: one more logit for each row of a head, which takes part in lse but has no key, as in gpt-oss.
 
     Returns:
-        (A [H, N, N], lse [H, N], natural logarithm), both fp64 for fp64 inputs, else fp32.
+        (A [H, R, N], lse [H, R], natural logarithm), both fp64 for fp64 inputs, else fp32.
     """
-    dtype = torch.float64 if q_NHD.dtype == torch.float64 else torch.float32
-    group = q_NHD.shape[1] // k_NGD.shape[1]
-    k_NHD = k_NGD.to(dtype).repeat_interleave(group, dim=1)
-    position_N = torch.arange(q_NHD.shape[0], device=q_NHD.device)
-    visible = visible_keys(position_N, position_N, sliding_window)
-    score = masked_scores(q_NHD.to(dtype).transpose(0, 1), k_NHD.transpose(0, 1), visible, scale, softcap)
-    if lse_HN is None:
-        lse_HN = torch.logsumexp(score, dim=-1)
-    lse_HN = lse_HN.to(dtype)
-    lse_HN = lse_HN.masked_fill(~lse_HN.isfinite(), torch.nan)
-    weights = torch.exp(score - lse_HN[..., None]).masked_fill(~visible, 0.0)
-    return weights, lse_HN
+    dtype = torch.float64 if q_RHD.dtype == torch.float64 else torch.float32
+    rows, keys = q_RHD.shape[0], k_NGD.shape[0]
+    k_NHD = k_NGD.to(dtype).repeat_interleave(q_RHD.shape[1] // k_NGD.shape[1], dim=1)
+    position_N = torch.arange(keys, device=q_RHD.device)
+    visible = visible_keys(position_N[keys - rows :], position_N, sliding_window)
+    score = masked_scores(q_RHD.to(dtype).transpose(0, 1), k_NHD.transpose(0, 1), visible, scale, softcap)
+    if lse_HR is None:
+        logits = score
+        if sinks_H is not None:
+            logits = torch.cat([score, sinks_H.to(dtype)[:, None, None].expand(-1, rows, 1)], dim=-1)
+        lse_HR = torch.logsumexp(logits, dim=-1)
+    lse_HR = lse_HR.to(dtype)
+    lse_HR = lse_HR.masked_fill(~lse_HR.isfinite(), torch.nan)
+    weights = torch.exp(score - lse_HR[..., None]).masked_fill(~visible, 0.0)
+    return weights, lse_HR
 
 
 def sequence_statistics(
-    weights_HNN: Tensor, *, prompt_len: int, window: int, horizon: tuple[int, int | None]
+    weights_HRN: Tensor, *, prompt_len: int, window: int, horizon: tuple[int, int | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(span [H], waad [H, N], fai [H, N]) of one sequence from its attention map; NaN where undefined.
+
+    The map has the rows of its last R tokens; tokens before these count as prompt.
 
     span (eq. 7): mean over response rows t of Σ_s A[t, s]·(t − s).
     waad (eq. 9): Σ_s A[t, s]·min(t − s, W) on response rows.
     fai (eq. 10): mean of A[t, s] over response rows t with s + H_lo ≤ t ≤ min(N − 1, s + H_hi).
     """
-    n = weights_HNN.shape[-1]
-    distance = _distance(n, weights_HNN.device)
-    is_response = torch.arange(n, device=weights_HNN.device) >= prompt_len
-    span = _weighted(weights_HNN, distance.clamp(min=0))[:, prompt_len:].contiguous().mean(dim=-1)
-    waad = _weighted(weights_HNN, distance.clamp(min=0, max=window))
-    waad = waad.masked_fill(~is_response, torch.nan)
+    rows, n = weights_HRN.shape[-2:]
+    position_N = torch.arange(n, device=weights_HRN.device)
+    distance = position_N[n - rows :, None] - position_N
+    is_response = position_N[n - rows :] >= prompt_len
+    first = max(prompt_len - (n - rows), 0)
+    span = _weighted(weights_HRN, distance.clamp(min=0))[:, first:].contiguous().mean(dim=-1)
+    waad = weights_HRN.new_full((weights_HRN.shape[0], n), torch.nan)
+    waad[:, n - rows + first :] = _weighted(weights_HRN, distance.clamp(min=0, max=window))[:, first:]
 
     lo, hi = horizon
     reached = (distance >= lo) & is_response[:, None]
@@ -89,17 +101,18 @@ def sequence_statistics(
         reached &= distance <= hi
     count = reached.sum(dim=0)
     # where, not a product with 0: a NaN outside the horizon stays outside.
-    total = torch.where(reached, weights_HNN, 0.0).sum(dim=-2)
+    total = torch.where(reached, weights_HRN, 0.0).sum(dim=-2)
     fai = (total / count).masked_fill(count == 0, torch.nan)
     return span, waad, fai
 
 
 def attention_statistics(
-    q_THD: Tensor,
+    q_SHD: Tensor,
     k_TGD: Tensor,
     *,
     bounds: list[int],
     prompt_lens: list[int],
+    row_bounds: list[int] | None = None,
     scale: float,
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 50),
@@ -107,46 +120,53 @@ def attention_statistics(
     v_TGD: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(span [B, H], waad, fai, lse [H, T], out [T, H, D] or None) of packed sequences bounds[i] … bounds[i + 1]."""
-    heads, dtype = q_THD.shape[1], torch.float64 if q_THD.dtype == torch.float64 else torch.float32
-    span = q_THD.new_full((len(bounds) - 1, heads), torch.nan, dtype=dtype)
-    waad, fai, lse = (q_THD.new_full((heads, q_THD.shape[0]), torch.nan, dtype=dtype) for _ in range(3))
-    out = None if v_TGD is None else torch.zeros_like(q_THD)
-    for i, (start, end, prompt_len) in enumerate(zip(bounds[:-1], bounds[1:], prompt_lens, strict=True)):
+    """(span [B, H], waad, fai, lse [H, T], out [S, H, D] or None) of packed sequences bounds[i] … bounds[i + 1].
+
+    row_bounds: where the queries of each sequence lie in q_SHD, those of its last tokens; None: all tokens have one.
+    """
+    heads, dtype = q_SHD.shape[1], torch.float64 if q_SHD.dtype == torch.float64 else torch.float32
+    span = q_SHD.new_full((len(bounds) - 1, heads), torch.nan, dtype=dtype)
+    waad, fai, lse = (q_SHD.new_full((heads, k_TGD.shape[0]), torch.nan, dtype=dtype) for _ in range(3))
+    out = None if v_TGD is None else torch.zeros_like(q_SHD)
+    spans = zip(pairwise(bounds), pairwise(row_bounds or bounds), prompt_lens, strict=True)
+    for i, ((start, end), (row_start, row_end), prompt_len) in enumerate(spans):
         if start == end:
             continue
-        rows, response = slice(start, end), slice(start + prompt_len, end)
-        given = None if lse_HT is None else lse_HT[:, rows]
+        keys, rows, first = slice(start, end), slice(row_start, row_end), end - (row_end - row_start)
         weights, row_lse = attention_weights(
-            q_THD[rows], k_TGD[rows], scale, lse_HN=given, sliding_window=sliding_window, softcap=softcap
+            q_SHD[rows],
+            k_TGD[keys],
+            scale,
+            lse_HR=None if lse_HT is None else lse_HT[:, first:end],
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks_H=sinks_H,
         )
-        span[i], waad[:, rows], fai[:, rows] = sequence_statistics(
+        span[i], waad[:, keys], fai[:, keys] = sequence_statistics(
             weights, prompt_len=prompt_len, window=window, horizon=horizon
         )
-        lse[:, response] = row_lse[:, prompt_len:]
+        response = max(start + prompt_len, first)
+        lse[:, response:end] = row_lse[:, response - first :]
         if out is not None and v_TGD is not None:
-            v = v_TGD[rows].to(dtype).repeat_interleave(heads // k_TGD.shape[1], dim=1).transpose(0, 1)
-            out[rows] = _attended(weights, v, sliding_window).transpose(0, 1).to(q_THD.dtype)
+            v = v_TGD[keys].to(dtype).repeat_interleave(heads // k_TGD.shape[1], dim=1).transpose(0, 1)
+            out[rows] = _attended(weights, v, sliding_window).transpose(0, 1).to(q_SHD.dtype)
     return span, waad, fai, lse, out
 
 
-def _attended(weights_HNN: Tensor, v_HND: Tensor, sliding_window: int | None) -> Tensor:
+def _attended(weights_HRN: Tensor, v_HND: Tensor, sliding_window: int | None) -> Tensor:
     """Σ_s A[h, t, s]·v[h, s] over the keys that row t sees: NaN and infinities in v reach no other row."""
     finite_N = v_HND.isfinite().all(dim=-1).all(dim=0)
-    out_HND = weights_HNN @ torch.where(finite_N[:, None], v_HND, 0.0)
+    out_HRD = weights_HRN @ torch.where(finite_N[:, None], v_HND, 0.0)
+    before = v_HND.shape[1] - weights_HRN.shape[1]
     for s in (~finite_N).nonzero().flatten().tolist():
-        seeing = slice(s, None if sliding_window is None else s + sliding_window)
-        out_HND[:, seeing] += weights_HNN[:, seeing, s, None] * v_HND[:, s, None]
-    return out_HND
+        end = None if sliding_window is None else max(s + sliding_window - before, 0)
+        seeing = slice(max(s - before, 0), end)
+        out_HRD[:, seeing] += weights_HRN[:, seeing, s, None] * v_HND[:, s, None]
+    return out_HRD
 
 
-def _distance(n: int, device: torch.device) -> Tensor:
-    """t − s as an [n, n] integer tensor, row t, column s."""
-    position = torch.arange(n, device=device)
-    return position[:, None] - position[None, :]
-
-
-def _weighted(weights_HNN: Tensor, value_NN: Tensor) -> Tensor:
+def _weighted(weights_HRN: Tensor, value_RN: Tensor) -> Tensor:
     """Σ_s weights[h, t, s]·value[t, s]."""
-    return (weights_HNN * value_NN.to(weights_HNN.dtype)).sum(dim=-1)
+    return (weights_HRN * value_RN.to(weights_HRN.dtype)).sum(dim=-1)

@@ -22,7 +22,7 @@ W = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.5])
     [
         ({"q": Q[0]}, r"q has shape \(4, 8\); allowed are"),
         ({"q": Q.to(torch.int32)}, "q has dtype torch.int32; allowed are"),
-        ({"k": K[:5]}, r"k has shape \(5, 2, 8\)"),
+        ({"k": K[:5]}, "q has 6 rows and k 5; q may have fewer than k, not more"),
         ({"k": K[:, :, :7]}, r"k has shape \(6, 2, 7\)"),
         ({"k": K.repeat(1, 2, 1)[:, :3]}, "q has 4 heads and k has 3"),
         ({"k": K[:, :0]}, "q has 4 heads and k has 0"),

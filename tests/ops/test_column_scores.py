@@ -147,8 +147,8 @@ def test_bad_lengths() -> None:
     with pytest.raises(ValueError, match="q has 10 rows and k 7; q may have fewer"):
         column_scores(q, k)
     with pytest.raises(ValueError, match="cu_seqlens goes with q and k of the same length; they have 7 and 10"):
-        column_scores(q[:7, :2], q, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32))
-    with pytest.raises(ValueError, match="q has shape"):
+        column_scores(q[:7], q, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"q has shape \(4, 8\)"):
         column_scores(q[0], k)
 
 

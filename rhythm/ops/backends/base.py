@@ -42,7 +42,7 @@ class Backend(Plugin[BackendResult]):
 
     def sampled_span(self, request: Request, lse_HT: Tensor, count: int) -> Tensor:
         """span_BH, estimated from `count` rows of each response."""
-        return sampled_span(request.q, request.k, lse_HT, request.sequences, scale=request.scale, count=count)
+        return sampled_span(request, lse_HT, count)
 
 
 def mean_span(row_span_HT: Tensor, sequences: Sequences) -> Tensor:

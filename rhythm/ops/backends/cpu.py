@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rhythm.ops.arguments import Request
 from rhythm.ops.backends.base import Backend, BackendResult, mean_span
+from rhythm.ops.plugins import only_plain
 
 _C: ModuleType | None
 try:
@@ -35,7 +36,7 @@ class CpuBackend(Backend):
             return f"q is on {q.device}; it takes CPU tensors"
         if q.dtype not in DTYPE_NAMES:
             return f"q has dtype {q.dtype}; it takes {', '.join(map(str, DTYPE_NAMES))}"
-        return None
+        return only_plain(request)
 
     def run(self, request: Request) -> BackendResult:
         assert _C is not None  # unavailable() is asked first

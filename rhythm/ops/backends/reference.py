@@ -18,10 +18,14 @@ class ReferenceBackend(Backend):
             request.k.flatten(0, -3),
             bounds=host.cu_seqlens,
             prompt_lens=host.prompt_lens,
+            row_bounds=host.cu_rows,
             scale=request.scale,
             window=request.window,
             horizon=request.horizon,
             lse_HT=request.lse_HT,
             v_TGD=None if v is None else v.flatten(0, -3),
+            sliding_window=request.sliding_window,
+            softcap=request.softcap,
+            sinks_H=request.sinks_H,
         )
         return BackendResult(span_BH, waad_HT, fai_HT, lse_HT, out_THD)

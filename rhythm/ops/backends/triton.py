@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rhythm.ops.arguments import Request
 from rhythm.ops.backends.base import Backend, BackendResult
+from rhythm.ops.plugins import only_plain
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = 8  # the major one: bf16 and asynchronous copies
@@ -59,7 +60,7 @@ class TritonBackend(Backend):
             return f"q is on {q.device}; it takes {wanted} tensors{' in the interpreter' if interpreted() else ''}"
         if q.dtype not in DTYPES:
             return f"q has dtype {q.dtype}; it takes {', '.join(map(str, DTYPES))}"
-        return None if interpreted() else too_old(q.device)
+        return only_plain(request) or (None if interpreted() else too_old(q.device))
 
     def only_by_name(self) -> str | None:
         return "its interpreter is for tests" if interpreted() else None
