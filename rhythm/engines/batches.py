@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout
+from rhythm.engines.micro_batches import split_rows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -53,11 +54,13 @@ def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
     )
 
 
-def micro_batches(rollout: Rollout, size: int) -> Iterator[tuple[Tensor, int]]:
-    """(row indices [≤ size], width) per micro-batch: rows sorted by length, the longest first."""
-    lens_B = rollout.attention_mask.sum(dim=1)
-    for index_n in torch.split(lens_B.argsort(descending=True, stable=True), size):
-        yield index_n, int(lens_B[index_n].max())
+def micro_batches(
+    rollout: Rollout, size: int, max_tokens: int | None = None, *, padded: bool = True
+) -> Iterator[tuple[Tensor, int]]:
+    """(row indices, width) per micro-batch, as `split_rows` plans them. `size`: rows of each at most."""
+    lens_B = rollout.lens
+    for index_n in split_rows(lens_B, size, max_tokens, padded=padded):
+        yield index_n, int(lens_B[index_n[0]])
 
 
 def _map_tensors(items: D, function: Callable[[Tensor], Tensor]) -> D:

@@ -47,20 +47,6 @@ class Packed:
         return self.input_ids[self.predicts + 1]
 
 
-def deal_micro_batches(lens_B: Tensor, data_ranks: int, micro_batch_size: int) -> list[list[Tensor]]:
-    """The micro-batches of every data parallel rank, as row indices; rows of similar length are together.
-
-    Rows are sorted by decreasing length and dealt to ranks 0, 1, …, n − 1, n − 1, …, 1, 0, 0, 1, …, so that all ranks
-    get about the same number of tokens. With fewer rows than ranks, some ranks get none.
-    """
-    order = lens_B.argsort(descending=True, stable=True)
-    turn = torch.arange(len(order))
-    forth = turn % (2 * data_ranks)
-    rank_of = torch.minimum(forth, 2 * data_ranks - 1 - forth)
-    dealt = [order[rank_of == rank] for rank in range(data_ranks)]
-    return [list(torch.split(rows, micro_batch_size)) if len(rows) else [] for rows in dealt]
-
-
 def pack(rollout: Rollout, rows: Tensor, device: torch.device) -> Packed:
     """Pack rows of a right-padded rollout."""
     mask_bP, target_bP = rollout.attention_mask[rows], rollout.response_mask[rows]

@@ -30,10 +30,11 @@ from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import PolicyModel, build_model, read_config
-from rhythm.engines.megatron.packing import Packed, deal_micro_batches, pack
+from rhythm.engines.megatron.packing import Packed, pack
 from rhythm.engines.megatron.parallel import Rendezvous, join, leave
 from rhythm.engines.megatron.tap import MegatronTap
 from rhythm.engines.megatron.weights import gather_weights, load_weights
+from rhythm.engines.micro_batches import deal_rows, split_rows
 from rhythm.tap.signals_config import SignalsConfig
 
 
@@ -205,7 +206,9 @@ class MegatronTrain:
         returns the loss.
         """
         data = self._groups.data
-        micro_batches = deal_micro_batches(rollout.lens, data.size(), self._micro_batch_size)[data.rank()]
+        lens_B = rollout.lens
+        rows = deal_rows(lens_B, data.size())[data.rank()]
+        micro_batches = [rows[part] for part in split_rows(lens_B[rows], self._micro_batch_size)]
         if not micro_batches:
             if backward:
                 _add_up_gradients([model])

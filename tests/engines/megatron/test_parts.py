@@ -17,7 +17,7 @@ from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.checkpoint import check_metadata, read_companions, write_weights
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import read_config
-from rhythm.engines.megatron.packing import deal_micro_batches, pack
+from rhythm.engines.megatron.packing import pack
 from rhythm.engines.megatron.parallel import Rendezvous, join
 from rhythm.engines.megatron.weights import recipe, to_megatron, to_transformers
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
@@ -71,16 +71,6 @@ def test_names_are_those_of_the_checkpoint() -> None:
     assert fused == recipe("decoder.layers.3.input_layernorm.weight")
     with pytest.raises(KeyError):
         recipe("decoder.layers.0.mlp.router.weight")
-
-
-def test_shares_are_all_rows_once_and_about_as_many_tokens() -> None:
-    lens = torch.tensor([3, 90, 20, 50, 70, 40, 60, 10])
-    dealt = deal_micro_batches(lens, data_ranks=2, micro_batch_size=3)
-    rows = [torch.cat(micro_batches) for micro_batches in dealt]
-    assert torch.cat(rows).sort().values.tolist() == list(range(8))
-    assert [int(lens[r].sum()) for r in rows] == [90 + 50 + 40 + 3, 70 + 60 + 20 + 10]
-    assert [len(micro) for micro in dealt[0]] == [3, 1]
-    assert [len(micro_batches) for micro_batches in deal_micro_batches(lens[:1], 2, 3)] == [1, 0]
 
 
 def test_packed_rows_stand_one_after_the_other() -> None:
