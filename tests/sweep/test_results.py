@@ -116,6 +116,9 @@ def test_a_finished_run_is_measured_by_hand(tmp_path: Path) -> None:
     assert [(point.step, point.accuracy) for point in curve] == [(0, 0.1), (1, 0.5), (3, 0.3), (4, 0.4)]
     assert curve[2].reward == pytest.approx(0.5)  # steps 2 and 3
     assert curve[2].response_length == pytest.approx(13.0)
+    del records[1]["accuracy"]  # two evaluations after the start, which doesn't count as a third
+    metrics.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    assert measure(run, "abc")[0].final == pytest.approx((0.3 + 0.4) / 2)
     metrics.write_text("".join(f"{json.dumps(record)}\n" for record in records[:4]), encoding="utf-8")
     with pytest.raises(ValueError, match="ends at step 3 of 4"):
         measure(run, "abc")
