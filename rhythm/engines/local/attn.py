@@ -15,6 +15,7 @@ from rhythm.credit.heads import HeadGroups, select_heads, shared_heads
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.interfaces import Rollout
+from rhythm.engines.local.linear import use_onednn
 from rhythm.engines.local.weights import load_weights
 from rhythm.tap.observe import observe_heads
 from rhythm.tap.signals_config import SignalsConfig
@@ -27,6 +28,7 @@ class ObserveAttn:
         self, model: Any, tap: SignalsConfig, *, micro_batch_size: int, precision: torch.dtype = torch.float32
     ) -> None:
         """`model`: this engine's own copy, in float32; `precision`: dtype of autocast, float32 for none."""
+        use_onednn(model)
         self._model = model.eval()
         self._tap = tap
         self._micro_batch_size = micro_batch_size

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from rhythm.engines.batches import concatenate
 from rhythm.engines.head import exact_head
 from rhythm.engines.interfaces import Rollout, SamplingConfig
+from rhythm.engines.local.linear import use_onednn
 from rhythm.engines.local.weights import load_weights
 
 
@@ -37,6 +38,7 @@ class GenerateInfer:
         """
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
+        use_onednn(model)
         self._model = model
         self._end_ids = list(end_ids)
         self._pad_id = pad_id

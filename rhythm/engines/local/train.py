@@ -28,6 +28,7 @@ from rhythm.engines.interfaces import (
     TrainBatch,
 )
 from rhythm.engines.local.attn import SignalRows, autocast
+from rhythm.engines.local.linear import use_onednn
 from rhythm.engines.local.logprobs import check_output_head, response_logprobs
 from rhythm.engines.local.step_reader import StepReader
 from rhythm.engines.local.weights import load_weights
@@ -86,6 +87,7 @@ class TorchTrain:
         """
         check_output_head(model)
         output_head(model)
+        use_onednn(model)
         self._model = model
         self._tokenizer = tokenizer
         self._config = optimizer
@@ -94,6 +96,8 @@ class TorchTrain:
         self._micro_batch_size = micro_batch_size
         self._precision = precision
         self._reference = reference
+        if reference is not None:
+            use_onednn(reference)
         self._gradient_steps = 0
         self.statistics_seconds = 0.0
         self._optimizer = torch.optim.AdamW(
