@@ -21,7 +21,7 @@ from rhythm.cli.failures import SIGNALLED, ErrorConsole, ExitCode, command, show
 from rhythm.engines.parity import ParityError
 from rhythm.trainer.checkpoint import DamagedCheckpointError
 from rhythm.trainer.cluster_engines import plan
-from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.config import BatchConfig, TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, RunSummary, run
 from rhythm.trainer.run_dir import CHECKPOINTS, CONFIG, RunDirectoryError
 from rhythm.trainer.setup import SetupError
@@ -113,13 +113,18 @@ def _dry_run(config: TrainConfig) -> str:
         f"# batch size: {batch.prompts_per_batch} prompts × {batch.responses_per_prompt} responses"
         f" = {batch.batch_size} responses\n"
         f"# gradient steps per batch: {batch.batch_size} / {batch.mini_batch_size} = {batch.gradient_steps}\n"
-        f"# passes per gradient step: {batch.mini_batch_size} / {batch.micro_batch_size}"
-        f" = {batch.micro_batches}\n"
+        f"# passes per gradient step: {_passes(batch)}\n"
         f"# gradient steps of the run: {config.steps} × {batch.gradient_steps}"
         f" = {config.steps * batch.gradient_steps}\n"
         f"# run directory: {config.run_dir}"
         f"{_plan(config)}"
     )
+
+
+def _passes(batch: BatchConfig) -> str:
+    if batch.max_tokens is not None:
+        return f"as few as {batch.max_tokens:,} tokens in each allow"
+    return f"{batch.mini_batch_size} / {batch.micro_batch_size} = {batch.micro_batches}"
 
 
 def _plan(config: TrainConfig) -> str:

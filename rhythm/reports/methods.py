@@ -26,7 +26,7 @@ SHORT = {"global_anchor": "Global", "local_chunk": "Local", "coupled": "Coupled"
 USUAL_FRACTION = 0.4
 # Where and how a run was computed, not what: it makes no other method and no other block.
 _WHERE = ("name", "runs_dir", "seed", "tensorboard", "checkpoint.", "warm_start.cache_dir", "cluster.", "evaluation.",
-          "model.device", "batch.micro_batch_size", "optimizer.token_chunk")  # fmt: skip
+          "model.device", "batch.micro_batch_size", "batch.max_tokens", "optimizer.token_chunk")  # fmt: skip
 
 
 @dataclass(frozen=True)

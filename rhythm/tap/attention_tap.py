@@ -138,7 +138,7 @@ class AttentionTap:
     def __enter__(self) -> AttentionTap:
         if self._reached:
             raise RuntimeError("this tap has served its forward pass; open a new one for each")
-        self._exit.enter_context(intercept_attention(self._config, self._receive))
+        self._exit.enter_context(intercept_attention(self._config, self.receive))
         return self
 
     def __exit__(
@@ -191,8 +191,12 @@ class AttentionTap:
         assert self._masks is not None
         return self._masks.batch
 
-    def _receive(self, call: AttentionCall) -> Output:
-        """Runs a call as the model would have, and reads it if its layer is one of ours."""
+    def receive(self, call: AttentionCall) -> Output:
+        """Runs a call as the model would have, and reads it if its layer is one of ours.
+
+        Entering the tap has it called by the model; who intercepts the model's attention already calls it instead, with
+        calls for the rows of attention_mask.
+        """
         self._reached = True
         if call.layer not in self.layers:
             return call.run()

@@ -2,7 +2,8 @@
 
 transformers looks an attention function up by the name in the model's configuration, for every call of every
 layer, and builds the masks for that name. Here each implementation gets a second name with the same masks,
-under which `intercept_attention` receives the calls. No code of the model is changed.
+under which `intercept_attention` receives the calls. No code of the model is changed. Under a third name there are no
+masks, for receivers that make their own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Output = tuple[Tensor, Tensor | None]
 Receiver = Callable[[AttentionCall], Output]
 
 PREFIX = "rhythm_tap|"
+PREFIX_WITHOUT_MASKS = "rhythm_rows|"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding"}
 
 
@@ -44,8 +46,10 @@ _interceptions: dict[int, _Interception] = {}
 
 
 @contextmanager
-def intercept_attention(config: PreTrainedConfig, receive: Receiver) -> Iterator[None]:
+def intercept_attention(config: PreTrainedConfig, receive: Receiver, *, masks: bool = True) -> Iterator[None]:
     """While open, `receive(call)` is what the layers with this configuration object get for their attention.
+
+    `masks`: the model makes its masks; without them call.mask is None, but for masks that a model makes by itself.
 
     Raises:
         RuntimeError: the configuration's calls are intercepted already.
@@ -54,7 +58,7 @@ def intercept_attention(config: PreTrainedConfig, receive: Receiver) -> Iterator
     if _interceptions.setdefault(id(config), interception) is not interception:
         raise RuntimeError(f"a tap is already open on this {config.model_type} model; taps don't nest")
     try:
-        with _named(config, _registered(interception.implementation)):
+        with _named(config, _registered(interception.implementation, masks)):
             yield
     finally:
         del _interceptions[id(config)]
@@ -157,14 +161,16 @@ def _models_own(module: nn.Module, implementation: str) -> Callable[..., Output]
     return None
 
 
-def _registered(implementation: str) -> str:
-    """Registers our name for an implementation with transformers, with the implementation's masks; returns the name."""
+def _registered(implementation: str, masks: bool) -> str:
+    """Registers our name for an implementation with transformers, with the implementation's masks or without; returns
+    the name.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    name = PREFIX + implementation
+    name = (PREFIX if masks else PREFIX_WITHOUT_MASKS) + implementation
     if name not in AttentionInterface():
         # The masks first: from another thread the name should never be seen without them.
-        if (mask_function := AttentionMaskInterface().get(implementation)) is not None:
+        if masks and (mask_function := AttentionMaskInterface().get(implementation)) is not None:
             AttentionMaskInterface.register(name, mask_function)
         AttentionInterface.register(name, _tapped_attention)
     return name

@@ -48,7 +48,12 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
     micro_batch_size: int = Field(
         default=8, ge=1, description="responses per forward and backward pass; limits memory, not the result"
     )
-
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens per forward and backward pass at most, prompts and responses together, instead of "
+        "micro_batch_size responses, which are then packed without padding; null: micro_batch_size",
+    )
     old_logprobs: Literal["trainer", "rollout"] = Field(
         default="trainer",
         description="signals.source training: old log-probs of all mini-batches but the first, whose own forward pass "
@@ -85,7 +90,7 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
                 f"responses_per_prompt = {self.prompts_per_batch} × {self.responses_per_prompt}"
                 f" = {self.batch_size}"
             )
-        if self.mini_batch_size % self.micro_batch_size:
+        if self.max_tokens is None and self.mini_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size is {self.micro_batch_size}: must divide mini_batch_size = {self.mini_batch_size}"
             )

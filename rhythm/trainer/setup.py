@@ -107,18 +107,32 @@ def build_task(config: TrainConfig) -> Task[Any]:
 def fit_task(config: TrainConfig, task: Task[Any], checkpoint: Path) -> Task[Any]:
     """The task with the instances whose prompts leave room for a response in the context of the checkpoint's model.
 
-    Raises SetupError where none is left, and where a chat template is asked for and the tokenizer has none.
+    Raises SetupError where none is left, where a chat template is asked for and the tokenizer has none, and where
+    batch.max_tokens has no room for the longest prompt and its response.
     """
+    fitted, prompt, row = _fitted(config, task, checkpoint)
+    if config.batch.max_tokens is not None and row > config.batch.max_tokens:
+        raise SetupError(
+            f"batch.max_tokens is {config.batch.max_tokens}: must be at least {row}, the tokens of the longest prompt "
+            f"and response, {prompt} + {row - prompt}"
+        )
+    return fitted
+
+
+def _fitted(config: TrainConfig, task: Task[Any], checkpoint: Path) -> tuple[Task[Any], int, int]:
+    """The task as `fit_task` describes it; tokens of its longest prompt, and of the longest prompt and response."""
     with _refused(checkpoint):
         model = AutoConfig.from_pretrained(checkpoint, **loading_options(config.model.trust_remote_code))
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading_options(config.model.trust_remote_code))
-    longest = max_positions(model) - 1
+    context = max_positions(model)
     if config.cluster is not None:
-        longest = min(longest, config.cluster.max_length - 1)
+        context = min(context, config.cluster.max_length)
+    longest = min(context - 1, config.sampling.max_prompt_tokens or context)
     try:
-        return fit_prompts(task, tokenizer, min(longest, config.sampling.max_prompt_tokens or longest))
+        fitted, prompt = fit_prompts(task, tokenizer, longest)
     except ValueError as error:
         raise SetupError(f"task.options: {error}") from error
+    return fitted, prompt, min(context, prompt + config.sampling.max_new_tokens)
 
 
 def initial_checkpoint(config: TrainConfig, task: Task[Any], console: Console) -> Path:
@@ -195,7 +209,7 @@ def open_evaluation(config: TrainConfig, tasks: Sequence[FurtherTask], checkpoin
     """The further tasks without prompts that don't fit (`fit_task`), rewards in processes of their own; until the block
     is left.
     """
-    fitted = [FurtherTask(further.plan, fit_task(config, further.task, checkpoint)) for further in tasks]
+    fitted = [FurtherTask(further.plan, _fitted(config, further.task, checkpoint)[0]) for further in tasks]
     with isolated_rewards(fitted, config.reward) as further:
         yield further
 
@@ -236,6 +250,7 @@ def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path
         loss=config.loss,
         temperature=config.sampling.temperature,
         micro_batch_size=config.batch.micro_batch_size,
+        max_tokens=config.batch.max_tokens,
         precision=precision,
         reference=load_model(checkpoint, config.model) if config.loss.kl_coef else None,
     )
@@ -246,6 +261,7 @@ def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path
         copy.deepcopy(model),
         config.signals,
         micro_batch_size=config.batch.micro_batch_size,
+        max_tokens=config.batch.max_tokens,
         precision=precision,
     )
     return Engines(infer=infer, train=train, attn=attn, weight_sync=LocalWeightSync(train, infer, attn))

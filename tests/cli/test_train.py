@@ -55,6 +55,12 @@ def test_dry_run_prints_the_resolved_configuration_and_batch_sizes(
     assert list(config.parent.iterdir()) == [config]  # nothing was started
 
 
+def test_dry_run_with_a_budget_of_tokens(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """micro_batch_size, which would not divide, is not used then."""
+    assert main([str(config), "batch.max_tokens=4096", "batch.micro_batch_size=3", "--dry-run"]) == 0
+    assert "passes per gradient step: as few as 4,096 tokens in each allow" in capsys.readouterr().out
+
+
 def test_options_may_stand_between_the_overrides(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(config), "seed=3", "--dry-run", "steps=7"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)

@@ -87,13 +87,31 @@ def test_prompts_too_long_are_counted_and_left_out(tmp_path: Path, caplog: pytes
     rows = [{"prompt": "x" * n, "answer": str(n)} for n in range(1, 11)]
     options = {"path": str(lines(tmp_path, rows)), "held_out": 0.2}
     task, tokenizer = load_task("jsonl", options), build_tokenizer()
-    fitted = fit_prompts(task, tokenizer, longest=8)  # a token in front, so seven characters
+    fitted, _ = fit_prompts(task, tokenizer, longest=8)  # a token in front, so seven characters
     assert sorted(len(item.question) for item in (*fitted.train, *fitted.test)) == [1, 2, 3, 4, 5, 6, 7]
     train_left_out = len(task.train) - len(fitted.train)
     assert f"{train_left_out} of 8 training prompts have more than 8 tokens, up to 11: left out" in caplog.text
-    assert fit_prompts(task, tokenizer, longest=11) is task
+    assert fit_prompts(task, tokenizer, longest=11) == (task, 11)
     with pytest.raises(ValueError, match="no training prompt has at most 1 tokens; the shortest has 2"):
         fit_prompts(task, tokenizer, longest=1)
+
+
+def test_a_budget_below_the_longest_row_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "x" * n, "answer": str(n)} for n in range(1, 11)]
+    arguments = config(
+        tmp_path,
+        "task.name=jsonl",
+        f"task.options={{path: {lines(tmp_path, rows)}, held_out: 0.2}}",
+        "warm_start.model.vocabulary=null",
+    )
+    assert main([*arguments, "batch.max_tokens=18"]) == 2
+    assert "batch.max_tokens is 18: must be at least 19, the tokens of the longest prompt and response, 11 + 8" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
+    assert main([*arguments, "batch.max_tokens=19", "--resume"]) == 0
 
 
 def test_a_long_prompt_gets_what_the_context_leaves_and_a_short_one_all() -> None:

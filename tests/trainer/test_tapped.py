@@ -70,6 +70,18 @@ def test_one_gradient_step_is_as_inline_without_its_pass(
         torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("source", ["inline", "separate", "training"])
+def test_a_budget_of_tokens_trains_the_same(small_config: Configure, tmp_path: Path, source: str) -> None:
+    shared = (f"runs_dir={tmp_path}", "steps=2", f"signals.source={source}", "batch.mini_batch_size=16", *EVALUATION)
+    by_rows, expected = records_and_weights(small_config(*shared, "name=rows"))
+    packed, weights = records_and_weights(small_config(*shared, "name=packed", "batch.max_tokens=100"))
+    for left, right in zip(by_rows[1:], packed[1:], strict=True):
+        for key in ("loss", "grad_norm", "gamma_mean", "entropy", "waad_mean", "approx_kl", "clip_share", "reward"):
+            assert right[key] == (None if left[key] is None else pytest.approx(left[key], rel=1e-4, abs=1e-6)), key
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("source", "rows"), [("trainer", [8]), ("rollout", [])])
 def test_later_mini_batches_have_the_rollouts_log_probs(
     small_config: Configure, tmp_path: Path, passes: list[int], source: str, rows: list[int]

@@ -25,13 +25,21 @@ class ObserveAttn:
     """Computes signals in a separate forward pass, which stops after the last sampled layer."""
 
     def __init__(
-        self, model: Any, tap: SignalsConfig, *, micro_batch_size: int, precision: torch.dtype = torch.float32
+        self,
+        model: Any,
+        tap: SignalsConfig,
+        *,
+        micro_batch_size: int,
+        max_tokens: int | None = None,
+        precision: torch.dtype = torch.float32,
     ) -> None:
-        """`model`: this engine's own copy, in float32; `precision`: dtype of autocast, float32 for none."""
+        """`model`: this engine's own copy, in float32; `max_tokens`: tokens of a micro-batch at most, padding counted,
+        instead of micro_batch_size rows; `precision`: dtype of autocast, float32 for none.
+        """
         use_onednn(model)
         self._model = model.eval()
         self._tap = tap
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._max_tokens = micro_batch_size, max_tokens
         self._precision = precision
         self._version = 0
 
@@ -39,7 +47,7 @@ class ObserveAttn:
         """See rhythm.engines.interfaces.Attn."""
         with autocast(self._model, self._precision):
             rows = SignalRows(rollout, self._tap, groups)
-            for index_n, width in micro_batches(rollout, self._micro_batch_size):
+            for index_n, width in micro_batches(rollout, self._micro_batch_size, self._max_tokens):
                 micro = trim(take_rows(rollout, index_n), width)
                 statistics = observe_heads(
                     self._model,

@@ -5,9 +5,11 @@ Shape suffixes: B responses, T positions, D width, N response tokens, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rhythm.engines.head import logprobs_and_entropies, output_head
 from rhythm.engines.interfaces import LogProbs, Rollout
@@ -38,19 +40,32 @@ def check_output_head(model: Any) -> None:
         raise ValueError(f"model: the logits of {type(model).__name__} are not its output embedding of the last layer")
 
 
-def response_logprobs(model: Any, rollout: Rollout, *, temperature: float, chunk: int) -> LogProbs:
-    """Log-probs and entropies at `temperature`, NaN outside the responses; differentiable.
-
-    Logits are computed in fp32, whatever the model's dtype; see `rhythm.engines.head` for the memory they need. Raises
-    ValueError if the output embedding is not a plain linear layer.
-    """
-    weight_VD, bias_V = output_head(model)
-    hidden_BTD = model.base_model(
+def padded_states(model: Any, rollout: Rollout) -> Tensor:
+    """Last hidden states [N, D] at the positions that predict the response tokens, row after row; differentiable."""
+    hidden_BTD: Tensor = model.base_model(
         input_ids=rollout.input_ids, attention_mask=rollout.attention_mask.long(), use_cache=False
     ).last_hidden_state
-    target_BT = rollout.response_mask
     # The token at t was sampled from the model's output at t − 1.
-    hidden_ND = hidden_BTD[:, :-1][target_BT[:, 1:]]
+    return hidden_BTD[:, :-1][rollout.response_mask[:, 1:]]
+
+
+def response_logprobs(
+    model: Any,
+    rollout: Rollout,
+    *,
+    temperature: float,
+    chunk: int,
+    states: Callable[[Any, Rollout], Tensor] = padded_states,
+) -> LogProbs:
+    """Log-probs and entropies at `temperature`, NaN outside the responses; differentiable.
+
+    Logits are computed in fp32, whatever the model's dtype; see `rhythm.engines.head` for the memory they need.
+    `states`: of the forward pass, as `padded_states`. Raises ValueError if the output embedding is not a plain linear
+    layer.
+    """
+    weight_VD, bias_V = output_head(model)
+    hidden_ND = states(model, rollout)
+    target_BT = rollout.response_mask
     token_N = rollout.input_ids[:, 1:][target_BT[:, 1:]]
     logprob_N, entropy_N = logprobs_and_entropies(
         hidden_ND, weight_VD, token_N, temperature=temperature, chunk=chunk, bias_V=bias_V

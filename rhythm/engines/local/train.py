@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,15 @@ from rhythm.engines.interfaces import (
 )
 from rhythm.engines.local.attn import SignalRows, autocast
 from rhythm.engines.local.linear import use_onednn
-from rhythm.engines.local.logprobs import check_output_head, response_logprobs
+from rhythm.engines.local.logprobs import check_output_head, padded_states, response_logprobs
+from rhythm.engines.local.packed import packed_states, packing_refusal
 from rhythm.engines.local.step_reader import StepReader
 from rhythm.engines.local.weights import load_weights
 from rhythm.engines.watch import DeviceWatch
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.signals_config import SignalsConfig
+
+log = logging.getLogger(__name__)
 
 _OPTIMIZER_FILE = "optimizer.pt"
 
@@ -65,7 +70,8 @@ class TorchTrain:
     """A causal transformers model in float32 and its optimizer, on one device.
 
     Rows are sorted by length before they are split into micro-batches, and each micro-batch is trimmed to its longest
-    row.
+    row. With `max_tokens` the rows of a micro-batch are packed into one; where a model's rows can't be, they are padded
+    and the padding counts.
     """
 
     def __init__(
@@ -77,10 +83,12 @@ class TorchTrain:
         loss: LossConfig,
         temperature: float,
         micro_batch_size: int,
+        max_tokens: int | None = None,
         precision: torch.dtype = torch.float32,
         reference: Any | None = None,
     ) -> None:
-        """`reference`: a frozen model for the KL term. `precision`: dtype of autocast; float32 for none.
+        """`max_tokens`: tokens of a micro-batch at most, instead of micro_batch_size rows. `reference`: a frozen model
+        for the KL term. `precision`: dtype of autocast; float32 for none.
 
         Raises ValueError if the model's logits aren't the product of its last hidden state and its output embedding, or
         the output embedding is not a plain linear layer.
@@ -93,7 +101,8 @@ class TorchTrain:
         self._config = optimizer
         self._loss = loss
         self._temperature = temperature
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._max_tokens = micro_batch_size, max_tokens
+        self._packs = max_tokens is not None and _packs(model)
         self._precision = precision
         self._reference = reference
         if reference is not None:
@@ -148,7 +157,7 @@ class TorchTrain:
         self._optimizer.zero_grad(set_to_none=True)
         totals = BatchTotals.of(batch.rollout.response_mask)
         sums = torch.zeros(5, dtype=torch.float64)
-        for index, width in micro_batches(batch.rollout, self._micro_batch_size):
+        for index, width in self._micro_batches(batch.rollout):
             sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch, index, reader)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
         if not math.isfinite(grad_norm):
@@ -234,7 +243,7 @@ class TorchTrain:
         """
         logprobs_BT = torch.full(rollout.input_ids.shape, torch.nan, device=rollout.input_ids.device)
         entropy_BT = torch.full_like(logprobs_BT, torch.nan)
-        for index, width in micro_batches(rollout, self._micro_batch_size):
+        for index, width in self._micro_batches(rollout):
             micro = trim(take_rows(rollout, index), width)
             with autocast(model, self._precision):
                 part, statistics = self._forward(model, micro, tap, watch)
@@ -250,16 +259,33 @@ class TorchTrain:
     ) -> tuple[LogProbs, HeadStatistics | None]:
         """One forward pass; with `tap` also the statistics of its attention, timed by `watch`."""
 
-        def scored() -> LogProbs:
-            return response_logprobs(model, rollout, temperature=self._temperature, chunk=self._config.token_chunk)
-
-        if tap is None:
-            return scored(), None
-        open_tap = AttentionTap(
-            model, attention_mask=rollout.attention_mask, prompt_lens=rollout.prompt_lens, signals=tap
-        )
-        open_tap.watch = watch or nullcontext()
-        with open_tap:
-            log_probs = scored()
+        open_tap = None
+        if tap is not None:
+            open_tap = AttentionTap(
+                model, attention_mask=rollout.attention_mask, prompt_lens=rollout.prompt_lens, signals=tap
+            )
+            open_tap.watch = watch or nullcontext()
+        with nullcontext() if open_tap is None or self._packs else open_tap:
+            log_probs = response_logprobs(
+                model,
+                rollout,
+                temperature=self._temperature,
+                chunk=self._config.token_chunk,
+                states=partial(packed_states, tap=open_tap) if self._packs else padded_states,
+            )
+        if open_tap is None:
+            return log_probs, None
         with open_tap.watch:
             return log_probs, open_tap.statistics()
+
+    def _micro_batches(self, rollout: Rollout) -> Iterator[tuple[Tensor, int]]:
+        return micro_batches(rollout, self._micro_batch_size, self._max_tokens, padded=not self._packs)
+
+
+def _packs(model: Any) -> bool:
+    """Whether the model's rows can be packed; the log says why not."""
+    if refusal := packing_refusal(model):
+        log.warning(
+            "batch.max_tokens: rows are padded, and the padding counts, because they can't be packed: %s", refusal
+        )
+    return refusal is None

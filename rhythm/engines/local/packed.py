@@ -1,0 +1,124 @@
+"""Forward passes over rows packed into one, without padding: only attention pads them, and it alone sees rows at all.
+
+Each attention call of the model is passed on for the padded rows, to the model's own attention function with the masks
+that transformers makes for them, so that sliding windows and capped scores stay what they are.
+
+Shape suffixes: B rows, W width of the longest, T tokens of all of them, N response tokens; H heads, D head size,
+C hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhythm.engines.interfaces import Rollout
+from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
+from rhythm.tap.attention_tap import AttentionTap
+from rhythm.tap.interception import Output, intercept_attention, layer_kinds, text_config
+
+_KINDS = {"full_attention", "sliding_attention"}
+_PROBE_LENS = (7, 3, 5)
+
+
+def packed_states(model: Any, rollout: Rollout, tap: AttentionTap | None = None) -> Tensor:
+    """Last hidden states [N, C] at the positions that predict the response tokens, row after row; differentiable.
+
+    `tap`: reads the attention of the padded rows. Not to be entered: a model has one interception at a time.
+
+    Raises UnsupportedAttention for a model that `packing_refusal` refuses, where a call shows it.
+    """
+    real_BW = rollout.attention_mask
+    hidden_TC = _hidden_states(model, rollout.input_ids, real_BW, tap)
+    # The token at t was sampled from the model's output at t − 1, which exists since every row has a prompt.
+    return hidden_TC[rollout.response_mask[real_BW].nonzero()[:, 0] - 1]
+
+
+def packing_refusal(model: Any) -> str | None:
+    """Why the model's rows can't be packed; None if they can: a small batch gives the same packed as padded."""
+    try:
+        config = text_config(model)
+    except ValueError as error:
+        return str(error)
+    if others := sorted(set(layer_kinds(config)) - _KINDS):
+        return f"{config.model_type} has layers of kind {', '.join(others)}"
+    if getattr(model, "is_gradient_checkpointing", False):
+        return "its activations are computed again in the backward pass, when the rows are no longer known"
+    lens_B1 = torch.tensor(_PROBE_LENS, device=model.device)[:, None]
+    width = max(_PROBE_LENS)
+    real_BW = torch.arange(width, device=model.device) < lens_B1
+    ids_BW = (2 + torch.arange(real_BW.numel(), device=model.device).view(real_BW.shape)) % config.vocab_size
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            padded = model.base_model(input_ids=ids_BW, attention_mask=real_BW.long(), use_cache=False)
+            packed_TC = _hidden_states(model, ids_BW, real_BW, None)
+    except UnsupportedAttention as error:
+        return str(error)
+    finally:
+        model.train(was_training)
+    if not torch.allclose(packed_TC, padded.last_hidden_state[real_BW], rtol=1e-3, atol=1e-4):
+        return f"packed rows of {type(model).__name__} see each other"
+    return None
+
+
+def _hidden_states(model: Any, ids_BW: Tensor, real_BW: Tensor, tap: AttentionTap | None) -> Tensor:
+    """Last hidden states [T, C] of the rows' tokens, row after row."""
+    position_BW = torch.arange(real_BW.shape[1], device=real_BW.device).expand_as(real_BW)
+    rows = _PaddedAttention(model, real_BW, tap)
+    with intercept_attention(text_config(model), rows.receive, masks=False):
+        output = model.base_model(
+            input_ids=ids_BW[real_BW][None], position_ids=position_BW[real_BW][None], use_cache=False
+        )
+    hidden_1TC: Tensor = output.last_hidden_state
+    return hidden_1TC[0]
+
+
+class _PaddedAttention:
+    """Pads what a packed forward pass passes to attention, and packs what comes back."""
+
+    def __init__(self, model: Any, real_BW: Tensor, tap: AttentionTap | None) -> None:
+        """`real_BW`: bool, True on the tokens of right-padded rows."""
+        self._config = text_config(model)
+        self._kinds = layer_kinds(self._config)
+        self._shape = real_BW.shape
+        self._tap = tap
+        real_P = real_BW.flatten()
+        self._place_T = real_P.nonzero()[:, 0]
+        # Padding repeats the token before it. Nothing sees that: attention is causal, and its rows are left out.
+        self._token_P = real_P.cumsum(0) - 1
+        self._masks = _masks(self._config, self._shape, model.dtype, model.device)
+
+    def receive(self, call: AttentionCall) -> Output:
+        """Run the call on padded rows. query [1, H, T, D] … → [1, T, H, D]."""
+        if call.mask is not None or call.layer is None or self._kinds[call.layer] not in _KINDS:
+            raise call.refusal("an attention mask of the model's own, with rows packed into one")
+        padded = replace(
+            call,
+            query=self._padded(call.query),
+            key=self._padded(call.key),
+            value=self._padded(call.value),
+            mask=self._masks[self._kinds[call.layer]] if isinstance(self._masks, dict) else self._masks,
+            # Positions of the packed row: they would have flash attention look for rows in it.
+            options={name: value for name, value in call.options.items() if name != "position_ids"},
+        )
+        output_BWHD, _ = padded.run() if self._tap is None else self._tap.receive(padded)
+        return output_BWHD.flatten(0, 1).index_select(0, self._place_T)[None], None
+
+    def _padded(self, x_1HTD: Tensor) -> Tensor:
+        """[1, H, T, D] → [B, H, W, D]."""
+        x_PHD = x_1HTD[0].transpose(0, 1).index_select(0, self._token_P)
+        return x_PHD.view(*self._shape, *x_PHD.shape[1:]).transpose(1, 2)
+
+
+def _masks(config: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+    """The masks of right-padded rows [B, W], by kind of layer or one for all, as the model itself would make them."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    embeddings = torch.empty(*shape, 0, dtype=dtype, device=device)
+    # Causal attention needs no mask on padding that comes after the tokens.
+    return create_masks_for_generate(config, embeddings, attention_mask=None, past_key_values=None)
