@@ -117,6 +117,7 @@ def statistics(inputs: Inputs) -> Callable[[], Outputs]:
             window=WINDOW,
             horizon=HORIZON,
             backend=inputs.backend,
+            sliding_window=inputs.sliding_window,
         )
         assert result.span is not None
         return {"span": result.span[0], "waad": result.waad, "fai": result.fai, "lse": result.lse}

@@ -47,6 +47,7 @@ class Inputs:
     k: Tensor
     v: Tensor
     backend: str = "cpu"  # of rhythm's ops; never "auto", which might time another backend
+    sliding_window: int | None = None  # of `statistics` and the references, tokens; the other ops have none
 
     @property
     def scale(self) -> float:
@@ -65,7 +66,9 @@ class Inputs:
         return _log_sum_exp(self.q, self.k, self.shape)
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", backend: str = "cpu") -> Inputs:
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: str = "cpu", backend: str = "cpu", sliding_window: int | None = None
+) -> Inputs:
     """Normally distributed q, k, v from a fixed seed, drawn on the device; q is doubled so that attention is not
     flat.
     """
@@ -76,12 +79,14 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", backend: 
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
     q, k, v = 2 * normal(shape.query_heads), normal(shape.key_heads), normal(shape.key_heads)
-    return Inputs(shape, q, k, v, backend)
+    return Inputs(shape, q, k, v, backend, sliding_window)
 
 
-def score_flops(shape: Shape) -> int:
-    """2·D FLOPs for each score of a causal pair, over the query heads."""
-    return 2 * shape.head_size * shape.causal_pairs * shape.query_heads
+def score_flops(shape: Shape, sliding_window: int | None = None) -> int:
+    """2·D FLOPs for each score of a causal pair within the sliding window, over the query heads."""
+    rows = range(shape.prompt, shape.tokens)
+    pairs = shape.causal_pairs if sliding_window is None else sum(min(t + 1, sliding_window) for t in rows)
+    return 2 * shape.head_size * pairs * shape.query_heads
 
 
 def band_flops(shape: Shape) -> int:

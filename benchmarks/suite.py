@@ -10,25 +10,29 @@ import torch
 
 from benchmarks.measure import TimedCall, Timing, interleaved, peak_extra_bytes, ratio
 from benchmarks.registry import Benchmark
-from benchmarks.shapes import Shape, make_inputs
+from benchmarks.shapes import Shape, make_inputs, score_flops
 from benchmarks.verify import CheckedResult, verify
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 FULL, ODD = Shape(4096), Shape(257, prompt=31)
+GEMMA = Shape(8192, query_heads=4, key_heads=1, head_size=256)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes of a run, under the names that they have in the record.
 
+    windowed, sliding_window: a sliding-window layer, as large as those of Gemma 3 1B.
     aims: whether these are the sizes for which the targets were set. gate: the odd shape that is checked.
     """
 
     shape: Shape = FULL
     band_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
     memory_tokens: int = 32768
+    windowed: Shape = GEMMA
+    sliding_window: int = 512
     gate: Shape = ODD
     rounds: int = 5
     least_seconds: float = 0.2
@@ -40,6 +44,8 @@ QUICK = Settings(
     shape=Shape(192, query_heads=4, key_heads=1, head_size=32),
     band_tokens=(128, 256),
     memory_tokens=1024,
+    windowed=Shape(300, query_heads=2, key_heads=1, head_size=32),
+    sliding_window=40,
     gate=Shape(111, prompt=7, query_heads=4, key_heads=1, head_size=32),
     rounds=2,
     least_seconds=0.0,
@@ -178,6 +184,37 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
         at_most=0.6 if settings.aims else None,
     )
     return Part("bands", tuple(measurements), (*metrics, falls))
+
+
+def windows_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: str) -> Part:
+    """Compare a sliding-window layer with the full sweep of the same size: work O(T·w) instead of O(T²).
+
+    Raises:
+        WrongResultError: its results are not those of the reference in fp64, at the odd shape that is checked.
+    """
+    full, windowed = benchmarks["statistics"], replace(benchmarks["statistics"], name="statistics_windowed")
+    w, measurements, metrics = settings.sliding_window, [], []
+    for dtype in DTYPES:
+        verify([windowed], make_inputs(settings.gate, dtype, device, sliding_window=w // 2))
+        inputs = make_inputs(settings.windowed, dtype, device)
+        pair = ((windowed, replace(inputs, sliding_window=w)), (full, inputs))
+        timings = interleaved(
+            {one.name: TimedCall(one.make(given), settings.threads) for one, given in pair},
+            rounds=settings.rounds,
+            least_seconds=settings.least_seconds,
+        )
+        for one, given in pair:
+            measurement = _measurement(one, timings[one.name], settings.windowed, dtype, settings.threads)
+            measurements.append(replace(measurement, flops=score_flops(settings.windowed, given.sliding_window)))
+        metrics.append(
+            Metric(
+                f"window {w} at T={settings.windowed.tokens}, {_name(dtype)}: times as fast as the full sweep",
+                ratio(timings[full.name], timings[windowed.name]),
+                "×",
+                at_least=6.0 if settings.aims else None,
+            )
+        )
+    return Part("windows", tuple(measurements), tuple(metrics))
 
 
 def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:

@@ -85,6 +85,7 @@ def _exact(inputs: Inputs) -> Outputs:
             window=WINDOW,
             horizon=HORIZON,
             v_TGD=inputs.v[:, key_head].double(),
+            sliding_window=inputs.sliding_window,
         )
         for column, result in zip(columns.values(), results, strict=True):
             assert result is not None
@@ -98,11 +99,12 @@ def _plain(inputs: Inputs) -> Outputs:
     """Plain torch, one query head at a time: matmuls in the input's type, softmax and sums in fp32."""
     shape = inputs.shape
     group = shape.query_heads // shape.key_heads
-    causal = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool, device=inputs.q.device).tril()
+    position = torch.arange(shape.tokens, device=inputs.q.device)
+    visible = reference.visible_keys(position, position, inputs.sliding_window)
     spans, waads, fais, lses, outs = [], [], [], [], []
     for head in range(shape.query_heads):
         q_TD, k_TD, v_TD = inputs.q[:, head], inputs.k[:, head // group], inputs.v[:, head // group]
-        score = ((q_TD @ k_TD.T).float() * inputs.scale).masked_fill(~causal, -torch.inf)
+        score = ((q_TD @ k_TD.T).float() * inputs.scale).masked_fill(~visible, -torch.inf)
         weights = score.softmax(dim=-1)
         span, waad, fai = reference.sequence_statistics(
             weights[None], prompt_len=shape.prompt, window=WINDOW, horizon=HORIZON

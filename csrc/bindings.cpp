@@ -23,8 +23,9 @@ Operand operand(const View& view) {
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
 void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads, const std::vector<int64_t>& bounds,
-                          const std::vector<int64_t>& prompt_lens, const View& q, const View& k,
-                          const std::optional<View>& v, float scale, int64_t window, int64_t horizon_lo,
+                          const std::vector<int64_t>& prompt_lens, const std::vector<int64_t>& row_bounds, const View& q,
+                          const View& k, const std::optional<View>& v, float scale, float softcap,
+                          int64_t sliding_window, uintptr_t sinks, int64_t window, int64_t horizon_lo,
                           int64_t horizon_hi, uintptr_t given_lse, uintptr_t row_span, uintptr_t waad, uintptr_t fai,
                           uintptr_t lse, uintptr_t out, int threads) {
   static const std::map<std::string, DType> types = {
@@ -39,6 +40,9 @@ void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads
   p.k = operand(k);
   if (v) p.v = operand(*v);
   p.scale = scale;
+  p.softcap = softcap;
+  p.sliding_window = sliding_window;
+  p.sinks = floats(sinks);
   p.window = window;
   p.horizon_lo = horizon_lo;
   p.horizon_hi = horizon_hi;
@@ -49,8 +53,10 @@ void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads
   p.lse = floats(lse);
   p.out = reinterpret_cast<void*>(out);
   std::vector<Sequence> sequences;
-  for (size_t i = 0; i + 1 < bounds.size(); ++i)
-    sequences.push_back({bounds[i], bounds[i + 1] - bounds[i], prompt_lens[i], 0});
+  for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+    const int64_t length = bounds[i + 1] - bounds[i], first_row = length - (row_bounds[i + 1] - row_bounds[i]);
+    sequences.push_back({bounds[i], length, prompt_lens[i], first_row, row_bounds[i] - first_row, 0});
+  }
   const py::gil_scoped_release nogil;
   rhythm::run(p, std::move(sequences), threads);
 }
@@ -64,7 +70,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("selected_isa", &rhythm::selected_isa,
         "The instruction set in use: the fastest, or the one that RHYTHM_CPU_ISA names.");
   m.def("attention_statistics", &attention_statistics, py::kw_only(), py::arg("dtype"), py::arg("heads"),
-        py::arg("bounds"), py::arg("prompt_lens"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
-        py::arg("window"), py::arg("horizon_lo"), py::arg("horizon_hi"), py::arg("given_lse"), py::arg("row_span"),
+        py::arg("bounds"), py::arg("prompt_lens"), py::arg("row_bounds"), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("scale"), py::arg("softcap"), py::arg("sliding_window"), py::arg("sinks"), py::arg("window"), py::arg("horizon_lo"), py::arg("horizon_hi"), py::arg("given_lse"), py::arg("row_span"),
         py::arg("waad"), py::arg("fai"), py::arg("lse"), py::arg("out"), py::arg("threads"));
 }

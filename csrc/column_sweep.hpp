@@ -62,12 +62,14 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
   const int64_t key_head = task.head / p.group(), steps = ceil_div(p.head_size, Words::per_word);
   const float scale = log2_scale(p);
   const bool open = p.horizon_hi == to_the_end, with_window = p.row_span == nullptr;
-  const int64_t last_row = s.length - 1, hi = open ? last_row : least(p.horizon_hi, last_row);
+  const int64_t last_row = s.length - 1;
+  // Rows beyond the sliding window count in the mean, but their weights are 0.
+  const int64_t hi = least(open ? last_row : least(p.horizon_hi, last_row), p.sliding_window - 1);
   const int64_t key_begin = task.key_begin, key_end = task.key_end;
   const int64_t at = task.head * p.tokens + s.start;
   float* const waad = p.waad + at;
-  // A window that holds the whole sequence: W − Σ A·(W − d) would lose the digits that W takes, so WAAD is Σ A·d.
-  const bool whole = p.window >= s.length;
+  // A window that holds all that rows see: W − Σ A·(W − d) would lose the digits that W takes, so WAAD is Σ A·d.
+  const bool whole = p.window_holds(last_row);
   const int64_t window = least(p.window, s.length);
   // Where a given lse is not finite, the row is undefined.
   const auto weights_of = [&](int64_t t) {
@@ -82,7 +84,7 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
 
   // Rows whose horizon reaches a key of this task, and with a given lse the task's own rows as well.
   int64_t row_begin = most(s.prompt, key_begin + p.horizon_lo);
-  int64_t row_end = least(last_row, key_end - 1 + hi) + 1;
+  int64_t row_end = p.horizon_lo <= hi ? least(last_row, key_end - 1 + hi) + 1 : 0;
   if (with_window) {
     row_begin = most(s.prompt, key_begin);
     row_end = most(row_end, key_end);
@@ -104,6 +106,7 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
     for (int64_t n = first / panel; n * panel < last; ++n) {
       const int64_t key = n * panel;
       multiply_tile<S, Words, false>(queries, key_panel<S, Words>(p, s, key_head, n), steps, score);
+      if (p.softcap > 0) cap<S>(score, count, 2, p.cap_scale);
       if (key < band_end && key + panel > band_begin) {
         const bool inside = t0 - (key + panel - 1) >= p.horizon_lo && t1 - key <= hi;
         for (int64_t r = 0; r < count; ++r) {
@@ -126,7 +129,10 @@ void column_sweep(const Problem& p, const ColumnTask& task, float* workspace) {
     }
     for (int64_t r = 0; r < own; ++r) {
       const float given = p.given_lse[at + t0 + r];
-      waad[t0 + r] = whole ? S::sum(window_sums[r]) : static_cast<float>(window) - S::sum(window_sums[r]);
+      // Rows of A sum to 1, or with a sink to 1 − exp(sink − lse).
+      const float held = p.sinks ? static_cast<float>(window) * -std::expm1(p.sinks[task.head] - given)
+                                 : static_cast<float>(window);
+      waad[t0 + r] = whole ? S::sum(window_sums[r]) : held - S::sum(window_sums[r]);
       p.lse[at + t0 + r] = is_finite(given) ? given : NAN;
     }
   }

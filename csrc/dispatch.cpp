@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -111,7 +112,7 @@ std::vector<RowTask> row_tasks(const Problem& p, const Kernels& kernels) {
   const int64_t rows = kernels.row_chunk * (kernels.row_blocks / heads);
   std::vector<RowTask> tasks;
   for (int64_t i = 0; i < p.sequences; ++i) {
-    const int64_t length = p.sequence[i].length, first = p.out ? 0 : p.sequence[i].prompt;
+    const int64_t length = p.sequence[i].length, first = p.out ? p.sequence[i].first_row : p.sequence[i].prompt;
     for (int64_t group = 0; group < p.query_heads; group += p.group())
       for (int64_t head = group; head < group + p.group(); head += heads)
         for (int64_t t = first; t < length; t += rows)
@@ -125,8 +126,8 @@ std::vector<RowTask> row_tasks(const Problem& p, const Kernels& kernels) {
 std::vector<ColumnTask> column_tasks(const Problem& p) {
   std::vector<ColumnTask> tasks;
   for (int64_t i = 0; i < p.sequences; ++i)
-    for (int64_t head = 0; head < p.query_heads; ++head)
-      for (int64_t key = 0; key < p.sequence[i].length; key += column_chunk)
+    for (int64_t key = 0; key < p.sequence[i].length; key += column_chunk)  // of all heads: the row sweep ended here
+      for (int64_t head = 0; head < p.query_heads; ++head)
         tasks.push_back({i, head, key, std::min(key + column_chunk, p.sequence[i].length)});
   return tasks;
 }
@@ -152,12 +153,18 @@ void run(Problem p, std::vector<Sequence> sequences, int threads) {
   p.sequence = sequences.data();
   if (p.panels == 0) return;
   // No distance exceeds the number of tokens; larger limits would only overflow.
-  p.window = std::min(p.window, p.tokens);
+  p.sliding_window = std::min(p.sliding_window, p.tokens);
+  p.window = std::min(p.window, p.sliding_window);
   p.horizon_lo = std::min(p.horizon_lo, p.tokens);
   if (p.horizon_hi != to_the_end) p.horizon_hi = std::min(p.horizon_hi, p.tokens);
   if (p.scale * 1.44269504f == 0.0f) {
     p.flat = true;
     p.scale = 1.0f;
+  }
+  if (p.softcap > 0) {
+    constexpr float most = std::numeric_limits<float>::max();
+    p.cap_scale = std::min(std::max(p.scale / p.softcap, -most), most);
+    p.scale = p.softcap;
   }
 
   const Words keys = allocate(p.key_heads * p.panels * kernels.panel_words(p, false));

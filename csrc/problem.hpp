@@ -16,9 +16,11 @@ struct Operand {
 };
 
 struct Sequence {
-  int64_t start;        // first token on the flattened token axis of the outputs
+  int64_t start;        // first token on the flattened token axis of the statistics
   int64_t length;
   int64_t prompt;       // rows before this one are prompt
+  int64_t first_row;    // q and the output have the rows from this one on; never after `prompt`
+  int64_t out_start;    // place of row 0 on the token axis of the output, where it is not stored if first_row > 0
   int64_t first_panel;  // index of its first panel of packed keys
 };
 
@@ -29,8 +31,12 @@ struct Problem {
   int64_t query_heads = 0, key_heads = 0, head_size = 0;
   int64_t tokens = 0, sequences = 0;
   const Sequence* sequence = nullptr;
-  Operand q, k, v;  // v.data may be null: no attention output
+  Operand q, k, v;  // v.data may be null: no attention output. q's offset is that of its row 0, as in out_start
   float scale = 1.0f;
+  float softcap = 0.0f;  // c of score = c·tanh(score / c); 0: none
+  float cap_scale = 0;   // with a softcap: scale / c; products become tanh(product·cap_scale), and scale is c
+  int64_t sliding_window = 0;     // keys at this distance and beyond are hidden; the number of tokens: none are
+  const float* sinks = nullptr;   // [Hq], natural logits; null: none
   int64_t window = 10, horizon_lo = 10, horizon_hi = 50;
   bool flat = false;                 // the scale was 0 and is now 1; products become 0 (NaN where one is not finite)
   const float* given_lse = nullptr;  // [Hq, T]; with it and without row_span only bands are visited
@@ -40,7 +46,7 @@ struct Problem {
   float* waad = nullptr;
   float* fai = nullptr;
   float* lse = nullptr;
-  void* out = nullptr;  // [T, Hq, D], in the inputs' type
+  void* out = nullptr;  // [rows of q, Hq, D], in the inputs' type
 
   // Packed copies in 32-bit words (tile.hpp), shared by the query heads of a group.
   float* packed_k = nullptr;
@@ -54,6 +60,12 @@ struct Problem {
   float* row_log2_sum = nullptr;
 
   int64_t group() const { return query_heads / key_heads; }
+  // Whether the sliding window hides keys of a sequence of this length.
+  bool slides(int64_t length) const { return sliding_window < length; }
+  // The first key that row t sees.
+  int64_t first_key(int64_t t) const { return t < sliding_window ? 0 : t - sliding_window + 1; }
+  // Whether W holds all that row t sees: its WAAD is Σ A·(t − s), since a difference from W would lose digits.
+  bool window_holds(int64_t t) const { return t < window || window >= sliding_window; }
 };
 
 // Rows [row_begin, row_end) of query heads [head_begin, head_end), which share one key head.

@@ -4,6 +4,8 @@
 // Σ p·(W − (t − s)) over t − s < W, since Σ A·min(t − s, W) = W − Σ_{t−s<W} A·(W − (t − s)) for rows that sum to 1.
 // In rows t < W no distance exceeds W: their WAAD is Σ A·(t − s), since a difference from a large W would lose digits.
 // Exponents are differences of products, scaled: the largest is exactly 0, however large the scale.
+// With a sliding window only panels that some row of a block sees are visited. A sink joins Σ p at the end; rows of A then
+// sum to m = Σ p / (Σ p + sink) and WAAD is m·W − ….
 #pragma once
 
 #include <cmath>
@@ -82,28 +84,49 @@ inline float online_softmax_step(Row<S>& row, float* score, float* words, int ve
   return shrink;
 }
 
+// What divides the sums of a finished row: A = 2^((product − max)·scale·log2 e − log2_total).
+struct Denominator {
+  float total, max, log2_total, lse;  // total: relative to the row's largest score; infinite if the sink outweighs all
+  bool defined;                       // else a score is NaN or +inf, or all are −inf and there is no sink
+};
+
+template <class S>
+Denominator denominator_of(const Problem& p, int64_t head, const Row<S>& row, float sum) {
+  const float largest = row.max * std::fabs(p.scale), sink = p.sinks ? p.sinks[head] : -INFINITY;
+  if (sink == -INFINITY) return {sum, row.max, std::log2(sum), largest + std::log(sum), sum > 0 && is_finite(largest)};
+  constexpr float log2_e = 1.44269504f;
+  if (row.max == -INFINITY) return {1.0f, 0.0f, sink * log2_e, sink, sum == 0 && is_finite(sink)};
+  const bool defined = sum > 0 && is_finite(largest) && is_finite(sink);
+  const float above = sink - largest, total = sum + std::exp(above);
+  if (above <= 0) return {total, row.max, std::log2(total), largest + std::log(total), defined};
+  const float rest = std::log1p(sum * std::exp(-above));
+  return {total, row.max, (above + rest) * log2_e, sink + rest, defined};
+}
+
 // Writes the statistics and the output of a finished row.
 template <class S>
 void finish_row(const Problem& p, const Sequence& s, int64_t head, int64_t t, const Row<S>& row, const float* output) {
-  const int64_t token = s.start + t, at = head * p.tokens + token;
-  const float sum = S::sum(row.sum), largest = row.max * std::fabs(p.scale);
-  bool defined = sum > 0 && is_finite(largest);  // else a score is NaN or +inf, or all are −inf
+  const int64_t at = head * p.tokens + s.start + t;
+  const float sum = S::sum(row.sum);
+  const Denominator by = denominator_of<S>(p, head, row, sum);
+  bool defined = by.defined;
   if (t >= s.prompt) {
     // Where a given lse is not finite, the row is undefined.
     if (p.given_lse) defined = defined && is_finite(p.given_lse[at]);
-    p.row_span[at] = defined ? S::sum(row.distance_sum) / sum : NAN;
-    p.waad[at] = !defined       ? NAN
-                 : t < p.window ? S::sum(row.distance_sum) / sum
-                                : static_cast<float>(p.window) - S::sum(row.window_sum) / sum;
-    p.lse[at] = defined ? largest + std::log(sum) : NAN;
-    p.row_max[at] = row.max;
-    p.row_log2_sum[at] = defined ? std::log2(sum) : NAN;
+    const float held = p.sinks ? static_cast<float>(p.window) * (sum / by.total) : static_cast<float>(p.window);
+    p.row_span[at] = defined ? S::sum(row.distance_sum) / by.total : NAN;
+    p.waad[at] = !defined              ? NAN
+                 : p.window_holds(t) ? S::sum(row.distance_sum) / by.total
+                                       : held - S::sum(row.window_sum) / by.total;
+    p.lse[at] = defined ? by.lse : NAN;
+    p.row_max[at] = by.max;
+    p.row_log2_sum[at] = defined ? by.log2_total : NAN;
   }
   if (p.out == nullptr) return;
   with_element_type(p.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    T* out = static_cast<T*>(p.out) + (token * p.query_heads + head) * p.head_size;
-    for (int64_t d = 0; d < p.head_size; ++d) from_float(defined ? output[d] / sum : NAN, out[d]);
+    T* out = static_cast<T*>(p.out) + ((s.out_start + t) * p.query_heads + head) * p.head_size;
+    for (int64_t d = 0; d < p.head_size; ++d) from_float(defined ? output[d] / by.total : NAN, out[d]);
   });
 }
 
@@ -125,7 +148,7 @@ void add_not_finite(const Problem& p, const RowTask& task, int64_t key_head, int
         for (int64_t d = 0; d < p.head_size; ++d) {
           const float x = to_float(value[d * p.v.dim]);
           if (is_finite(x)) continue;
-          for (int64_t r = most(0, key + j - t0); r < count; ++r) {
+          for (int64_t r = most(0, key + j - t0); r < least(count, key + j + p.sliding_window - t0); ++r) {
             const auto* row = reinterpret_cast<const typename Words::Element*>(words + r * row_stride);
             output[r * row_stride + d] += Words::decode(row[j]) * x;
           }
@@ -144,6 +167,7 @@ void row_sweep(const Problem& p, const RowTask& task, float* workspace) {
   const int64_t per_head = ceil_div(task.row_end - task.row_begin, rows);
   const int64_t blocks = per_head * (task.head_end - task.head_begin);
   const float scale = log2_scale(p), window = static_cast<float>(p.window);
+  const auto first_panel_key = [&](int64_t t) { return p.first_key(t) / panel * panel; };
 
   float* const score = workspace;
   float* const words = score + tile_words<S>;
@@ -162,15 +186,16 @@ void row_sweep(const Problem& p, const RowTask& task, float* workspace) {
       for (int64_t i = 0; i < tile_words<S>; ++i) outputs[b * tile_words<S> + i] = 0.0f;
   }
 
-  for (int64_t key = 0; key < task.row_end; key += key_block) {
+  for (int64_t block_key = first_panel_key(task.row_begin); block_key < task.row_end; block_key += key_block) {
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t t0 = first_row(b), count = row_count(b);
-      const int64_t keys = least(key_block, t0 + count - key);
+      const int64_t t0 = first_row(b), count = row_count(b), key = most(block_key, first_panel_key(t0));
+      const int64_t keys = least(block_key + key_block, t0 + count) - key;
       if (keys <= 0) continue;
       for (int64_t n = 0; n * panel < keys; ++n)
         multiply_tile<S, Words, false>(queries + b * tile_words<S>,
                                        key_panel<S, Words>(p, s, key_head, key / panel + n), steps, score + n * panel);
       const int vectors = static_cast<int>(ceil_div(keys, S::lanes));
+      if (p.softcap > 0) cap<S>(score, count, vectors, p.cap_scale);
       const bool near = key + keys > t0 - p.window + 1;
       float* const output = outputs + b * tile_words<S>;
       for (int64_t r = 0; r < count; ++r) {
@@ -178,6 +203,8 @@ void row_sweep(const Problem& p, const RowTask& task, float* workspace) {
         float* const line = score + r * row_stride;
         float* const weights = words + r * row_stride;
         const int64_t t = t0 + r;
+        // Beyond the sliding window: a few keys of the first panels.
+        for (int64_t j = 0; j < least(p.first_key(t) - key, vectors * S::lanes); ++j) line[j] = -INFINITY;
         const float shrink =
             near ? online_softmax_step<S, Words, true, values>(row, line, weights, vectors, t, key, scale, window)
                  : online_softmax_step<S, Words, false, values>(row, line, weights, vectors, t, key, scale, window);

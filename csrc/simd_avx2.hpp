@@ -23,7 +23,9 @@ struct Avx2 {
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V div(V a, V b) { return _mm256_div_ps(a, b); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+  static V min(V a, V b) { return _mm256_min_ps(a, b); }  // b where either is NaN
   static V where_nonnegative(V d, V x, V other) {
     return _mm256_blendv_ps(other, x, _mm256_cmp_ps(d, zero(), _CMP_GE_OQ));
   }

@@ -23,7 +23,9 @@ struct Avx512 {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V div(V a, V b) { return _mm512_div_ps(a, b); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+  static V min(V a, V b) { return _mm512_min_ps(a, b); }  // b where either is NaN
   static V where_nonnegative(V d, V x, V other) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(d, zero(), _CMP_GE_OQ), other, x);
   }

@@ -26,7 +26,9 @@ struct Portable {
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }
   static V fma(V a, V b, V c) { return a * b + c; }
+  static V div(V a, V b) { return a / b; }
   static V max(V a, V b) { return select(a > b, a, b); }  // b where either is NaN
+  static V min(V a, V b) { return select(a < b, a, b); }  // b where either is NaN
   static V where_nonnegative(V d, V x, V other) { return select(d >= zero(), x, other); }
   static V where_between(V d, V lo, V hi, V x) { return select((d >= lo) & (d <= hi), x, zero()); }
   static float sum(V x) { return (x[0] + x[2]) + (x[1] + x[3]); }

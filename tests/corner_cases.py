@@ -27,6 +27,7 @@ from rhythm.ops.statistics import AttentionStatistics
 
 QKV = tuple[Tensor, Tensor, Tensor]
 FIELDS = ("span", "waad", "fai", "lse")
+FORM = ("cu_seqlens", "cu_seqlens_k", "softcap", "sliding_window", "sinks")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Case:
 
     Attributes:
         build: gives q, k, v on the CPU.
-        options: of `attention_statistics` and `attention_with_statistics`; cu_seqlens as a list.
+        options: of `attention_statistics` and `attention_with_statistics`; tensors as lists.
         bands: also with the reference's lse given. Off where scores are so large that a difference in their last
             place decides everything.
         lse: what becomes of the reference's lse [Hq, T] before it is given; then the case is of a given lse alone.
@@ -237,6 +238,61 @@ CASES = [
     Case("lse as it is, wide window", qkv, PACKED | {"window": 10**9}, lse=lambda lse: lse),
 ]
 
+SINKS = [-1.0, 0.5, 3.0, -INF]
+FEWER = {"cu_seqlens": [0, 10, 10, 11, 41], "cu_seqlens_k": [0, 23, 23, 24, 70]} | {
+    name: PACKED[name] for name in ("prompt_lens", "horizon")
+}
+
+
+def _fewer(rows: int = 41, dtype: torch.dtype = torch.float32) -> QKV:
+    """q has the first `rows` rows of `qkv` alone; FEWER says to which keys they belong."""
+    q, k, v = qkv(dtype=dtype)
+    return q[:rows], k, v
+
+
+# Forms of attention other than plain and causal.
+FORM_CASES = [
+    *(
+        Case(f"sliding window {window}", qkv, PACKED | {"sliding_window": window})
+        for window in (1, 2, 5, 16, 33, 46, 69, 70, 2**31, 2**63 - 1)
+    ),
+    Case("sliding window of one token, open horizon", qkv, {"sliding_window": 1, "horizon": (0, None)}),
+    Case("sliding window before the horizon", qkv, {"sliding_window": 3, "horizon": (5, 20)}),
+    Case("sliding window below the window", qkv, {"sliding_window": 7, "window": 30, "prompt_lens": [20]}),
+    Case("sliding window, bf16", lambda: qkv(dtype=torch.bfloat16), PACKED | {"sliding_window": 9}),
+    Case("sliding window, nan in k", _poisoned(1, (30, 0, 3), NAN), NEAR | {"sliding_window": 9}),
+    Case("sliding window, nan in v", _poisoned(2, (30, 0, 3), NAN), NEAR | {"sliding_window": 9}),
+    Case("sliding window, inf in v", _poisoned(2, (30, 0, 3), INF), NEAR | {"sliding_window": 9}),
+    *(Case(f"softcap {cap}", qkv, PACKED | {"softcap": cap}) for cap in (1e-50, 1e-6, 0.3, 2.0, 50.0, 1e12, 1e300)),
+    Case("softcap, negative scale", qkv, NEAR | {"softcap": 1.0, "scale": -0.4}),
+    Case("softcap, scale 0", qkv, NEAR | {"softcap": 1.0, "scale": 0.0}),
+    Case("softcap, scores of 10^18", _scaled(1e9), NEAR | {"softcap": 5.0}),
+    Case("softcap, scale 10^30", qkv, NEAR | {"softcap": 5.0, "scale": 1e30}),
+    Case("softcap, nan in k", _poisoned(1, (30, 0, 3), NAN), NEAR | {"softcap": 1.0}),
+    Case("softcap, inf in k", _poisoned(1, (30, 0, 3), INF), NEAR | {"softcap": 1.0}),
+    Case("sinks", qkv, PACKED | {"sinks": SINKS}),
+    Case("sinks that outweigh all", qkv, NEAR | {"sinks": [50.0, 120.0, 1e4, 1e30]}),
+    Case("sinks of no weight", qkv, NEAR | {"sinks": [-50.0, -200.0, -1e4, -1e30]}),
+    Case("sinks that are no numbers", qkv, NEAR | {"sinks": [NAN, INF, -INF, 0.0]}, bands=False),
+    Case("sinks and keys of no weight", _poisoned(1, (slice(0, 20), slice(None), 0), -INF), NEAR | {"sinks": SINKS}),
+    Case("sinks, inf in k", _poisoned(1, (30, 0, 3), INF), NEAR | {"sinks": SINKS}),
+    Case("sinks, wide window", qkv, NEAR | {"sinks": SINKS, "window": 10**9}),
+    Case("fewer rows", _fewer, FEWER),
+    Case("fewer rows, bf16", lambda: _fewer(dtype=torch.bfloat16), FEWER),
+    Case("fewer rows of one sequence", lambda: _fewer(9), NEAR | {"prompt_lens": [64]}),
+    Case("one row", lambda: _fewer(1), {"horizon": (0, None)}),
+    Case("no row", lambda: _fewer(0), {"horizon": (0, None)}),
+    Case("fewer rows, no prompt", _fewer, {name: FEWER[name] for name in ("cu_seqlens", "cu_seqlens_k")}),
+    Case("fewer rows, batched", lambda: (qkv(7, batch=2)[0], *qkv(20, batch=2)[1:]), {"prompt_lens": [0, 15]}),
+    Case("fewer rows over NaN", lambda: tuple(_over_nan(x) for x in _fewer()), FEWER),  # type: ignore[arg-type]
+    Case("all forms", _fewer, FEWER | {"sliding_window": 7, "softcap": 0.8, "sinks": SINKS}),
+    Case(
+        "all forms, fp16",
+        lambda: _fewer(dtype=torch.float16),
+        FEWER | {"sliding_window": 12, "softcap": 3.0, "sinks": SINKS},
+    ),
+]
+
 
 def _moved(x: Tensor, device: str) -> Tensor:
     """On the device with the same strides."""
@@ -249,7 +305,8 @@ def _moved(x: Tensor, device: str) -> Tensor:
 def _inputs(case: Case, device: str) -> tuple[QKV, dict[str, Any]]:
     q, k, v = (_moved(x, device) for x in case.build())
     options = dict(case.options)
-    for name, dtype in (("cu_seqlens", torch.int32), ("prompt_lens", torch.int64)):
+    types = {"cu_seqlens": torch.int32, "cu_seqlens_k": torch.int32, "prompt_lens": torch.int64, "sinks": torch.float32}
+    for name, dtype in types.items():
         if name in options:
             options[name] = torch.tensor(options[name], dtype=dtype, device=device)
     return (q, k, v), options
@@ -263,7 +320,7 @@ def _named(prefix: str, statistics: AttentionStatistics) -> dict[str, Tensor]:
 def outcome(case: Case, backend: str, device: str = "cpu") -> dict[str, Tensor]:
     """All that the public ops give for the case, by name, on the CPU."""
     (q, k, v), options = _inputs(case, device)
-    scores: dict[str, Any] = {name: options[name] for name in ("cu_seqlens", "scale", "horizon") if name in options}
+    scores: dict[str, Any] = {name: options[name] for name in ("scale", "horizon", *FORM) if name in options}
     results: dict[str, Tensor] = {}
     if case.lse is None:
         results |= _named("alone", attention_statistics(q, k, **options, backend=backend))
@@ -281,9 +338,13 @@ def outcome(case: Case, backend: str, device: str = "cpu") -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in results.items()}
 
 
+def _named_case(name: str) -> Case:
+    return next(case for case in (*CASES, *FORM_CASES) if case.name == name)
+
+
 @cache
 def _reference_lse(name: str) -> Tensor:
-    case = next(case for case in CASES if case.name == name)
+    case = _named_case(name)
     (q, k, _), options = _inputs(case, "cpu")
     lse = attention_statistics(q, k, **options, backend="reference").lse
     return lse if case.lse is None else case.lse(lse)
@@ -291,7 +352,7 @@ def _reference_lse(name: str) -> Tensor:
 
 @cache
 def _expected(name: str) -> dict[str, Tensor]:
-    return outcome(next(case for case in CASES if case.name == name), "reference")
+    return outcome(_named_case(name), "reference")
 
 
 def assert_agrees(case: Case, backend: str, device: str = "cpu") -> None:

@@ -21,6 +21,7 @@ from rhythm.shapes import MAX_INT, Sequences, check_dense, index, integer
 MAX_SEQUENCES = 2**24  # a batch of more than that without a token would be hours of nothing
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_SIZE = 256
+LEAST_SOFTCAP, MOST_SOFTCAP = 1e-30, 1e18  # beyond them scores are 0, or as they were, and fp32 has room for no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def checked(
         lse_HT=lse,
         span=span,
         span_rows=span_rows,
-        softcap=softcap,
+        softcap=None if softcap is None else min(max(softcap, LEAST_SOFTCAP), MOST_SOFTCAP),
         sliding_window=sliding_window,
         sinks_H=sinks,
     )

@@ -72,6 +72,11 @@ def test_record_holds_the_parts(record: dict[str, Any]) -> None:
     assert [(m["op"], m["shape"]["tokens"]) for m in parts["bands"]["measurements"]] == [
         ("statistics", 128), ("bands", 128), ("statistics", 256), ("bands", 256),
     ]  # fmt: skip
+    assert [(m["op"], m["dtype"]) for m in parts["windows"]["measurements"]] == [
+        (op, dtype) for dtype in ("float32", "bfloat16") for op in ("statistics_windowed", "statistics")
+    ]  # fmt: skip
+    windowed, full, *_ = parts["windows"]["measurements"]
+    assert full["flops"] / windowed["flops"] == pytest.approx((300 * 301 / 2) / (40 * 300 - 40 * 39 / 2))
     assert [m["threads"] for m in parts["threads"]["measurements"]] == [1, 2]
     assert all(metric["unit"] == "MB" and metric["value"] > 0 for metric in parts["memory"]["claims"])
     metrics = [metric for part in parts.values() for metric in part["claims"]]

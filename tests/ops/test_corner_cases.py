@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from corner_cases import CASES, Case, assert_agrees, by_name, qkv
+from corner_cases import CASES, FORM_CASES, Case, assert_agrees, by_name, qkv
 from torch import Tensor
 
 from rhythm import _C, attention_statistics, attention_with_statistics, column_scores
@@ -14,19 +14,31 @@ from rhythm.ops import reference
 
 
 def test_every_case_has_a_name_of_its_own() -> None:
-    assert len({case.name for case in CASES}) == len(CASES)
+    assert len({case.name for case in (*CASES, *FORM_CASES)}) == len(CASES) + len(FORM_CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=by_name)
+@pytest.mark.parametrize("case", [*CASES, *FORM_CASES], ids=by_name)
 def test_the_kernels_agree_with_the_reference(case: Case) -> None:
     assert_agrees(case, "cpu")
 
 
-ODDEST = ("scale 0", "scale 10^30", "scores of 10^18", "window 1000000000", "nan in v", "lse inf", "lse -inf")
+ODDEST = (
+    "all forms",
+    "softcap 1",
+    "sinks that",
+    "sinks and",
+    "scale 0",
+    "scale 10^30",
+    "scores of 10^18",
+    "window 1000000000",
+    "nan in v",
+    "lse inf",
+    "lse -inf",
+)
 
 
 @pytest.mark.parametrize("isa", _C.available_isas()[1:])
-@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith(ODDEST)], ids=by_name)
+@pytest.mark.parametrize("case", [case for case in (*CASES, *FORM_CASES) if case.name.startswith(ODDEST)], ids=by_name)
 def test_every_instruction_set_agrees(case: Case, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RHYTHM_CPU_ISA", isa)
     assert_agrees(case, "cpu")

@@ -13,7 +13,7 @@ import torch
 from tensors import assert_same, normal
 from torch import Tensor
 
-from rhythm import attention_statistics, attention_with_statistics, column_scores
+from rhythm import _C, attention_statistics, attention_with_statistics, column_scores
 from rhythm.ops import attention
 
 HEADS, KEY_HEADS, SIZE, WINDOW = 4, 2, 8, 5
@@ -133,7 +133,7 @@ def converted(case: Packed, form: dict[str, Any], dtype: torch.dtype) -> tuple[l
     return [x.to(dtype) for x in (case.q, case.k, case.v)], case.arguments | form
 
 
-BACKENDS = [("reference", torch.float64)]
+BACKENDS = [("reference", torch.float64), ("cpu", torch.float32)]
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=str)
@@ -325,7 +325,7 @@ def test_other_libraries_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(attention, "_asking_for_lse", lambda function: {"return_attn_probs": True})
     refuses = attention.FlashAttn.refuses
     monkeypatch.setattr(attention.FlashAttn, "refuses", lambda self, request: None)
-    options = case.arguments | form | {"prompt_lens": PROMPTS}
+    options = case.arguments | form | {"prompt_lens": PROMPTS, "backend": "reference"}
     expected_out, expected = attention_with_statistics(q, k, v, **options)
     out, statistics = attention_with_statistics(q, k, v, attention="flash_attn", **options)
     assert calls == [{"window_size": (6, 0), "softcap": 0.8, "longest": (sum(ROWS), sum(KEYS))}]
@@ -345,3 +345,47 @@ def test_lengths_of_rows_are_where_they_are_said_to_be() -> None:
         alone = attention_statistics(case.q[row_start:row_end], case.k[start:end], horizon=HORIZON)
         for name in ("waad", "fai", "lse"):
             assert_same(getattr(together, name)[:, start:end], getattr(alone, name), rtol=1e-12, atol=1e-12)
+
+
+# (key lengths, query lengths, prompts, query heads, key heads, head size, W, horizon, form): many tiles, odd edges
+SHAPES: list[Any] = [
+    ([700], [700], [31], 4, 2, 64, 10, (10, 50), {"sliding_window": 100}),
+    ([300, 7, 0, 601], [100, 7, 0, 500], [40, 6, 0, 200], 4, 1, 33, 40, (1, 20),
+     {"sliding_window": 37, "softcap": 5.0, "sinks": SINKS.float()}),
+    ([1100], [900], [0], 4, 4, 16, 300, (10, 700), {"sliding_window": 257, "sinks": SINKS.float()}),
+    ([520], [520], [100], 2, 2, 128, 10, (10, None), {"softcap": 2.0}),
+    ([300, 290], [1, 290], [0, 0], 4, 4, 40, 10, (0, None), {"sliding_window": 1, "sinks": SINKS.float()}),
+    ([640], [630], [2], 8, 1, 80, 10, (0, 1000), {"sliding_window": 256}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_accuracy(
+    isa: str, index: int, dtype: torch.dtype, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RHYTHM_CPU_ISA", isa)
+    keys, rows, prompts, heads, key_heads, size, window, horizon, form = SHAPES[index]
+    q, k, v = (
+        normal(sum(n), h, size, seed=seed, dtype=dtype)
+        for seed, (n, h) in enumerate(((rows, heads), (keys, key_heads), (keys, key_heads)))
+    )
+    cu_rows, cu_keys = (torch.tensor([0, *n]).cumsum(0).to(INT) for n in (rows, keys))
+    options = {
+        "cu_seqlens": cu_rows,
+        "cu_seqlens_k": cu_keys,
+        "prompt_lens": prompts,
+        "window": window,
+        "horizon": horizon,
+    } | form
+    exact_out, exact = attention_with_statistics(q.double(), k.double(), v.double(), backend="reference", **options)
+    plain_out, plain = attention_with_statistics(q, k, v, backend="reference", **options)
+    out, beside = attention_with_statistics(q, k, v, backend="cpu", **options)
+    alone = attention_statistics(q, k, backend="cpu", **options)
+    bands = attention_statistics(q, k, lse=exact.lse.float(), span=False, backend="cpu", **options)
+    assert_accurate("out", dtype, out, exact_out, plain_out)
+    for name in ("span", "waad", "fai", "lse"):
+        for result in (alone, beside) if name == "span" else (alone, beside, bands):
+            wanted, unfused = getattr(exact, name), getattr(plain, name)
+            assert_accurate(name, dtype, getattr(result, name), wanted, unfused, window if name == "waad" else 1e-3)

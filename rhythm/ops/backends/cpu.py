@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rhythm.ops.arguments import Request
 from rhythm.ops.backends.base import Backend, BackendResult, mean_span
-from rhythm.ops.plugins import only_plain
 
 _C: ModuleType | None
 try:
@@ -36,7 +35,7 @@ class CpuBackend(Backend):
             return f"q is on {q.device}; it takes CPU tensors"
         if q.dtype not in DTYPE_NAMES:
             return f"q has dtype {q.dtype}; it takes {', '.join(map(str, DTYPE_NAMES))}"
-        return only_plain(request)
+        return None
 
     def run(self, request: Request) -> BackendResult:
         assert _C is not None  # unavailable() is asked first
@@ -44,7 +43,8 @@ class CpuBackend(Backend):
         heads, size = q.shape[-2:]
         tokens = host.cu_seqlens[-1]
         row_span_HT, waad_HT, fai_HT, lse_HT = (torch.full((heads, tokens), torch.nan) for _ in range(4))
-        out_THD = None if v is None else torch.empty((tokens, heads, size), dtype=q.dtype)
+        out_SHD = None if v is None else torch.empty((host.cu_rows[-1], heads, size), dtype=q.dtype)
+        sinks_H = None if request.sinks_H is None else request.sinks_H.float().contiguous()
         given_lse_HT = None if request.lse_HT is None else request.lse_HT.float().contiguous()
         bands_alone = given_lse_HT is not None and not request.span  # they give all but span
         lo, hi = request.horizon
@@ -53,10 +53,14 @@ class CpuBackend(Backend):
             heads=(heads, k.shape[-2], size),
             bounds=host.cu_seqlens,
             prompt_lens=host.prompt_lens,
-            q=_view(q, host.cu_seqlens),
+            row_bounds=host.cu_rows,
+            q=_view(q, host.cu_rows, host.missing),
             k=_view(k, host.cu_seqlens),
             v=None if v is None else _view(v, host.cu_seqlens),
             scale=request.scale,
+            softcap=request.softcap or 0.0,
+            sliding_window=tokens if request.sliding_window is None else request.sliding_window,
+            sinks=_address(sinks_H),
             window=request.window,
             horizon_lo=lo,
             horizon_hi=_C.to_the_end if hi is None else hi,
@@ -65,16 +69,23 @@ class CpuBackend(Backend):
             waad=_address(waad_HT),
             fai=_address(fai_HT),
             lse=_address(lse_HT),
-            out=_address(out_THD),
+            out=_address(out_SHD),
             threads=torch.get_num_threads(),
         )
-        return BackendResult(mean_span(row_span_HT, request.sequences), waad_HT, fai_HT, lse_HT, out_THD)
+        return BackendResult(mean_span(row_span_HT, request.sequences), waad_HT, fai_HT, lse_HT, out_SHD)
 
 
-def _view(x: Tensor, cu_seqlens: list[int]) -> tuple[int, list[int], tuple[int, int, int]]:
-    """(address, first element of each sequence, strides of token, head and dim): nothing is copied."""
+def _view(
+    x: Tensor, bounds: list[int], missing: list[int] | None = None
+) -> tuple[int, list[int], tuple[int, int, int]]:
+    """(address, element of token 0 of each sequence, strides of token, head and dim): nothing is copied.
+
+    missing: first tokens of each sequence that x does not hold; element 0 is then where it would be.
+    """
     token = x.stride(-3)
-    starts = [i * x.stride(0) for i in range(x.shape[0])] if x.ndim == 4 else [b * token for b in cu_seqlens[:-1]]
+    starts = [i * x.stride(0) for i in range(x.shape[0])] if x.ndim == 4 else [b * token for b in bounds[:-1]]
+    if missing is not None:
+        starts = [start - count * token for start, count in zip(starts, missing, strict=True)]
     return x.data_ptr(), starts, (token, x.stride(-2), x.stride(-1))
 
 
