@@ -1,9 +1,9 @@
-"""Computes greedy continuations of a sequence from many of its positions, with one forward pass over the sequence.
+"""Computes greedy continuations of sequences from many of their positions, with one forward pass over each sequence.
 
 All continuations reuse the keys and values of that pass: each takes those before its position, and runs the model
-only on its replaced token and the tokens after it. Many continuations run in one batch.
+only on its replaced token and the tokens after it. Many continuations, also of several sequences, run in one batch.
 
-Shape suffixes: N tokens of the sequence, K positions, V vocabulary, R continuations at a time, L longest prefix
+Shape suffixes: N tokens of a sequence, K positions, V vocabulary, R continuations at a time, L longest prefix
 among them, H key heads, D head size.
 """
 
@@ -21,14 +21,20 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rhythm.analysis.decoding import RowsLayer, compacted, grouped_attention
+
 
 @dataclass(frozen=True)
 class Branch:
-    """A requested continuation: the sequence before `position`, then `token`, then up to `limit` ≥ 1 greedy tokens."""
+    """A requested continuation: the sequence before `position`, then `token`, then up to `limit` ≥ 1 greedy tokens.
+
+    sequence: index of its `Prefill`.
+    """
 
     position: int
     token: int
     limit: int
+    sequence: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def prefill(model: Any, ids_N: Tensor, positions: Sequence[int]) -> Prefill:
 
 @torch.no_grad()
 def continue_greedily(
-    model: Any, prefilled: Prefill, branches: Sequence[Branch], *, end_ids: Collection[int], rows_at_once: int
+    model: Any, prefilled: Sequence[Prefill], branches: Sequence[Branch], *, end_ids: Collection[int], rows_at_once: int
 ) -> list[list[int]]:
     """The greedy tokens after each branch's token, up to the first of `end_ids` or the limit, in the order of
     `branches`.
@@ -70,10 +76,11 @@ def continue_greedily(
     continuations: list[list[int]] = [[] for _ in branches]
     going = [index for index, branch in enumerate(branches) if branch.token not in end_ids]
     going.sort(key=lambda index: branches[index].position)  # batch prefixes of similar length
-    with evaluating(model):
+    caches = [each.cache for each in prefilled]
+    with evaluating(model), grouped_attention(model):
         for start in range(0, len(going), rows_at_once):
             rows = going[start : start + rows_at_once]
-            batch = _continue_batch(model, prefilled.cache, [branches[row] for row in rows], end_ids)
+            batch = _continue_batch(model, caches, [branches[row] for row in rows], end_ids)
             for row, continuation in zip(rows, batch, strict=True):
                 continuations[row] = continuation
     return continuations
@@ -103,11 +110,11 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def _continue_batch(
-    model: Any, cache: DynamicCache, branches: Sequence[Branch], end_ids: Collection[int]
+    model: Any, caches: Sequence[DynamicCache], branches: Sequence[Branch], end_ids: Collection[int]
 ) -> list[list[int]]:
     position_R = torch.tensor([branch.position for branch in branches], device=model.device)
     token_R = torch.tensor([branch.token for branch in branches], device=model.device)
-    cache, mask_RL = _prefixes(cache, position_R)
+    cache, mask_RL = _prefixes(caches, branches, position_R)
     # Like transformers' generate: a model without a position_ids argument derives positions from the mask.
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     continuations: list[list[int]] = [[] for _ in branches]
@@ -130,23 +137,30 @@ def _continue_batch(
         if not kept:
             return continuations
         if len(kept) < len(rows):
-            kept_R = torch.tensor(kept, device=model.device)
-            rows = [rows[index] for index in kept]
-            token_R, position_R, mask_RL = token_R[kept_R], position_R[kept_R], mask_RL[kept_R]
-            cache.batch_select_indices(kept_R)
+            order = compacted(kept)
+            rows = [rows[index] for index in order]
+            token_R, position_R, mask_RL = token_R[order], position_R[order], mask_RL[order]
+            for layer in cache.layers:
+                layer.keep(order)
 
 
-def _prefixes(cache: DynamicCache, position_R: Tensor) -> tuple[DynamicCache, Tensor]:
-    """The cache before each position, one per row and left-padded, and the mask [R, L] int64, 0 on padding.
+def _prefixes(
+    caches: Sequence[DynamicCache], branches: Sequence[Branch], position_R: Tensor
+) -> tuple[DynamicCache, Tensor]:
+    """The cache before each branch's position, one per row and left-padded, and the mask [R, L] int64, 0 on padding.
 
     Left padding keeps the distances between tokens, which matter for sliding windows.
     """
     length = int(position_R.max())
-    source_RL = torch.arange(length, device=position_R.device) - (length - position_R[:, None])
-    mask_RL = (source_RL >= 0).long()
-    source_RL = source_RL.clamp(min=0)
+    mask_RL = (torch.arange(length, device=position_R.device) >= length - position_R[:, None]).long()
 
-    def rows_of_cache(x_1HND: Tensor) -> Tensor:
-        return x_1HND[0][:, source_RL].transpose(0, 1)
+    def rows_of_caches(layers_1HND: Sequence[Tensor]) -> Tensor:
+        prefixes = (layers_1HND[branch.sequence][0, :, : branch.position] for branch in branches)
+        return torch.stack([pad(prefix_HLD, (0, 0, length - prefix_HLD.shape[1], 0)) for prefix_HLD in prefixes])
 
-    return DynamicCache([(rows_of_cache(layer.keys), rows_of_cache(layer.values)) for layer in cache.layers]), mask_RL
+    rows = DynamicCache()
+    rows.layers = [
+        RowsLayer(rows_of_caches([each.keys for each in layer]), rows_of_caches([each.values for each in layer]))
+        for layer in zip(*(cache.layers for cache in caches), strict=True)
+    ]
+    return rows, mask_RL

@@ -187,13 +187,22 @@ def heads_figure(heads: Heads) -> Figure:
 
 def table1_latex(table: Table1) -> str:
     """Table 1 with its intervals, for booktabs."""
+    means, intervals, positions = (
+        (table.top, table.bottom, table.matched),
+        (table.top_interval, table.bottom_interval, table.matched_interval),
+        (table.top_position, table.bottom_position, table.matched_position),
+    )
     rows = [
-        ("Mean Jaccard similarity", format_number(table.top), format_number(table.bottom)),
-        ("95% interval", _interval(table.top_interval, format_number), _interval(table.bottom_interval, format_number)),
-        ("Pr(Top < Bottom)", format_percent(table.top_below_bottom), ""),
-        ("Problems", format_number(table.problems), ""),
+        ("Mean Jaccard similarity", *map(format_number, means)),
+        ("95% interval", *(_interval(interval, format_number) for interval in intervals)),
+        ("Pr(Top < Bottom)", format_percent(table.top_below_bottom), "", format_percent(table.top_below_matched)),
+        ("Mean position", *map(format_number, positions)),
+        ("Problems", format_number(table.problems), "", ""),
     ]
-    return _latex(rows, ["", "Top-k", "Bottom-k"])
+    columns = ["", "Top-k", "Bottom-k", "Low, beside the top"]
+    if not table.matched_trials:
+        rows, columns = [row[:3] for row in rows if row[0] != "Mean position"], columns[:3]
+    return _latex(rows, columns)
 
 
 def table2_latex(table: Sequence[Table2Row], p_floor: float = 0.0) -> str:

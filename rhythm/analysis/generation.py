@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from rhythm.analysis.config import AnalysisConfig
+from rhythm.analysis.decoding import grouped_attention
 from rhythm.analysis.problems import Problem, RowError
-from rhythm.engines.interfaces import Infer
+from rhythm.engines.interfaces import Infer, Rollout
+from rhythm.engines.local.infer import GenerateInfer
 from rhythm.seeds import analysis_seed
 
 
@@ -38,6 +41,19 @@ def response_name(problem: Problem, sample: int) -> str:
     return f"{problem.row:05d}-{sample}"
 
 
+class GroupedInfer(GenerateInfer):
+    """GenerateInfer with `grouped_attention`."""
+
+    def __init__(self, model: Any, *, end_ids: Sequence[int], pad_id: int) -> None:
+        super().__init__(model, end_ids=end_ids, pad_id=pad_id)
+        self._grouped = partial(grouped_attention, model)
+
+    def generate(self, *arguments: Any, **options: Any) -> Rollout:
+        """See `GenerateInfer.generate`."""
+        with self._grouped():
+            return super().generate(*arguments, **options)
+
+
 class ResponseSource:
     """Provides responses to problems that fit into the model's context.
 
@@ -58,14 +74,16 @@ class ResponseSource:
         index: int,
         finished: Mapping[tuple[int, int], bool],
         on_error: Callable[[RowError], None] | None = None,
-    ) -> Iterator[PendingResponse]:
-        """The responses to a batch of problems that are not `finished`, in order.
+        *,
+        at_once: int = 1,
+    ) -> Iterator[list[PendingResponse]]:
+        """The responses to a batch of problems, in order, in groups of `at_once` that are not all `finished`.
 
-        Generated responses depend only on weights, batch, index and seed. So an incomplete batch is generated again as
-        a whole, with the same result.
+        Generated responses depend only on weights, batch, index and seed, and groups only on the batch. So what is
+        incomplete is generated and observed again as a whole, with the same result.
 
         Args:
-            finished: (row, sample) → whether this response is finished.
+            finished: (row, sample) → whether this response is finished, as it is when a group is asked for.
             on_error: called with the error of a problem, which is then left out; None: the error is raised.
 
         Raises:
@@ -86,18 +104,29 @@ class ResponseSource:
         bare = [item for item in ready if not item[0].responses]
         missing = any(not finished[problem.row, i] for problem, _, _ in bare for i in self.samples(problem))
         drawn = self._generated(bare, index) if missing else {}
+        group: list[PendingResponse] = []
+
+        def is_pending() -> bool:
+            return not all(finished[response.problem.row, response.sample] for response in group)
+
         for problem, prompt, ids in ready:
             for response in drawn.get(problem.row, []) or self._given(problem, prompt, ids):
-                if finished[problem.row, response.sample]:
-                    continue
                 try:
                     self._check_response(response)
                 except RowError as error:
                     if on_error is None:
+                        if is_pending():
+                            yield group
                         raise
                     on_error(error)
-                else:
-                    yield response
+                    continue
+                group.append(response)
+                if len(group) == at_once:
+                    if is_pending():
+                        yield group
+                    group = []
+        if is_pending():
+            yield group
 
     def samples(self, problem: Problem) -> range:
         """Indices of the problem's responses, given or generated."""
@@ -148,9 +177,10 @@ class ResponseSource:
     def _generated(
         self, items: Sequence[tuple[Problem, str, tuple[int, ...]]], index: int
     ) -> dict[int, list[PendingResponse]]:
-        """Generated responses by the problem's row."""
+        """Generated responses by the problem's row; prompts of similar length are in one batch."""
         if not items:
             return {}
+        items = sorted(items, key=lambda item: len(item[2]))
         room = self._context - max(len(ids) for _, _, ids in items)
         sampling = self._config.sampling
         sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, room)})

@@ -17,7 +17,7 @@ from typing import Any
 from rhythm.analysis.content_words import content_words
 from rhythm.analysis.counterfactual import CounterfactualConfig
 from rhythm.analysis.page_data import SETS, SIGNALS, heads_data, response_data
-from rhythm.analysis.results import Analysis, Heads, Interval, ResponseResult, Table2Row, Trial
+from rhythm.analysis.results import Analysis, Heads, Interval, ResponseResult, Table1, Table2Row, Trial
 from rhythm.reports.format import format_number, format_p_value, format_percent, template_environment
 from rhythm.system.writing import replace_file
 
@@ -134,7 +134,7 @@ def headlines(analysis: Analysis) -> list[Headline]:
                 "Problems where replacing high-FAI tokens changes more",
                 format_percent(table.top_below_bottom),
                 f"Jaccard {format_number(table.top)} against {format_number(table.bottom)}; {_compared(table.p_value)}",
-                "Partly an effect of position: FAI is higher early in a response, where more text is left to change.",
+                _matched(table),
             )
         )
     return shown
@@ -171,6 +171,16 @@ def lift_bars(rows: Sequence[Table2Row]) -> list[LiftBar | None]:
         else None
         for row in rows
     ]
+
+
+def _matched(table: Table1) -> str:
+    """What a control for position gives: FAI is higher early in a response, where more text is left to change."""
+    if not table.matched_trials:
+        return "Partly an effect of position: FAI is higher early in a response, where more text is left to change."
+    return (
+        f"Against tokens of low FAI beside them: {format_percent(table.top_below_matched)}, Jaccard "
+        f"{format_number(table.matched)}; {_compared(table.matched_p_value)}"
+    )
 
 
 def examples(analysis: Analysis, responses: Sequence[ResponseResult]) -> list[Example]:

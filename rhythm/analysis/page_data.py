@@ -52,6 +52,7 @@ SIGNALS = (
     Signal("entropy", "Entropy", "entropy", "nats", "entropy of the token's distribution at temperature 1"),
     Signal("gamma", "γ", "gamma", "", "factor that training would apply to the token's advantage; 1 is none", low=1.0),
 )
+GROUPS = {"top": "highest FAI", "bottom": "lowest FAI", "matched": "low FAI beside the highest"}
 SETS = {  # set of heads → (name of a member, hue)
     "local": ("local", "waad"),
     "global": ("global", "fai"),
@@ -82,7 +83,7 @@ def response_data(response: ResponseResult) -> Json:
             if anchor.attenders and anchor.token < n
         },
         "trials": {
-            position: f"replaced as {group} FAI, mean Jaccard {format_number(float(np.nanmean(values)))}"
+            position: f"replaced as {GROUPS[group]}, mean Jaccard {format_number(float(np.nanmean(values)))}"
             for (position, group), values in jaccards.items()
             if position < n and not all(map(math.isnan, values))
         },

@@ -133,7 +133,8 @@ class Trial:
     """A counterfactual: one token replaced, and a greedy continuation.
 
     Attributes:
-        group: whether the position is among those of highest (top) or lowest (bottom) FAI.
+        group: whether the position is among those of highest (top) or lowest (bottom) FAI, or among those of low FAI
+            nearest to the highest ones (matched).
         position: index of the replaced token.
         fai: FAI of the replaced token.
         original_token, replacement_token: texts of the two tokens; `*_id`: their ids.
@@ -145,7 +146,7 @@ class Trial:
         finished: whether the continuation ended with an end token.
     """
 
-    group: Literal["top", "bottom"]
+    group: Literal["top", "bottom", "matched"]
     position: int
     fai: float
     original_id: int
@@ -217,6 +218,9 @@ class Table1:
         top_below_bottom: fraction of problems whose mean over the top is lower than that over the bottom.
         p_value: of a one-sided sign test over the problems (top lower than bottom).
         problems, top_trials, bottom_trials: numbers of them.
+        matched, matched_interval, top_below_matched, matched_p_value, matched_trials: the same for tokens of low FAI
+            nearest to those of the highest, a control for position; NaN and 0 without such trials.
+        top_position, bottom_position, matched_position: mean index of the replaced tokens, over the trials.
     """
 
     top: Number
@@ -228,6 +232,14 @@ class Table1:
     problems: int
     top_trials: int
     bottom_trials: int
+    matched: Number = math.nan
+    matched_interval: Interval = Interval(math.nan, math.nan)
+    top_below_matched: Number = math.nan
+    matched_p_value: Number = math.nan
+    matched_trials: int = 0
+    top_position: Number = math.nan
+    bottom_position: Number = math.nan
+    matched_position: Number = math.nan
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rhythm import _C
 from rhythm.analysis import Analysis, AnalysisConfig, analyze, read_problems
 from rhythm.analysis.run import end_ids_of
 from rhythm.checkpoints import load_model, loading_options, refusal_names
@@ -81,6 +82,11 @@ class InputConfig(BaseModel, extra="forbid", frozen=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="dtype of the model's weights; auto: float32 on a CPU, else the checkpoint's own"
     )
+    generation_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="dtype in which a copy of the model generates responses and counterfactuals; auto: bfloat16 on a "
+        "CPU with instructions for it, else the model's own",
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code contained in the checkpoint")
     keep_going: bool = Field(default=False, description="skip rows that can't be analyzed and report them at the end")
     vllm: VllmConfig = Field(default=VLLM, description="settings of the engine with engine=vllm")
@@ -140,6 +146,7 @@ def _analyze(config: CommandConfig, console: Console) -> Analysis:
             out=config.out,
             config=config.analysis,
             infer=infer,
+            generation_dtype=_generation_dtype(config.generation_dtype, model.device.type),
             model_name=str(config.model),
             keep_going=config.keep_going,
             console=console,
@@ -184,6 +191,14 @@ def _placed(device: str, dtype: str) -> tuple[str, str]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return device, "float32" if dtype == "auto" and device == "cpu" else dtype
+
+
+def _generation_dtype(asked: str, device: str) -> torch.dtype | None:
+    """None: the model's own."""
+    if asked != "auto":
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    return torch.bfloat16 if device == "cpu" and "avx512_bf16" in _C.available_isas() else None
 
 
 def _vllm(config: CommandConfig, model: Any, tokenizer: Any) -> Infer:
@@ -258,10 +273,11 @@ def _dry_run(config: CommandConfig) -> str:
     with refusal_names("set trust_remote_code=true", config.model):
         model = _check_checkpoint(config.model, config.trust_remote_code)
     device, dtype = _placed(config.device, config.dtype)
+    generates = str(_generation_dtype(config.generation_dtype, device) or dtype).removeprefix("torch.")
     return (
         f"{dump_config(config)}"
         "# derived\n"
-        f"# model: {model.model_type} on {device}, dtype {dtype}\n"
+        f"# model: {model.model_type} on {device}, dtype {dtype}; generates in {generates}\n"
         f"# problems: {_problems(config)}\n"
         f"# out: {_kept(config.out) or f'nothing finished yet in {config.out}'}"
     )

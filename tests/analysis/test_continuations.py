@@ -76,14 +76,16 @@ BRANCHES = [
 @pytest.mark.parametrize("rows_at_once", [1, 4, 100])
 def test_they_are_what_generate_finds_from_scratch(model: Any, ids_N: Tensor, rows_at_once: int) -> None:
     prefilled = prefill(model, ids_N, POSITIONS)
-    generated = continue_greedily(model, prefilled, BRANCHES, end_ids=END_IDS, rows_at_once=rows_at_once)
+    generated = continue_greedily(model, [prefilled], BRANCHES, end_ids=END_IDS, rows_at_once=rows_at_once)
     assert generated == [naive(model, ids_N, branch) for branch in BRANCHES]
     assert len({tuple(tokens) for tokens in generated}) > len(POSITIONS)  # the model does tell them apart
 
 
 def test_continuations_end_early_in_these_cases(ids_N: Tensor) -> None:
     model = build("qwen3")
-    generated = continue_greedily(model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=END_IDS, rows_at_once=100)
+    generated = continue_greedily(
+        model, [prefill(model, ids_N, POSITIONS)], BRANCHES, end_ids=END_IDS, rows_at_once=100
+    )
     ended = [tokens[-1] in END_IDS for tokens in generated]
     assert any(ended)
     assert not all(ended)
@@ -105,7 +107,7 @@ def test_no_token_is_run_twice(model: Any, ids_N: Tensor, rows_at_once: int) -> 
     )
     try:
         generated = continue_greedily(
-            model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=END_IDS, rows_at_once=rows_at_once
+            model, [prefill(model, ids_N, POSITIONS)], BRANCHES, end_ids=END_IDS, rows_at_once=rows_at_once
         )
     finally:
         handle.remove()
@@ -120,21 +122,21 @@ def test_no_token_is_run_twice(model: Any, ids_N: Tensor, rows_at_once: int) -> 
 
 def test_nothing_follows_an_end_token(model: Any, ids_N: Tensor) -> None:
     branches = [Branch(5, END_IDS[0], 9), Branch(6, 7, 3)]
-    generated = continue_greedily(model, prefill(model, ids_N, [5, 6]), branches, end_ids=END_IDS, rows_at_once=8)
+    generated = continue_greedily(model, [prefill(model, ids_N, [5, 6])], branches, end_ids=END_IDS, rows_at_once=8)
     assert generated == [[], naive(model, ids_N, branches[1])]
 
 
 def test_the_prefill_serves_again(model: Any, ids_N: Tensor) -> None:
     prefilled = prefill(model, ids_N, POSITIONS)
-    first = continue_greedily(model, prefilled, BRANCHES, end_ids=END_IDS, rows_at_once=4)
-    assert continue_greedily(model, prefilled, BRANCHES, end_ids=END_IDS, rows_at_once=4) == first
+    first = continue_greedily(model, [prefilled], BRANCHES, end_ids=END_IDS, rows_at_once=4)
+    assert continue_greedily(model, [prefilled], BRANCHES, end_ids=END_IDS, rows_at_once=4) == first
 
 
 def test_a_model_in_training_stays_so_but_is_not_used_so(ids_N: Tensor) -> None:
     model = build("gpt2")
-    expected = continue_greedily(model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=(), rows_at_once=8)
+    expected = continue_greedily(model, [prefill(model, ids_N, POSITIONS)], BRANCHES, end_ids=(), rows_at_once=8)
     model.train()  # GPT-2 has dropout
-    generated = continue_greedily(model, prefill(model, ids_N, POSITIONS), BRANCHES, end_ids=(), rows_at_once=8)
+    generated = continue_greedily(model, [prefill(model, ids_N, POSITIONS)], BRANCHES, end_ids=(), rows_at_once=8)
     assert generated == expected
     assert model.training
 

@@ -16,10 +16,12 @@ from rhythm.analysis.counterfactual import (
     Candidate,
     CounterfactualConfig,
     CounterfactualResult,
+    Scored,
     candidates,
     counterfactuals,
     eligible_positions,
     extremes,
+    matched_positions,
 )
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
@@ -110,8 +112,17 @@ def fai_with(ids_N: Tensor, high: dict[int, float], else_: float = 0.5) -> Tenso
 
 def run(tokenizer: Any, fai: dict[int, float], finished: bool = True, **settings: Any) -> CounterfactualResult:
     ids_N = told(tokenizer, finished=finished)
-    config = CounterfactualConfig(**{"positions": 1, "candidates": 2, "rows_at_once": 3} | settings)
-    return counterfactuals(Storyteller(tokenizer), tokenizer, ids_N, P, fai_with(ids_N, fai), config)
+    settings = {"candidates": 2, "rows_at_once": 3} | settings
+    return alone(Storyteller(tokenizer), tokenizer, ids_N, fai_with(ids_N, fai), **settings)
+
+
+def alone(
+    model: Any, tokenizer: Any, ids: Any, fai_N: Tensor, prompt_len: int = P, **settings: Any
+) -> CounterfactualResult:
+    """The counterfactuals of one response, by default at one position and without matched ones."""
+    config = CounterfactualConfig(**{"positions": 1, "matched": False} | settings)
+    (result,) = counterfactuals(model, tokenizer, [Scored(ids, prompt_len, fai_N)], config)
+    return result
 
 
 @pytest.mark.parametrize("elsewhere", [0, 1, KEY + 4, 20])
@@ -167,8 +178,7 @@ def test_both_sides_are_cut_at_the_longest_continuation(tokenizer: Any) -> None:
 def test_an_unfinished_response_is_continued_no_further_than_it_goes(tokenizer: Any) -> None:
     ids_N = told(tokenizer, story=STORY[:30], finished=False)
     fai_N = fai_with(ids_N, {KEY: 0.9, 20: 0.1})
-    config = CounterfactualConfig(positions=1, candidates=1)
-    result = counterfactuals(Storyteller(tokenizer), tokenizer, ids_N, P, fai_N, config)
+    result = alone(Storyteller(tokenizer), tokenizer, ids_N, fai_N, candidates=1)
     assert [t.continuation for t in result.trials] == [OTHER_STORY[KEY + 1 : 30], STORY[21:30]]
     assert not any(t.finished for t in result.trials)
     assert result.bottom == 1
@@ -178,15 +188,13 @@ def test_the_models_context_ends_a_continuation(tokenizer: Any) -> None:
     model = Storyteller(tokenizer)
     ids_N = told(tokenizer)
     model.config.max_position_embeddings = len(ids_N) + 1
-    result = counterfactuals(
-        model, tokenizer, ids_N, P, fai_with(ids_N, {KEY: 0.9, 20: 0.1}), CounterfactualConfig(positions=1)
-    )
+    result = alone(model, tokenizer, ids_N, fai_with(ids_N, {KEY: 0.9, 20: 0.1}))
     room = len(ids_N) + 1 - (P + KEY) - 1
     assert len(OTHER_STORY) - KEY - 1 > room  # or this tests nothing
     assert {t.continuation for t in result.trials[:3]} == {OTHER_STORY[KEY + 1 :][:room]}
     model.config.max_position_embeddings = len(ids_N) - 1
     with pytest.raises(ValueError, match=f"input_ids has {len(ids_N)} tokens: the model's context is {len(ids_N) - 1}"):
-        counterfactuals(model, tokenizer, ids_N, P, fai_with(ids_N, {}))
+        alone(model, tokenizer, ids_N, fai_with(ids_N, {}))
 
 
 def test_special_tokens_are_candidates_only_if_asked_for(tokenizer: Any) -> None:
@@ -194,11 +202,9 @@ def test_special_tokens_are_candidates_only_if_asked_for(tokenizer: Any) -> None
     model.liked[0] = tokenizer.eos_token_id
     ids_N = told(tokenizer)
     fai_N = fai_with(ids_N, {KEY: 0.9, 20: 0.1})
-    without = counterfactuals(model, tokenizer, ids_N, P, fai_N, CounterfactualConfig(positions=1, candidates=1))
+    without = alone(model, tokenizer, ids_N, fai_N, candidates=1)
     assert {t.replacement_token for t in without.trials} == {"y"}
-    with_ = counterfactuals(
-        model, tokenizer, ids_N, P, fai_N, CounterfactualConfig(positions=1, candidates=1, special_tokens=True)
-    )
+    with_ = alone(model, tokenizer, ids_N, fai_N, candidates=1, special_tokens=True)
     for trial in with_.trials:
         assert trial.replacement_id == tokenizer.eos_token_id
         assert (trial.continuation, trial.finished, trial.jaccard) == ("", True, 0)
@@ -216,7 +222,7 @@ def test_words_are_what_the_config_says(tokenizer: Any) -> None:
 
 def test_where_nothing_is_eligible_nothing_is_tried(tokenizer: Any) -> None:
     ids_N = told(tokenizer)
-    result = counterfactuals(Storyteller(tokenizer), tokenizer, ids_N, P, torch.full((len(ids_N),), torch.nan))
+    result = alone(Storyteller(tokenizer), tokenizer, ids_N, torch.full((len(ids_N),), torch.nan), matched=True)
     assert (result.trials, result.eligible) == ((), 0)
     assert math.isnan(result.top)
     assert math.isnan(result.bottom)
@@ -231,11 +237,47 @@ def test_eligible_positions() -> None:
 
 def test_extremes_break_ties_by_position_and_never_overlap() -> None:
     fai = [0.3, 0.1, 0.9, 0.1, 0.9, 0.5]
-    assert list(extremes(fai, range(6), 2).items()) == [(2, "top"), (4, "top"), (1, "bottom"), (3, "bottom")]
-    assert list(extremes(fai, range(6), 1).items()) == [(2, "top"), (1, "bottom")]
-    assert list(extremes(fai, [0, 1, 5], 5).items()) == [(5, "top"), (1, "bottom")]  # three: one each
-    assert extremes(fai, [5], 5) == {}
-    assert list(extremes([1.0] * 4, range(4), 2).items()) == [(0, "top"), (1, "top"), (2, "bottom"), (3, "bottom")]
+    assert extremes(fai, range(6), 2) == [("top", 2), ("top", 4), ("bottom", 1), ("bottom", 3)]
+    assert extremes(fai, range(6), 1) == [("top", 2), ("bottom", 1)]
+    assert extremes(fai, [0, 1, 5], 5) == [("top", 5), ("bottom", 1)]  # three: one each
+    assert extremes(fai, [5], 5) == []
+    assert extremes([1.0] * 4, range(4), 2) == [("top", 0), ("top", 1), ("bottom", 2), ("bottom", 3)]
+
+
+def test_matched_positions_are_the_nearest_of_low_fai() -> None:
+    fai = [0.9, 0.4, 0.8, 0.1, 0.2, 0.7, 0.3, 0.6, 0.05, 0.5]
+    assert matched_positions(fai, range(10), [0, 2]) == [1, 3]  # lower half: 1, 3, 4, 6, 8
+    assert matched_positions(fai, range(10), [5, 7]) == [4, 8]  # 4 before 6, and 8 before 6, by their FAI
+    assert matched_positions(fai, range(10), [2, 0]) == [3, 1]  # in the order of the top ones
+    assert matched_positions([1.0] * 4, range(4), [0, 1]) == [2, 3]
+    assert matched_positions(fai, [], []) == []
+
+
+def test_matched_trials_are_those_of_their_positions(tokenizer: Any) -> None:
+    """The key is decisive, has low FAI, and stands beside the token of highest FAI."""
+    result = run(tokenizer, {KEY: 0.1, KEY + 1: 0.9, 20: 0.05}, matched=True)
+    assert [(t.group, t.position) for t in result.trials[::2]] == [("top", KEY + 1), ("bottom", 20), ("matched", KEY)]
+    assert [t.jaccard for t in result.trials] == pytest.approx([1, 1, 1, 1, EXPECTED, EXPECTED])
+    both = run(tokenizer, {KEY: 0.1, KEY + 1: 0.9}, matched=True).trials  # the lowest is also the nearest
+    assert [(t.group, t.position) for t in both[2:]] == [("bottom", KEY)] * 2 + [("matched", KEY)] * 2
+    assert [t.continuation for t in both[2:4]] == [t.continuation for t in both[4:]]
+
+
+def test_responses_together_are_as_each_alone(tokenizer: Any) -> None:
+    model = build_model(
+        TinyModelConfig(layers=2, hidden_size=32, mlp_size=48, query_heads=4, key_heads=2, head_size=16), tokenizer
+    )
+    long, short = told(tokenizer), told(tokenizer, story=STORY[:22], finished=False)
+    none = torch.full((len(short),), torch.nan)
+    scored = [
+        Scored(short, P, fai_with(short, {t: t * 0.01 for t in range(20)})),
+        Scored(short, P, none),
+        Scored(long, P, fai_with(long, {t: (7 * t % 11) * 0.01 for t in range(len(STORY))})),
+    ]
+    config = CounterfactualConfig(positions=3, max_new_tokens=9)
+    together = counterfactuals(model, tokenizer, scored, config)
+    assert [len(result.trials) for result in together] == [27, 0, 27]
+    assert repr(together) == repr([counterfactuals(model, tokenizer, [one], config)[0] for one in scored])
 
 
 def test_candidates_are_ranked_in_the_whole_vocabulary() -> None:
@@ -258,8 +300,8 @@ def test_a_pass_over_the_sequence_and_then_only_new_tokens(tokenizer: Any) -> No
     results = []
     for rows_at_once in (1, 7, 64):
         calls.clear()
-        config = CounterfactualConfig(max_new_tokens=8, rows_at_once=rows_at_once)
-        results.append(counterfactuals(model, tokenizer, ids_N.tolist(), P, fai_N, config))
+        settings = {"positions": 5, "max_new_tokens": 8, "rows_at_once": rows_at_once}
+        results.append(alone(model, tokenizer, ids_N.tolist(), fai_N, **settings))
         last = P + max(trial.position for trial in results[-1].trials)
         assert calls[0] == last
         assert sum(calls) <= last + 30 * 8
@@ -271,13 +313,13 @@ def test_bad_arguments_are_named(tokenizer: Any) -> None:
     model, ids_N = Storyteller(tokenizer), told(tokenizer)
     fai_N = fai_with(ids_N, {})
     with pytest.raises(ValueError, match=r"prompt_len is 0: must be from 1"):
-        counterfactuals(model, tokenizer, ids_N, 0, fai_N)
+        alone(model, tokenizer, ids_N, fai_N, prompt_len=0)
     with pytest.raises(ValueError, match=f"prompt_len is {len(ids_N)}: must be from 1 to {len(ids_N) - 1}"):
-        counterfactuals(model, tokenizer, ids_N, len(ids_N), fai_N)
+        alone(model, tokenizer, ids_N, fai_N, prompt_len=len(ids_N))
     with pytest.raises(ValueError, match=r"fai has shape \[3\]"):
-        counterfactuals(model, tokenizer, ids_N, P, fai_N[:3])
+        alone(model, tokenizer, ids_N, fai_N[:3])
     with pytest.raises(ValueError, match="input_ids has shape"):
-        counterfactuals(model, tokenizer, ids_N[None], P, fai_N)
+        alone(model, tokenizer, ids_N[None], fai_N)
     with pytest.raises(ValueError, match="is not a regular expression"):
         CounterfactualConfig(word_pattern="(")
     with pytest.raises(ValueError, match="candidates"):

@@ -187,6 +187,9 @@ def test_latex_tables_hold_the_papers_numbers(invented: Invented) -> None:
     first = table1_latex(analysis.table1)
     assert r"Mean Jaccard similarity & 0.534 & 0.631 \\" in first
     assert r"Pr(Top $<$ Bottom) & 87.1\% &  \\" in first
+    controlled = table1_latex(replace(analysis.table1, matched=0.583, top_below_matched=0.6, matched_trials=9))
+    assert r"Mean Jaccard similarity & 0.534 & 0.631 & 0.583 \\" in controlled
+    assert r"Pr(Top $<$ Bottom) & 87.1\% &  & 60.0\% \\" in controlled
     second = table2_latex(analysis.table2, analysis.p_floor)
     assert r"\toprule" in second
     row = r"FAI peak follows or coincides with WAAD peak & 36.9\% & 38.0\% & 52.5\% & +42.5\% & $-$10.0\% to 60.0\% & "

@@ -247,7 +247,7 @@ def test_everything_is_written(analysis: Analysis) -> None:
     assert len(tokens) == 9 * sum(OF_ALL)
     onsets = tokens[tokens["waad_peak"]]
     assert (onsets["text"] == ONSET).all()
-    assert len(trials_frame(analysis)) == 3 * 2 * 3 * 2  # responses, groups, positions, candidates
+    assert len(trials_frame(analysis)) == 3 * 3 * 3 * 2  # responses, groups, positions, candidates
     assert analysis.table1 is not None
     assert (analysis.table1.top_trials, analysis.table1.bottom_trials) <= (18, 18)
     heads = heads_frame(analysis)

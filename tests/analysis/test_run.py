@@ -16,6 +16,7 @@ import torch
 import rhythm.analysis.run as run_module
 from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, read_analysis
 from rhythm.analysis.forward import Observer
+from rhythm.analysis.generation import GroupedInfer
 from rhythm.analysis.progress import AnalysisProgress
 from rhythm.analysis.results import read_json, response_path, write_json
 from rhythm.analysis.rows import table1_frame, table2_frame, tokens_frame
@@ -28,7 +29,13 @@ CONFIG = AnalysisConfig.model_validate(
         "problems_at_once": 2,
         "responses_per_problem": 2,
         "signals": {"horizon": [2, 6]},
-        "counterfactuals": {"positions": 1, "candidates": 1, "max_new_tokens": 4},
+        "counterfactuals": {
+            "positions": 1,
+            "candidates": 1,
+            "max_new_tokens": 4,
+            "matched": False,
+            "responses_at_once": 2,
+        },
         "table2": {"permutations": 19, "resamples": 20},
         "maps": 1,
     }
@@ -95,22 +102,58 @@ def test_progress_within_generation_and_counterfactuals(
 
     def noting(function: Any) -> Any:
         def noted(*arguments: Any, **options: Any) -> Any:
-            seen.append(opened[0].status())
+            if opened:  # not yet at the probe
+                seen.append(opened[0].status())
             return function(*arguments, **options)
 
         return noted
 
     monkeypatch.setattr(run_module, "AnalysisProgress", Noted)
     monkeypatch.setattr(run_module, "counterfactuals", noting(run_module.counterfactuals))
+    monkeypatch.setattr(Observer, "observe", noting(Observer.observe))
     monkeypatch.setattr(_LogProbRecorder, "__call__", noting(_LogProbRecorder.__call__))
     analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
     assert seen[0].startswith(
         "0/4 problems; generating responses (0 of at most 14 tokens each) for 0 s; none is finished"
     )
     assert seen[3].startswith("0/4 problems; generating responses (3 of at most 14 tokens each) for ")
-    observing = [line.partition(" problems")[0] for line in seen if "observing response" in line]
-    assert observing == ["0/4", "0.5/4", "1/4", "1.5/4", "2/4", "2.67/4", "3.33/4"]
-    assert "left; observing response 00004-1, and its counterfactuals for" in seen[-1]
+    observing, trying = (
+        [line.partition(" problems")[0] for line in seen if phase in line]
+        for phase in ("observing response", "counterfactuals of")
+    )
+    assert observing == ["0/4", "0.25/4", "1/4", "1.25/4", "2/4", "2.33/4", "3.33/4"]
+    assert trying == ["0.5/4", "1.5/4", "2.67/4", "3.67/4"]
+    assert "left; counterfactuals of 00004-1 for" in seen[-1]
+
+
+def test_a_copy_in_another_dtype_generates_and_the_model_observes(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[str, set[torch.dtype]] = {"responses": set(), "counterfactuals": set(), "observed": set()}
+    generate, try_, observe = GroupedInfer.generate, run_module.counterfactuals, Observer.observe
+
+    def generating(self: Any, *arguments: Any, **options: Any) -> Any:
+        used["responses"].add(self._model.dtype)
+        return generate(self, *arguments, **options)
+
+    def trying(writer: Any, *arguments: Any, **options: Any) -> Any:
+        used["counterfactuals"].add(writer.dtype)
+        return try_(writer, *arguments, **options)
+
+    def observing(self: Any, *arguments: Any) -> Any:
+        seen = observe(self, *arguments)
+        used["observed"].add(seen.layers[1].attention.query.dtype)
+        return seen
+
+    monkeypatch.setattr(GroupedInfer, "generate", generating)
+    monkeypatch.setattr(run_module, "counterfactuals", trying)
+    monkeypatch.setattr(Observer, "observe", observing)
+    options = {"config": CONFIG, "page": False}
+    analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", generation_dtype=torch.bfloat16, **options)
+    assert used["responses"] == used["counterfactuals"] == {torch.bfloat16}
+    assert used["observed"] == {model.dtype} == {torch.float32}
+    with pytest.raises(ValueError, match="holds an analysis with another generation_dtype"):
+        analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", **options)
 
 
 def _counted(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:

@@ -49,7 +49,7 @@ def test_a_report_and_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert settings["signals"]["horizon"] == [2, 6]
     assert settings["counterfactuals"]["positions"] == 1
     assert settings["sampling"]["temperature"] == 0.7, "the section sets another key alone"
-    assert set(settings) == {"version", "weights", "model", *AnalysisConfig.model_fields}
+    assert set(settings) == {"version", "weights", "model", "generation_dtype", *AnalysisConfig.model_fields}
     assert json.loads((out / "results.json").read_text())["names"] == ["00001-0", "00002-0"]
     before = (out / "report.html").read_bytes()
     assert run(model, file, out) == 0

@@ -173,13 +173,13 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "1>"}, {"prompt": "2>", "responses": ["1=1", "2=2"]}, {"prompt": "3>"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = [f"model={tmp_path / 'model'}", f"prompts={file}", f"out={out}", "responses_per_problem=3", "--dry-run"]
-    words.append("device=cpu")
+    words += ["device=cpu", "generation_dtype=float16"]
     assert command.main(words) == 0
     shown = capsys.readouterr().out
     resolved = yaml.safe_load(shown)
     assert resolved == command._config(command._parser().parse_intermixed_args(words)).model_dump(mode="json")
     assert resolved["responses_per_problem"] == 3
-    assert "# model: qwen3 on cpu, dtype float32\n" in shown
+    assert "# model: qwen3 on cpu, dtype float32; generates in float16\n" in shown
     assert "# problems: 3; responses: 2 given, 2 × 3 = 6 generated\n" in shown
     assert f"# out: nothing finished yet in {out}\n" in shown
     assert not out.exists()
