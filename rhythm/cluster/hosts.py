@@ -261,6 +261,7 @@ class AttnHost(Host):
             # Head groups shared by the batch are chosen by the driver, over all replicas.
             spec.tap.model_copy(update={"grouping": "sequence"}),
             micro_batch_size=spec.micro_batch_size,
+            max_tokens=spec.max_tokens,
             precision=getattr(torch, spec.precision),
         )
 
@@ -326,6 +327,7 @@ def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[T
         loss=spec.loss,
         temperature=spec.temperature,
         micro_batch_size=spec.micro_batch_size,
+        max_tokens=spec.max_tokens,
         precision=getattr(torch, spec.precision),
         reference=_load_model(spec, torch.float32) if spec.reference else None,
     )
@@ -345,6 +347,7 @@ def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> tupl
         loss=spec.loss,
         temperature=spec.temperature,
         micro_batch_size=spec.micro_batch_size,
+        max_tokens=spec.max_tokens,
         precision=getattr(torch, spec.precision),
         with_reference=spec.reference,
         trust_remote_code=spec.trust_remote_code,

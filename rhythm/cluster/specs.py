@@ -46,6 +46,7 @@ class TrainSpec:
     bucket_bytes: int
     collective_seconds: float
     trust_remote_code: bool = False
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,4 @@ class AttnSpec:
     micro_batch_size: int
     precision: Precision
     trust_remote_code: bool = False
+    max_tokens: int | None = None

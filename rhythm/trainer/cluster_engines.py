@@ -58,6 +58,7 @@ def workload(config: TrainConfig) -> Workload:
         responses_per_prompt=config.batch.responses_per_prompt,
         mini_batch_size=config.batch.mini_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
+        max_tokens=config.batch.max_tokens,
         max_new_tokens=config.sampling.max_new_tokens,
         token_chunk=config.optimizer.token_chunk,
         value_bytes=getattr(torch, config.model.precision).itemsize,
@@ -131,6 +132,7 @@ def _build(
             loss=config.loss,
             temperature=config.sampling.temperature,
             micro_batch_size=config.batch.micro_batch_size,
+            max_tokens=config.batch.max_tokens,
             precision=config.model.precision,
             reference=config.loss.kl_coef > 0,
             bucket_bytes=cluster.push_bucket_mib << 20,
@@ -158,7 +160,8 @@ def _build(
     receivers = [WeightReceiver(push_kind(cluster), infer)]
     if config.signals.source == "separate":
         rates.processes[Role.ATTN] = session.places(Role.ATTN)
-        spec = AttnSpec(checkpoint, config.signals, config.batch.micro_batch_size, config.model.precision, trust)
+        batch, precision = config.batch, config.model.precision
+        spec = AttnSpec(checkpoint, config.signals, batch.micro_batch_size, precision, trust, batch.max_tokens)
         attn = ClusterAttn(session, spec, rates)
         receivers.append(WeightReceiver("object_store", attn))
     weight_sync = ClusterWeightSync(

@@ -74,7 +74,7 @@ def _shapes(cluster: ClusterConfig, model: Dimensions) -> Iterator[str]:
 
 def _batches(cluster: ClusterConfig, work: Workload) -> Iterator[str]:
     once = cluster.train.data * work.micro_batch_size
-    if work.mini_batch_size % once:
+    if work.max_tokens is None and work.mini_batch_size % once:
         yield (
             f"batch.mini_batch_size is {work.mini_batch_size}: must be a multiple of cluster.train.data × "
             f"batch.micro_batch_size = {cluster.train.data} × {work.micro_batch_size} = {once}"
@@ -95,6 +95,13 @@ def _lengths(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Itera
         yield (
             f"sampling.max_new_tokens is {work.max_new_tokens}: must leave room for a prompt in "
             f"cluster.max_length = {cluster.max_length}"
+        )
+
+    longest = min(cluster.max_length, work.max_new_tokens + 1)
+    if work.max_tokens is not None and work.max_tokens < longest:
+        yield (
+            f"batch.max_tokens is {work.max_tokens}: must be at least {longest}, the shortest prompt and the longest "
+            "response (sampling.max_new_tokens, cluster.max_length)"
         )
 
 

@@ -20,7 +20,8 @@ class TrainMemory:
     """Bytes on the rank of actor_train that needs the most memory.
 
     weights: in the dtype of the forward pass; gradients: fp32; optimizer: fp32 master weights and AdamW's two moments;
-    reference: a frozen copy for the KL term; activations: of one micro-batch of sequences of cluster.max_length.
+    reference: a frozen copy for the KL term; activations: of one micro-batch, of batch.max_tokens or of sequences of
+    cluster.max_length.
     """
 
     weights: int
@@ -105,7 +106,7 @@ def memory_faults(cluster: ClusterConfig, work: Workload, model: Dimensions) -> 
         faults.append(
             f"cluster.gpu_memory_gib is {cluster.gpu_memory_gib:g}: actor_train needs {gib(train.total)} on a GPU; "
             "raise cluster.train.tensor, pipeline or data, turn on cluster.train.recompute, or lower "
-            "batch.micro_batch_size"
+            + ("batch.micro_batch_size" if work.max_tokens is None else "batch.max_tokens")
         )
     if cluster.infer.engine == "vllm" and infer.tokens < cluster.max_length:
         faults.append(
@@ -132,7 +133,7 @@ def _activations(cluster: ClusterConfig, work: Workload, model: Dimensions, laye
     flight. In addition: two fp32 copies and one in the dtype of the forward pass of a chunk of the logits, and the
     gradient of the output embedding."""
     train = cluster.train
-    tokens = work.micro_batch_size * cluster.max_length
+    tokens = work.max_tokens or work.micro_batch_size * cluster.max_length
     width = model.hidden_size
     # Values per token and layer: inputs and outputs of two norms and two residuals at full width; Q, K, V, the
     # attention output and the MLP's three intermediate results, which are split among the tensor ranks.

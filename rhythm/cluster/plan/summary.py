@@ -71,14 +71,18 @@ def _memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterat
 def _batch(cluster: ClusterConfig, work: Workload) -> Iterator[str]:
     replicas, data = cluster.infer.replicas, cluster.train.data
     steps = work.batch_size // work.mini_batch_size
-    passes = work.mini_batch_size // (data * work.micro_batch_size)
+    if work.max_tokens is None:
+        passes = work.mini_batch_size // (data * work.micro_batch_size)
+        split = f"{passes} micro-batches × {work.micro_batch_size} responses"
+    else:
+        split = f"as few micro-batches as {work.max_tokens:,} tokens in each allow"
     yield (
         f"  batch         {work.prompts_per_batch} prompts × {work.responses_per_prompt} = {work.batch_size} "
         f"responses; {work.prompts_per_batch // replicas} prompts per replica"
     )
     yield (
         f"                {work.batch_size} / {work.mini_batch_size} = {steps} gradient steps, each {data} data "
-        f"{_plural(data, 'rank')} × {passes} micro-batches × {work.micro_batch_size} responses"
+        f"{_plural(data, 'rank')} × {split}"
     )
     yield (
         f"                up to {work.batch_size * cluster.max_length:,} tokens per step, {work.steps} steps, "

@@ -53,12 +53,14 @@ class MegatronTrain:
         loss: LossConfig,
         temperature: float,
         micro_batch_size: int,
+        max_tokens: int | None = None,
         precision: torch.dtype = torch.float32,
         with_reference: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        """`checkpoint`: a transformers checkpoint in safetensors, not needed afterwards. `with_reference`: keep a
-        frozen copy for the KL term. `trust_remote_code`: run code in the checkpoint for its config and tokenizer.
+        """`checkpoint`: a transformers checkpoint in safetensors, not needed afterwards. `max_tokens`: tokens of a
+        micro-batch at most, instead of micro_batch_size rows. `with_reference`: keep a frozen copy for the KL term.
+        `trust_remote_code`: run code in the checkpoint for its config and tokenizer.
 
         Raises ValueError for a model that isn't supported, or a layout that doesn't fit the number of ranks.
         """
@@ -68,7 +70,7 @@ class MegatronTrain:
         self._optimizer_config = optimizer
         self._loss = loss
         self._temperature = temperature
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._max_tokens = micro_batch_size, max_tokens
         self._gradient_steps = 0
         self.statistics_seconds = 0.0
         """Seconds that the last `log_probs` spent on attention statistics, on the slowest rank."""
@@ -208,7 +210,7 @@ class MegatronTrain:
         data = self._groups.data
         lens_B = rollout.lens
         rows = deal_rows(lens_B, data.size())[data.rank()]
-        micro_batches = [rows[part] for part in split_rows(lens_B[rows], self._micro_batch_size)]
+        micro_batches = [rows[part] for part in split_rows(lens_B[rows], self._micro_batch_size, self._max_tokens)]
         if not micro_batches:
             if backward:
                 _add_up_gradients([model])

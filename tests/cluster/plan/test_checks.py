@@ -117,6 +117,18 @@ def test_the_papers_run_passes() -> None:
             {"prompts_per_batch": 60},
             r"batch\.prompts_per_batch is 60: must be a multiple of cluster\.infer\.replicas = 8",
         ),
+        ({"train": {"data": 8}}, {"micro_batch_size": 8, "max_tokens": 8192}, None),  # no rows that must divide
+        (
+            {"train": {"data": 8}},
+            {"max_tokens": 896},
+            r"batch\.max_tokens is 896: must be at least 897, the shortest prompt and the longest response",
+        ),
+        ({"train": {"data": 8}}, {"max_tokens": 897}, None),
+        (
+            {"train": {"data": 8}},
+            {"max_tokens": 1 << 20},
+            r"actor_train needs .* or lower batch\.max_tokens$",
+        ),
         ({"max_length": 40_000, "train": {"data": 8}}, {}, r"cluster\.max_length is 40000: .* is 32768"),
         (
             {"train": {"data": 8}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_memory_of_a_small_model_by_hand() -> None:
     assert memory == InferMemory(weights=3304, kv_cache=2**30, token=2 * 4 * 1 * 4 * 2)
     assert memory.tokens == 2**30 // 64
     assert attn_memory(SMALL) == 4 * 3304
+
+
+def test_a_budget_of_tokens_sets_the_activations() -> None:
+    cluster = ClusterConfig.model_validate({"gpus": 8, "max_length": 32, "train": {"data": 4}})
+    by_rows = train_memory(cluster, replace(WORK, micro_batch_size=3), SMALL).activations
+    assert train_memory(cluster, replace(WORK, max_tokens=96), SMALL).activations == by_rows
+    assert train_memory(cluster, replace(WORK, max_tokens=97), SMALL).activations > by_rows
 
 
 def test_float32_needs_no_copy_in_the_optimizer_and_data_ranks_share_it() -> None:
@@ -154,6 +162,8 @@ def test_the_dry_run_prints_the_plan_or_what_is_wrong(capsys: pytest.CaptureFixt
     path = str(CONFIGS / "qwen3_4b_8gpu.yaml")
     assert main([path, "--dry-run"]) == 0
     assert "#   actor_infer   vllm, 8 replicas" in capsys.readouterr().out
+    assert main([path, "batch.max_tokens=4096", "--dry-run"]) == 0
+    assert "each 8 data ranks × as few micro-batches as 4,096 tokens in each allow" in capsys.readouterr().out
     assert main([path, "cluster.train.tensor=3", "--dry-run"]) == 2
     assert "cluster.train.tensor is 3: must divide the model's 32 query heads" in capsys.readouterr().err
     assert main([path, "model.path=elsewhere", "--dry-run"]) == 2

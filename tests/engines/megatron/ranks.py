@@ -112,13 +112,35 @@ def _hidden(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
     return {"seen": seen, "head": engine.weights()["model.embed_tokens.weight"]}
 
 
+def _packed(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """`_scores`, and the tokens of this rank's micro-batches in the last gradient step."""
+    results = _scores(engine, spec, rank)
+    tokens: list[int] = []
+    inner = train.pack
+
+    def counted(rollout: Rollout, rows: torch.Tensor, device: torch.device) -> Any:
+        packed = inner(rollout, rows, device)
+        tokens.append(len(packed.input_ids))
+        return packed
+
+    train.pack = counted
+    engine.step(spec["batches"][-1])
+    return results | {"tokens": tokens}
+
+
 def _resumed(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
     engine.load(Path(spec["load_from"]))
     engine.step(spec["batches"][-1])
     return {"last_weights": engine.weights()}
 
 
-SCENARIOS = {"everything": _everything, "scores": _scores, "hidden": _hidden, "resumed": _resumed}
+SCENARIOS = {
+    "everything": _everything,
+    "scores": _scores,
+    "hidden": _hidden,
+    "packed": _packed,
+    "resumed": _resumed,
+}
 
 
 def _first_row(rollout: Rollout) -> Rollout:
