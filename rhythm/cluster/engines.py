@@ -157,16 +157,29 @@ class Replicas(Generic[Spec]):
         self.refill: Callable[[], None] = _nothing_to_refill_from
         self._build(range(len(self.workers)))
 
-    def call_each(self, calls: Mapping[int, tuple[Any, ...]], *, seconds: float) -> dict[int, Any]:
-        """Make these calls, by replica index; a lost replica is restarted and its call repeated.
+    def call_each(
+        self,
+        calls: Mapping[int, tuple[Any, ...]],
+        *,
+        seconds: float,
+        each: Callable[[int, Any], None] | None = None,
+    ) -> dict[int, Any]:
+        """Make these calls, by replica index; a lost replica is restarted and its call repeated. `each`: called with
+        index and value of each part of an answer that comes in parts.
 
         Raises LostError once replicas of the role were restarted more than cluster.max_restarts times.
         """
         results: dict[int, Any] = {}
+        begin = Worker.submit if each is None else Worker.stream
+
+        def take(worker: Worker, part: Any) -> None:
+            if each is not None:
+                each(self.workers.index(worker), part)
+
         while left := {index: calls[index] for index in calls if index not in results}:
             task = f"{self._role.actor}.{next(iter(left.values()))[0]}"
-            pending = {self.workers[index]: self.workers[index].submit(*call) for index, call in left.items()}
-            outcome = collect(pending, seconds, task)
+            pending = {self.workers[index]: begin(self.workers[index], *call) for index, call in left.items()}
+            outcome = collect(pending, seconds, task, each=take)
             for index in left:
                 reply: Reply | None = outcome.replies.get(self.workers[index])
                 if reply is not None:
@@ -221,7 +234,9 @@ class ClusterInfer(Replicas[InferSpec]):
         seed: int,
         done: Callable[[Rollout], None] | None = None,
     ) -> Rollout:
-        """See rhythm.engines.interfaces.Infer. The rollout also depends on the number of replicas."""
+        """See rhythm.engines.interfaces.Infer. The rollout also depends on the number of replicas. `done` is called
+        with a prompt's responses when all of them are there.
+        """
         self.wake()
         started = time.perf_counter()
         parts = [list(part) for part in torch.arange(len(prompts)).tensor_split(len(self.workers)) if len(part)]
@@ -229,11 +244,22 @@ class ClusterInfer(Replicas[InferSpec]):
             index: ("generate", [list(prompts[int(i)]) for i in part], n, sampling, part_seed(seed, index))
             for index, part in enumerate(parts)
         }
-        results = self.call_each(calls, seconds=self._session.config.deadlines.generate)
-        rollouts = [
-            replace(results[index], group=results[index].group + int(part[0])) for index, part in enumerate(parts)
-        ]
-        rollout = concatenate(rollouts, self._spec.pad_id)
+        answered: set[int] = set()
+        taken: list[Rollout] = []
+
+        def take(index: int, part: Rollout) -> None:
+            group_B = part.group + int(parts[index][0])
+            # After a restart, a replica answers all its prompts again: what was there already stays.
+            new_B = torch.tensor([group not in answered for group in group_B.tolist()])
+            if new_B.any():
+                taken.append(take_rows(replace(part, group=group_B), new_B.nonzero()[:, 0]))
+                answered.update(group_B.tolist())
+                if done is not None:
+                    done(taken[-1])
+
+        self.call_each(calls, seconds=self._session.config.deadlines.generate, each=take)
+        rollout = concatenate(taken, self._spec.pad_id)
+        rollout = take_rows(rollout, rollout.group.argsort(stable=True))
         self._rates.processed(Role.INFER, int(rollout.response_mask.sum()), time.perf_counter() - started)
         self.sleep()
         return rollout

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from rhythm.checkpoints import load_model, loading_options
 from rhythm.cluster.config import PushKind
 from rhythm.cluster.object_store import ModelReceiver, ObjectStoreSender
-from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Reply, TrainSpec
+from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Part, Reply, TrainSpec
 from rhythm.engines.batches import to_device
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, Train, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
@@ -63,6 +63,17 @@ class Host:
             traceback.print_exc()  # into the log
             raise
         return Reply(value, time.perf_counter() - started)
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Part | Reply]:
+        """Run a method that is a generator: a Part of each of its values, when it is there, and a Reply without one."""
+        started = time.perf_counter()
+        try:
+            for value in getattr(self, method)(*arguments):
+                yield Part(value)
+        except Exception:  # raised again
+            traceback.print_exc()  # into the log
+            raise
+        yield Reply(None, time.perf_counter() - started)
 
 
 def _write_to(log: Path) -> None:
@@ -197,10 +208,10 @@ class InferHost(Host):
             stop_strings=spec.stop_strings,
         )
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: SamplingConfig, seed: int) -> Rollout:
-        """The rollout of the Infer engine, on the CPU."""
-        rollout: Rollout = self._engine.generate(prompts, n, sampling, seed)
-        return to_device(rollout, "cpu")
+    def generate(self, prompts: list[list[int]], n: int, sampling: SamplingConfig, seed: int) -> Iterator[Rollout]:
+        """The rollout of the Infer engine in parts, each of whole prompts, on the CPU."""
+        for part in self._engine.parts(prompts, n, sampling, seed):
+            yield to_device(part, "cpu")
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
         """Prepare to receive weights by this kind of transfer."""
@@ -297,6 +308,10 @@ class _GenerateReplica(GenerateInfer):
         self.start_push = self._receiver.start_push
         self.receive = self._receiver.receive
         self.finish_push = self._receiver.finish_push
+
+    def parts(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Iterator[Rollout]:
+        """The rollout, all of it at once."""
+        yield self.generate(prompts, n, sampling, seed)
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
         """Does nothing: Ray's object store needs no preparation."""

@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, TaskUns
 
 from rhythm.cluster.errors import RemoteError
 from rhythm.cluster.roles import Role
-from rhythm.cluster.specs import Reply
+from rhythm.cluster.specs import Part, Reply
 
 GRACE_SECONDS = 10.0
 """Seconds to wait, after an exception in one of several processes that work together, for the death of another,
@@ -43,6 +43,10 @@ class Worker:
         """Start a method; returns the reference to wait for with `collect`."""
         return self.actor.call.remote(method, *arguments)
 
+    def stream(self, method: str, *arguments: Any) -> Any:
+        """Start a method that answers in parts; returns what `collect` takes in place of a reference."""
+        return self.actor.stream.options(num_returns="streaming").remote(method, *arguments)
+
     def kill(self) -> None:
         """Kill the process, whatever it is doing."""
         ray.kill(self.actor, no_restart=True)
@@ -61,10 +65,18 @@ class Outcome:
     lost: dict[Worker, str] = field(default_factory=dict)
 
 
-def collect(pending: Mapping[Worker, Any], seconds: float, task: str, *, together: bool = False) -> Outcome:
+def collect(
+    pending: Mapping[Worker, Any],
+    seconds: float,
+    task: str,
+    *,
+    together: bool = False,
+    each: Callable[[Worker, Any], None] | None = None,
+) -> Outcome:
     """Wait for all calls. A worker that misses the deadline is killed.
 
-    `together`: the workers depend on each other, so after one is lost the others are not waited for.
+    `together`: the workers depend on each other, so after one is lost the others are not waited for. `each`: called
+    with the values of a streamed answer's parts.
 
     Raises RemoteError for an exception in a worker; with `together` only if none was lost, because a lost worker causes
     exceptions in the others.
@@ -79,13 +91,20 @@ def collect(pending: Mapping[Worker, Any], seconds: float, task: str, *, togethe
             break
         worker = waiting.pop(ready[0])
         try:
-            outcome.replies[worker] = ray.get(ready[0])
+            answer = ray.get(next(ready[0]) if isinstance(ready[0], ray.ObjectRefGenerator) else ready[0])
         except (RayActorError, TaskUnschedulableError) as error:
             outcome.lost[worker] = f"died: {_short(error)}"
         except RayTaskError as error:
             errors.append((worker, _told(worker, error)))
             if together:
                 end = min(end, time.monotonic() + GRACE_SECONDS)
+        else:
+            if isinstance(answer, Part):
+                waiting[ready[0]] = worker
+                assert each is not None
+                each(worker, answer.value)
+            else:
+                outcome.replies[worker] = answer
     if not together or not (errors or outcome.lost):
         for worker in waiting.values():
             worker.kill()

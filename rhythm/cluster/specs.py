@@ -24,6 +24,13 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of a result, sent before the Reply."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
 class NotFinite:
     """Returned instead of a step's metrics: a NonFiniteError without its batch, which the driver has already."""
 

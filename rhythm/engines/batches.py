@@ -54,6 +54,37 @@ def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
     )
 
 
+def assemble(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    *,
+    group: Sequence[int],
+    finished: Sequence[bool],
+    pad_id: int,
+) -> Rollout:
+    """Build a right-padded Rollout from lists, one entry per response."""
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    prompt_lens_B = torch.tensor([len(prompt) for prompt in prompts])
+    lens_B = torch.tensor([len(row) for row in rows])
+    t = torch.arange(int(lens_B.max()))
+    input_ids_BT = torch.full((len(rows), len(t)), pad_id)
+    logprobs_BT = torch.zeros(len(rows), len(t))
+    for b, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        input_ids_BT[b, : len(row)] = torch.tensor(row)
+        logprobs_BT[b, len(prompt) : len(row)] = torch.tensor(logprobs[b])
+    attention_mask = t < lens_B[:, None]
+    return Rollout(
+        input_ids=input_ids_BT,
+        attention_mask=attention_mask,
+        response_mask=attention_mask & (t >= prompt_lens_B[:, None]),
+        prompt_lens=prompt_lens_B,
+        group=torch.tensor(list(group)),
+        logprobs=logprobs_BT,
+        finished=torch.tensor(list(finished)),
+    )
+
+
 def micro_batches(
     rollout: Rollout, size: int, max_tokens: int | None = None, *, padded: bool = True
 ) -> Iterator[tuple[Tensor, int]]:

@@ -169,8 +169,8 @@ class Infer(Protocol):
     ) -> Rollout:
         """Sample `n` responses per prompt. The same call with the same weights gives the same rollout.
 
-        done: called with the first rows of the rollout, then with the next ones, and so on, as soon as they are
-            generated, by an engine that generates them in parts; another one doesn't call it.
+        done: called with some rows of the rollout as soon as they are generated, each row at most once, those of a
+            prompt in their order.
         """
 
 

@@ -71,25 +71,31 @@ def roll_out(
     """Generate `responses_per_prompt` responses per instance and score them by the task's reward.
 
     The reward gets the response text without special tokens. If it raises, or returns anything but a Reward with a
-    finite score, that response scores 0 and its Reward names the fault. An isolated task scores the responses of one
-    part of the rollout while the engine generates the next.
+    finite score, that response scores 0 and its Reward names the fault. An isolated task scores the responses that the
+    engine hands over while it generates the others.
     """
     prompts, ids = zip(*(encode_prompt(tokenizer, task.prompt(instance)) for instance in instances), strict=True)
-    responses: list[str] = []
-    pending: list[Callable[[], list[Reward]]] = []
+    begun = [0] * len(instances)  # responses to each prompt that are being scored
+    pending: list[tuple[list[int], list[str], Callable[[], list[Reward]]]] = []
 
     def score(part: Rollout) -> None:
-        """`part` holds the rows that follow those scored already."""
+        groups = part.group.tolist()
+        for group in groups:
+            begun[group] += 1
         texts = response_texts(cut_at_stop(part, tokenizer, sampling.stop), tokenizer)
-        responses.extend(texts)
-        pending.append(start_rewards(task, [instances[g] for g in part.group.tolist()], texts))
+        pending.append((groups, texts, start_rewards(task, [instances[group] for group in groups], texts)))
 
     rollout = infer.generate(ids, responses_per_prompt, sampling, seed, score)
-    if rest := len(rollout.group) - len(responses):
-        score(take_rows(rollout, torch.arange(len(rollout.group))[-rest:]))
+    groups = rollout.group.tolist()
+    if rest := [row for row, group in enumerate(groups) if row % responses_per_prompt >= begun[group]]:
+        score(take_rows(rollout, torch.tensor(rest)))
+    scored: list[list[tuple[str, Reward]]] = [[] for _ in instances]
+    for of_groups, texts, rewards in pending:
+        for group, text, reward in zip(of_groups, texts, rewards(), strict=True):
+            scored[group].append((text, reward))
     return ScoredRollout(
         rollout=cut_at_stop(rollout, tokenizer, sampling.stop),
-        prompts=[prompts[g] for g in rollout.group.tolist()],
-        responses=responses,
-        rewards=[reward for rewards in pending for reward in rewards()],
+        prompts=[prompts[group] for group in groups],
+        responses=[text for of_prompt in scored for text, _ in of_prompt],
+        rewards=[reward for of_prompt in scored for _, reward in of_prompt],
     )

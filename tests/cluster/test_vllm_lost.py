@@ -13,13 +13,17 @@ import torch
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.roles import Role
 from rhythm.credit.loss import LossConfig
-from rhythm.engines.interfaces import SamplingConfig, TrainBatch
+from rhythm.engines.interfaces import Rollout, SamplingConfig, TrainBatch
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
+LONG_PROMPT = [1] + [10] * 590
+"""It leaves room for nine tokens. Six of it fit into a forward pass; on a CPU vLLM can't split the prompt of a seeded
+response.
+"""
 
 
 def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone(
@@ -67,12 +71,17 @@ def test_it_is_started_again_with_the_weights_of_the_version_and_its_part_redone
         lost = infer.workers[0].pid
         assert lost is not None
         spent = cpu_seconds(lost)
-        honest = infer.generate(PROMPTS, 8, long, seed=2)
+        first: list[Rollout] = []
+        handed: list[Rollout] = []
+        honest = infer.generate([*PROMPTS, LONG_PROMPT], 6, long, seed=2, done=first.append)
+        assert first[0].group.unique().tolist() == [4], "handed over as soon as it is there"
         with lost_midway(lost, signal.SIGKILL, cpu_seconds(lost) - spent):
-            generated = infer.generate(PROMPTS, 8, long, seed=2)
+            generated = infer.generate([*PROMPTS, LONG_PROMPT], 6, long, seed=2, done=handed.append)
 
         assert rates.restarts == {Role.INFER: 1}
         assert infer.workers[0].pid != lost
+        groups = [part.group.tolist() for part in handed]
+        assert sorted(groups) == [[prompt] * 6 for prompt in range(5)], "each once, though its replica answered twice"
         assert torch.equal(generated.input_ids, honest.input_ids)
         mask = generated.response_mask
         assert torch.allclose(generated.logprobs, honest.logprobs, atol=1e-6)

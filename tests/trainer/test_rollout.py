@@ -52,12 +52,12 @@ class Letters:
 
 
 class Parts:
-    """Generates the digits 0, 1, 2 … in parts of `sizes` rows, telling of each but the last `silent` parts; before it
-    goes on after a part, it waits until all of that is scored.
+    """Generates the digits 0, 1, 2 …, handing over these parts of the rows; before it goes on after a part, it waits
+    until all of that is scored.
     """
 
-    def __init__(self, sizes: Sequence[int], silent: int, directory: Path) -> None:
-        self._sizes, self._silent, self._directory = sizes, silent, directory
+    def __init__(self, parts: Sequence[Sequence[int]], directory: Path) -> None:
+        self._parts, self._directory = parts, directory
 
     def generate(
         self,
@@ -68,15 +68,14 @@ class Parts:
         done: Callable[[Rollout], None] | None = None,
     ) -> Rollout:
         rows = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(n)]
-        parts = [row(group, prompt, ord(str(at))) for at, (group, prompt) in enumerate(rows)]
-        whole = concatenate(parts, pad_id=0)
-        at = 0
-        for size in self._sizes[: len(self._sizes) - self._silent]:
+        whole = concatenate([row(group, prompt, ord(str(at))) for at, (group, prompt) in enumerate(rows)], pad_id=0)
+        handed = 0
+        for part in self._parts:
             assert done is not None
-            done(take_rows(whole, torch.arange(at, at + size)))
-            at += size
+            done(take_rows(whole, torch.tensor(part)))
+            handed += len(part)
             end = time.monotonic() + 60
-            while len(list(self._directory.iterdir())) < at:
+            while len(list(self._directory.iterdir())) < handed:
                 assert time.monotonic() < end, "not scored while the engine is at work"
                 time.sleep(0.01)
         return whole
@@ -105,11 +104,21 @@ def _module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     sys.path.remove(str(directory))
 
 
-@pytest.mark.parametrize(("sizes", "silent"), [((2, 3, 1), 0), ((2, 3, 1), 1), ((6,), 1), ((6,), 0)])
-def test_parts_are_scored_while_the_next_are_generated(sizes: tuple[int, ...], silent: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ((0, 1), (2, 3, 4), (5,)),
+        ((0, 1), (2, 3, 4)),  # the rest is in the result alone
+        ((3, 4, 5), (0, 1, 2)),  # the second prompt's first
+        ((3, 4), (0, 5)),
+        (),
+        (range(6),),
+    ],
+)
+def test_parts_are_scored_while_others_are_generated(parts: Sequence[Sequence[int]], tmp_path: Path) -> None:
     with isolated("marks:Marks", {"directory": tmp_path}, workers=2) as task:
         scored = roll_out(
-            Parts(sizes, silent, tmp_path),
+            Parts(parts, tmp_path),
             task,
             Letters(),
             ["p", "q"],

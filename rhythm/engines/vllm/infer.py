@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from rhythm.engines.batches import assemble, concatenate
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.transfer import PushManifest, TransferKind, buckets, make_sender
 from rhythm.seeds import derive_seed
@@ -170,31 +171,40 @@ class VllmInfer:
         Raises ValueError for no prompts, an empty prompt, one that leaves no token, n < 1, or stop strings for an
         engine started without; RuntimeError if the engine is not serving.
         """
+        parts: dict[int, Rollout] = {}
+        for part in self.parts(prompts, n, sampling, seed):
+            parts[int(part.group[0])] = part
+            if done is not None:
+                done(part)
+        return concatenate([parts[index] for index in range(len(prompts))], self._pad_id)
+
+    def parts(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Iterator[Rollout]:
+        """The rollout of `generate`, each prompt's responses by themselves as soon as the last of them ends, whichever
+        prompt that is. Raises as `generate`.
+        """
         if n < 1:
             raise ValueError(f"n is {n}: must be at least 1")
-        rows = [(index, prompt, sample) for index, prompt in enumerate(prompts) for sample in range(n)]
-        return self._generate(
-            [prompt for _, prompt, _ in rows],
-            sampling,
-            [derive_seed(seed, index, sample) for index, _, sample in rows],
-            group=[index for index, _, _ in rows],
-        )
+        seeds = [derive_seed(seed, index, sample) for index in range(len(prompts)) for sample in range(n)]
+        answers: dict[int, dict[int, Any]] = {}
+        for row, answer in self._answers([prompt for prompt in prompts for _ in range(n)], sampling, seeds):
+            index, sample = divmod(row, n)
+            of_prompt = answers.setdefault(index, {})
+            of_prompt[sample] = answer
+            if len(of_prompt) == n:
+                yield self._rollout([prompts[index]] * n, [of_prompt[sample] for sample in range(n)], [index] * n)
+                del answers[index]
 
     def generate_each(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
     ) -> Rollout:
         """See `rhythm.engines.interfaces.SeededInfer`; raises as `generate` does."""
-        return self._generate(prompts, sampling, seeds, group=range(len(prompts)))
+        answers = dict(self._answers(prompts, sampling, seeds))
+        return self._rollout(prompts, [answers[row] for row in range(len(prompts))], range(len(prompts)))
 
-    def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        seeds: Sequence[int],
-        *,
-        group: Sequence[int],
-    ) -> Rollout:
-        """One response to each prompt, by its own seed."""
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, Any]]:
+        """(row, vLLM's response) of one response to each prompt, by its own seed, in the order in which they end."""
         self._must_be("serving")
         if sampling.stop and not self._stop_strings:
             raise ValueError(f"sampling.stop is {list(sampling.stop)}: must be empty without stop_strings=True")
@@ -206,20 +216,20 @@ class VllmInfer:
         # A prefix cached by an earlier call would change the order of sums, and thereby the rollout.
         self._reset_prefix_cache()
         common = self._drawing(sampling)
-        outputs = self._run(
-            prompts,
-            [
-                {**common, "seed": seed, "max_tokens": min(sampling.max_new_tokens, self._max_length - len(prompt))}
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ],
-        )
-        responses = [output.outputs[0] for output in outputs]
+        params = [
+            {**common, "seed": seed, "max_tokens": min(sampling.max_new_tokens, self._max_length - len(prompt))}
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        for row, output in self._run(prompts, params):
+            yield row, output.outputs[0]
+
+    def _rollout(self, prompts: Sequence[Sequence[int]], answers: Sequence[Any], group: Sequence[int]) -> Rollout:
         return assemble(
             prompts,
-            [list(response.token_ids) for response in responses],
-            [list(response.logprobs.logprobs) for response in responses],
+            [list(answer.token_ids) for answer in answers],
+            [list(answer.logprobs.logprobs) for answer in answers],
             group=group,
-            finished=[_ended(response, self._end_ids) for response in responses],
+            finished=[_ended(answer, self._end_ids) for answer in answers],
             pad_id=self._pad_id,
         )
 
@@ -237,15 +247,13 @@ class VllmInfer:
             raise ValueError(f"rollout: its longest row has {max(lens)} tokens; max_length is {self._max_length}")
         self._set_temperature(temperature)
         rows = [row[:length].tolist() for row, length in zip(rollout.input_ids, lens, strict=True)]
-        outputs = self._run(
-            [row[:-1] for row in rows],
-            [
-                {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "allowed_token_ids": [row[-1]]}
-                for row in rows
-            ],
-        )
+        params = [
+            {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "allowed_token_ids": [row[-1]]} for row in rows
+        ]
+        outputs = dict(self._run([row[:-1] for row in rows], params))
         logprobs_BT = torch.full(rollout.input_ids.shape, torch.nan)
-        for b, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        for b, row in enumerate(rows):
+            output = outputs[b]
             picked = [*output.prompt_logprobs.logprobs, *output.outputs[0].logprobs.logprobs]
             logprobs_BT[b, 1 : len(row)] = torch.tensor(picked)
         return logprobs_BT.masked_fill(~rollout.response_mask.cpu(), torch.nan)
@@ -329,26 +337,32 @@ class VllmInfer:
         del self._llm
         cleanup_dist_env_and_memory()
 
-    def _run(self, prompts: Iterable[Sequence[int]], params: Iterable[Mapping[str, Any]]) -> list[Any]:
+    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Any]]:
+        """(place, vLLM's output) of each prompt, in the order in which they end."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        return list(
-            self._llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                [
-                    SamplingParams(
-                        **options,
-                        logprobs=0,
-                        flat_logprobs=True,
-                        detokenize=bool(options.get("stop")),
-                        include_stop_str_in_output=True,
-                        ignore_eos=True,
-                    )
-                    for options in params
-                ],
-                use_tqdm=False,
-            )
-        )
+        engine = self._llm.llm_engine
+        running = {str(place) for place in range(len(prompts))}
+        try:
+            for place, (prompt, options) in enumerate(zip(prompts, params, strict=True)):
+                sampling = SamplingParams(
+                    **options,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=bool(options.get("stop")),
+                    include_stop_str_in_output=True,
+                    ignore_eos=True,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                engine.add_request(str(place), {"prompt_token_ids": list(prompt)}, sampling)
+            while running:
+                for output in engine.step():
+                    running.remove(output.request_id)
+                    yield int(output.request_id), output
+        finally:
+            if running:  # the caller gave up
+                engine.abort_request(list(running))
 
     def _drawing(self, sampling: SamplingConfig) -> dict[str, Any]:
         """vLLM's sampling parameters, without the temperature, by which the logits are divided already."""
@@ -381,37 +395,6 @@ class VllmInfer:
             raise ValueError(
                 f"version is {version}: must not be lower than {self._version}, the engine's current version"
             )
-
-
-def assemble(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    logprobs: Sequence[Sequence[float]],
-    *,
-    group: Sequence[int],
-    finished: Sequence[bool],
-    pad_id: int,
-) -> Rollout:
-    """Build a right-padded Rollout from lists, one entry per response."""
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    prompt_lens_B = torch.tensor([len(prompt) for prompt in prompts])
-    lens_B = torch.tensor([len(row) for row in rows])
-    t = torch.arange(int(lens_B.max()))
-    input_ids_BT = torch.full((len(rows), len(t)), pad_id)
-    logprobs_BT = torch.zeros(len(rows), len(t))
-    for b, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        input_ids_BT[b, : len(row)] = torch.tensor(row)
-        logprobs_BT[b, len(prompt) : len(row)] = torch.tensor(logprobs[b])
-    attention_mask = t < lens_B[:, None]
-    return Rollout(
-        input_ids=input_ids_BT,
-        attention_mask=attention_mask,
-        response_mask=attention_mask & (t >= prompt_lens_B[:, None]),
-        prompt_lens=prompt_lens_B,
-        group=torch.tensor(list(group)),
-        logprobs=logprobs_BT,
-        finished=torch.tensor(list(finished)),
-    )
 
 
 def _ended(response: Any, end_ids: Sequence[int]) -> bool:

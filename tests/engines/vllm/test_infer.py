@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rhythm.engines.batches import assemble
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.parity import ParityError, compare, must_agree
 from rhythm.engines.stopping import cut_at_stop, response_texts
-from rhythm.engines.vllm.infer import VllmInfer, assemble
+from rhythm.engines.vllm.infer import VllmInfer
 from rhythm.seeds import derive_seed
 
 TOLERANCE = 2e-5
@@ -92,6 +93,40 @@ def test_a_rollout_is_a_function_of_the_seed(engine: VllmInfer) -> None:
     assert torch.equal(first.logprobs, again.logprobs)
     assert not torch.equal(first.input_ids, another.input_ids)
     assert not torch.equal(first.input_ids[0], first.input_ids[1])
+
+
+def test_the_responses_of_a_prompt_are_handed_over_while_others_are_generated(engine: VllmInfer) -> None:
+    """The second prompt leaves room for two tokens, the others for hundreds."""
+    prompts = [[5, 6, 7, 8], [*range(4, 94)] * 3 + [4] * 48, [20]]
+    parts: list[Rollout] = []
+    busy: list[bool] = []
+
+    def done(part: Rollout) -> None:
+        parts.append(part)
+        busy.append(engine._llm.llm_engine.has_unfinished_requests())
+
+    rollout = engine.generate(prompts, 4, SamplingConfig(max_new_tokens=300), seed=1, done=done)
+    groups = [part.group.tolist() for part in parts]
+    assert groups[0] == [1] * 4
+    assert sorted(groups) == [[0] * 4, [1] * 4, [2] * 4]
+    assert busy == [True, True, False]
+    assert rollout.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for part in parts:
+        first = 4 * int(part.group[0])
+        rows = slice(first, first + 4)
+        assert torch.equal(part.lens, rollout.lens[rows])
+        assert torch.equal(part.logprobs, rollout.logprobs[rows, : part.logprobs.shape[1]])
+
+
+def test_an_engine_goes_on_after_a_caller_that_gave_up(engine: VllmInfer) -> None:
+    expected = engine.generate(PROMPTS, 2, SAMPLING, seed=1)
+
+    def give_up(part: Rollout) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        engine.generate(PROMPTS, 2, SAMPLING, seed=3, done=give_up)
+    assert torch.equal(engine.generate(PROMPTS, 2, SAMPLING, seed=1).input_ids, expected.input_ids)
 
 
 def test_a_stop_string_ends_generation(engine: VllmInfer, tokenizer: Any) -> None:
