@@ -15,6 +15,7 @@ from rhythm.cli.config_keys import config_keys, describe
 from rhythm.cli.failures import ExitCode, command, show
 from rhythm.reports.comparison import At
 from rhythm.reports.comparison_page import Comparison, compare, write_comparison
+from rhythm.reports.evaluations import holds_an_evaluation
 from rhythm.reports.run import load_run, write_report
 from rhythm.sweep.report import holds_a_sweep, summarize, write_sweep_report
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "RUN_DIR… [CONFIG] [key=value …] [--dry-run]",
         "Of one run: write report.html into its directory: curves, and sampled responses with signals. Of several:\n"
         "write tables (method × task, gains over GRPO paired by seed), curves and the commands that make the runs\n"
-        "again, as report.html, report.md, CSV, PNG and PDF, into a directory of their own. Of the results of\n"
+        "again, as report.html, report.md, CSV, PNG and PDF, into a directory of their own; directories that\n"
+        "rhythm-eval wrote are runs, too. Of the results of\n"
         "rhythm-sweep (a directory with runs.csv): differences to GRPO paired by seed, with intervals and p-values.",
     )
     parser.add_argument(
@@ -67,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = _config(arguments.words)
     if len(config.runs) == 1:
         only = config.runs[0]
+        if holds_an_evaluation(only):
+            raise ConfigError(
+                f"{only} holds an evaluation, whose page rhythm-eval wrote: report.html there; name several to compare"
+            )
         if holds_a_sweep(only):
             return _sweep(only, config, dry_run=arguments.dry_run)
         if config.model_copy(update={"runs": ()}) != ReportConfig():

@@ -14,7 +14,7 @@ import yaml
 from rhythm.reports.curves import running_peak_average, task_metrics
 from rhythm.reports.format import mean
 from rhythm.reports.intervals import over_seeds
-from rhythm.reports.methods import BASELINE, MethodRun
+from rhythm.reports.methods import BASELINE, MethodRun, flat
 
 At = Literal["final", "best", "peak"]
 AVERAGE = "Avg."
@@ -149,16 +149,25 @@ def baseline_of(runs: Sequence[MethodRun], asked: str | None) -> str:
 
 
 def command_lines(runs: Sequence[MethodRun], config_name: str) -> list[tuple[str, str]]:
-    """(run, command) that makes each run again, from one configuration file: `overrides` of the first run's values."""
-    first = next((run for run in runs if run.config), None)
+    """(run, command) that makes each again: runs from one configuration file, by `overrides` of the first's values."""
+    first = first_configured(runs)
     lines = []
     for run in runs:
+        if run.evaluated is not None:
+            words = [f"{key}={_inline(value)}" for key, value in flat(run.evaluated)]
+            lines.append((run.run.name, " ".join(["rhythm-eval", *map(shlex.quote, words)])))
+            continue
         if first is None or not run.config:
             lines.append((run.run.name, "# config.yaml was not recorded"))
             continue
         changed = overrides(first.config, run.config)
         lines.append((run.run.name, " ".join(["rhythm-train", config_name, *map(shlex.quote, changed)])))
     return lines
+
+
+def first_configured(runs: Sequence[MethodRun]) -> MethodRun | None:
+    """The first run, not an evaluation, that recorded its configuration."""
+    return next((run for run in runs if run.config and run.evaluated is None), None)
 
 
 def overrides(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:

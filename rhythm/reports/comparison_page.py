@@ -1,4 +1,4 @@
-"""Several runs → report.html, report.md, CSV tables, PNG and PDF figures, and the commands that make the runs again."""
+"""Several runs or evaluations → report.html, report.md, CSV tables, PNG and PDF figures, and the commands of each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rhythm.reports.comparison import (
     blocks,
     columns,
     command_lines,
+    first_configured,
     series,
     value_of,
 )
@@ -76,7 +77,7 @@ def compare(
     runs = load_runs(directories, labels or {})
     wanted = columns(runs)
     if not wanted:
-        raise ValueError("runs: none of them holds an evaluation (accuracy in metrics.jsonl)")
+        raise ValueError("runs: none of them holds an evaluation (accuracy in metrics.jsonl, or results.json)")
     name = baseline_of(runs, baseline)
     usual = [run for run in runs if run.usual]
     sections = [_section("methods", "Methods", _METHODS, usual, wanted, name, at, peak_alpha)]
@@ -125,7 +126,7 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     texts = {"report.html": _html(comparison), "report.md": markdown(comparison), "runs.csv": _runs_csv(comparison),
              "curves.csv": _curves_csv(comparison), "commands.sh": _commands(comparison)}  # fmt: skip
     texts |= {f"table_{section.stem}.csv": _table_csv(section) for section in comparison.sections}
-    first = next((run for run in comparison.runs if run.config), None)
+    first = first_configured(comparison.runs)
     if first is not None and first.run.config is not None:
         texts["config.yaml"] = first.run.config
     for name, text in texts.items():
@@ -261,5 +262,8 @@ def _number(value: float) -> float | str:
 
 
 def _commands(comparison: Comparison) -> str:
-    head = "# Each line makes a run again, from config.yaml beside this file: the first run's, as it was recorded.\n"
+    head = (
+        "# Each line makes a run again, from config.yaml beside this file: the first run's, as it was recorded; "
+        "or an evaluation.\n"
+    )
     return head + "".join(f"{line}\n" for _, line in comparison.commands)

@@ -1,14 +1,15 @@
-"""Which method a run is, read from its recorded configuration, by the paper's names and what differs between runs."""
+"""Which method a run or an evaluation is, by its recorded configuration, the paper's names and what differs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rhythm.reports.evaluations import holds_an_evaluation, load_evaluation
 from rhythm.reports.run import Run, load_run
 
 BASELINE = "GRPO"
@@ -27,15 +28,17 @@ USUAL_FRACTION = 0.4
 # Where and how a run was computed, not what: it makes no other method and no other block.
 _WHERE = ("name", "runs_dir", "seed", "tensorboard", "checkpoint.", "warm_start.cache_dir", "cluster.", "evaluation.",
           "model.device", "batch.micro_batch_size", "batch.max_tokens", "optimizer.token_chunk")  # fmt: skip
+_WHICH_CHECKPOINT = ("model", "engine", "dtype")
 
 
 @dataclass(frozen=True)
 class MethodRun:
-    """A run and what it is.
+    """A run, or an evaluation of a checkpoint, and what it is.
 
     config: dotted key → value, empty where the run recorded none. method: its label in tables. block: what differs
     from other runs beside the credit and the seed, such as the model; only runs of one block are compared. ablation:
-    the label in Table 5, which tells the selection, too. seed: None where it is not recorded.
+    the label in Table 5, which tells the selection, too. seed: None where it is not recorded. evaluated: of an
+    evaluation, its settings.
     """
 
     run: Run
@@ -47,6 +50,7 @@ class MethodRun:
     ablation: str = ""
     usual: bool = True
     rank: tuple[int, ...] = field(default=())
+    evaluated: Mapping[str, Any] | None = None
 
 
 def load_runs(directories: Sequence[Path], labels: Mapping[str, str]) -> list[MethodRun]:
@@ -78,7 +82,12 @@ def load_runs(directories: Sequence[Path], labels: Mapping[str, str]) -> list[Me
 
 
 def _load(directory: Path) -> MethodRun:
-    run = load_run(directory)
+    evaluated = None
+    if holds_an_evaluation(directory):
+        evaluation = load_evaluation(directory)
+        run, evaluated = evaluation.run, evaluation.settings
+    else:
+        run = load_run(directory)
     config: dict[str, Any] = {}
     if run.config is not None:
         try:
@@ -88,7 +97,10 @@ def _load(directory: Path) -> MethodRun:
         if isinstance(values, Mapping):
             config = dict(flat(values))
     seed = config.get("seed")
-    return MethodRun(run, directory, config, seed if isinstance(seed, int) else None)
+    if config and evaluated is not None:
+        how = {key: value for key, value in evaluated.items() if key not in _WHICH_CHECKPOINT}
+        config |= {f"evaluated.{key}": value for key, value in flat(how)}
+    return MethodRun(run, directory, config, seed if isinstance(seed, int) else None, evaluated=evaluated)
 
 
 def _named(run: MethodRun, differing: set[str], usual_fraction: float, labels: Mapping[str, str]) -> MethodRun:
@@ -97,7 +109,7 @@ def _named(run: MethodRun, differing: set[str], usual_fraction: float, labels: M
     strategy = config.get("credit.strategy")
     if strategy is None:
         name = label or run.run.name
-        return MethodRun(run.run, run.directory, config, run.seed, name, "", name, True, (len(NAMES) + 1,))
+        return replace(run, method=name, ablation=name, rank=(len(NAMES) + 1,))
     block = ", ".join(f"{key}={config.get(key)}" for key in sorted(differing) if not key.startswith("credit."))
     select, fraction = config.get("credit.select", "top"), config.get("credit.top_fraction", USUAL_FRACTION)
     usual = label is not None or strategy == "none" or (select == "top" and fraction == usual_fraction)
@@ -116,7 +128,7 @@ def _named(run: MethodRun, differing: set[str], usual_fraction: float, labels: M
     method = label or (name if usual else ablation) + tail
     order = list(NAMES).index(strategy) if strategy in NAMES else len(NAMES)
     rank = (order, 0 if select == "top" else 1, round(1000 * fraction))
-    return MethodRun(run.run, run.directory, config, run.seed, method, block, label or ablation + tail, usual, rank)
+    return replace(run, method=method, block=block, ablation=label or ablation + tail, usual=usual, rank=rank)
 
 
 def _usual_fraction(configs: Sequence[Mapping[str, Any]]) -> float:
