@@ -10,8 +10,7 @@ among them, H key heads, D head size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rhythm.analysis.decoding import RowsLayer, compacted, grouped_attention
+from rhythm.engines.eval_mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,6 @@ def check_cache(model: Any) -> None:
                 f"model: {type(model).__name__} keeps a {type(layer).__name__} in its cache; a prefix can be reused "
                 "only where every layer keeps keys and values of every position"
             )
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Context in which the model is in eval mode; restores its previous mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _continue_batch(

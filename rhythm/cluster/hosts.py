@@ -31,6 +31,7 @@ from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.transfer import Bucket, WeightSender, buckets, make_sender
 from rhythm.engines.vllm.infer import VllmInfer, prepare_vllm_environment
+from rhythm.system.ports import free_port
 from rhythm.tap.signals_config import SignalsConfig
 
 
@@ -97,9 +98,7 @@ class TrainHost(Host):
 
     def free_endpoint(self) -> tuple[str, int]:
         """This machine's address and a free port, for the rendezvous. Called on rank 0."""
-        with socket.socket() as listener:
-            listener.bind((self._bind_address, 0))
-            return self._bind_address, int(listener.getsockname()[1])
+        return self._bind_address, free_port(self._bind_address)
 
     def build(self, spec: TrainSpec, rank: int, address: str, port: int) -> None:
         """Load the model. With Megatron, all ranks must build at the same time; they rendezvous at address:port."""

@@ -10,17 +10,16 @@ right), T = P + C.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rhythm.credit.advantages import token_advantages
 from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.signals import RhythmSignals
+from rhythm.engines.eval_mode import evaluating
 from rhythm.system.extras import needs
 from rhythm.tap.rhythm_credit import RhythmCredit
 
@@ -112,7 +111,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if credit.groups is None and credit.signals.per == "batch":  # the spans of all rows choose the heads
             rows = len(input_ids_BT)
         model = self.accelerator.unwrap_model(self.model)
-        with _evaluating(model), self.accelerator.autocast():
+        with evaluating(model), self.accelerator.autocast():
             parts = [
                 credit.read(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
                 for input_ids, mask, prompt_lens in zip(
@@ -161,15 +160,3 @@ def _check_sharding(trainer: GRPOTrainer) -> None:
     if trainer.is_fsdp_enabled or zero3:
         how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3"
         raise ValueError(f"the parameters are sharded by {how}; token credit needs them whole on each process")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and each module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rhythm.engines.batches import concatenate
+from rhythm.engines.eval_mode import evaluating
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.decoding import Decoded, decode
 from rhythm.engines.local.draws import draw_for
@@ -101,19 +102,17 @@ class GenerateInfer:
         """One response to each prompt; `seeds`: of every row, in place of torch's global generators."""
         model = self._model
         prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
-        was_training = model.training
-        model.eval()
-        decoded = decode(
-            model,
-            prompts,
-            (self._max_length - prompt_lens_B).clamp(max=sampling.max_new_tokens),
-            draw_for(sampling, len(prompts), model.device, seeds),
-            temperature=sampling.temperature or 1.0,
-            end_ids=self._end_ids,
-            pad_id=self._pad_id,
-            progress=self._progress,
-        )
-        model.train(was_training)
+        with evaluating(model):
+            decoded = decode(
+                model,
+                prompts,
+                (self._max_length - prompt_lens_B).clamp(max=sampling.max_new_tokens),
+                draw_for(sampling, len(prompts), model.device, seeds),
+                temperature=sampling.temperature or 1.0,
+                end_ids=self._end_ids,
+                pad_id=self._pad_id,
+                progress=self._progress,
+            )
         self._progress(0)
         return _rollout(prompts, prompt_lens_B, decoded, self._end_ids, self._pad_id)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rhythm.engines.transfer import Bucket, WeightSender, describe
+from rhythm.system.ports import free_port
 
 
 class NcclSender(WeightSender):
@@ -62,9 +62,3 @@ class NcclSender(WeightSender):
         if self._group is not None:
             self._group.destroy()
             self._group = None
-
-
-def free_port(address: str) -> int:
-    with socket.socket() as listener:
-        listener.bind((address, 0))
-        return int(listener.getsockname()[1])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -38,6 +39,26 @@ def test_log_probs_are_those_of_the_sampled_tokens(model: Any, temperature: floa
     expected = naive_logprobs(model, rollout, temperature)
     torch.testing.assert_close(rollout.logprobs, expected, rtol=1e-4, atol=1e-5)
     assert (rollout.logprobs[rollout.response_mask] < 0).all()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_keeps_its_mode(model: Any, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.train()
+    model.lm_head.eval()  # as a frozen part may be
+    modes = {name: module.training for name, module in model.named_modules()}
+    seen: list[bool] = []
+
+    def generate(*arguments: Any, original: Any = model.generate, **options: Any) -> Any:
+        seen.append(any(module.training for module in model.modules()))
+        if fails:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        engine(model).generate(PROMPTS, 1, SamplingConfig(max_new_tokens=2), seed=0)
+    assert seen == [False]
+    assert {name: module.training for name, module in model.named_modules()} == modes
 
 
 def test_log_probs_do_not_know_of_top_k(model: Any) -> None:
