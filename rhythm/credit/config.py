@@ -100,8 +100,8 @@ class CreditConfig(BaseModel, extra="forbid", frozen=True):
 
     mass: Mass = Field(
         default="as_is",
-        description="matched scales γ − 1 by one factor a batch, so that its mean over the batch's response tokens is "
-        "(gamma_amp − 1)·top_fraction, for none too: then strategies differ only in where the credit goes",
+        description="matched scales γ − 1 by one factor per batch, so that its mean over the batch's response tokens "
+        "is (gamma_amp − 1)·top_fraction, for none too: then strategies differ only in where the credit goes",
     )
     mean_preserving: bool = Field(
         default=False, description="divide γ by its mean over each response: credit is moved, none is added"

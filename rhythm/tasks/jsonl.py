@@ -1,4 +1,4 @@
-"""A task made of a file or a data set on the hub: one row a problem, with a question and its right answer."""
+"""Tasks from a file or a data set on the hub, which has a question and its right answer in each row."""
 
 from __future__ import annotations
 

@@ -87,6 +87,24 @@ def test_links_to_source_files_go_to_the_repository_or_become_text(repository: s
     assert on_page_markdown(text, page=page, config={"repo_url": repository}, files=files) == expected
 
 
+def test_contributing_names_every_target_and_package() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^TARGETS := (.*)$", makefile, re.MULTILINE)
+    # The README has `make train`, docs/gpu.md the parts of `make gpu`; test-cluster makes `cluster`.
+    elsewhere = {"train", "gpu-check", "gpu-race", "gpu-record", "cluster"}
+    assert {target for target in targets.split() if f"`make {target}`" not in text} == elsewhere
+    packages = {path.parent.name for path in (ROOT / "rhythm").glob("*/__init__.py")} - {"kernels"}
+    assert {name for name in packages if f"](rhythm/{name})" not in text} == set()
+
+
+def test_every_variable_of_make_is_on_its_page() -> None:
+    page = (DOCS / "environment.md").read_text(encoding="utf-8").partition("## Variables of make")[2]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    defaults = set(re.findall(r"^(\w+) +\?=", makefile, re.MULTILINE))
+    assert set(re.findall(r"^\| `(\w+)` ", page, re.MULTILINE)) == defaults | {"CXX", "TORCH_INDEX"}
+
+
 def test_every_environment_variable_of_ours_is_on_its_page() -> None:
     page = (DOCS / "environment.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `(RHYTHM_\w+)`", page, re.MULTILINE))

@@ -55,7 +55,8 @@ class Workload:
     """The run settings that checks and plan depend on, other than the cluster section.
 
     value_bytes: bytes per weight in the forward pass, 2 or 4; reference: whether a frozen copy is kept for the KL term;
-    separate_attn: whether signals come from actor_attn; max_tokens: of a micro-batch, instead of micro_batch_size responses.
+    separate_attn: whether signals come from actor_attn; max_tokens: of a micro-batch, instead of micro_batch_size
+        responses.
     """
 
     prompts_per_batch: int
