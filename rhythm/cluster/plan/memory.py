@@ -77,6 +77,15 @@ def train_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> T
     )
 
 
+def checkpoint_bytes(cluster: ClusterConfig, work: Workload, model: Dimensions) -> int:
+    """Bytes on disk of a checkpoint: weights for transformers, and what training continues from."""
+    weights, moments = work.value_bytes, 8
+    if cluster.train.engine == "torch":  # float32 weights, which training continues from as well
+        return model.parameters * (4 + moments)
+    master = 0 if work.value_bytes == 4 else 4
+    return model.parameters * (weights + weights + master + moments)  # Megatron's checkpoint has the weights again
+
+
 def infer_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> InferMemory:
     """vLLM allocates gpu_memory_utilization of the GPU; what the weights leave of it is the KV cache."""
     infer = cluster.infer

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rhythm.cluster.config import ClusterConfig, PushKind
 from rhythm.cluster.plan.dimensions import Dimensions, Workload
-from rhythm.cluster.plan.memory import attn_memory, gib, infer_memory, train_memory
+from rhythm.cluster.plan.memory import attn_memory, checkpoint_bytes, gib, infer_memory, train_memory
 from rhythm.cluster.plan.placement import Assignment, Slot, assign
 
 
@@ -24,6 +24,8 @@ def describe_plan(cluster: ClusterConfig, work: Workload, model: Dimensions, sou
         *_memory(cluster, work, model),
         *_batch(cluster, work),
         *_pushes(cluster, work, model),
+        f"  checkpoint    {gib(checkpoint_bytes(cluster, work, model))} on disk each: weights and optimizer; one more "
+        "than checkpoint.keep while one is written",
     ]
     return "\n".join(lines)
 
@@ -51,7 +53,7 @@ def _memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterat
     train, infer = train_memory(cluster, work, model), infer_memory(cluster, work, model)
     per = "GPU" if cluster.gpus else "process"
     yield (
-        f"  memory/{per}   actor_train {gib(train.total)}: weights {gib(train.weights)}, gradients "
+        f"  memory        actor_train {gib(train.total)} per {per}: weights {gib(train.weights)}, gradients "
         f"{gib(train.gradients)}, optimizer {gib(train.optimizer)}, "
         + (f"reference {gib(train.reference)}, " if train.reference else "")
         + f"activations ~{gib(train.activations)}"

@@ -11,7 +11,14 @@ from rhythm.cli.config_file import load_config
 from rhythm.cli.train import main
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.plan.dimensions import KNOWN, Dimensions, Workload
-from rhythm.cluster.plan.memory import InferMemory, TrainMemory, attn_memory, infer_memory, train_memory
+from rhythm.cluster.plan.memory import (
+    InferMemory,
+    TrainMemory,
+    attn_memory,
+    checkpoint_bytes,
+    infer_memory,
+    train_memory,
+)
 from rhythm.cluster.plan.summary import push_kind
 from rhythm.trainer.cluster_engines import plan
 
@@ -71,6 +78,10 @@ def test_memory_of_a_small_model_by_hand() -> None:
     assert memory == InferMemory(weights=3304, kv_cache=2**30, token=2 * 4 * 1 * 4 * 2)
     assert memory.tokens == 2**30 // 64
     assert attn_memory(SMALL) == 4 * 3304
+    # In bfloat16: for transformers 2, Megatron's 2, and the optimizer's three times 4; the torch engine: three times 4.
+    assert checkpoint_bytes(cluster, WORK, SMALL) == 3304 * (2 + 2 + 12)
+    torch_engine = ClusterConfig.model_validate({"gpus": 8, "train": {"engine": "torch"}})
+    assert checkpoint_bytes(torch_engine, WORK, SMALL) == 3304 * 12
 
 
 def test_a_budget_of_tokens_sets_the_activations() -> None:
@@ -113,6 +124,9 @@ def test_the_way_of_weights_follows_the_placement() -> None:
                 "512 / 32 = 16 gradient steps, each 8 data ranks × 1 micro-batches × 4 responses",
                 "500 steps, 8,000 gradient steps",
                 "by ipc: 7.5 GiB in buckets of 1024 MiB",
+                "\n  memory        actor_train 44.2 GiB per GPU: weights",
+                "\n                actor_infer 40.0 GiB: weights",
+                "\n  checkpoint    59.9 GiB on disk each",
             ],
         ),
         (
