@@ -87,6 +87,23 @@ def test_links_to_source_files_go_to_the_repository_or_become_text(repository: s
     assert on_page_markdown(text, page=page, config={"repo_url": repository}, files=files) == expected
 
 
+def test_functions_named_on_pages_exist() -> None:
+    sources = [path for folder in ("rhythm", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    defined = {
+        name
+        for path in sources
+        for name in re.findall(r"(?:def|class) (\w+)|^    (\w+):", path.read_text("utf-8"), re.M)
+    }
+    names = {name for pair in defined for name in pair}
+    texts = {page: (DOCS / page).read_text(encoding="utf-8") for page in PAGES}
+    texts |= {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+    for page, text in texts.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for called in re.findall(r"`([A-Za-z_][\w.]*)\(", prose):
+            if called.split(".")[0] not in ("torch", "tl", "pytest"):
+                assert called.split(".")[-1] in names, f"{page}: {called}"
+
+
 def test_contributing_names_every_target_and_package() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
