@@ -56,16 +56,18 @@ JOBS ?= 2
 FAST := not slow and not cluster and not timing and not real
 SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 COVERED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
+SAY_COVERAGE = echo "Lines of rhythm/ (without kernels) that the fast tests ran, those of the Triton kernels aside: $$($(BIN)/coverage report --format=total) %"
 
 test: cluster
 	$(COVERED) $(SHARED) --dist worksteal -m "$(FAST)" --cov --cov-report=
 	$(SHARED) --dist loadfile -m "(slow or cluster) and not timing"
 	$(BIN)/pytest -m timing
-	@echo "Lines of rhythm/ (without kernels) that the fast tests ran, those of the Triton kernels aside: $$($(BIN)/coverage report --format=total) %"
+	@$(SAY_COVERAGE)
 
-# Without what needs a browser, more than ten seconds, the cluster's stack or an idle machine.
+# Without what needs a browser, more than ten seconds, the cluster's stack or an idle machine. COVERAGE=1 counts lines.
 test-fast: install
-	$(SHARED) --dist worksteal -m "$(FAST) and not browser"
+	$(if $(COVERAGE),$(COVERED)) $(SHARED) --dist worksteal -m "$(FAST) and not browser" $(if $(COVERAGE),--cov --cov-report=)
+	$(if $(COVERAGE),@$(SAY_COVERAGE))
 
 test-slow: install
 	$(BIN)/pytest -m "slow and not cluster and not timing"
