@@ -26,7 +26,9 @@ from rhythm.engines.interfaces import (
     NonFiniteError,
     Rollout,
     SamplingConfig,
+    ShapeAdvantages,
     StepMetrics,
+    TappedStep,
     TrainBatch,
 )
 from rhythm.seeds import derive_seed
@@ -83,6 +85,17 @@ class ClusterTrain:
         if isinstance(metrics, NotFinite):
             raise NonFiniteError(metrics.what, metrics.value, batch)
         return metrics
+
+    def tapped_step(self, batch: TrainBatch, tap: SignalsConfig | None, shape: ShapeAdvantages) -> TappedStep:
+        """See rhythm.engines.interfaces.TappedTrain. `shape` is pickled and called in actor_train's processes."""
+        tokens = int(batch.rollout.lens.sum())
+        reply = self.ask("tapped_step", batch, tap, shape, seconds=self._deadlines.step, tokens=tokens)[0]
+        if isinstance(reply, NotFinite):
+            raise NonFiniteError(reply.what, reply.value, batch)
+        taken: TappedStep
+        taken, self.statistics_seconds = reply
+        self._rates.statistics += self.statistics_seconds
+        return taken
 
     def weights(self) -> dict[str, Tensor]:
         """See rhythm.engines.interfaces.Train. Copies all weights to the driver, which a weight sync doesn't do."""

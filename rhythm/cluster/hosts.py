@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -25,7 +25,15 @@ from rhythm.cluster.config import PushKind
 from rhythm.cluster.object_store import ModelReceiver, ObjectStoreSender
 from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Part, Reply, TrainSpec
 from rhythm.engines.batches import to_device
-from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, Train, TrainBatch
+from rhythm.engines.interfaces import (
+    NonFiniteError,
+    Rollout,
+    SamplingConfig,
+    ShapeAdvantages,
+    TappedTrain,
+    Train,
+    TrainBatch,
+)
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
@@ -33,6 +41,10 @@ from rhythm.engines.transfer import Bucket, WeightSender, buckets, make_sender
 from rhythm.engines.vllm.infer import VllmInfer, prepare_vllm_environment
 from rhythm.system.ports import free_port
 from rhythm.tap.signals_config import SignalsConfig
+
+
+class Engine(Train, TappedTrain, Protocol):
+    """What both trainers are."""
 
 
 class Host:
@@ -91,7 +103,7 @@ def _write_to(log: Path) -> None:
 class TrainHost(Host):
     """One rank of actor_train."""
 
-    _engine: Train
+    _engine: Engine
     _device: torch.device  # device for the batches; Megatron's engine moves them itself
     _senders: dict[str, WeightSender]
     _stream: Iterator[list[tuple[str, Tensor]]]
@@ -121,6 +133,16 @@ class TrainHost(Host):
             return self._answer(self._engine.step(to_device(batch, self._device)))
         except NonFiniteError as error:
             return NotFinite(error.what, error.value)
+
+    def tapped_step(self, batch: TrainBatch, tap: SignalsConfig | None, shape: ShapeAdvantages) -> Any:
+        """(TappedStep, statistics_seconds) of the engine, on the CPU. Returns NotFinite where it raises
+        NonFiniteError.
+        """
+        try:
+            taken = self._engine.tapped_step(to_device(batch, self._device), tap, shape)
+        except NonFiniteError as error:
+            return NotFinite(error.what, error.value)
+        return self._answer((to_device(taken, "cpu"), self._engine.statistics_seconds))
 
     def weights(self) -> Any:
         """The weights of the Train engine, on the CPU."""
@@ -331,7 +353,7 @@ def _load_model(spec: TrainSpec | InferSpec | AttnSpec, dtype: torch.dtype) -> A
     return load_model(spec.checkpoint, dtype=dtype, device=device, trust_remote_code=spec.trust_remote_code)
 
 
-def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[Train, torch.device]:
+def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[Engine, torch.device]:
     """The single-process engine, which needs no rendezvous."""
     model = _load_model(spec, torch.float32)
     engine = TorchTrain(
@@ -348,7 +370,7 @@ def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[T
     return engine, model.device
 
 
-def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[Train, torch.device]:
+def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[Engine, torch.device]:
     from rhythm.engines.megatron.parallel import Rendezvous
     from rhythm.engines.megatron.train import MegatronTrain
 
@@ -369,7 +391,7 @@ def _megatron_train(spec: TrainSpec, rank: int, address: str, port: int) -> tupl
     return engine, torch.device("cpu")
 
 
-_BUILD_TRAIN: dict[str, Callable[[TrainSpec, int, str, int], tuple[Train, torch.device]]] = {
+_BUILD_TRAIN: dict[str, Callable[[TrainSpec, int, str, int], tuple[Engine, torch.device]]] = {
     "torch": _torch_train,
     "megatron": _megatron_train,
 }

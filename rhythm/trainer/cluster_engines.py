@@ -65,6 +65,7 @@ def workload(config: TrainConfig) -> Workload:
         steps=config.steps,
         reference=config.loss.kl_coef > 0,
         separate_attn=config.signals.source == "separate",
+        tapped=config.signals.source == "training",
     )
 
 
@@ -176,6 +177,7 @@ def _build(
         train=train,
         attn=attn,
         weight_sync=weight_sync,
+        tapped=train if config.signals.source == "training" else None,
         check=ParityCheck(cluster.parity),
         meter=rates,
     )

@@ -103,7 +103,7 @@ class RunSignalsConfig(SignalsConfig, frozen=True):
     source: Literal["inline", "separate", "training"] = Field(
         default="inline",
         description="inline: signals are computed in the old-log-prob pass; separate: in a forward pass of their own; "
-        "training: in the training pass itself, under the weights of each gradient step (not on a cluster)",
+        "training: in the training pass itself, under the weights of each gradient step",
     )
     recalibrate_steps: int | None = Field(
         default=None,
@@ -208,8 +208,6 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
                     f"with {self.signals.source} a pass over the batch has them"
                 )
             return self
-        if self.cluster is not None:
-            raise ValueError("signals.source is 'training': must be inline or separate with a cluster")
         reads, alone = self.credit.reads, "where signals.source is training, before all rows have been read"
         if "attention" in reads and self.signals.grouping != "sequence":
             raise ValueError(f"signals.grouping is {self.signals.grouping!r}: must be 'sequence' {alone}")
@@ -218,6 +216,10 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
         if reads and self.credit.random_like is not None:
             raise ValueError(f"credit.random_like is {self.credit.random_like!r}: must be null {alone}")
         if self.batch.old_logprobs == "rollout":
+            if self.cluster is not None:
+                raise ValueError(
+                    "batch.old_logprobs is 'rollout': must be 'trainer' with a cluster, whose engines round differently"
+                )
             if self.model.precision != "float32":
                 raise ValueError(
                     f"batch.old_logprobs is 'rollout': must be 'trainer' with model.precision = "

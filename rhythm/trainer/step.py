@@ -144,7 +144,9 @@ def train_step(
     if engines.tapped is not None:
         phase("training")
         tapped = _train_tapped(engines.train, engines.tapped, drawn, config, step, watch)
-        return _finish(engines, drawn, tapped, {}, config, step, watch, phase), groups
+        measured = replace(scored.rollout, response_mask=tapped.credited.measured)
+        parity = engines.check(measured, tapped.credited.log_probs, step) if engines.check is not None else {}
+        return _finish(engines, drawn, tapped, parity, config, step, watch, phase), groups
     phase("attention")
     held, groups = groups, None if config.signals.calibrates(step) else groups
     credited = credit_tokens(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rhythm.credit.advantages import token_advantages
-from rhythm.credit.correction import Correction, rollout_correction
+from rhythm.credit.config import CreditConfig
+from rhythm.credit.correction import Correction, CorrectionConfig, rollout_correction
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.batches import take_rows
@@ -47,6 +48,23 @@ class Taken:
     correction: Correction
     metrics: list[StepMetrics]
     statistics_seconds: float
+
+
+@dataclass(frozen=True)
+class MicroBatchCredit:
+    """γ and correction of a micro-batch: a ShapeAdvantages that can be sent to other processes."""
+
+    credit: CreditConfig
+    correction: CorrectionConfig
+
+    def __call__(self, micro: TrainBatch, entropy_BT: Tensor, signals: RhythmSignals | None) -> Tensor:
+        mask_BT, advantages_BT = micro.rollout.response_mask, micro.advantages
+        assert micro.old_logprobs is not None
+        if self.credit.reads:
+            gamma_BT = batch_credit_weights(signals, mask_BT, self.credit, entropy=entropy_BT)
+            advantages_BT = token_advantages(advantages_BT, gamma_BT, mask_BT, self.credit.apply_to)
+        correction = rollout_correction(micro.rollout.logprobs, micro.old_logprobs, mask_BT, self.correction)
+        return advantages_BT * correction.weight
 
 
 def take_steps(
@@ -84,15 +102,7 @@ def take_steps(
         reference_logprobs=train.reference_log_probs(rollout) if config.loss.kl_coef else None,
     )
 
-    def shape(micro: TrainBatch, entropy_BT: Tensor, signals: RhythmSignals | None) -> Tensor:
-        mask_BT, advantages_BT = micro.rollout.response_mask, micro.advantages
-        assert micro.old_logprobs is not None
-        if credit.reads:
-            gamma_BT = batch_credit_weights(signals, mask_BT, credit, entropy=entropy_BT)
-            advantages_BT = token_advantages(advantages_BT, gamma_BT, mask_BT, credit.apply_to)
-        correction = rollout_correction(micro.rollout.logprobs, micro.old_logprobs, mask_BT, config.correction)
-        return advantages_BT * correction.weight
-
+    shape = MicroBatchCredit(credit, config.correction)
     old = _later_log_probs(train, rollout, rows, config)
     tap = config.signals if "attention" in credit.reads else None
     steps: list[TappedStep] = []

@@ -111,6 +111,16 @@ def test_later_mini_batches_have_the_rollouts_log_probs(
         ),
         (("batch.old_logprobs=rollout",), "batch.old_logprobs is 'rollout': must be 'trainer' unless"),
         ((TRAINING, "batch.old_logprobs=rollout", "model.precision=bfloat16"), "'trainer' with model.precision"),
+        (
+            (
+                TRAINING,
+                "batch.old_logprobs=rollout",
+                "cluster.gpus=0",
+                "cluster.infer.engine=transformers",
+                "cluster.infer.kv_cache_gib=null",
+            ),
+            "batch.old_logprobs is 'rollout': must be 'trainer' with a cluster",
+        ),
         ((TRAINING, "batch.old_logprobs=rollout", "correction.mode=token_mask"), "correction.mode is 'token_mask'"),
     ],
 )

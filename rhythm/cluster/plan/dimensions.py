@@ -56,7 +56,7 @@ class Workload:
 
     value_bytes: bytes per weight in the forward pass, 2 or 4; reference: whether a frozen copy is kept for the KL term;
     separate_attn: whether signals come from actor_attn; max_tokens: of a micro-batch, instead of micro_batch_size
-        responses.
+        responses; tapped: whether signals come from actor_train's gradient steps.
     """
 
     prompts_per_batch: int
@@ -70,6 +70,7 @@ class Workload:
     reference: bool
     separate_attn: bool
     max_tokens: int | None = None
+    tapped: bool = False
 
     @property
     def batch_size(self) -> int:

@@ -20,7 +20,7 @@ def describe_plan(cluster: ClusterConfig, work: Workload, model: Dimensions, sou
         "cluster plan",
         f"  model         {_count(model.parameters)} parameters, {model.layers} layers, {model.query_heads} query "
         f"and {model.key_heads} key heads of {model.head_size} ({source})",
-        *_roles(cluster, places),
+        *_roles(cluster, places, tapped=work.tapped),
         *_memory(cluster, work, model),
         *_batch(cluster, work),
         *_pushes(cluster, work, model),
@@ -30,7 +30,7 @@ def describe_plan(cluster: ClusterConfig, work: Workload, model: Dimensions, sou
     return "\n".join(lines)
 
 
-def _roles(cluster: ClusterConfig, places: Assignment) -> Iterator[str]:
+def _roles(cluster: ClusterConfig, places: Assignment, *, tapped: bool) -> Iterator[str]:
     train, infer = cluster.train, cluster.infer
     yield (
         f"  actor_train   {train.engine}, tensor {train.tensor} × pipeline {train.pipeline} × data {train.data} = "
@@ -44,7 +44,8 @@ def _roles(cluster: ClusterConfig, places: Assignment) -> Iterator[str]:
         count = len(places.attn)
         yield f"  actor_attn    transformers, {count} {_plural(count, 'replica')} on {_where(places.attn)}"
     else:
-        yield "  actor_attn    inline: statistics tapped in actor_train's pass over the old log-probs"
+        where = "gradient steps" if tapped else "pass over the old log-probs"
+        yield f"  actor_attn    inline: statistics tapped in actor_train's {where}"
     if places.idle:
         yield f"  idle          {places.idle} GPUs"
 

@@ -26,11 +26,7 @@ class StepReader:
 
     def __init__(self, rollout: Rollout, tap: SignalsConfig | None, shape: ShapeAdvantages, watch: DeviceWatch) -> None:
         """`rollout`: all rows of the gradient step. Raises ValueError as `TappedTrain.tapped_step`."""
-        if tap is not None and tap.grouping != "sequence":
-            raise ValueError(
-                f"grouping is {tap.grouping!r}: must be 'sequence' where γ is needed in the training pass itself, "
-                "before all rows have been read"
-            )
+        check_grouping(tap)
         self.tap = tap
         self.watch = watch
         self._shape = shape
@@ -55,3 +51,12 @@ class StepReader:
     def signals(self) -> RhythmSignals | None:
         """Of all rows; None without `tap`."""
         return None if self._rows is None else self._rows.joined()
+
+
+def check_grouping(tap: SignalsConfig | None) -> None:
+    """Raise ValueError as `TappedTrain.tapped_step`."""
+    if tap is not None and tap.grouping != "sequence":
+        raise ValueError(
+            f"grouping is {tap.grouping!r}: must be 'sequence' where γ is needed in the training pass itself, "
+            "before all rows have been read"
+        )

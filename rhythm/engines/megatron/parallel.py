@@ -29,13 +29,14 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's device and process groups."""
+    """This rank's device and process groups. stages: those of `pipeline`, by which tensors go from host to host."""
 
     device: torch.device
     rank: int
     tensor: distributed.ProcessGroup
     pipeline: distributed.ProcessGroup
     data: distributed.ProcessGroup
+    stages: distributed.ProcessGroup
 
     @property
     def first_stage(self) -> bool:
@@ -52,10 +53,12 @@ class Groups:
         """Whether this rank contributes results to the output: the first of its tensor group, on the last stage."""
         return self.last_stage and self.tensor.rank() == 0
 
-    def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """All-reduce (sum), returned on the CPU. Also broadcasts one rank's value if the others pass zeros."""
-        total = x.to(self.device)
-        distributed.all_reduce(total)
+    def all_reduce_sum(self, x: Tensor, group: distributed.ProcessGroup | None = None) -> Tensor:
+        """All-reduce (sum) over `group`, by default all ranks, returned on the CPU. Also broadcasts one rank's value if
+        the others pass zeros.
+        """
+        total = x.to(self.device, copy=True)
+        distributed.all_reduce(total, group=group)
         return total.cpu()
 
 
@@ -97,7 +100,19 @@ def join(rendezvous: Rendezvous, parallel: ParallelConfig) -> Groups:
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
+        stages=_on_hosts(parallel_state.get_pipeline_model_parallel_group(), timeout),
     )
+
+
+def _on_hosts(group: distributed.ProcessGroup, timeout: timedelta) -> distributed.ProcessGroup:
+    """A Gloo group of this rank and the others of `group`. All ranks must call it."""
+    all_ranks: list[list[int]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(all_ranks, distributed.get_process_group_ranks(group))
+    own: distributed.ProcessGroup = group
+    for ranks in sorted(set(map(tuple, all_ranks))):
+        made = distributed.new_group(list(ranks), timeout, "gloo")
+        own = made if distributed.get_rank() in ranks else own
+    return own
 
 
 def _store(rendezvous: Rendezvous, timeout: timedelta) -> TCPStore:

@@ -9,15 +9,16 @@ T tokens of a packed micro-batch, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import RhythmSignals
-from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.core_attention import PackedAttention
 from rhythm.engines.megatron.packing import Packed
 from rhythm.engines.megatron.parallel import Groups
@@ -27,8 +28,10 @@ from rhythm.tap.signals_config import SignalsConfig
 
 
 @dataclass(frozen=True)
-class _Read:
-    """Statistics of one layer and micro-batch. heads: indices in the pool, [h]; span [b, h], waad and fai [h, T]."""
+class Read:
+    """Statistics of one layer and micro-batch. heads: indices in the pool, [h]; fp32: span [b, h], waad and
+    fai [h, T].
+    """
 
     packed: Packed
     heads: Tensor
@@ -38,50 +41,47 @@ class _Read:
 
 
 class MegatronTap:
-    """Context around the forward passes of a batch. The statistics of this rank's sampled layers stay in memory until
-    `signals`: 8 bytes per token and head.
+    """Reads the forward passes of a batch. The statistics of this rank's sampled layers stay in memory until `signals`:
+    8 bytes per token and head. layers: the sampled ones; query_heads: of each, over all tensor ranks; watch: the time
+    spent on the statistics.
     """
 
     def __init__(
         self,
         attentions: Sequence[PackedAttention],
-        depth: int,
+        config: Any,
         tap: SignalsConfig,
         head_groups: HeadGroups | None,
         groups: Groups,
     ) -> None:
-        """`attentions`: of this rank's stage; `depth`: layers of the whole model; `head_groups`: fixed head groups."""
-        self._layers = tap.layers_of(depth)
-        self._attentions = [attention for attention in attentions if attention.layer in self._layers]
+        """`attentions`: of this rank's stage; `config`: of the transformers model; `head_groups`: fixed ones."""
+        self.layers = tap.layers_of(config.num_hidden_layers)
+        self._depth: int = config.num_hidden_layers
+        self.query_heads: int = config.num_attention_heads
+        self._attentions = [attention for attention in attentions if attention.layer in self.layers]
         self._tap, self._head_groups, self._groups = tap, head_groups, groups
-        self._packed: Packed | None = None
-        self._reads: list[_Read] = []
-        self._watch = DeviceWatch(groups.device)
+        self._packed: Packed
+        self._reads: list[Read] = []
+        self.watch = DeviceWatch(groups.device)
 
-    def __enter__(self) -> MegatronTap:
+    @contextmanager
+    def reading(self, packed: Packed) -> Iterator[None]:
+        """Read the forward pass of this micro-batch. Layers that run outside are not read: with recomputation they run
+        again in the backward pass.
+        """
+        self._packed = packed
         for attention in self._attentions:
             attention.reader = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for attention in self._attentions:
-            attention.reader = None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds spent on the statistics on this rank."""
-        return self._watch.seconds
-
-    def next(self, packed: Packed) -> None:
-        """Set the micro-batch of the next forward pass."""
-        self._packed = packed
+        try:
+            yield
+        finally:
+            for attention in self._attentions:
+                attention.reader = None
 
     def read(self, layer: int, q_THD: Tensor, k_TGD: Tensor, scale: float) -> None:
-        """See rhythm.engines.megatron.core_attention.Reader. Raises RuntimeError before `next`."""
+        """See rhythm.engines.megatron.core_attention.Reader."""
         packed = self._packed
-        if packed is None:
-            raise RuntimeError("a layer ran before MegatronTap.next was called with its micro-batch")
-        with self._watch:
+        with self.watch, torch.no_grad():
             statistics = attention_statistics(
                 q_THD,
                 k_TGD,
@@ -93,34 +93,57 @@ class MegatronTap:
                 backend=self._tap.backend,
             )
         assert statistics.span is not None
-        h, tensor = q_THD.shape[1], self._groups.tensor
-        first = (self._layers.index(layer) * tensor.size() + tensor.rank()) * h
-        heads = torch.arange(first, first + h)
-        self._reads.append(_Read(packed, heads, statistics.span, statistics.waad, statistics.fai))
+        heads = self.places(layer, q_THD.shape[1])
+        self._reads.append(Read(packed, heads, statistics.span, statistics.waad, statistics.fai))
 
-    def signals(self, rollout: Rollout, query_heads: int) -> RhythmSignals:
-        """Signals of the whole batch, on the CPU of every rank. A collective. `query_heads`: per layer of the whole
-        model.
-        """
-        B, P = rollout.input_ids.shape
-        own_Bn = torch.zeros(B, len(self._layers) * query_heads)
-        for read in self._reads:
+    @property
+    def pool(self) -> tuple[tuple[int, int], ...]:
+        """(layer, head) of every head that is read, over all ranks."""
+        return tuple((layer, head) for layer in self.layers for head in range(self.query_heads))
+
+    def layers_of_stage(self, stage: int) -> list[int]:
+        """The sampled layers of a pipeline stage."""
+        size = self._depth // self._groups.pipeline.size()
+        return [layer for layer in self.layers if layer // size == stage]
+
+    def signals(self, response_mask_BP: Tensor) -> RhythmSignals:
+        """Signals of the whole batch, on the CPU of every rank. A collective."""
+        return self.combined(self._reads, response_mask_BP, self._groups.all_reduce_sum)
+
+    def take_reads(self) -> list[Read]:
+        """The reads so far, by layer in each micro-batch; they are forgotten here."""
+        reads, self._reads = self._reads, []
+        return reads
+
+    def places(self, layer: int, h: int) -> Tensor:
+        """Indices in the pool of this rank's h heads of a layer, [h]."""
+        tensor = self._groups.tensor
+        first = (self.layers.index(layer) * tensor.size() + tensor.rank()) * h
+        return torch.arange(first, first + h)
+
+    def combined(
+        self, reads: Sequence[Read], response_mask_BP: Tensor, all_reduce: Callable[[Tensor], Tensor]
+    ) -> RhythmSignals:
+        """Signals of the rows that the reads of all ranks are of, on the CPU. `all_reduce`: sums over these ranks."""
+        B, P = response_mask_BP.shape
+        own_Bn = torch.zeros(B, len(self.layers) * self.query_heads)
+        for read in reads:
             own_Bn[read.packed.rows[:, None], read.heads] = read.span.float().cpu()
-        span_Bn = self._groups.all_reduce_sum(own_Bn)
+        span_Bn = all_reduce(own_Bn)
         chosen = self._chosen(span_Bn)
         sums_2BP = torch.zeros(2, B, P)
-        for read in self._reads:
+        for read in reads:
             rows, positions, sums_2T = _own_sums(read, chosen)
             sums_2BP[:, rows, positions] += sums_2T
-        waad_BP, fai_BP = self._groups.all_reduce_sum(sums_2BP)
-        outside_BP = ~rollout.response_mask
+        waad_BP, fai_BP = all_reduce(sums_2BP)
+        outside_BP = ~response_mask_BP
         return RhythmSignals(
             waad=(waad_BP / chosen.local.sum(dim=-1, keepdim=True)).masked_fill(outside_BP, torch.nan),
             fai=(fai_BP / chosen.global_.sum(dim=-1, keepdim=True)).masked_fill(outside_BP, torch.nan),
             entropy=None,
             span=span_Bn,
             groups=chosen,
-            heads=tuple((layer, head) for layer in self._layers for head in range(query_heads)),
+            heads=self.pool,
         )
 
     def _chosen(self, span_Bn: Tensor) -> HeadGroups:
@@ -131,7 +154,14 @@ class MegatronTap:
         return select_heads(span_Bn, self._tap.quantile, self._tap.per)
 
 
-def _own_sums(read: _Read, chosen: HeadGroups) -> tuple[Tensor, Tensor, Tensor]:
+def slowest(watch: DeviceWatch, groups: Groups) -> float:
+    """The seconds of the rank whose watch has the most. A collective."""
+    seconds = torch.tensor([watch.seconds], dtype=torch.float64, device=groups.device)
+    distributed.all_reduce(seconds, distributed.ReduceOp.MAX)
+    return float(seconds)
+
+
+def _own_sums(read: Read, chosen: HeadGroups) -> tuple[Tensor, Tensor, Tensor]:
     """(row, position) of each token of a micro-batch, and [2, T]: WAAD summed over the local, FAI over the global heads
     of its row among these heads.
     """

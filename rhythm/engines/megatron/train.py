@@ -22,9 +22,18 @@ from torch import Tensor
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
 from rhythm.credit.signals import RhythmSignals
-from rhythm.engines.batches import take_rows
+from rhythm.engines.batches import take_rows, to_device, trim
 from rhythm.engines.head import logprobs_and_entropies
-from rhythm.engines.interfaces import LogProbs, NonFiniteError, Rollout, StepMetrics, TrainBatch
+from rhythm.engines.interfaces import (
+    LogProbs,
+    NonFiniteError,
+    Rollout,
+    ShapeAdvantages,
+    StepMetrics,
+    TappedStep,
+    TrainBatch,
+)
+from rhythm.engines.local.step_reader import check_grouping
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.cpu import on_cpu
@@ -32,7 +41,8 @@ from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import PolicyModel, build_model, read_config
 from rhythm.engines.megatron.packing import Packed, pack
 from rhythm.engines.megatron.parallel import Rendezvous, join, leave
-from rhythm.engines.megatron.tap import MegatronTap
+from rhythm.engines.megatron.step_reader import StepReader
+from rhythm.engines.megatron.tap import MegatronTap, slowest
 from rhythm.engines.megatron.weights import gather_weights, load_weights
 from rhythm.engines.micro_batches import deal_rows, split_rows
 from rhythm.tap.signals_config import SignalsConfig
@@ -98,13 +108,10 @@ class MegatronTrain:
         if tap is None:
             self.statistics_seconds = 0.0
             return self._log_probs(self._model.module, rollout), None
-        depth, heads = self.config.num_hidden_layers, self.config.num_attention_heads
-        with MegatronTap(self._model.module.attentions(), depth, tap, groups, self._groups) as reader:
-            log_probs = self._log_probs(self._model.module, rollout, reader)
-        slowest = torch.tensor([reader.seconds], dtype=torch.float64, device=self._groups.device)
-        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
-        self.statistics_seconds = float(slowest)
-        return log_probs, replace(reader.signals(rollout, heads), entropy=log_probs.entropy)
+        reader = MegatronTap(self._model.module.attentions(), self.config, tap, groups, self._groups)
+        log_probs = self._log_probs(self._model.module, rollout, reader)
+        self.statistics_seconds = slowest(reader.watch, self._groups)
+        return log_probs, replace(reader.signals(rollout.response_mask), entropy=log_probs.entropy)
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
         """See rhythm.engines.interfaces.Train. Raises RuntimeError if there is no reference model."""
@@ -114,18 +121,33 @@ class MegatronTrain:
 
     def step(self, batch: TrainBatch) -> StepMetrics:
         """See rhythm.engines.interfaces.Train. Raises NonFiniteError on every rank."""
+        return self._step(batch, None)
+
+    def tapped_step(self, batch: TrainBatch, tap: SignalsConfig | None, shape: ShapeAdvantages) -> TappedStep:
+        """See rhythm.engines.interfaces.TappedTrain. `shape` is called on the ranks of the last stage, and must give
+        each of them the same. Raises NonFiniteError on every rank.
+        """
+        check_grouping(tap)
+        attentions = self._model.module.attentions()
+        inner = None if tap is None else MegatronTap(attentions, self.config, tap, None, self._groups)
+        reader = StepReader(inner, shape, batch.rollout, self._groups)
+        metrics = self._step(batch, reader)
+        log_probs, signals, self.statistics_seconds = reader.joined()
+        return TappedStep(metrics, log_probs, signals)
+
+    def _step(self, batch: TrainBatch, reader: StepReader | None) -> StepMetrics:
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         totals = BatchTotals.of(batch.rollout.response_mask)
         sums = torch.zeros(5, dtype=torch.float64)
 
         def part(packed: Packed, hidden_ND: Tensor) -> Tensor:
-            loss, parts = self._loss_part(packed, hidden_ND, batch, totals)
+            loss, parts = self._loss_part(packed, hidden_ND, batch, totals, reader)
             sums.add_(parts)
             return loss
 
         self._model.train()
-        self._run(self._model, batch.rollout, part, backward=True)
+        self._run(self._model, batch.rollout, part, backward=True, tap=reader)
         sums = self._groups.all_reduce_sum(sums if self._groups.is_output_rank else 0 * sums)
         loss = float(sums[0])
         grad_norm = self._clipped_gradients() if math.isfinite(loss) else math.nan
@@ -202,7 +224,7 @@ class MegatronTrain:
         finish: Callable[[Packed, Tensor], Tensor],
         *,
         backward: bool = False,
-        tap: MegatronTap | None = None,
+        tap: MegatronTap | StepReader | None = None,
     ) -> None:
         """Run Megatron's schedule over this rank's micro-batches. On the last stage `finish` gets the hidden states and
         returns the loss.
@@ -218,14 +240,13 @@ class MegatronTrain:
 
         def forward(items: Iterator[Packed], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             packed = next(items)
-            if tap is not None:
-                tap.next(packed)
-            hidden = model(
-                packed.input_ids[None],
-                packed.position_ids[None],
-                attention_mask=None,
-                packed_seq_params=packed.sequences,
-            )
+            with nullcontext() if tap is None else tap.reading(packed):
+                hidden = model(
+                    packed.input_ids[None],
+                    packed.position_ids[None],
+                    attention_mask=None,
+                    packed_seq_params=packed.sequences,
+                )
 
             def loss(hidden_T1D: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
                 # Megatron expects a divisor, which isn't used: the micro-batches' losses add up to the step's loss.
@@ -262,24 +283,22 @@ class MegatronTrain:
         )
 
     def _loss_part(
-        self, packed: Packed, hidden_TD: Tensor, batch: TrainBatch, totals: BatchTotals
+        self, packed: Packed, hidden_TD: Tensor, batch: TrainBatch, totals: BatchTotals, reader: StepReader | None
     ) -> tuple[Tensor, Tensor]:
         """A micro-batch's part of the step's loss, and of the step's numbers, `LossOutput.parts`."""
         now = self._scores(self._model.module, packed, hidden_TD)
-        micro = take_rows(batch, packed.rows)
-
-        def placed(x_bP: Tensor) -> Tensor:
-            return x_bP[:, : packed.width].to(packed.target.device)
-
-        old, reference = micro.old_logprobs, micro.reference_logprobs
+        micro = to_device(trim(take_rows(batch, packed.rows), packed.width), packed.target.device)
+        old_bW = now.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+        if reader is not None:
+            micro = reader.shaped(packed, replace(micro, old_logprobs=old_bW), now)
         out = policy_loss(
             now.logprobs,
-            now.logprobs.detach() if old is None else placed(old),
-            placed(micro.advantages),
+            old_bW,
+            micro.advantages,
             packed.target,
             self._loss,
             totals=totals,
-            ref_logprobs_BT=None if reference is None else placed(reference),
+            ref_logprobs_BT=micro.reference_logprobs,
             entropy_BT=now.entropy if self._loss.entropy_coef else None,
         )
         return out.loss, out.parts()

@@ -176,8 +176,10 @@ def test_the_dry_run_prints_the_plan_or_what_is_wrong(capsys: pytest.CaptureFixt
     path = str(CONFIGS / "qwen3_4b_8gpu.yaml")
     assert main([path, "--dry-run"]) == 0
     assert "#   actor_infer   vllm, 8 replicas" in capsys.readouterr().out
-    assert main([path, "batch.max_tokens=4096", "--dry-run"]) == 0
-    assert "each 8 data ranks × as few micro-batches as 4,096 tokens in each allow" in capsys.readouterr().out
+    assert main([path, "batch.max_tokens=4096", "signals.source=training", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "actor_attn    inline: statistics tapped in actor_train's gradient steps" in shown
+    assert "each 8 data ranks × as few micro-batches as 4,096 tokens in each allow" in shown
     assert main([path, "cluster.train.tensor=3", "--dry-run"]) == 2
     assert "cluster.train.tensor is 3: must divide the model's 32 query heads" in capsys.readouterr().err
     assert main([path, "model.path=elsewhere", "--dry-run"]) == 2

@@ -134,12 +134,28 @@ def _resumed(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str
     return {"last_weights": engine.weights()}
 
 
+def _tapped(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A gradient step that reads its own signals, and one that reads none."""
+    batch: TrainBatch = spec["batch"]
+    coupled, entropy = spec["shapes"]
+    results: dict[str, Any] = {"taken": engine.tapped_step(batch, spec["tap"], coupled)}
+    results["seconds"] = engine.statistics_seconds
+    results["weights"] = engine.weights()
+    results["without"] = engine.tapped_step(batch, None, entropy)
+    try:
+        engine.tapped_step(batch, spec["tap"].model_copy(update={"grouping": "batch"}), coupled)
+    except ValueError as error:
+        results["refused"] = str(error)
+    return results
+
+
 SCENARIOS = {
     "everything": _everything,
     "scores": _scores,
     "hidden": _hidden,
     "packed": _packed,
     "resumed": _resumed,
+    "tapped": _tapped,
 }
 
 
