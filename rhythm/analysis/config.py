@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -15,6 +15,24 @@ from rhythm.system.renamed import renamed_keys
 from rhythm.tap.signals_config import SignalsConfig
 
 SAMPLING = SamplingConfig(temperature=0.7)
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "sampling": {"temperature": 0.0},
+        "signals": {"layers": "all", "horizon": [1, None]},
+        "figure": "shortest_correct",
+        "maps": 70,
+    }
+}
+"""Values that a preset gives to keys that are not set."""
+
+
+def _over(defaults: Mapping[str, Any], values: Any) -> Any:
+    """`values` and, for keys that they don't set, `defaults`."""
+    if not isinstance(values, Mapping):
+        return values
+    merged = dict(defaults) | dict(values)
+    both = defaults.keys() & values.keys()
+    return merged | {key: _over(defaults[key], values[key]) for key in both if isinstance(defaults[key], Mapping)}
 
 
 class ReceiverConfig(BaseModel, extra="forbid", frozen=True):
@@ -43,6 +61,11 @@ class Table2Config(BaseModel, extra="forbid", frozen=True):
 class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
     """The settings that affect the results of an analysis. They must not change when a directory is continued."""
 
+    preset: Literal["paper"] | None = Field(
+        default=None,
+        description="paper: what its appendix A.1 says, for keys that are not set: heads of all layers, FAI to the "
+        "end of the response, the shortest correct response in Fig. 2; and greedy responses",
+    )
     sampling: SamplingConfig = Field(default=SAMPLING, description="how responses are generated, for rows without one")
     responses_per_problem: int = Field(default=1, ge=1, description="responses generated per problem")
     problems_at_once: int = Field(default=8, ge=1, description="problems whose responses are generated together")
@@ -65,6 +88,10 @@ class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
     )
     attenders: int = Field(default=8, ge=1, description="attenders recorded per anchor, the strongest")
     maps: int = Field(default=12, ge=0, description="compute attention maps for the first so many responses")
+    figure: Literal["shortest", "shortest_correct"] = Field(
+        default="shortest",
+        description="response drawn in Figs. 2 and 8, one with maps if there is any; correct: by the row's answer",
+    )
     seed: int = Field(default=0, ge=0, description="seed of sampling, permutations and resamples")
 
     @model_validator(mode="before")
@@ -73,6 +100,13 @@ class AnalysisConfig(BaseModel, extra="forbid", frozen=True):
         if said := renamed_keys(values, {"pool": "signals.layers"}):
             raise ValueError(said)
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: object) -> object:
+        """The values on top of those of the preset. A section that is an object counts as set in all its keys."""
+        preset = PRESETS.get(values.get("preset") or "") if isinstance(values, Mapping) else None
+        return values if preset is None else _over(preset, values)
 
     @field_validator("sampling", mode="before")
     @classmethod

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from rhythm.analysis.page_data import SIGNALS
+from rhythm.analysis.problems import is_correct
 from rhythm.analysis.results import Analysis, AttentionMap, Heads, Interval, ResponseResult, Table1, Table2Row
 from rhythm.analysis.rows import table1_frame, table2_frame
 from rhythm.reports.format import format_number, format_p_value, format_percent, save_figure, token_strengths
@@ -51,7 +52,7 @@ def write_figures(analysis: Analysis, directory: Path | None = None, *, name: st
 
     Args:
         directory: by default `figures` in the directory of the analysis.
-        name: of the response to draw; by default the shortest one with maps, else the shortest.
+        name: of the response to draw; by default the one that the setting `figure` asks for.
 
     Raises:
         ValueError: no response has this name.
@@ -63,7 +64,7 @@ def write_figures(analysis: Analysis, directory: Path | None = None, *, name: st
     if name is not None and name not in analysis.names:
         raise ValueError(f"name is {name!r}; the analysis has {', '.join(analysis.names) or 'no responses'}")
     if analysis.names:
-        response = analysis.response(name) if name is not None else _shortest(analysis)
+        response = analysis.response(name) if name is not None else _drawn(analysis)
         figures |= {"rhythm": rhythm_figure(response), "tokens": tokens_figure(response)}
     paths = []
     for stem, figure in figures.items():
@@ -227,9 +228,17 @@ def shown(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "·"
 
 
-def _shortest(analysis: Analysis) -> ResponseResult:
-    """The shortest response, as in the paper's Fig. 2, preferring responses with maps; holds two in memory."""
-    return min(analysis.responses(), key=lambda response: (response.maps is None, len(response.tokens.texts)))
+def _drawn(analysis: Analysis) -> ResponseResult:
+    """The shortest (correct) response, as in the paper's Fig. 2, of those with maps if there are any; holds two in
+    memory. Where none is correct it is the shortest.
+    """
+    correct = analysis.settings.get("figure") == "shortest_correct"
+
+    def rank(response: ResponseResult) -> tuple[bool, bool, int]:
+        wrong = correct and not is_correct(response.answer, response.response)
+        return wrong, response.maps is None, len(response.tokens.texts)
+
+    return min(analysis.responses(), key=rank)
 
 
 def _draw_map(axes: Axes, attention: AttentionMap, title: str, color: str) -> None:

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rhythm.tasks.answers import find_answer
+from rhythm.tasks.graders import ExactGrader, Grader, NumericGrader
+
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """The instruction of the paper's prompt (appendix A.1)."""
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 LAST_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\S)")
 
 
@@ -113,6 +117,23 @@ def paper_prompt(question: str) -> str:
     *context, last = LAST_SENTENCE.split(question.strip())
     lines = [f"System: {INSTRUCTION}", f"Context: {' '.join(context)}", f"Question: {last}"]
     return "\n".join(line for line in lines if line != "Context: ") + "\n"
+
+
+def is_correct(answer: str | None, response: str) -> bool:
+    """Whether the response's answer block, or without one its last number, is the row's answer (GSM8K: after its ####):
+    the same number, or the same text.
+    """
+    if answer is None:
+        return False
+    right = find_answer(answer) or answer
+    if find_answer(response) is None and (numbers := NUMBER.findall(response)):
+        response = f"#### {numbers[-1]}"
+    grader: Grader = NumericGrader()
+    try:
+        grader.check(right)
+    except ValueError:
+        grader = ExactGrader()
+    return grader.grade(right, response).correct
 
 
 def _responses(row: int, fields: Mapping[str, Any]) -> tuple[str, ...]:

@@ -172,6 +172,12 @@ def test_the_response_drawn_is_the_shortest_with_maps(invented: Invented, monkey
     without_maps = replace(analysis.response("00002-0"), maps=None)
     write_figures(invented([without_maps, analysis.response("00001-0"), analysis.response("00003-0")]))
     assert drawn == ["00002-0", "00003-0", "00001-0"]
+    right = replace(analysis.response("00003-0"), response="\\boxed{75}")
+    wrong = [replace(analysis.response(name), response="\\boxed{7}") for name in ("00001-0", "00002-0")]
+    asked = {"settings": {"figure": "shortest_correct"}}
+    write_figures(invented([*wrong, right], **asked))  # the longest, and without maps
+    write_figures(invented(wrong, **asked))  # of which the shorter has no maps
+    assert drawn[3:] == ["00003-0", "00001-0"]
     with pytest.raises(ValueError, match=r"name is '9'; the analysis has 00002-0, 00001-0"):
         write_figures(analysis_with_names(analysis), name="9")
     assert {path.stem for path in write_figures(invented([], table1=None))} == {"heads", "table2"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rhythm.analysis.problems import Problem, RowError, paper_prompt, read_problems
+from rhythm.analysis.problems import Problem, RowError, is_correct, paper_prompt, read_problems
 
 
 def test_rows(tmp_path: Path) -> None:
@@ -26,6 +26,24 @@ def test_rows(tmp_path: Path) -> None:
     assert third.prompt.endswith("\nContext: Tom has 2 hens. He buys 3.\nQuestion: How many now?\n")
     assert third.answer == "2 + 3 = 5\n#### 5"
     assert third.responses == ()
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "correct"),
+    [
+        ("2 + 3 = 5\n#### 5", "so \\boxed{5}. Next: \\boxed{6}", True),
+        ("5", "Final answer: Tom has 5 hens.", True),
+        ("5", "He has 6 hens.\n#### 6, not 5", False),
+        ("1080", "2 * 540 = 1,080. So she earns $1,080 a year.", True),  # no answer block: the last number
+        ("1080", "1080 is what she earns in 1 year.", False),
+        ("red", "<answer>red</answer>", True),
+        ("red", "red", False),
+        ("5", "", False),
+        (None, "\\boxed{5}", False),
+    ],
+)
+def test_correct_responses(answer: str | None, response: str, correct: bool) -> None:
+    assert is_correct(answer, response) == correct
 
 
 def test_prompts_in_a_list() -> None:

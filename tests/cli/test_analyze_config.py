@@ -11,6 +11,7 @@ import yaml
 from rhythm.analysis import AnalysisConfig
 from rhythm.cli import analyze as command
 from rhythm.cli.config_keys import config_keys
+from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 NEEDED = ["model=m", "prompts=p", "out=o"]
@@ -54,6 +55,21 @@ FORMER = [
 
 def config(*words: str) -> command.CommandConfig:
     return command._config(command._parser().parse_intermixed_args([*NEEDED, *words]))
+
+
+def test_the_papers_preset_is_under_what_is_set(tmp_path: Path) -> None:
+    paper = config("preset=paper")
+    assert (paper.signals.layers, paper.signals.horizon, paper.signals.window) == ("all", (1, None), 10)
+    assert (paper.sampling.temperature, paper.figure, paper.maps) == (0, "shortest_correct", 70)
+    own = config("preset=paper", "signals.layers=3", "sampling.max_new_tokens=9", "maps=1")
+    assert (own.signals.layers, own.signals.horizon, own.maps) == (3, (1, None), 1)
+    assert (own.sampling.temperature, own.sampling.max_new_tokens) == (0, 9)
+    file = tmp_path / "resolved.yaml"
+    file.write_text(command.dump_config(own), encoding="utf-8")
+    assert command._config(command._parser().parse_intermixed_args([str(file)])) == own
+    assert AnalysisConfig(preset="paper").signals.layers == "all"
+    assert AnalysisConfig(preset="paper", signals=SignalsConfig(window=5)).signals == SignalsConfig(window=5)
+    assert (config().preset, config().signals.layers, config().sampling.temperature) == (None, None, 0.7)
 
 
 def differences(one: object, other: object, name: str = "") -> dict[str, object]:
