@@ -113,6 +113,26 @@ def test_the_whole_loop(whole: Path) -> None:
     assert "vllm" in logs["actor_infer-0.log"]
 
 
+def test_dynamic_sampling_and_importance_correction(start: Callable[..., tuple[Any, Path]]) -> None:
+    """Masked where the ratio is above 1, which rounding makes about half of the tokens."""
+    launched, run = start(
+        "corrected", "steps=2", "batch.extra_rounds=2", "correction.mode=token_mask", "correction.high=1.0"
+    )
+    launched.finish()
+    steps = rows(run)[1:]
+    assert len(steps) == 2
+    for row in steps:
+        again = row["drawn_groups"] - 8
+        assert (row["extra_rounds"] > 0) == (again > 0)
+        assert row["zero_variance_share"] <= row["drawn_zero_variance_share"]
+        assert 0.2 < row["corrected_share"] < 0.8
+        assert 1 < row["rollout_ratio_max"] < 1.001
+        assert row["parity_max"] < 1e-3
+    assert any(row["zero_variance_share"] < row["drawn_zero_variance_share"] for row in steps)
+    assert any(row["grad_norm"] > 0 for row in steps)
+    assert launched.nothing_left()
+
+
 def test_a_killed_rank_sends_the_run_back_to_its_checkpoint_and_a_killed_driver_leaves_nothing_and_resumes(
     whole: Path, start: Callable[..., tuple[Any, Path]]
 ) -> None:
