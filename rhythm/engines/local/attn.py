@@ -16,6 +16,7 @@ from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.linear import use_onednn
+from rhythm.engines.local.short_attention import short_attention
 from rhythm.engines.local.weights import load_weights
 from rhythm.tap.observe import observe_heads
 from rhythm.tap.signals_config import SignalsConfig
@@ -45,7 +46,7 @@ class ObserveAttn:
 
     def signals(self, rollout: Rollout, groups: HeadGroups | None = None) -> RhythmSignals:
         """See rhythm.engines.interfaces.Attn."""
-        with autocast(self._model, self._precision):
+        with autocast(self._model, self._precision), short_attention(self._model):
             rows = SignalRows(rollout, self._tap, groups)
             for index_n, width in micro_batches(rollout, self._micro_batch_size, self._max_tokens):
                 micro = trim(take_rows(rollout, index_n), width)

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rhythm.engines.head import exact_head
 from rhythm.engines.local.draws import Draw
+from rhythm.engines.local.short_attention import short_attention
 
 _DROPPED_AT = 8  # rows are dropped once one in so many has ended: dropping copies the cache of the others
 
@@ -110,7 +111,7 @@ class _Step:
     def __call__(self, ids_bT: Tensor, mask_bT: Tensor, place_bT: Tensor) -> Tensor:
         """`ids_bT`: the tokens after those in the cache, at positions `place_bT`. `mask_bT`: of the cache and them."""
         places = {"position_ids": place_bT} if self._positions else {}
-        with exact_head(self._model):
+        with exact_head(self._model), short_attention(self._model):
             logits_bTV: Tensor = self._model(
                 input_ids=ids_bT,
                 attention_mask=mask_bT,

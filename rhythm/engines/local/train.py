@@ -33,6 +33,7 @@ from rhythm.engines.local.attn import SignalRows, autocast
 from rhythm.engines.local.linear import use_onednn
 from rhythm.engines.local.logprobs import check_output_head, padded_states, response_logprobs
 from rhythm.engines.local.packed import packed_states, packing_refusal
+from rhythm.engines.local.short_attention import short_attention
 from rhythm.engines.local.step_reader import StepReader
 from rhythm.engines.local.weights import load_weights
 from rhythm.engines.watch import DeviceWatch
@@ -265,7 +266,7 @@ class TorchTrain:
                 model, attention_mask=rollout.attention_mask, prompt_lens=rollout.prompt_lens, signals=tap
             )
             open_tap.watch = watch or nullcontext()
-        with nullcontext() if open_tap is None or self._packs else open_tap:
+        with short_attention(model), nullcontext() if open_tap is None or self._packs else open_tap:
             log_probs = response_logprobs(
                 model,
                 rollout,

@@ -1,0 +1,80 @@
+"""Attention of single queries and short sequences on the CPU as two plain products: faster there than torch's kernel.
+
+torch's fused attention works in tiles made for long sequences, and the key heads are copied once per query head for it
+as soon as there is a mask. Here query heads that share a key head are rows of one product, and nothing is copied.
+
+Shape suffixes: B sequences, H query heads, G key heads, T queries, S keys, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+LONGEST = 48
+"""Most keys of a sequence whose queries come together, as in training; beyond them torch's kernel is faster. A single
+query, as in generation, may have any number.
+"""
+
+_NAME = "rhythm_short"
+
+
+@contextmanager
+def short_attention(model: Any) -> Iterator[None]:
+    """While open, sdpa attention of single queries and of sequences up to LONGEST is computed by products, in fp32 on
+    the CPU. Other calls are sdpa's, and so is all attention of a model with another implementation.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != "sdpa" or model.device.type != "cpu":
+        yield
+        return
+    if _NAME not in AttentionInterface():
+        AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
+        AttentionInterface.register(_NAME, _attention)
+    # As a dict: a plain name would go to the configurations of sub-models too, such as a vision tower's.
+    config._attn_implementation = {"": _NAME}
+    try:
+        yield
+    finally:
+        config._attn_implementation = {"": "sdpa"}
+
+
+def _attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that transformers calls: as sdpa's, up to rounding. On queries that see no key, what it
+    gives has no meaning.
+    """
+    single = query_BHTD.shape[2] == 1
+    plain = dropout == 0 and options.get("position_bias") is None and options.get("cache") is None
+    masked = single if attention_mask is None else attention_mask.dtype == torch.bool
+    exact = query_BHTD.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (plain and masked and exact and (single or key_BGSD.shape[2] <= LONGEST)):
+        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query_BHTD, key_BGSD, value_BGSD, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+        return result
+    batch, heads, queries, size = query_BHTD.shape
+    groups = key_BGSD.shape[1]
+    scaled_BHTD = query_BHTD * (size**-0.5 if scaling is None else scaling)
+    score_BHTS = (scaled_BHTD.reshape(batch, groups, -1, size) @ key_BGSD.transpose(2, 3)).view(
+        batch, heads, queries, -1
+    )
+    if attention_mask is not None:
+        score_BHTS.masked_fill_(~attention_mask, torch.finfo(score_BHTS.dtype).min)
+    weight_BHTS = score_BHTS.softmax(dim=-1)
+    out_BHTD = (weight_BHTS.view(batch, groups, heads // groups * queries, -1) @ value_BGSD).view(query_BHTD.shape)
+    return out_BHTD.transpose(1, 2).contiguous(), None
