@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _refuse_former_options(argv)
     arguments = _parser().parse_intermixed_args(argv)
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if arguments.help:
         show(_help(arguments))
         return ExitCode.DONE

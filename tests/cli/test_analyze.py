@@ -42,8 +42,11 @@ def run(model: str, prompts: str, out: Path, *options: str) -> int:
 def test_a_report_and_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     model, file = checkpoint(tmp_path / "model"), prompts(tmp_path, {"prompt": "1,2,3>6:"}, {"question": "1+1?"})
+    transformers.utils.logging.enable_progress_bar()
     assert run(model, file, out) == 0
-    assert capsys.readouterr().out.split() == [str(out / "report.html")]
+    shown = capsys.readouterr()
+    assert shown.out.split() == [str(out / "report.html")]
+    assert "Loading weights" not in shown.err, "transformers' own bar, which draws over lines in a log"
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     settings = json.loads((out / "settings.json").read_text())
     assert settings["signals"]["horizon"] == [2, 6]
