@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = None if options.device != "cuda" and options.records == RECORDS else options.records
         return run(options.device, records, console, errors, Budget(options.budget))
     settings = QUICK if options.quick else Settings()
-    settings = replace(settings, threads=options.threads, aims=settings.aims and options.threads == 1)
+    settings = replace(settings, threads=options.threads, with_targets=settings.with_targets and options.threads == 1)
     try:
         benchmarks = select(options.ops)
     except ValueError as error:
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "commit": commit(),
         "threads": options.threads,
         "settings": asdict(settings),
-        "gate": [suite.check_json(shape) for shape in checked],
+        "correctness": [suite.check_json(shape) for shape in checked],
         "parts": {part.name: suite.part_json(part) for part in parts},
     }
     paths = [options.json] if options.json else []

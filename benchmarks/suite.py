@@ -25,7 +25,7 @@ class Settings:
     """Sizes of a run, under the names that they have in the record.
 
     windowed, sliding_window: a sliding-window layer, as large as those of Gemma 3 1B.
-    aims: whether these are the sizes for which the targets were set. gate: the odd shape that is checked.
+    with_targets: whether these are the sizes for which the targets were set. odd_shape: checked as well as `shape`.
     """
 
     shape: Shape = FULL
@@ -33,11 +33,11 @@ class Settings:
     memory_tokens: int = 32768
     windowed: Shape = GEMMA
     sliding_window: int = 512
-    gate: Shape = ODD
+    odd_shape: Shape = ODD
     rounds: int = 5
     least_seconds: float = 0.2
     threads: int = 1
-    aims: bool = True
+    with_targets: bool = True
 
 
 QUICK = Settings(
@@ -46,10 +46,10 @@ QUICK = Settings(
     memory_tokens=1024,
     windowed=Shape(300, query_heads=2, key_heads=1, head_size=32),
     sliding_window=40,
-    gate=Shape(111, prompt=7, query_heads=4, key_heads=1, head_size=32),
+    odd_shape=Shape(111, prompt=7, query_heads=4, key_heads=1, head_size=32),
     rounds=2,
     least_seconds=0.0,
-    aims=False,
+    with_targets=False,
 )
 
 
@@ -116,7 +116,7 @@ def check(benchmarks: list[Benchmark], settings: Settings, device: str) -> list[
     """
     return [
         CheckedShape(shape, _name(dtype), tuple(verify(benchmarks, make_inputs(shape, dtype, device))))
-        for shape in (settings.gate, settings.shape)
+        for shape in (settings.odd_shape, settings.shape)
         for dtype in DTYPES
     ]
 
@@ -143,7 +143,7 @@ def comparison_part(benchmarks: list[Benchmark], settings: Settings, device: str
         best = min(blocked, key=lambda name: timings[name].median)
         rows.append((f"statistics against {best}, the best blocked torch: times as fast", best, "statistics", {}))
     metrics = [
-        Metric(name, ratio(timings[one], timings[other]), "×", **(target if settings.aims else {}))
+        Metric(name, ratio(timings[one], timings[other]), "×", **(target if settings.with_targets else {}))
         for name, one, other, target in rows
         if one in timings and other in timings
     ]
@@ -171,7 +171,7 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
             f"bands only at T={tokens}: share of the full sweep",
             100 * share,
             "%",
-            at_most=8.0 if settings.aims and tokens == settings.shape.tokens else None,
+            at_most=8.0 if settings.with_targets and tokens == settings.shape.tokens else None,
         )
         for tokens, share in shares.items()
     ]
@@ -181,7 +181,7 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
         f"bands only: share at T={last} over that at T={before} (½ is 1/T)",
         shares[last] / shares[before],
         "",
-        at_most=0.6 if settings.aims else None,
+        at_most=0.6 if settings.with_targets else None,
     )
     return Part("bands", tuple(measurements), (*metrics, falls))
 
@@ -233,7 +233,7 @@ def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
         f"{benchmark.name}, two threads against one: times as fast",
         ratio(timings["1"], timings["2"]),
         "×",
-        at_least=1.8 if settings.aims else None,
+        at_least=1.8 if settings.with_targets else None,
     )
     return Part("threads", measurements, (speed_up,))
 
@@ -246,7 +246,7 @@ def memory_part(benchmark: Benchmark, settings: Settings) -> Part:
             f"{benchmark.name} at T={shape.tokens}, {_name(dtype)}: memory beyond its inputs",
             peak_extra_bytes(shape, dtype, benchmark.name, settings.threads) / 1e6,
             "MB",
-            at_most=200.0 if settings.aims else None,
+            at_most=200.0 if settings.with_targets else None,
         )
         for dtype in DTYPES
     ]
@@ -263,7 +263,7 @@ def part_json(part: Part) -> dict[str, object]:
     """The part as JSON, including computed properties."""
     measurements = [asdict(m) | {"gflops_per_second": m.gflops} for m in part.measurements]
     metrics = [asdict(metric) | {"met": metric.met} for metric in part.metrics]
-    return {"measurements": measurements, "claims": metrics}
+    return {"measurements": measurements, "metrics": metrics}
 
 
 def _measurement(benchmark: Benchmark, timing: Timing, shape: Shape, dtype: torch.dtype, threads: int) -> Measurement:

@@ -74,7 +74,7 @@ def run(device: str, records: Path | None, console: Console, errors: Console, bu
     settings = CheckSettings() if device == "cuda" else REHEARSED
     report = Report(clock, "gpu_check.json", records, console, errors)
     report.run(parts(settings, clock, budget), budget)
-    if report.record["parts"].get("contestants", {}).get("wrong"):
+    if report.record["parts"].get("implementations", {}).get("wrong"):
         report.run([Planned("bisection", 10.0, lambda: bisection_part(settings.suite, clock))], budget)
     if report.failed:
         report.complain("Something above is wrong: find the cause before running gpu-race or gpu-record (docs/gpu.md).")
@@ -88,7 +88,7 @@ def parts(settings: CheckSettings, clock: Clock, budget: Budget) -> list[Planned
     return [
         Planned("card", 1.0, card_part),
         Planned("ceilings", 20.0, lambda: ceilings_part(clock, settings.sizes, suite.shape, plain, settings.rounds)),
-        Planned("contestants", 30.0, lambda: implementations_part(suite, clock)),
+        Planned("implementations", 30.0, lambda: implementations_part(suite, clock)),
         *(Planned(tests.name, 10.0, lambda tests=tests: tests_part(tests, budget)) for tests in settings.tests),
     ]
 
@@ -107,7 +107,7 @@ def implementations_part(suite: GpuSettings, clock: Clock) -> GpuPart:
         else:
             rows += [case | {"result": v.result, "error": v.error, "allowed": v.allowed} for v in results]
     table = tuple({key: f"{x:.1e}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
-    return GpuPart("contestants", tuple(rows), (), (), tuple(wrong), bool(wrong), table, {"wrong": wrong})
+    return GpuPart("implementations", tuple(rows), (), (), tuple(wrong), bool(wrong), table, {"wrong": wrong})
 
 
 def bisection_part(suite: GpuSettings, clock: Clock) -> GpuPart:

@@ -130,9 +130,7 @@ def prototypes_part(
         comparison.absent.append(f"prototypes: there are none ({PROTOTYPES})")
     comparison.measure(clock, settings.rounds)
     flops = {one.name: one.flops(settings.timed_shape) for one in references}
-    flops |= {
-        one.name: score_flops(settings.timed_shape) * (2 if getattr(one, "values", False) else 1) for one in trials
-    }
+    flops |= {one.name: score_flops(settings.timed_shape) * (2 if one.values else 1) for one in trials}
     rows = comparison.rows(settings.timed_shape.tokens, flops, comparison.best([one.name for one in plain]))
     json, cells = tuple(row.json() for row in rows), tuple(row.cells() for row in rows)
     return GpuPart(

@@ -61,7 +61,7 @@ class GpuPart:
 
     def json(self) -> dict[str, Any]:
         metrics = [asdict(metric) | {"met": metric.met} for metric in self.metrics]
-        return {"rows": list(self.rows), "claims": metrics, "absent": list(self.absent)} | self.facts
+        return {"rows": list(self.rows), "metrics": metrics, "absent": list(self.absent)} | self.facts
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def run(device: str, records: Path | None, console: Console, errors: Console, bu
     except WrongResultError as error:
         report.complain(f"The correctness check failed: no number is reported.\n{error}")
         return 1
-    report.record["gate"] = [
+    report.record["correctness"] = [
         {"shape": asdict(shape), "dtype": dtype, "results": {f"{v.op} {v.result}": f"{v.error:.1e}" for v in results}}
         for shape, dtype, results in passed
     ]

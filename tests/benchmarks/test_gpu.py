@@ -38,7 +38,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_record(record: dict[str, Any]) -> None:
-    assert set(record) == {"date", "machine", "software", "commit", "gate", "parts", "not_measured"}
+    assert set(record) == {"date", "machine", "software", "commit", "correctness", "parts", "not_measured"}
     assert record["not_measured"] == []
     assert record["software"]["triton"]
     assert list(record["parts"]) == ["race", "actor_attn", "packed_60"]
@@ -49,10 +49,10 @@ def test_the_record(record: dict[str, Any]) -> None:
         assert row["tflops"] == pytest.approx(row["flops"] / row["seconds"] / 1e12)
     assert race["rows"][0]["to_best_forward"] == 1
     assert race["absent"][0] == "sdpa_cudnn: cuDNN takes tensors on a GPU"
-    assert [metric["at_most"] for metric in race["claims"]] == [0.5, 1.05, None, 0.05]
-    names = [metric["name"] for metric in record["parts"]["actor_attn"]["claims"]]
+    assert [metric["at_most"] for metric in race["metrics"]] == [0.5, 1.05, None, 0.05]
+    names = [metric["name"] for metric in record["parts"]["actor_attn"]["metrics"]]
     assert names[1] == "actor_attn of 80 tokens in memory (1: yes)"
-    assert record["parts"]["actor_attn"]["claims"][1]["met"]
+    assert record["parts"]["actor_attn"]["metrics"][1]["met"]
     assert "tokens" in record["parts"]["packed_60"]["absent"][-1]
 
 
@@ -67,7 +67,7 @@ def test_what_the_budget_has_no_room_for_is_named(tmp_path: Path, monkeypatch: p
     assert json.loads(path.read_text())["not_measured"] == ["race: budget", "actor_attn: budget", "packed_60: budget"]
 
 
-def test_a_wrong_result_closes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(inputs: Any) -> Any:
         right = cpu_implementations.eager(inputs)
         return lambda: {name: x * 1.01 for name, x in right().items()}
@@ -106,7 +106,7 @@ def test_lengths_spread_and_add_up() -> None:
     assert 0.6 * mean < tokens / len(lengths) < 1.7 * mean
 
 
-def test_claims_take_the_best_forward() -> None:
+def test_ratios_are_to_the_best_forward() -> None:
     timings = {"a": Timing((4.0, 2.0)), "statistics": Timing((1.0, 1.0)), "bands": Timing((0.1, 0.2))}
     metrics = suite._metrics(timings, "a", QUICK.shape)
     assert [metric.value for metric in metrics] == [pytest.approx(0.375), pytest.approx(0.0625)]

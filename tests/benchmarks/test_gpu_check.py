@@ -36,21 +36,21 @@ def checked(
 
 
 def test_check_finds_ceilings(checked: dict[str, Any]) -> None:
-    assert list(checked["parts"]) == ["card", "ceilings", "contestants", "tests of tiles"]
+    assert list(checked["parts"]) == ["card", "ceilings", "implementations", "tests of tiles"]
     rows = {row["name"]: row for row in checked["parts"]["ceilings"]["rows"]}
     assert list(rows) == ["matmul 16³, bf16", "copy, read and written", "L2 read, 0 MB", f"sdpa_flash {SHAPE}"]
     matmul = rows["matmul 16³, bf16"]
     assert matmul["rate"] == pytest.approx(2 * 16**3 / matmul["seconds"] / 1e12)
     read = rows["L2 read, 0 MB"]
     assert read["rate"] == pytest.approx(2 * 2 * 4 * 4096 / read["seconds"] / 1e12)
-    (metric,) = checked["parts"]["ceilings"]["claims"]
+    (metric,) = checked["parts"]["ceilings"]["metrics"]
     assert metric["at_least"] == 500
     assert metric["value"] == rows[f"sdpa_flash {SHAPE}"]["rate"]
     assert metric["met"] is False
 
 
 def test_check_compares_our_implementations_with_the_reference(checked: dict[str, Any]) -> None:
-    rows = checked["parts"]["contestants"]["rows"]
+    rows = checked["parts"]["implementations"]["rows"]
     assert {(row["op"], row["result"]) for row in rows} == {
         *(("statistics", name) for name in ("span", "waad", "fai", "lse")),
         *(("with_output", name) for name in ("out", "span", "waad", "fai", "lse")),
@@ -88,7 +88,7 @@ def test_a_wrong_kernel_is_bisected(
     settings = replace(check.REHEARSED, suite=replace(smallest, implementations=implementations_), tests=())
     monkeypatch.setattr(check, "REHEARSED", settings)
     record = rehearse("check", tmp_path, code=1)
-    (reason,) = record["parts"]["contestants"]["wrong"]
+    (reason,) = record["parts"]["implementations"]["wrong"]
     assert reason.startswith("statistics T=33, Hq=2, Hkv=1, D=16 bfloat16: statistics: waad has error ")
     wrong = record["parts"]["bisection"]["wrong with"]
     assert wrong["tiles of 32 × 32"] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks import implementations as ops
 from benchmarks.gpu import race, tiles
 from benchmarks.gpu.clock import Budget, MadeUpClock
+from benchmarks.gpu.prototypes import Prototype
 from benchmarks.gpu.suite import GpuSettings
 from benchmarks.implementations import Maker
 from benchmarks.shapes import Inputs, Shape
@@ -41,14 +42,8 @@ def names(part: dict[str, Any], key: str = "op") -> list[str]:
     return [row[key] for row in part["rows"]]
 
 
-@dataclass(frozen=True)
-class Trial:
-    name: str
-    make: Maker
-    reason: str | None = None
-
-    def absent(self) -> str | None:
-        return self.reason
+def trial(name: str, make: Maker, reason: str | None = None) -> Prototype:
+    return Prototype(name, make, absent=lambda: reason, interprets=True)
 
 
 def span_and_lse(inputs: Inputs) -> Callable[[], Any]:
@@ -66,10 +61,10 @@ def compiles_not(inputs: Inputs) -> Callable[[], Any]:
 
 
 TRIALS = (
-    Trial("right", span_and_lse),
-    Trial("wrong", lambda inputs: lambda: {"lse": 1.1 * ops.eager(inputs)()["lse"]}),
-    Trial("raises", compiles_not),
-    Trial("elsewhere", span_and_lse, "needs another card"),
+    trial("right", span_and_lse),
+    trial("wrong", lambda inputs: lambda: {"lse": 1.1 * ops.eager(inputs)()["lse"]}),
+    trial("raises", compiles_not),
+    trial("elsewhere", span_and_lse, "needs another card"),
 )
 
 

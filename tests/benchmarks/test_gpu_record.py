@@ -87,9 +87,9 @@ def test_the_record_has_its_parts_in_order(record: dict[str, Any]) -> None:
     assert record["machine"] == {"name": "rehearsal"}
 
 
-def test_claims_are_those_of_the_replays(record: dict[str, Any]) -> None:
+def test_ratios_are_those_of_the_replays(record: dict[str, Any]) -> None:
     best = MADE_UP("sdpa_flash")
-    metrics = record["parts"]["race"]["claims"]
+    metrics = record["parts"]["race"]["metrics"]
     assert [metric["name"].split(" ")[0] for metric in metrics] == ["statistics", "with_output", "bands", "bands"]
     values = [MADE_UP(name) / best for name in ("statistics", "with_output", "bands", "bands")]
     assert [metric["value"] for metric in metrics] == pytest.approx(values)
@@ -138,7 +138,7 @@ def test_the_table_names_them_too(tiny: suite.GpuSettings, tmp_path: Path, capsy
     assert rows[1].split()[2] == f"{1005 * MADE_UP('statistics'):.3f}"
 
 
-def test_a_implementation_that_cannot_be_captured_is_timed_eagerly(
+def test_an_implementation_that_cannot_be_captured_is_timed_eagerly(
     tiny: suite.GpuSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def captured(self: Clock, call: Callable[[], Any]) -> Callable[[], Any]:

@@ -40,7 +40,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_record_says_where_its_numbers_come_from(record: dict[str, Any]) -> None:
     assert set(record) == {
-        "date", "machine", "software", "commit", "threads", "settings", "gate", "parts",
+        "date", "machine", "software", "commit", "threads", "settings", "correctness", "parts",
     }  # fmt: skip
     assert record["machine"] == machine()
     assert record["software"]["torch"] == torch.__version__
@@ -78,18 +78,18 @@ def test_record_holds_the_parts(record: dict[str, Any]) -> None:
     windowed, full, *_ = parts["windows"]["measurements"]
     assert full["flops"] / windowed["flops"] == pytest.approx((300 * 301 / 2) / (40 * 300 - 40 * 39 / 2))
     assert [m["threads"] for m in parts["threads"]["measurements"]] == [1, 2]
-    assert all(metric["unit"] == "MB" and metric["value"] > 0 for metric in parts["memory"]["claims"])
-    metrics = [metric for part in parts.values() for metric in part["claims"]]
+    assert all(metric["unit"] == "MB" and metric["value"] > 0 for metric in parts["memory"]["metrics"])
+    metrics = [metric for part in parts.values() for metric in part["metrics"]]
     assert all(metric["met"] is None for metric in metrics), "targets are set for the full size"
     assert any("best blocked torch" in metric["name"] for metric in metrics)
 
 
-def test_record_holds_what_the_gate_saw(record: dict[str, Any]) -> None:
-    assert [(gate["shape"]["tokens"], gate["dtype"]) for gate in record["gate"]] == [
+def test_record_holds_what_the_check_saw(record: dict[str, Any]) -> None:
+    assert [(checked["shape"]["tokens"], checked["dtype"]) for checked in record["correctness"]] == [
         (111, "float32"), (111, "bfloat16"), (192, "float32"), (192, "bfloat16"),
     ]  # fmt: skip
-    for gate in record["gate"]:
-        assert {"statistics span", "bands fai", "with_output out", "blocked_64 waad"} <= set(gate["results"])
+    for checked in record["correctness"]:
+        assert {"statistics span", "bands fai", "with_output out", "blocked_64 waad"} <= set(checked["results"])
 
 
 def test_a_wrong_op_stops_the_run_without_numbers(
@@ -122,13 +122,13 @@ def test_an_unknown_op_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'flash'" in capsys.readouterr().err
 
 
-def test_a_full_run_leaves_a_record_with_the_aims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_run_leaves_a_record_with_its_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The full path at quick sizes: the settings are replaced, the rest is as without --quick."""
-    monkeypatch.setattr("benchmarks.run.Settings", lambda: replace(QUICK, aims=True))
+    monkeypatch.setattr("benchmarks.run.Settings", lambda: replace(QUICK, with_targets=True))
     assert main(["--records", str(tmp_path)]) == 0
     path = record_path("cpu", machine(), tmp_path)
     metrics = {
-        metric["name"]: metric for part in json.loads(path.read_text())["parts"].values() for metric in part["claims"]
+        metric["name"]: metric for part in json.loads(path.read_text())["parts"].values() for metric in part["metrics"]
     }
     assert metrics["statistics against eager: times as fast"]["at_least"] in (16.0, 25.0)
     with_target = [metric for metric in metrics.values() if metric["met"] is not None]
@@ -142,7 +142,7 @@ def test_a_full_run_leaves_a_record_with_the_aims(tmp_path: Path, monkeypatch: p
     assert all(metric["met"] is True and metric["at_most"] == 200.0 for metric in memory)
 
 
-def test_claims_are_met_or_not() -> None:
+def test_targets_are_met_or_not() -> None:
     assert Metric("", 16.0, "×", at_least=16.0).met is True
     assert Metric("", 15.9, "×", at_least=16.0).met is False
     assert Metric("", 1.1, "×", at_most=1.1).met is True
@@ -150,8 +150,8 @@ def test_claims_are_met_or_not() -> None:
     assert Metric("", 1.2, "×").met is None
 
 
-def test_the_aims_are_those_of_the_issue() -> None:
-    settings = replace(QUICK, aims=True)
+def test_targets_depend_on_the_dtype() -> None:
+    settings = replace(QUICK, with_targets=True)
     targets = {
         dtype: [
             (metric.at_least, metric.at_most)

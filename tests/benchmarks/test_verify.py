@@ -56,7 +56,7 @@ def test_every_op_passes(dtype: torch.dtype) -> None:
         ("blocked_64", "fai", lambda x: x[:, :-1]),
     ],
 )
-def test_a_wrong_result_closes_the_gate(op: str, result: str, change: Callable[[Tensor], Tensor]) -> None:
+def test_a_wrong_result_ends_the_run(op: str, result: str, change: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(WrongResultError):
         verify([REGISTRY["eager"], changed(op, result, change)], make_inputs(SHAPE, torch.float32))
 

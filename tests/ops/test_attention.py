@@ -183,8 +183,8 @@ def test_packaged_records_name_what_was_measured() -> None:
     for record in attention._records():
         assert record["attention"] in attention.NAMES
         measured = json.loads((ROOT / record["record"]).read_text(encoding="utf-8"))
-        claims = measured["parts"][f"race_{record['dtype']}"]["claims"]
-        (ratio,) = [claim["value"] for claim in claims if claim["name"].startswith("with output")]
+        metrics = measured["parts"][f"race_{record['dtype']}"]["metrics"]
+        (ratio,) = [metric["value"] for metric in metrics if metric["name"].startswith("with output")]
         assert record["time"] == round(ratio, 2)
 
 

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
-        "gate": {"errors": errors, "passed": not wrong},
+        "correctness": {"errors": errors, "passed": not wrong},
     }
     if not wrong:
         report["milliseconds"] = timed(calls(q, k, v, lse), options.seconds)

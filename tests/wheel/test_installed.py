@@ -178,9 +178,9 @@ def benchmark(cwd: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[s
 def test_benchmark_of_another_project(dtype: str, tmp_path: Path) -> None:
     done, report = benchmark(tmp_path, "--dtype", dtype)
     assert done.returncode == 0
-    assert report["gate"]["passed"] is True
-    assert len(report["gate"]["errors"]) == 12
-    assert all(0 < error < (0.02 if name == "out" else 1e-4) for name, error in report["gate"]["errors"].items())
+    assert report["correctness"]["passed"] is True
+    assert len(report["correctness"]["errors"]) == 12
+    assert all(0 < error < (0.02 if name == "out" else 1e-4) for name, error in report["correctness"]["errors"].items())
     assert (report["dtype"], report["shape"]["tokens"]) == (dtype, 200)
     times = report["milliseconds"]
     assert set(times) == {
@@ -200,6 +200,6 @@ def test_statistics_beat_the_eager_reference(dtype: str, tmp_path: Path) -> None
 def test_benchmark_reports_no_time_when_a_result_is_wrong(tmp_path: Path) -> None:
     done, report = benchmark(tmp_path, "--strictness", "0")
     assert done.returncode == 1
-    assert report["gate"]["passed"] is False
+    assert report["correctness"]["passed"] is False
     assert "milliseconds" not in report
     assert done.stdout.startswith("wrong, so nothing is timed: out by ")
