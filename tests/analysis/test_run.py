@@ -20,7 +20,7 @@ from rhythm.analysis.generation import GroupedInfer
 from rhythm.analysis.progress import AnalysisProgress
 from rhythm.analysis.results import read_json, response_path, write_json
 from rhythm.analysis.rows import table1_frame, table2_frame, tokens_frame
-from rhythm.engines.local.infer import _LogProbRecorder
+from rhythm.engines.local.infer import GenerateInfer
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 CONFIG = AnalysisConfig.model_validate(
@@ -111,7 +111,7 @@ def test_progress_within_generation_and_counterfactuals(
     monkeypatch.setattr(run_module, "AnalysisProgress", Noted)
     monkeypatch.setattr(run_module, "counterfactuals", noting(run_module.counterfactuals))
     monkeypatch.setattr(Observer, "observe", noting(Observer.observe))
-    monkeypatch.setattr(_LogProbRecorder, "__call__", noting(_LogProbRecorder.__call__))
+    monkeypatch.setattr(GenerateInfer, "_progress", noting(GenerateInfer._progress))
     analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
     assert seen[0].startswith(
         "0/4 problems; generating responses (0 of at most 14 tokens each) for 0 s; none is finished"

@@ -175,9 +175,11 @@ def test_generate_draws_from_and_reports_the_fp32_product(model: Any) -> None:
     model.lm_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][:, -1]))
     drawn: list[Tensor] = []
     model.lm_head.register_forward_hook(lambda _, inputs, logits: drawn.append(logits))
-    rollout = GenerateInfer(model, end_ids=(2,), pad_id=0).generate(
+    # No token ends a response, so that each forward pass but that of the prompts has all rows.
+    rollout = GenerateInfer(model, end_ids=(1000,), pad_id=0).generate(
         [[1, 20, 30, 40, 50], [1, 60]], 4, SamplingConfig(max_new_tokens=12), seed=5
     )
+    states[0] = states[0][rollout.group]
     assert {logits.dtype for logits in drawn} == {torch.float32}
     for row, prompt_len in enumerate(rollout.prompt_lens.tolist()):
         positions = rollout.response_mask[row].nonzero()[:, 0]

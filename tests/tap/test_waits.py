@@ -155,13 +155,13 @@ def test_no_tapped_layer_waits(name: str, implementation: str, side: str, monkey
     model, (input_ids, mask) = made(name, implementation), batch(side)
     of_layers: list[list[str]] = []
 
-    def receive(self: AttentionTap, call: AttentionCall, original: Any = AttentionTap._receive) -> Any:
+    def receive(self: AttentionTap, call: AttentionCall, original: Any = AttentionTap.receive) -> Any:
         with waits() as waiting:
             result = original(self, call)
         of_layers.append(waiting)
         return result
 
-    monkeypatch.setattr(AttentionTap, "_receive", receive)
+    monkeypatch.setattr(AttentionTap, "receive", receive)
     with (
         torch.no_grad(),
         AttentionTap(model, prompt_lens=PROMPT_LENS, signals=SignalsConfig(layers=range(4)), **mask) as tap,
@@ -226,7 +226,7 @@ def test_tensors_without_values_pass_through_a_tap(
     for call in calls:
         names = ("query", "key", "value", "mask")
         given = {name: getattr(call, name) for name in names}
-        tap._receive(replace(call, **{name: None if x is None else x.to("meta") for name, x in given.items()}))
+        tap.receive(replace(call, **{name: None if x is None else x.to("meta") for name, x in given.items()}))
     assert all(statistics.waad.shape == (2, 4, T) for statistics in tap._statistics.values())
     assert len(tap._statistics) == 4
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):

@@ -1,8 +1,7 @@
-"""How prompts become tokens, which fit, and where a response stops; each of the paper's sets trained for one step."""
+"""How prompts become tokens, which fit, and where a response stops."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,6 @@ from rhythm.tasks import load_task
 from rhythm.tasks.prompts import ChatPrompt, PromptConfig, encode_prompt
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 from rhythm.trainer.prompts import fit_prompts
-
-_path = Path(__file__).parents[1] / "tasks" / "paper_sets.py"
-_spec = importlib.util.spec_from_file_location("paper_sets", _path)
-assert _spec is not None
-assert _spec.loader is not None
-paper_sets = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(paper_sets)
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[>]{% endif %}"
@@ -57,16 +49,6 @@ def lines(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
-
-
-@pytest.mark.parametrize("name", paper_sets.ROWS)
-def test_each_of_the_papers_sets_is_trained_for_one_step(name: str, tmp_path: Path) -> None:
-    path = lines(tmp_path, paper_sets.ROWS[name])
-    assert main(config(tmp_path, f"task.name={name}", f"task.options={{path: {path}, held_out: 0.5}}")) == 0
-    records = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [0, 1]
-    assert all(record["accuracy_instances"] == 3 for record in records)
-    assert records[1]["response_tokens"] > 0
 
 
 def test_prompts_as_tokens() -> None:

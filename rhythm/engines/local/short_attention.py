@@ -28,10 +28,12 @@ _NAME = "rhythm_short"
 @contextmanager
 def short_attention(model: Any) -> Iterator[None]:
     """While open, sdpa attention of single queries and of sequences up to LONGEST is computed by products, in fp32 on
-    the CPU. Other calls are sdpa's, and so is all attention of a model with another implementation.
+    the CPU. Other calls are sdpa's, and so is all attention of a model with another implementation, or whose backward
+    pass computes activations again: that pass comes after the context.
     """
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != "sdpa" or model.device.type != "cpu":
+    again = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
+    if config._attn_implementation != "sdpa" or model.device.type != "cpu" or again:
         yield
         return
     if _NAME not in AttentionInterface():
