@@ -16,11 +16,9 @@ from torch import Tensor
 from rhythm.analysis.attention import ObservedAttention
 from rhythm.analysis.receivers import excess_kurtosis, received_between_sentences
 from rhythm.engines.local.logprobs import check_output_head
-from rhythm.ops import reference
 from rhythm.ops.column_scores import column_scores
 from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
-from rhythm.tap.attention_tap import check_reference
 from rhythm.tap.interception import (
     ATTENTION_LAYERS,
     Output,
@@ -134,43 +132,25 @@ class Observer:
         query_NHD, key_NGD = call.query[0].transpose(0, 1), call.key[0].transpose(0, 1)
         lo, _ = self._signals.horizon
         options: dict[str, Any] = {"window": self._signals.window, "horizon": self._signals.horizon}
-        n = query_NHD.shape[0]
-        plain = form.softcap is None and (form.window is None or n <= form.window)
-        backend = self._signals.backend
-        if plain:
-            fused = attention_statistics(
-                query_NHD, key_NGD, prompt_lens=[prompt_len], scale=form.scale, backend=backend, **options
-            )
-            assert fused.span is not None
-            span_H, waad_HN, fai_HN, lse_HN = fused.span[0], fused.waad, fused.fai, fused.lse
-            received_HN = column_scores(
-                query_NHD,
-                key_NGD,
-                reduce="mean",
-                rows=(prompt_len, None),
-                horizon=(lo, None),
-                scale=form.scale,
-                lse=lse_HN,
-                backend=backend,
-            )
-        else:
-            check_reference(call, backend, self.config.model_type)
-            where: dict[str, Any] = {"bounds": [0, n], "prompt_lens": [prompt_len], "scale": form.scale}
-            masked: dict[str, Any] = {"sliding_window": form.window, "softcap": form.softcap}
-            span_1H, waad_HN, fai_HN, lse_HN, _ = reference.attention_statistics(
-                query_NHD, key_NGD, **where, **options, **masked
-            )
-            span_H = span_1H[0]
-            received_HN = reference.attention_statistics(
-                query_NHD, key_NGD, **where, **masked, window=1, horizon=(lo, None), lse_HT=lse_HN
-            )[2]
+        backend, of_form = self._signals.backend, form.arguments(query_NHD.shape[0])
+        got = attention_statistics(query_NHD, key_NGD, prompt_lens=[prompt_len], backend=backend, **options, **of_form)
+        assert got.span is not None
+        span_H, waad_HN, fai_HN, lse_HN = got.span[0], got.waad, got.fai, got.lse
+        received_HN = column_scores(
+            query_NHD,
+            key_NGD,
+            reduce="mean",
+            rows=(prompt_len, None),
+            horizon=(lo, None),
+            lse=lse_HN,
+            backend=backend,
+            **of_form,
+        )
         attention = ObservedAttention(
             query=query_NHD,
             key=key_NGD,
-            scale=form.scale,
-            sliding_window=form.window,
-            softcap=form.softcap,
             lse=lse_HN,
+            **of_form,
             prompt_len=prompt_len,
         )
         between_HS = received_between_sentences(attention, sentence_M, self._gap)

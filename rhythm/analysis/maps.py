@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rhythm.ops.reference import attention_weights, masked_scores, visible_keys
+from rhythm.ops.reference import attention_weights, masked_scores, row_lse, visible_keys
 
 MAX_CELLS = 192
 BAND_WIDTH = 24
@@ -33,6 +33,7 @@ class LayerAttention:
         key: [N, G, D], likewise; G divides H.
         scale: factor on the scores before softmax. sliding_window: keys at distance ≥ this are masked; None: none.
             softcap: scores become softcap · tanh(score / softcap); None: unchanged.
+        sinks: [H], one more logit in the denominator of each row of a head; None: none.
     """
 
     query: Tensor
@@ -40,6 +41,7 @@ class LayerAttention:
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class MeanMap:
 
     Attributes:
         weights: [R, C] fp32. With cell 1, Ā[P + r, c] itself; else the mean over a cell's rows of the sum over its
-            columns, so each row sums to 1. 0 above the diagonal.
+            columns, so each row sums to 1 (less with sinks). 0 above the diagonal.
         cell: height and width of a cell in tokens. The prompt ends at a cell boundary, so the first column and the last
             row may pool fewer.
         prompt_columns: number of columns of the prompt.
@@ -106,15 +108,17 @@ def _summed_rows(layer: LayerAttention, heads: list[int], row_K: Tensor, *, whol
     head_h = torch.tensor(heads, device=layer.query.device)
     group = layer.query.shape[1] // layer.key.shape[1]
     q_NhD, k_NhD = layer.query[:, head_h], layer.key[:, head_h // group]
+    sinks_h = None if layer.sinks is None else layer.sinks[head_h]
     if whole:
         weights_hNN, _ = attention_weights(
-            q_NhD, k_NhD, layer.scale, sliding_window=layer.sliding_window, softcap=layer.softcap
+            q_NhD, k_NhD, layer.scale, sliding_window=layer.sliding_window, softcap=layer.softcap, sinks_H=sinks_h
         )
         return weights_hNN[:, row_K].float().sum(dim=0)
     end = int(row_K[-1]) + 1
     visible_KN = visible_keys(row_K, torch.arange(end, device=row_K.device), layer.sliding_window)
     q_hKD, k_hND = (x.float().transpose(0, 1) for x in (q_NhD[row_K], k_NhD[:end]))
-    return masked_scores(q_hKD, k_hND, visible_KN, layer.scale, layer.softcap).softmax(dim=-1).sum(dim=0)
+    score_hKN = masked_scores(q_hKD, k_hND, visible_KN, layer.scale, layer.softcap)
+    return torch.exp(score_hKN - row_lse(score_hKN, sinks_h)[..., None]).sum(dim=0)
 
 
 def _band(weights_KN: Tensor, row_K: Tensor, width: int) -> Tensor:

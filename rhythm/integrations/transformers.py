@@ -12,23 +12,21 @@ with the padding left out.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rhythm.ops import arguments, reference
+from rhythm.ops import arguments
 from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
 from rhythm.shapes import integer
 from rhythm.system.extras import needs
 from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
-from rhythm.tap.interception import Output
+from rhythm.tap.interception import Output, models_own
 from rhythm.tap.padding import PaddedBatch, whole_batch
 
 with needs("rhythm.integrations.transformers"):
@@ -43,11 +41,7 @@ IGNORED_BY_SDPA = {
     "block_indices": "sparse attention",
     "head_mask": "a head mask",
     "indices": "sparse attention",
-    "s_aux": "attention sinks",
-    "softcap": "capped scores",
 }
-
-logger = logging.getLogger("rhythm")
 
 
 def register() -> None:
@@ -58,8 +52,8 @@ def register() -> None:
     work for every model whose attention goes through that interface.
 
     Outside `collect_statistics` such a model is computed by transformers' sdpa function, bit for bit, KV caches and
-    generation included; a layer that needs more than sdpa can do (capped scores, attention sinks) raises
-    UnsupportedAttention, where sdpa itself would be silently wrong. torch.compile breaks its graph at each attention.
+    generation included; layers with capped scores or attention sinks by the model's own eager attention, O(T²) memory,
+    since sdpa would silently leave both out. torch.compile breaks its graph at each attention.
     """
     # The masks first: from another thread the name should never be seen without them.
     AttentionMaskInterface.register(NAME, _mask)
@@ -103,8 +97,8 @@ def collect_statistics(
     Where a layer's attention is plain and causal and no gradient is needed, its output and statistics come from
     `attention_with_statistics`, in one sweep, O(heads · T) memory, padding left out (its output is 0). Else the output
     is that of transformers' sdpa function, differentiable, and the statistics are computed beside it, detached: with
-    gradients, and where values have another head size or type than keys. Layers whose sliding window is shorter than
-    the longest sequence go through the reference, O(heads · T²) memory; a warning says so once.
+    gradients, and where values have another head size or type than keys. Layers with a sliding window, capped scores or
+    sinks are computed alike, but their mask is transformers' own, [T, T].
 
     Padding, left or right, is read off the model's own attention_mask. The context belongs to the thread (or task) that
     opened it. For the statistics of generated text, generate outside the context and run the whole text inside.
@@ -150,17 +144,12 @@ class _Layer:
     batch: PaddedBatch
 
     @property
-    def windowed(self) -> bool:
-        """Whether a sliding window hides anything."""
-        return self.form.window is not None and self.batch.host.longest > self.form.window
-
-    @property
     def fusable(self) -> bool:
         """Whether the fused op computes the same as the model's own attention would."""
         q, k, v = self.call.query, self.call.key, self.call.value
         wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         alike = k.shape == v.shape and q.dtype == k.dtype == v.dtype
-        return alike and not wants_grad and not self.windowed
+        return alike and not wants_grad
 
     def packed(self, x_BHTD: Tensor) -> Tensor:
         return self.batch.packed(x_BHTD.detach().transpose(1, 2))
@@ -202,7 +191,7 @@ class _Collector:
             )
         form = attention_form(call, self._masks)
         layer = _Layer(call, form, self._masks.on(call.query.device))
-        own = None if layer.fusable else _sdpa(call)[0]
+        own = None if layer.fusable else call.run()[0]
         # Autocast around the forward pass would take the statistics to low precision as well.
         with torch.autocast(call.query.device.type, enabled=False):
             output, statistics = self._fused(layer) if own is None else (own, self._beside(layer))
@@ -213,12 +202,14 @@ class _Collector:
         """(output [B, T, H, D], statistics) in one sweep."""
         call, batch = layer.call, layer.batch
         out_THD, packed = attention_with_statistics(
-            *(layer.packed(x) for x in (call.query, call.key, call.value)),
+            layer.packed(call.query),
+            layer.packed(call.key),
+            layer.packed(call.value),
             cu_seqlens=batch.cu_seqlens,
             prompt_lens=batch.prompt_lens,
-            scale=layer.form.scale,
             backend=self._backend,
             **self._options,
+            **layer.form.arguments(batch.host.longest),
         )
         return batch.padded(out_THD, 0.0), _padded(packed, batch)
 
@@ -226,34 +217,16 @@ class _Collector:
         """The statistics alone."""
         call, form, batch = layer.call, layer.form, layer.batch
         q_THD, k_TGD = layer.packed(call.query), layer.packed(call.key)
-        if not layer.windowed:
-            packed = attention_statistics(
-                q_THD,
-                k_TGD,
-                cu_seqlens=batch.cu_seqlens,
-                prompt_lens=batch.prompt_lens,
-                scale=form.scale,
-                backend=self._backend,
-                **self._options,
-            )
-            return _padded(packed, batch)
-        if self._backend not in ("auto", "reference"):
-            raise ValueError(
-                f"backend is {self._backend!r}; it must be 'auto' or 'reference' for {call.where}, because of its "
-                "sliding window"
-            )
-        config: Any = call.module.config
-        _say_reference(config.model_type)
-        span_BH, waad_HT, fai_HT, lse_HT, _ = reference.attention_statistics(
+        packed = attention_statistics(
             q_THD,
             k_TGD,
-            bounds=batch.host.cu_seqlens,
-            prompt_lens=batch.host.prompt_lens,
-            scale=form.scale,
-            sliding_window=form.window,
+            cu_seqlens=batch.cu_seqlens,
+            prompt_lens=batch.prompt_lens,
+            backend=self._backend,
             **self._options,
+            **form.arguments(batch.host.longest),
         )
-        return _padded(AttentionStatistics(span_BH, waad_HT, fai_HT, lse_HT), batch)
+        return _padded(packed, batch)
 
 
 _open: ContextVar[_Collector | None] = ContextVar("rhythm_collect_statistics", default=None)
@@ -261,8 +234,9 @@ _open: ContextVar[_Collector | None] = ContextVar("rhythm_collect_statistics", d
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own lack of types; which context is open is not for a compiled graph to know
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: Any
-) -> Output:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object,
+    softcap: float | None = None, s_aux: Tensor | None = None, **options: Any,
+) -> Output:  # fmt: skip
     """The attention function that transformers finds under our name."""
     layer = getattr(module, "layer_idx", None)
     config = getattr(module, "config", None)
@@ -276,7 +250,7 @@ def _attention(
         key=key,
         value=value,
         mask=attention_mask,
-        options=options,
+        options=options | {"softcap": softcap, "s_aux": s_aux},
     )
     for name, feature in IGNORED_BY_SDPA.items():
         if options.get(name) is not None:
@@ -284,17 +258,53 @@ def _attention(
                 f"{call.where}: {feature} ({name}), which attn_implementation={NAME!r} does not compute; the model's "
                 "'eager' attention does"
             )
+    if softcap is not None or s_aux is not None:  # sdpa ignores both, and the model's eager attention does not
+        own = models_own(module, "eager")
+        if own is None:
+            raise UnsupportedAttention(f"{call.where}: found no eager attention in the model's own file")
+        call = replace(call, function=_masked_for_eager(own))
+    else:
+        call = replace(call, function=_sdpa)
     collector = _open.get()
-    return _sdpa(call) if collector is None or not collector.wants(layer) else collector.receive(call)
+    return call.run() if collector is None or not collector.wants(layer) else collector.receive(call)
 
 
-def _sdpa(call: AttentionCall) -> Output:
-    """What the model gets from transformers' sdpa function."""
-    mask = call.mask
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        causal_TT = torch.ones((call.query.shape[2],) * 2, dtype=torch.bool, device=mask.device).tril()
-        call = replace(call, mask=causal_TT & mask[:, None, None])
-    return call.run()
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Output:
+    """transformers' sdpa function, which takes no mask of padding alone."""
+    if mask is not None and mask.ndim == 2:
+        mask = _causal(query, key) & mask[:, None, None]
+    output: Output = sdpa_attention_forward(module, query, key, value, mask, **options)
+    return output
+
+
+def _masked_for_eager(function: Callable[..., Output]) -> Callable[..., Output]:
+    """The model's eager attention, which wants a mask in any case and adds it to the scores, as sdpa's masks are."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        softcap: float | None = None, s_aux: Tensor | None = None, **options: Any,
+    ) -> Output:  # fmt: skip
+        visible = mask
+        if visible is None:
+            causal = options.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            visible = _causal(query, key) if causal else torch.ones_like(_causal(query, key))
+        elif visible.ndim == 2:
+            visible = _causal(query, key) & visible[:, None, None]
+        if visible.dtype == torch.bool:
+            least = torch.finfo(query.dtype).min
+            visible = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, least)
+        given = {"softcap": softcap, "s_aux": s_aux}
+        rest = {name: value for name, value in given.items() if value is not None}
+        return function(module, query, key, value, visible, **rest, **options)
+
+    return attention
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """bool [1, 1, T, S], bottom right: queries are the last tokens."""
+    rows, keys = query.shape[2], key.shape[2]
+    return torch.ones((1, 1, rows, keys), dtype=torch.bool, device=query.device).tril(keys - rows)
 
 
 def _mask(
@@ -358,9 +368,3 @@ def _padded(packed: AttentionStatistics, batch: PaddedBatch) -> AttentionStatist
     )
     assert packed.span is not None
     return AttentionStatistics(packed.span.float(), waad, fai, lse)
-
-
-@cache
-def _say_reference(model_type: str) -> None:
-    """Cached, so that it is logged once per model type."""
-    logger.warning("%s: statistics of layers with a sliding window take O(heads · T²) memory", model_type)

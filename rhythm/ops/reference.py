@@ -33,6 +33,14 @@ def masked_scores(
     return score_HRC.masked_fill(~visible_RC, -torch.inf)
 
 
+def row_lse(score_HRC: Tensor, sinks_H: Tensor | None = None) -> Tensor:
+    """[H, R]: log Σ exp(score) of masked scores; with sinks log(Σ exp(score) + exp(sink))."""
+    if sinks_H is not None:
+        sink_HR1 = sinks_H.to(score_HRC)[:, None, None].expand(-1, score_HRC.shape[1], 1)
+        score_HRC = torch.cat([score_HRC, sink_HR1], dim=-1)
+    return torch.logsumexp(score_HRC, dim=-1)
+
+
 def attention_weights(
     q_RHD: Tensor,
     k_NGD: Tensor,
@@ -65,10 +73,7 @@ def attention_weights(
     visible = visible_keys(position_N[keys - rows :], position_N, sliding_window)
     score = masked_scores(q_RHD.to(dtype).transpose(0, 1), k_NHD.transpose(0, 1), visible, scale, softcap)
     if lse_HR is None:
-        logits = score
-        if sinks_H is not None:
-            logits = torch.cat([score, sinks_H.to(dtype)[:, None, None].expand(-1, rows, 1)], dim=-1)
-        lse_HR = torch.logsumexp(logits, dim=-1)
+        lse_HR = row_lse(score, sinks_H)
     lse_HR = lse_HR.to(dtype)
     lse_HR = lse_HR.masked_fill(~lse_HR.isfinite(), torch.nan)
     weights = torch.exp(score - lse_HR[..., None]).masked_fill(~visible, 0.0)

@@ -1,8 +1,8 @@
 """Which attention a layer computes, read off the call that computes it; anything else is refused by name.
 
 The statistics are those of softmax(scale · q·kᵀ) over the keys up to the query, perhaps within a sliding
-window, perhaps with capped scores. `attention_form` finds these in the call's mask and arguments. What
-arguments don't tell (a sink or a bias inside the module, a kernel that ignores an argument) is caught by
+window, perhaps with capped scores or with sinks. `attention_form` finds these in the call's mask and arguments. What
+arguments don't tell (a bias inside the module, a kernel that ignores an argument) is caught by
 `rhythm.tap.output_check`, which compares some rows of the attention with what the model got.
 
 Shape suffixes: B sequences, T positions, H query heads, G key heads, V value heads, D head size, E value head size,
@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from rhythm.tap.padding import PaddedBatch
 
-UNDERSTOOD = {"dropout", "scaling", "sliding_window", "softcap", "is_causal"}
+UNDERSTOOD = {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal"}
 HARMLESS = {  # arguments that don't touch the scores
     "cache_position",
     "deterministic",
@@ -43,13 +43,11 @@ REFUSED = {
     "head_mask": "a head mask",
     "indices": "sparse attention",
     "position_bias": "a position bias",
-    "s_aux": "attention sinks",
     "seq_idx": "sequences packed into one row",
 }
 REFUSED_ATTRIBUTES = {  # of the attention module: they change the map without showing in the arguments
     "is_cross_attention": "cross-attention",
     "reorder_and_upcast_attn": "reordered, upcast attention",
-    "sinks": "attention sinks",
 }
 MASK_ROWS = 1024  # rows of a [T, T] mask compared at a time
 
@@ -103,12 +101,26 @@ class AttentionCall:
 class AttentionForm:
     """Softmax over s ≤ t of score = scale·q_t·k_s, or of softcap·tanh(score / softcap) if there is a softcap.
 
-    With a window, keys at a distance t − s ≥ window are hidden.
+    With a window, keys at a distance t − s ≥ window are hidden. sinks [H]: one more logit in each row's denominator.
     """
 
     scale: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
+
+    def __str__(self) -> str:
+        sinks = "" if self.sinks is None else ", sinks"
+        return f"scale={self.scale}, window={self.window}, softcap={self.softcap}{sinks}"
+
+    def arguments(self, longest: int) -> dict[str, Any]:
+        """Of the ops, for sequences of at most `longest` tokens: a window that hides nothing is none."""
+        return {
+            "scale": self.scale,
+            "sliding_window": None if self.window is None or self.window >= longest else self.window,
+            "softcap": self.softcap,
+            "sinks": None if self.sinks is None else self.sinks.detach(),
+        }
 
 
 class DeferredChecks:
@@ -246,7 +258,17 @@ def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
         scale = call.query.shape[-1] ** -0.5
     if not isinstance(scale, int | float):
         raise call.refusal(f"a softmax scale that is not one number but a {type(scale).__name__}")
-    return AttentionForm(float(scale), masks.window(call), call.effective_option("softcap"))
+    return AttentionForm(float(scale), masks.window(call), call.effective_option("softcap"), _sinks(call))
+
+
+def _sinks(call: AttentionCall) -> Tensor | None:
+    """The sinks that the implementation heeds; eager attention takes them from the module itself."""
+    sinks = call.effective_option("s_aux")
+    if sinks is None and call.implementation == "eager":
+        sinks = getattr(call.module, "sinks", None)
+    if sinks is not None and (not isinstance(sinks, Tensor) or sinks.shape != call.query.shape[1:2]):
+        raise call.refusal(f"attention sinks other than one per head, [{call.query.shape[1]}]")
+    return sinks
 
 
 def _causal_without_mask(call: AttentionCall) -> bool:

@@ -6,11 +6,9 @@ heads of the pool; THD and TGD are packed, with the padding left out, and BTHD a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from types import TracebackType
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
-from rhythm.ops import arguments, reference
+from rhythm.ops import arguments
 from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import (
     AttentionCall,
@@ -32,8 +30,6 @@ from rhythm.tap.interception import Output, checked_layers, format_layers, inter
 from rhythm.tap.output_check import check_output
 from rhythm.tap.padding import PaddedBatch, check_one_of, integers, whole_batch
 from rhythm.tap.signals_config import SignalsConfig
-
-logger = logging.getLogger("rhythm")
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,8 @@ class AttentionTap:
     attention implementation in model.config, leaving puts it back. A compiled model is compiled once more for
     the tap, with a graph break at each attention.
 
-    Memory is O(heads · T) where attention is plain and causal. Layers with capped scores, and those whose
-    sliding window is shorter than the longest sequence, go through the reference, O(H · T²); a warning says
-    so once.
+    Memory is O(heads · T), with sliding windows, capped scores and sinks too. On a GPU these three go through the
+    reference, O(heads · T²) memory.
 
     Threads: taps on different models are independent. A model has at most one open tap, whichever thread
     opened it, and should run nothing but that tap's forward pass meanwhile.
@@ -73,7 +68,7 @@ class AttentionTap:
     of the attention) is therefore checked in `signals`, which waits for it once; an attention_mask on the device is
     read once, on construction.
 
-    Refused by name: attention sinks, biases, chunked or bidirectional attention, cross-attention, attention
+    Refused by name: biases, chunked or bidirectional attention, cross-attention, attention
     dropout in train mode, layers without attention, packed rows, masks other than the causal or
     sliding-window mask of attention_mask (the window being the one that the layer's arguments or configuration
     name), arguments of the attention function that are not known, and any attention whose output is not that of
@@ -222,55 +217,20 @@ class AttentionTap:
 
     def _layer_statistics(self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch) -> _LayerStatistics:
         q_BTHD, k_BTGD = call.query.transpose(1, 2), call.key.transpose(1, 2)
-        window_bites = form.window is not None and batch.host.longest > form.window
-        if form.softcap is None and not window_bites:
-            # Without padding the kernels read the layer's own tensors.
-            whole = batch.is_whole
-            fused = attention_statistics(
-                q_BTHD if whole else batch.packed(q_BTHD),
-                k_BTGD if whole else batch.packed(k_BTGD),
-                cu_seqlens=None if whole else batch.cu_seqlens,
-                prompt_lens=batch.prompt_lens,
-                scale=form.scale,
-                window=self._options.window,
-                horizon=self._options.horizon,
-                backend=self._options.backend,
-            )
-            assert fused.span is not None
-            if whole:
-                return _LayerStatistics(fused.span.float(), fused.waad.float(), fused.fai.float())
-            span_BH, waad_HT, fai_HT = fused.span, fused.waad, fused.fai
-        else:
-            check_reference(call, self._options.backend, self._config.model_type)
-            span_BH, waad_HT, fai_HT, _, _ = reference.attention_statistics(
-                batch.packed(q_BTHD),
-                batch.packed(k_BTGD),
-                bounds=batch.host.cu_seqlens,
-                prompt_lens=batch.host.prompt_lens,
-                scale=form.scale,
-                window=self._options.window,
-                horizon=self._options.horizon,
-                sliding_window=form.window,
-                softcap=form.softcap,
-            )
-        waad_BHT, fai_BHT = (batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (waad_HT, fai_HT))
-        return _LayerStatistics(span_BH.float(), waad_BHT, fai_BHT)
-
-
-def check_reference(call: AttentionCall, backend: str, model_type: str) -> None:
-    """The call's layer is for the reference alone: ValueError for another backend, and a warning once of its memory."""
-    if backend not in ("auto", "reference"):
-        raise ValueError(
-            f"backend is {backend!r}; it must be 'auto' or 'reference' for {call.where}, "
-            "because of its sliding window or capped scores"
+        # Without padding the kernels read the layer's own tensors.
+        whole = batch.is_whole
+        got = attention_statistics(
+            q_BTHD if whole else batch.packed(q_BTHD),
+            k_BTGD if whole else batch.packed(k_BTGD),
+            cu_seqlens=None if whole else batch.cu_seqlens,
+            prompt_lens=batch.prompt_lens,
+            window=self._options.window,
+            horizon=self._options.horizon,
+            backend=self._options.backend,
+            **form.arguments(batch.host.longest),
         )
-    _say_reference(model_type)
-
-
-@cache
-def _say_reference(model_type: str) -> None:
-    """Cached, so that it is logged once per model type."""
-    logger.warning(
-        "%s: statistics of layers with a sliding window or capped scores take O(heads · T²) memory",
-        model_type,
-    )
+        assert got.span is not None
+        if whole:
+            return _LayerStatistics(got.span.float(), got.waad.float(), got.fai.float())
+        waad_BHT, fai_BHT = (batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (got.waad, got.fai))
+        return _LayerStatistics(got.span.float(), waad_BHT, fai_BHT)

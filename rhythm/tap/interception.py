@@ -129,7 +129,7 @@ def _tapped_attention(
     config, implementation = interception.config, interception.implementation
     layer = getattr(module, "layer_idx", None)
     where = f"{config.model_type}, layer {layer}"
-    function = _models_own(module, implementation)
+    function = models_own(module, implementation)
     if function is None:
         raise UnsupportedAttention(f"{where}: found no {implementation!r} attention in the model's own file")
     # With the name as it was: flash attention takes its kernel from there.
@@ -150,7 +150,7 @@ def _tapped_attention(
         )
 
 
-def _models_own(module: nn.Module, implementation: str) -> Callable[..., Output] | None:
+def models_own(module: nn.Module, implementation: str) -> Callable[..., Output] | None:
     """What the model's own look-up gives: eager attention is defined in the file of the model."""
     for cls in type(module).__mro__:
         file = sys.modules.get(cls.__module__)

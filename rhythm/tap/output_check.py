@@ -62,7 +62,11 @@ def check_output(
     visible_BPT = (distance_BPT >= 0) & batch.real[:, None, :]
     if form.window is not None:
         visible_BPT &= distance_BPT < form.window
-    weight_BPHT = score_BPHT.masked_fill(~visible_BPT[:, :, None], -torch.inf).softmax(dim=-1)
+    score_BPHT = score_BPHT.masked_fill(~visible_BPT[:, :, None], -torch.inf)
+    if form.sinks is not None:
+        sink_BPH1 = form.sinks.float()[:, None].expand(*score_BPHT.shape[:-1], 1)
+        score_BPHT = torch.cat([score_BPHT, sink_BPH1], dim=-1)
+    weight_BPHT = score_BPHT.softmax(dim=-1)[..., :T]
 
     ours_BPHE = size_BPHE = torch.zeros((), device=output.device)
     start = 0

@@ -12,7 +12,12 @@ from rhythm.ops.reference import attention_weights
 HEADS = ((3, 1), (3, 3), (5, 1))
 
 
-def layers_of(n: int, *, window: int | None = None, softcap: float | None = None) -> dict[int, LayerAttention]:
+SINKS = torch.tensor([0.5, 3.0])
+
+
+def layers_of(
+    n: int, *, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None
+) -> dict[int, LayerAttention]:
     generator = torch.Generator().manual_seed(n)
 
     def draw(heads: int) -> Tensor:
@@ -20,14 +25,16 @@ def layers_of(n: int, *, window: int | None = None, softcap: float | None = None
 
     return {
         3: LayerAttention(2 * draw(4), draw(2), 8**-0.5),
-        5: LayerAttention(3 * draw(2), draw(1), 8**-0.5, window, softcap),
+        5: LayerAttention(3 * draw(2), draw(1), 8**-0.5, window, softcap, sinks),
     }
 
 
 def by_definition(layers: dict[int, LayerAttention]) -> Tensor:
     """[N, N]: the maps of all heads from the reference, then the mean of the chosen ones."""
     of_layer = {
-        i: attention_weights(x.query, x.key, x.scale, sliding_window=x.sliding_window, softcap=x.softcap)[0]
+        i: attention_weights(
+            x.query, x.key, x.scale, sliding_window=x.sliding_window, softcap=x.softcap, sinks_H=x.sinks
+        )[0]
         for i, x in layers.items()
     }
     return torch.stack([of_layer[layer][head] for layer, head in HEADS]).mean(dim=0)
@@ -40,12 +47,14 @@ def test_a_response_that_fits_gets_the_map_itself() -> None:
     torch.testing.assert_close(result.weights, by_definition(layers)[7:])
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (6, None), (None, 1.5)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"), [(None, None, None), (6, None, None), (None, 1.5, None), (6, None, SINKS)]
+)
 @pytest.mark.parametrize(("n", "prompt_len", "block_rows"), [(53, 11, 9), (64, 0, 128), (50, 49, 1)])
 def test_a_thumbnail_pools_the_map(
-    n: int, prompt_len: int, block_rows: int, window: int | None, softcap: float | None
+    n: int, prompt_len: int, block_rows: int, window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> None:
-    layers = layers_of(n, window=window, softcap=softcap)
+    layers = layers_of(n, window=window, softcap=softcap, sinks=sinks)
     result = mean_map(layers, HEADS, prompt_len=prompt_len, max_cells=16, width=5, block_rows=block_rows)
     exact_NN = by_definition(layers)
     cell = result.cell
@@ -63,7 +72,9 @@ def test_a_thumbnail_pools_the_map(
     assert rows[-1].start < n <= rows[-1].stop
     expected = torch.stack([torch.stack([exact_NN[r, c].sum(dim=1).mean() for c in columns]) for r in rows])
     torch.testing.assert_close(result.weights, expected)
-    torch.testing.assert_close(result.weights.sum(dim=1), torch.ones(len(rows)))
+    held = torch.stack([exact_NN[r].sum(dim=1).mean() for r in rows])
+    torch.testing.assert_close(result.weights.sum(dim=1), held)
+    assert sinks is not None or held.allclose(torch.ones(()))
 
 
 @pytest.mark.parametrize("max_cells", [16, 64])

@@ -18,12 +18,13 @@ def observed(n: int = 40, prompt: int = 6, **form: float | int | None) -> tuple[
     """A layer of four query and two key heads, and its map from the reference."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(n, heads, 8, generator=generator) for heads in (4, 2))
-    weights, lse = reference.attention_weights(query, key, 0.5, **form)
+    of_reference = {name if name != "sinks" else "sinks_H": value for name, value in form.items()}
+    weights, lse = reference.attention_weights(query, key, 0.5, **of_reference)
     lse[:, :prompt] = nan
     return ObservedAttention(query=query, key=key, scale=0.5, lse=lse, prompt_len=prompt, **form), weights
 
 
-FORMS = [{}, {"sliding_window": 9}, {"softcap": 1.5}]
+FORMS = [{}, {"sliding_window": 9}, {"softcap": 1.5}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}]
 
 
 @pytest.mark.parametrize("form", FORMS)

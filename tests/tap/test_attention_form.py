@@ -42,11 +42,6 @@ def llama(implementation: str = "sdpa", **config: Any) -> Any:
     return model
 
 
-def gpt_oss() -> Any:
-    config = SIZES | GQA | {"num_local_experts": 2, "num_experts_per_tok": 1}
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**config))
-
-
 def llama4() -> Any:
     config = SIZES | GQA | {"num_local_experts": 2, "intermediate_size_mlp": 32, "pad_token_id": None}
     return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**config))
@@ -83,7 +78,6 @@ def refused(message: str) -> Any:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (gpt_oss, "gpt_oss, layer 1: attention sinks (sinks)"),
         (llama4, "llama4_text: can't read the attention of layers 1 (chunked_attention), 2 (chunked_attention)"),
         (bloom, "bloom: its attention does not go through transformers' attention interface"),
         (t5, "t5: an encoder-decoder"),
@@ -150,7 +144,6 @@ def test_attention_dropout(implementation: str) -> None:
     ("argument", "message"),
     [
         ({"position_bias": torch.zeros(1, 4, T, T)}, "a position bias (position_bias)"),
-        ({"s_aux": torch.zeros(4)}, "attention sinks (s_aux)"),
         ({"seq_idx": torch.zeros(1, T)}, "sequences packed into one row (seq_idx)"),
         ({"novelty": 0.5}, "an argument that may change the scores (novelty)"),
         ({"is_causal": False}, "bidirectional attention"),
@@ -182,7 +175,6 @@ def test_harmless_arguments_of_the_forward_pass() -> None:
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("sinks", torch.zeros(4), "attention sinks (sinks)"),
         ("is_cross_attention", True, "cross-attention (is_cross_attention)"),
         ("reorder_and_upcast_attn", True, "reordered, upcast attention (reorder_and_upcast_attn)"),
         ("is_causal", False, "bidirectional attention"),
@@ -195,6 +187,24 @@ def test_attributes_of_the_attention_module(attribute: str, value: Any, message:
         setattr(layer.self_attn, attribute, value)
     with refused(f"llama, layer 1: {message}"):
         observe(model, tokens(1, T), prompt_lens=[2])
+
+
+def test_sinks_only_where_the_implementation_heeds_them() -> None:
+    """Llama's sdpa and eager attention know none: an argument is ignored as they do, and sinks in a module show."""
+    model, input_ids = llama(), tokens(1, T)
+    with AttentionTap(model, prompt_lens=[2]) as tap:
+        model(input_ids, s_aux=torch.zeros(4), use_cache=False)
+    expected = observe(model, input_ids, prompt_lens=[2])
+    torch.testing.assert_close(tap.signals().waad, expected.waad, rtol=0, atol=0, equal_nan=True)
+    model = llama("eager")
+    for layer in model.model.layers:
+        layer.self_attn.sinks = torch.zeros(4)
+    with refused("llama, layer 1: an output of 'eager' attention that is not that of causal attention with"):
+        observe(model, input_ids, prompt_lens=[2])
+    for layer in model.model.layers:
+        layer.self_attn.sinks = torch.zeros(3)
+    with refused("llama, layer 1: attention sinks other than one per head, [4]"):
+        observe(model, input_ids, prompt_lens=[2])
 
 
 def test_the_forward_pass_must_have_the_masks_of_the_tap() -> None:

@@ -16,6 +16,8 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
+from rhythm.ops.backends.cpu import CpuBackend
+from rhythm.ops.plugins import only_plain
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.observe import observe
@@ -346,12 +348,13 @@ def test_implementations_with_2d_masks(flash: str, kind: str, side: str) -> None
             tap.signals()
 
 
-def test_a_window_as_long_as_the_sequence_does_not_bite(flash: str) -> None:
-    """An implementation with 2D masks gives the window as it is; the kernel without windows must still serve."""
+def test_a_window_as_long_as_the_sequence_does_not_bite(flash: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation with 2D masks gives the window as it is; a backend without windows must still serve."""
     model, (input_ids, _) = gemma("gemma3", "sdpa"), batch()
     model.config._attn_implementation = flash
+    monkeypatch.setattr(CpuBackend, "refuses", lambda self, request: only_plain(request))
     observe(model, input_ids[:, :8], prompt_lens=PROMPT_LENS, signals=SignalsConfig(backend="cpu"))
-    with pytest.raises(ValueError, match="because of its sliding window"):
+    with pytest.raises(ValueError, match="backend 'cpu' can't run: the call has sliding_window"):
         observe(model, input_ids[:, :9], prompt_lens=PROMPT_LENS, signals=SignalsConfig(backend="cpu"))
 
 

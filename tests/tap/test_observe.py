@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
 from rhythm.credit.signals import RhythmSignals
-from rhythm.tap import attention_tap as tap
+from rhythm.ops import reference
 from rhythm.tap.attention_form import UnsupportedAttention
+from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.observe import observe
 from rhythm.tap.signals_config import SignalsConfig
 
@@ -65,6 +66,32 @@ def gemma2(softcap: float | None = 1.5, sliding_window: int = 8) -> Any:
     return transformers.Gemma2ForCausalLM(config)
 
 
+def gpt_oss() -> Any:  # sinks, and a window in every second layer
+    config = transformers.GptOssConfig(
+        **SIZES, **GQA, layer_types=ALTERNATING, sliding_window=8, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = transformers.GptOssForCausalLM(config)
+    for i, layer in enumerate(model.model.layers):
+        torch.nn.init.normal_(layer.self_attn.sinks, mean=1.0, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+def mistral() -> Any:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, **GQA, sliding_window=6))
+
+
+def qwen2() -> Any:
+    config = transformers.Qwen2Config(
+        **SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=7, max_window_layers=3
+    )
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def phi3() -> Any:
+    config = transformers.Phi3Config(**SIZES, num_key_value_heads=2, sliding_window=9, pad_token_id=0)
+    return transformers.Phi3ForCausalLM(config)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": qwen3,
     "llama": llama,
@@ -73,6 +100,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma3, window bites": gemma3,
     "gemma3, window as long": lambda: gemma3(sliding_window=24),
     "gemma2": gemma2,
+    "gpt_oss": gpt_oss,
+    "mistral": mistral,
+    "qwen2, windows": qwen2,
+    "phi3": phi3,
 }
 
 
@@ -110,7 +141,9 @@ def assert_close(actual: Tensor | None, expected: Tensor | None, atol: float = 1
 
 
 # sdpa ignores Gemma 2's softcap: see test_softcap_only_where_the_implementation_heeds_it.
-CASES = [(name, i) for name in MODELS for i in ("sdpa", "eager") if (name, i) != ("gemma2", "sdpa")]
+# gpt-oss has no sdpa attention.
+EAGER_ALONE = ("gemma2", "gpt_oss")
+CASES = [(name, i) for name in MODELS for i in ("sdpa", "eager") if i == "eager" or name not in EAGER_ALONE]
 
 
 @pytest.mark.parametrize("side", ["right", "left", "both"])
@@ -170,43 +203,19 @@ def test_default_window_and_horizon() -> None:
     )
 
 
-@pytest.mark.parametrize(("length", "fused", "by_reference"), [(8, 3, 0), (9, 1, 2)])
-def test_reference_only_where_the_window_bites(
-    monkeypatch: pytest.MonkeyPatch, length: int, fused: int, by_reference: int
-) -> None:
-    calls: list[str] = []
+@pytest.mark.parametrize("build", [gemma3, gemma2, gpt_oss], ids=lambda build: build.__name__)
+def test_no_map_is_made(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Any]) -> None:
+    """Windows, capped scores and sinks go through the kernels, as plain attention does."""
 
-    def spied(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def spy(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return function(*args, **kwargs)
+    def reference_alone(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the reference ran")
 
-        return spy
-
-    monkeypatch.setattr(tap, "attention_statistics", spied("fused", tap.attention_statistics))
-    monkeypatch.setattr(tap, "_say_reference", spied("reference", tap._say_reference))
-    model = made(gemma3)  # layers 2, 3, 4 are sliding, full, sliding; window 8
-    observe(model, tokens(2, length), prompt_lens=[1, 2])
-    assert (calls.count("fused"), calls.count("reference")) == (fused, by_reference)
-
-
-def test_a_named_backend_without_windows_is_refused_only_where_they_bite() -> None:
-    model = made(gemma3)
-    with pytest.raises(
-        ValueError, match=r"backend is 'cpu'; it must be 'auto' or 'reference' for gemma3_text, layer 2"
-    ):
-        observe(model, tokens(1, 9), prompt_lens=[1], signals=SignalsConfig(layers=[2], backend="cpu"))
-    everywhere = observe(model, tokens(1, 9), prompt_lens=[1], signals=SignalsConfig(backend="reference"))
-    assert_same(everywhere, observe(model, tokens(1, 9), prompt_lens=[1], signals=SignalsConfig(backend="reference")))
-
-
-def test_says_once_that_windows_take_the_reference(caplog: pytest.LogCaptureFixture) -> None:
-    tap._say_reference.cache_clear()
-    for _ in range(2):
-        observe(made(gemma3), tokens(1, 20), prompt_lens=[1])
-    assert [r.message for r in caplog.records if "O(heads · T²)" in r.message] == [
-        "gemma3_text: statistics of layers with a sliding window or capped scores take O(heads · T²) memory"
-    ]
+    model, options = made(build, "eager"), {"prompt_lens": [1, 2]}
+    expected = observe(model, tokens(2, 30), signals=SignalsConfig(backend="reference"), **options)
+    monkeypatch.setattr(reference, "attention_weights", reference_alone)
+    for backend in ("auto", "cpu"):
+        signals = observe(model, tokens(2, 30), signals=SignalsConfig(backend=backend), **options)
+        assert_same(signals, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_softcap_only_where_the_implementation_heeds_it() -> None:
@@ -347,7 +356,7 @@ def test_flex_attention(build: Callable[[], Any], side: str) -> None:
     flex, expected = made(build, "flex_attention"), observe(made(build), input_ids, **arguments)
     with torch.compiler.set_stance("force_eager"):  # compiling it takes a minute
         signals = observe(flex, input_ids, **arguments)
-        with tap.AttentionTap(flex, prompt_lens=[2, 2], stop=True) as packed:
+        with AttentionTap(flex, prompt_lens=[2, 2], stop=True) as packed:
             flex(tokens(2, 24), position_ids=torch.arange(24).remainder(10).expand(2, 24), use_cache=False)
     for name in ("waad", "fai", "span"):
         x, y = getattr(signals, name), getattr(expected, name)
