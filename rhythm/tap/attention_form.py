@@ -45,6 +45,7 @@ REFUSED = {
     "position_bias": "a position bias",
     "seq_idx": "sequences packed into one row",
 }
+OF_PACKED_ROWS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # if the batch is one
 REFUSED_ATTRIBUTES = {  # of the attention module: they change the map without showing in the arguments
     "is_cross_attention": "cross-attention",
     "reorder_and_upcast_attn": "reordered, upcast attention",
@@ -198,6 +199,9 @@ class MaskReader:
         elif mask is not None:
             kind = f"{mask.ndim}D tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise call.refusal(f"a mask of unknown kind ({kind}) for {call.implementation!r} attention")
+        elif self.batch.one_row:
+            if "flash" not in call.implementation and self.batch.host.longest < self.batch.real.shape[1]:
+                raise call.refusal("no mask that keeps the sequences of cu_seqlens apart (position_ids start again)")
         elif self.batch.host.starts_late:
             raise call.refusal("no mask on the padding that the attention_mask given has before tokens")
         if self.batch.real.shape[1] > 1 and not _causal_without_mask(call):
@@ -241,7 +245,8 @@ def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
         if isinstance(value, Tensor) or value:
             raise call.refusal(f"{feature} ({name})")
     for name, value in call.options.items():
-        if value is not None and name not in UNDERSTOOD | HARMLESS:
+        known = UNDERSTOOD | HARMLESS | (OF_PACKED_ROWS if masks.batch.one_row else set())
+        if value is not None and name not in known:
             feature = REFUSED.get(name, "an argument that may change the scores")
             raise call.refusal(f"{feature} ({name})")
     if call.options.get("dropout"):
@@ -316,11 +321,17 @@ def _check_mask(
         visible_RT = distance_RT >= 0
         if window is not None:
             visible_RT &= distance_RT < window
+        if batch.one_row:
+            visible_RT &= batch.sequence[rows, None] == batch.sequence
         key_B11T, query_B1R1 = batch.real[:, None, None, :], batch.real[:, None, rows, None]
         seen_BHRT = visible[:, :, rows] & query_B1R1
         ahead = ahead | (seen_BHRT & key_B11T & (distance_RT < 0)).any()
         other = other | (seen_BHRT != (visible_RT & key_B11T & query_B1R1)).any()
     checks.refuse_if(ahead, call.refusal("bidirectional attention"))
+    unlike = "a mask other than the causal or sliding-window mask of the attention_mask given"
+    if batch.one_row:
+        checks.refuse_if(other, call.refusal(unlike.replace("attention_mask", "cu_seqlens")))
+        return
     # Told apart only to be named: tokens that see themselves, but not each other, belong to two texts.
     after_B1T = batch.real[:, None, 1:] & batch.real[:, None, :-1]
     itself_BHT = visible.diagonal(0, -2, -1)
@@ -328,9 +339,8 @@ def _check_mask(
     checks.refuse_if(
         other & (begins_BHT & after_B1T).any() if window != 1 else torch.zeros_like(other),
         call.refusal(
-            "packed rows, or chunks (position_ids or the mask start again within a row; give each text its own row)"
+            "packed rows, or chunks (position_ids or the mask start again within a row; give each text its own row, or "
+            "cu_seqlens)"
         ),
     )
-    checks.refuse_if(
-        other, call.refusal("a mask other than the causal or sliding-window mask of the attention_mask given")
-    )
+    checks.refuse_if(other, call.refusal(unlike))

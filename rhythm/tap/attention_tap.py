@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
@@ -86,6 +86,10 @@ class AttentionTap:
             groups are those of that batch.
         groups: fixed head groups, [B, n] or [1, n]; signals.quantile and signals.grouping are then not used.
         stop: leave the forward pass, and the `with` block, once the last of the layers has been read.
+        cu_seqlens: int32 or int64 [B + 1], from 0 to T: input_ids is one row [1, T] of B packed sequences, and its
+            forward pass keeps them apart (position_ids that start again). prompt_lens is then [B] and response_mask
+            [1, T]; signals are those of the sequences alone, at the positions of the row: waad and fai [1, T], span and
+            groups [B, n].
 
     Raises:
         ValueError: an argument is not as described; the message names it.
@@ -106,16 +110,22 @@ class AttentionTap:
         signals: SignalsConfig = SignalsConfig(),
         groups: HeadGroups | None = None,
         stop: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> None:
         check_one_of(prompt_lens, response_mask)
+        if cu_seqlens is not None and attention_mask is not None:
+            raise ValueError("cu_seqlens and attention_mask are both given; a packed row has no padding")
         self._config = text_config(model)
         self._options = signals
         self.layers = checked_layers(signals, self._config)
         self._checks = DeferredChecks()
         self._masks: MaskReader | None = None
-        if attention_mask is None and response_mask is not None:
+        if attention_mask is None and response_mask is not None and cu_seqlens is None:
             attention_mask = torch.ones_like(response_mask)
-        if attention_mask is not None:
+        if cu_seqlens is not None:
+            batch = PaddedBatch.from_cu_seqlens(cu_seqlens, prompt_lens, response_mask)
+            self._masks = MaskReader(batch, self._checks)
+        elif attention_mask is not None:
             self._masks = MaskReader(PaddedBatch.from_mask(attention_mask, prompt_lens, response_mask), self._checks)
         else:
             assert prompt_lens is not None
@@ -153,10 +163,18 @@ class AttentionTap:
         """
         statistics = self.statistics()
         groups = self._groups or select_heads(statistics.span, self._options.quantile, self._options.per)
-        return statistics.signals(groups, entropy)
+        batch = self.batch
+        signals = statistics.signals(groups, None if entropy is None else batch.in_rows(entropy, torch.nan))
+        if not batch.one_row:
+            return signals
+        waad, fai = (batch.from_rows(x, torch.nan) for x in (signals.waad, signals.fai))
+        of_row = None if signals.entropy is None else batch.from_rows(signals.entropy, torch.nan)
+        return replace(signals, waad=waad, fai=fai, entropy=of_row)
 
     def statistics(self) -> HeadStatistics:
         """Of every head of the layers, for callers who choose heads over several batches. Waits for the device, once.
+
+        Of packed sequences in a row each, [B, n, N of the longest].
 
         Raises:
             UnsupportedAttention: not all of the layers reached the tap; a mask, or the output of a layer's attention,
@@ -178,7 +196,8 @@ class AttentionTap:
         heads = tuple(
             (layer, head) for layer, s in zip(self.layers, of_layers, strict=True) for head in range(s.span.shape[1])
         )
-        return HeadStatistics(span_Bn, waad_BnT, fai_BnT, batch.response, heads)
+        waad_BnT, fai_BnT = (batch.in_rows(x.transpose(1, 2), torch.nan).transpose(1, 2) for x in (waad_BnT, fai_BnT))
+        return HeadStatistics(span_Bn, waad_BnT, fai_BnT, batch.rows.response, heads)
 
     @property
     def batch(self) -> PaddedBatch:

@@ -31,6 +31,7 @@ def observe(
     signals: SignalsConfig = SignalsConfig(),
     groups: HeadGroups | None = None,
     entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> RhythmSignals:
     """WAAD and FAI of every response token (paper eqs. 9 and 10, over the heads of eqs. 7 and 8).
 
@@ -53,6 +54,8 @@ def observe(
             "calibrated" groups are those of that batch.
         groups: fixed head groups, [B, n] or [1, n]; signals.quantile and signals.grouping are then not used.
         entropy: also the entropy of the distribution each token was drawn from; runs the whole model.
+        cu_seqlens: int32 or int64 [B + 1], from 0 to T: input_ids is one row [1, T] of B packed sequences, without an
+            attention_mask; prompt_lens is then [B] and response_mask [1, T]. position_ids start again with each.
 
     Returns:
         RhythmSignals at the positions of input_ids, on their device; NaN outside the responses.
@@ -62,7 +65,15 @@ def observe(
         UnsupportedAttention (a ValueError): attention of a kind whose statistics we can't compute.
     """
     tap, output = _watched(
-        model, input_ids, attention_mask, prompt_lens, response_mask, signals=signals, groups=groups, stop=not entropy
+        model,
+        input_ids,
+        attention_mask,
+        prompt_lens,
+        response_mask,
+        cu_seqlens,
+        signals=signals,
+        groups=groups,
+        stop=not entropy,
     )
     return tap.signals(_entropies(_logits(model, output), tap.batch) if entropy else None)
 
@@ -82,7 +93,7 @@ def observe_heads(
     signals.quantile and signals.grouping are not used.
     """
     tap, _ = _watched(
-        model, input_ids, attention_mask, prompt_lens, response_mask, signals=signals, groups=None, stop=True
+        model, input_ids, attention_mask, prompt_lens, response_mask, None, signals=signals, groups=None, stop=True
     )
     return tap.statistics()
 
@@ -94,14 +105,18 @@ def response_entropy(
     attention_mask: Tensor | None = None,
     prompt_lens: Tensor | Sequence[int] | None = None,
     response_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """[B, T] fp32, nats, of the distribution each response token was drawn from; NaN elsewhere.
 
     As `observe(entropy=True)` gives it, by a plain forward pass in which no attention is read, so it may be of any
     kind. Arguments and ValueErrors as in `observe`.
     """
-    mask_BT, response_BT = _checked(model, input_ids, attention_mask, response_mask)
-    batch = PaddedBatch.from_mask(mask_BT, prompt_lens, response_BT)
+    mask_BT, response_BT = _checked(input_ids, attention_mask, response_mask, cu_seqlens)
+    if cu_seqlens is None:
+        batch = PaddedBatch.from_mask(mask_BT, prompt_lens, response_BT)
+    else:
+        batch = PaddedBatch.from_cu_seqlens(cu_seqlens, prompt_lens, response_BT, input_ids.device)
     with torch.no_grad():
         output = _forward(model, input_ids, _inputs(batch, None if attention_mask is None else mask_BT))
         return _entropies(_logits(model, output), batch)
@@ -113,21 +128,23 @@ def _watched(
     attention_mask: Tensor | None,
     prompt_lens: Tensor | Sequence[int] | None,
     response_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     *,
     signals: SignalsConfig,
     groups: HeadGroups | None,
     stop: bool,
 ) -> tuple[AttentionTap, object]:
     """A tap that has seen its forward pass, and the model's output, None if the pass stopped early."""
-    mask_BT, response_BT = _checked(model, input_ids, attention_mask, response_mask)
+    mask_BT, response_BT = _checked(input_ids, attention_mask, response_mask, cu_seqlens)
     tap = AttentionTap(
         model,
         prompt_lens=prompt_lens,
         response_mask=response_BT,
-        attention_mask=mask_BT,
+        attention_mask=mask_BT if cu_seqlens is None else None,
         signals=signals,
         groups=groups,
         stop=stop,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(input_ids.device),
     )
     inputs = _inputs(tap.batch, None if attention_mask is None else mask_BT)
     output = None
@@ -137,7 +154,7 @@ def _watched(
 
 
 def _checked(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor | None
+    input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """attention_mask, of ones if there is none, and response_mask, both [B, T] where the ids are."""
     check_dense("input_ids", input_ids)
@@ -150,6 +167,16 @@ def _checked(
         if mask is not None:
             check_dense(name, mask)
             check_shape(name, mask, (B, T))
+    if cu_seqlens is not None:
+        check_dense("cu_seqlens", cu_seqlens)
+        if attention_mask is not None:
+            raise ValueError("cu_seqlens and attention_mask are both given; a packed row has no padding")
+        if B != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or int(cu_seqlens[-1]) != T:
+            ends = f" ends at {int(cu_seqlens[-1])}" if cu_seqlens.ndim == 1 and len(cu_seqlens) else ""
+            raise ValueError(
+                f"cu_seqlens of shape {list(cu_seqlens.shape)}{ends} for input_ids of shape [{B}, {T}]; it must be "
+                "[sequences + 1] and end at T of one row [1, T]"
+            )
     mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
     return mask_BT, None if response_mask is None else response_mask.to(input_ids.device)
 

@@ -37,13 +37,13 @@ def check_output(
     Raises:
         UnsupportedAttention: they differ by more than rounding; from the checks, where there are some.
     """
-    B, H, T, _ = call.query.shape
+    B, H, T, _ = call.query.shape  # B rows, P probes in each: three of each sequence
     batch = batch.to(call.query.device)
     if output.shape[:3] != (B, T, H):
         raise call.refusal(f"an attention output of shape {list(output.shape)}, not [{B}, {T}, {H}, …]")
     row_B1 = torch.arange(B, device=output.device)[:, None]
     step_BP = torch.stack([torch.zeros_like(batch.lens), batch.lens // 2, batch.lens - 1], dim=1)
-    probed_BP = batch.first[:, None] + step_BP.clamp(min=0)
+    probed_BP = (batch.first[:, None] + step_BP.clamp(min=0)).clamp(max=T - 1).view(B, -1)
 
     # Eager attention rounds its scores to the model's type, so the probe does too.
     dtype = call.query.dtype if call.implementation == "eager" else torch.float32
@@ -60,6 +60,8 @@ def check_output(
         score_BPHT = form.softcap * torch.tanh(score_BPHT / form.softcap)
     distance_BPT = probed_BP[:, :, None] - torch.arange(T, device=output.device)
     visible_BPT = (distance_BPT >= 0) & batch.real[:, None, :]
+    if batch.one_row:
+        visible_BPT &= distance_BPT <= (probed_BP - batch.first.repeat_interleave(3))[..., None]
     if form.window is not None:
         visible_BPT &= distance_BPT < form.window
     score_BPHT = score_BPHT.masked_fill(~visible_BPT[:, :, None], -torch.inf)
@@ -77,12 +79,14 @@ def check_output(
         ours_BPHE = ours_BPHE + torch.einsum("bpvrc,bvce->bpvre", weight_BPVRC, value_BVCE).flatten(2, 3)
         size_BPHE = size_BPHE + torch.einsum("bpvrc,bvce->bpvre", weight_BPVRC, value_BVCE.abs()).flatten(2, 3)
         start = end
-    error_BH = (output[row_B1, probed_BP].float() - ours_BPHE).norm(dim=(1, 3))
-    size_BH = size_BPHE.norm(dim=(1, 3))
+    # Of each sequence and head: over its three rows.
+    E = output.shape[-1]
+    error = (output[row_B1, probed_BP].float() - ours_BPHE).view(B, -1, 3, H, E).norm(dim=(2, 4))
+    size = size_BPHE.view(B, -1, 3, H, E).norm(dim=(2, 4))
     # A NaN of ours comes from NaN in the inputs or an empty sequence; a NaN of the model's alone disagrees.
-    agrees_BH = (error_BH <= _tolerance(call, output) * size_BH) | size_BH.isnan()
+    agrees = (error <= _tolerance(call, output) * size) | size.isnan()
     (checks or ImmediateChecks()).refuse_if(
-        ~agrees_BH.all(),
+        ~agrees.all(),
         call.refusal(
             f"an output of {call.implementation!r} attention that is not that of causal attention with {form}"
         ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -45,14 +45,15 @@ class HostLengths:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Sequences padded on the left, on the right or on both sides.
+    """Sequences padded on the left, on the right or on both sides; or packed, one after the other in one row, [1, T].
 
     Attributes:
         real: bool [B, T], true on tokens, false on padding; one contiguous run per row.
-        first: int64 [B], position of each sequence's first token; 0 for an empty one.
+        first: int64 [B], position of each sequence's first token; 0 for an empty row.
         lens: int64 [B], tokens of each sequence.
         prompt_lens: int64 [B], how many of them are its prompt.
         host: the last three on the host.
+        one_row: whether they are packed.
     """
 
     real: Tensor
@@ -60,6 +61,80 @@ class PaddedBatch:
     lens: Tensor
     prompt_lens: Tensor
     host: HostLengths
+    one_row: bool = False
+
+    @classmethod
+    def from_cu_seqlens(
+        cls,
+        cu_seqlens: Tensor,
+        prompt_lens: Tensor | Sequence[int] | None = None,
+        response_mask_1T: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> PaddedBatch:
+        """Sequences packed into one row. Waits for the tensors' devices.
+
+        Args:
+            cu_seqlens: int32 or int64 [B + 1], from 0 to T: where each sequence begins, and where the last one ends.
+            prompt_lens: [B] integers, tokens of each sequence that are its prompt.
+            response_mask_1T: [1, T], 1 on the responses, the last tokens of each sequence; instead of prompt_lens.
+            device: of the batch; None: that of cu_seqlens.
+
+        Raises:
+            ValueError: an argument is not as described; the message names it.
+        """
+        check_one_of(prompt_lens, response_mask_1T)
+        check_dense("cu_seqlens", cu_seqlens)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+            raise ValueError(
+                f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be int32 or "
+                "int64 [B + 1], from 0 to T"
+            )
+        device = cu_seqlens.device if device is None else device
+        bounds: list[int] = cu_seqlens.tolist()
+        lens = [end - start for start, end in pairwise(bounds)]
+        if bounds[0] != 0 or min(lens) < 0:
+            raise ValueError(f"cu_seqlens is {bounds}; it must begin at 0 and not fall")
+        if response_mask_1T is not None:
+            check_dense("response_mask", response_mask_1T)
+            check_shape("response_mask", response_mask_1T, (1, bounds[-1]))
+            of_sequence = torch.split(response_mask_1T[0].cpu().long(), lens)
+            prompts = [length - int(marked.sum()) for length, marked in zip(lens, of_sequence, strict=True)]
+        else:
+            assert prompt_lens is not None
+            given = integers(arguments.prompt_lens_tensor(prompt_lens, torch.device("cpu")))
+            check_shape("prompt_lens", given, (len(lens),))
+            prompts = given.tolist()
+        host = HostLengths(bounds[:-1], lens, prompts)
+        _check_prompts(host)
+        first_B, lens_B, prompts_B = (torch.tensor(x, device=device) for x in (bounds[:-1], lens, prompts))
+        real_1T = torch.ones((1, bounds[-1]), dtype=torch.bool, device=device)
+        batch = cls(real_1T, first_B, lens_B, prompts_B, host, one_row=True)
+        if response_mask_1T is not None and not batch.response.equal(response_mask_1T.to(device) == 1):
+            raise ValueError("response_mask must mark the last tokens of each sequence of cu_seqlens, in one run")
+        return batch
+
+    @cached_property
+    def rows(self) -> PaddedBatch:
+        """The packed sequences in a row each, [B, N of the longest], padded on the right; itself if not packed."""
+        if not self.one_row:
+            return self
+        real_BN = torch.arange(self.host.longest, device=self.lens.device) < self.lens[:, None]
+        host = HostLengths([0] * len(self.lens), self.host.lens, self.host.prompt_lens)
+        return PaddedBatch(real_BN, torch.zeros_like(self.first), self.lens, self.prompt_lens, host)
+
+    def in_rows(self, x_BTX: Tensor, on_padding: float) -> Tensor:
+        """x at the positions of `rows`."""
+        return self.rows.padded(self.packed(x_BTX), on_padding) if self.one_row else x_BTX
+
+    def from_rows(self, x_BNX: Tensor, on_padding: float) -> Tensor:
+        """x at the positions of this batch, from those of `rows`."""
+        return self.padded(self.rows.packed(x_BNX), on_padding) if self.one_row else x_BNX
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """int64 [N], the sequence of each token; of a packed row, of each position."""
+        index_B = torch.arange(len(self.lens), device=self.lens.device)
+        return torch.repeat_interleave(index_B, self.lens, output_size=sum(self.host.lens))
 
     @classmethod
     def from_mask(
@@ -127,12 +202,17 @@ class PaddedBatch:
     @property
     def response(self) -> Tensor:
         """bool [B, T], true on response tokens."""
+        if self.one_row:
+            return self.positions >= self.prompt_lens[self.sequence]
         return self.real & (self.positions >= self.prompt_lens[:, None])
 
     @property
     def positions(self) -> Tensor:
         """int64 [B, T], place of each token in its own sequence, 0-based; meaningless on padding."""
-        return (torch.arange(self.real.shape[1], device=self.real.device) - self.first[:, None]).clamp(min=0)
+        position_T = torch.arange(self.real.shape[1], device=self.real.device)
+        if self.one_row:
+            return (position_T - self.first[self.sequence])[None]
+        return (position_T - self.first[:, None]).clamp(min=0)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -141,8 +221,8 @@ class PaddedBatch:
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is no padding."""
-        return sum(self.host.lens) == self.real.numel()
+        """Whether each row is one sequence without padding."""
+        return not self.one_row and sum(self.host.lens) == self.real.numel()
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -172,7 +252,7 @@ class PaddedBatch:
             return self
         tensors = (self.real, self.first, self.lens, self.prompt_lens)
         real_BT, first_B, lens_B, prompt_lens_B = (_copied(x, device) for x in tensors)
-        return PaddedBatch(real_BT, first_B, lens_B, prompt_lens_B, self.host)
+        return PaddedBatch(real_BT, first_B, lens_B, prompt_lens_B, self.host, self.one_row)
 
     def _places(self, skipped_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """(row, position) of all tokens but the first `skipped` of each sequence, `count` in all.
@@ -180,9 +260,10 @@ class PaddedBatch:
         Arithmetic rather than nonzero(), which waits for the device to learn the count.
         """
         count_B, device = (self.lens - skipped_B).clamp(min=0), self.lens.device
-        row_N = torch.repeat_interleave(torch.arange(len(count_B), device=device), count_B, output_size=count)
+        sequence_N = torch.repeat_interleave(torch.arange(len(count_B), device=device), count_B, output_size=count)
         shift_B = self.first + skipped_B - (count_B.cumsum(0) - count_B)
-        return row_N, torch.arange(count, device=device) + shift_B[row_N]
+        row_N = torch.zeros_like(sequence_N) if self.one_row else sequence_N
+        return row_N, torch.arange(count, device=device) + shift_B[sequence_N]
 
 
 def _copied(x: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ Shape suffixes: B responses, T positions of input_ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class RhythmCredit:
         attention_mask: Tensor | None = None,
         prompt_lens: Tensor | Sequence[int] | None = None,
         response_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[RhythmSignals | None, Tensor | None]:
         """(signals, entropy [B, T]) as far as the strategy reads them: a forward pass that `observe` watches, a plain
         one for the entropy alone, or none. Arguments as in `observe`.
@@ -75,6 +77,7 @@ class RhythmCredit:
             "attention_mask": attention_mask,
             "prompt_lens": prompt_lens,
             "response_mask": response_mask,
+            "cu_seqlens": cu_seqlens,
         }
         if "attention" in self.config.reads:
             signals = self.observe(model, input_ids, **where)
@@ -91,6 +94,7 @@ class RhythmCredit:
         attention_mask: Tensor | None = None,
         prompt_lens: Tensor | Sequence[int] | None = None,
         response_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> RhythmSignals:
         """`observe` with the options of this object; calibrates the groups if that is still to be done."""
         signals = observe(
@@ -102,13 +106,20 @@ class RhythmCredit:
             signals=self.signals,
             groups=self.groups,
             entropy="entropy" in self.config.reads,
+            cu_seqlens=cu_seqlens,
         )
         if self.groups is None and self.signals.grouping == "calibrated":
             self.groups = HeadGroups(local=signals.groups.local[:1], global_=signals.groups.global_[:1])
         return signals
 
     def __call__(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        response_mask: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """γ of every token.
 
@@ -117,6 +128,8 @@ class RhythmCredit:
             input_ids: [B, T] integers.
             attention_mask: [B, T], 1 on tokens and 0 on padding, left or right. None: no padding.
             response_mask: [B, T], 1 on the response: the last tokens of each row, in one run; may be empty.
+            cu_seqlens: int32 or int64 [B + 1], as in `observe`, for one row [1, T] of packed sequences;
+                attention_mask is then None, and γ [1, T].
 
         Returns:
             γ [B, T], fp32, detached; 1 outside the responses.
@@ -129,7 +142,18 @@ class RhythmCredit:
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_shape("attention_mask", mask_BT, shape)
         check_shape("response_mask", response_mask, shape)
-        signals, entropy_BT = self.read(model, input_ids, attention_mask=attention_mask, response_mask=response_mask)
+        where: dict[str, Any] = {"response_mask": response_mask, "cu_seqlens": cu_seqlens}
+        signals, entropy_BT = self.read(model, input_ids, attention_mask=attention_mask, **where)
+        if cu_seqlens is not None:
+            batch = PaddedBatch.from_cu_seqlens(cu_seqlens, None, response_mask, input_ids.device)
+            if signals is not None:
+                waad, fai = (batch.in_rows(x, torch.nan) for x in (signals.waad, signals.fai))
+                signals = replace(signals, waad=waad, fai=fai, entropy=None)
+            entropy_BN = None if entropy_BT is None else batch.in_rows(entropy_BT, torch.nan)
+            gamma_BN = batch_credit_weights(
+                signals, batch.rows.response, self.config, self.generator, entropy=entropy_BN
+            )
+            return batch.from_rows(gamma_BN, 1.0)
         if not self.config.reads:
             PaddedBatch.from_mask(mask_BT, response_mask_BT=response_mask)  # checked by the pass, where there is one
         return batch_credit_weights(signals, response_mask.bool(), self.config, self.generator, entropy=entropy_BT)
