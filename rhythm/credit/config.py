@@ -55,7 +55,7 @@ MEDIAN = QuantileThreshold(quantile=0.5)
 
 
 class CreditConfig(BaseModel, extra="forbid", frozen=True):
-    """How γ is made of the signals, and which advantages it multiplies."""
+    """How γ is computed from the signals, and which advantages it multiplies."""
 
     strategy: str = Field(
         default="coupled",

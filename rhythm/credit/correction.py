@@ -1,4 +1,4 @@
-"""What the trainer and the engine that generated differ in, corrected by importance sampling.
+"""Corrects the loss, by importance sampling, for differences between the trainer and the engine that generated.
 
 Both hold the same weights, but round differently, so that a response is drawn from another distribution than the one
 whose gradient is taken. Each token's loss is weighted by the ratio of the two, trainer over rollout, within bounds:
@@ -48,7 +48,7 @@ class CorrectionConfig(BaseModel, extra="forbid", frozen=True):
 
 @dataclass(frozen=True)
 class Correction:
-    """The weights, and what they are made of; scalars in fp32.
+    """The weights, and the measures of the ratios that they come from; scalars in fp32.
 
     Attributes:
         weight: [B, T] fp32, factor on each token's policy loss; 1 outside the responses and with mode "none".

@@ -1,4 +1,4 @@
-"""Peaks of the signals, by scipy.signal.find_peaks, and what goes with them: shared by the analysis and the trainer.
+"""Finds peaks of the signals by scipy.signal.find_peaks, and measures how they couple; for analysis and trainer.
 
 Shapes: n tokens of a response.
 """
@@ -95,8 +95,8 @@ def coupling(value: np.ndarray, first: tuple[float, ...], peaks: tuple[int, ...]
 
 
 def rotated_lift(couplings: Iterable[Coupling]) -> float:
-    """By how much Σ value at the peaks exceeds its mean with each response's peaks rotated among the places where one
-    could be; NaN without a peak.
+    """The excess of Σ value at the peaks over its mean with each response's peaks rotated among the places where a peak
+    could be: 0.2 is +20%. NaN without a peak.
     """
     observed = expected = 0.0
     for coupling in couplings:

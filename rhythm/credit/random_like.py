@@ -1,4 +1,4 @@
-"""Positions drawn at random, but as many and as far into the response as another strategy's: what is left of its
+"""Draws random positions, as many and as far into the response as another strategy's, to tell what is left of its
 advantage over `random` once position alone is accounted for.
 
 Shape suffixes: B responses, T positions, K bins of relative positions.

@@ -1,4 +1,4 @@
-"""How γ is made of the signals: every strategy with what it reads.
+"""Computes γ from the signals: a table of strategies, and what each reads.
 
 A strategy is a function from `StrategyInputs` to the bonus of each token, and an entry in STRATEGIES; configuration,
 trainer, RhythmCredit and TRL read everything about it from there.

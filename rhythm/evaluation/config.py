@@ -21,7 +21,7 @@ LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class EvalTask(TaskConfig, extra="forbid", frozen=True):
-    """A task to evaluate. What is null is as for all tasks."""
+    """A task to evaluate. For keys that are null, the settings for all tasks hold."""
 
     name: str = Field(description="a task of rhythm's own, or module:Class")
     label: str = Field(
@@ -132,7 +132,7 @@ TASKS_ARE = (
 
 
 class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
-    """All that decides which responses an evaluation has; a directory is continued with the same."""
+    """The settings that determine the responses. A directory can only be continued with the same ones."""
 
     model: Path = Field(description="needed: directory of a causal transformers checkpoint with its tokenizer")
     tasks: EvalTasks = Field(description=f"needed: {TASKS_ARE}")
@@ -165,7 +165,7 @@ class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
     def plans(self) -> list[Plan]:
-        """Of every task, in order."""
+        """The plan of every task, in order."""
         return [task.resolved(self.samples, self.k, self.problems, self.sampling) for task in self.tasks]
 
 
@@ -182,5 +182,5 @@ class MachineConfig(BaseModel, extra="forbid", frozen=True):
 
 
 def settings(config: EvaluationConfig) -> dict[str, Any]:
-    """What a directory remembers of the configuration."""
+    """The settings that settings.json keeps, to compare when the evaluation is continued."""
     return config.model_dump(mode="json", include=set(EvaluationConfig.model_fields))

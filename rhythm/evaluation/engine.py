@@ -1,4 +1,4 @@
-"""A checkpoint → an engine that answers, its tokenizer and its context."""
+"""Opens a checkpoint: an engine that generates responses, the tokenizer and the context length."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Answerer:
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Raises ValueError where there is no checkpoint."""
+    """Raise ValueError if there is no checkpoint."""
     if not directory.is_dir():
         raise ValueError(f"model is {directory}: no such directory")
     if not (directory / "config.json").is_file():
@@ -42,7 +42,7 @@ def check_checkpoint(directory: Path) -> None:
 
 
 def fingerprint(directory: Path) -> str:
-    """Of the checkpoint's configuration and weight files: their sizes, and their first and last MiB."""
+    """A hash of the checkpoint's configuration and weight files: of their sizes, and their first and last MiB."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for path in sorted(path for pattern in _WEIGHTS for path in directory.glob(pattern)):
         size = path.stat().st_size
@@ -55,7 +55,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def placed(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Device and type, with auto resolved. Raises ValueError for a device that this machine hasn't got."""
+    """Device and dtype, with auto resolved. Raises ValueError for a device that this machine doesn't have."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -69,7 +69,7 @@ def placed(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 @contextmanager
 def open_answerer(config: EvaluationConfig, machine: MachineConfig) -> Iterator[Answerer]:
-    """The engine until the block is left. Raises ValueError for a checkpoint or engine that can't be had."""
+    """Context with the engine. Raises ValueError for a checkpoint or an engine that can't be used."""
     trust = machine.trust_remote_code
     device, dtype = placed(machine.device, config.dtype)
     with refusal_names("set trust_remote_code=true", config.model):

@@ -1,4 +1,4 @@
-"""pass@1, avg@n and pass@k of a task from how many of each problem's responses are right, with 95 % intervals."""
+"""Computes pass@1, avg@n and pass@k, with 95 % intervals, from the number of right responses to each problem."""
 
 from __future__ import annotations
 

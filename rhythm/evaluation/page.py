@@ -1,4 +1,4 @@
-"""An evaluation → report.html, one file that needs no network; and the table that the command prints."""
+"""Writes an evaluation's report.html, one file that needs no network, and the table that the command prints."""
 
 from __future__ import annotations
 

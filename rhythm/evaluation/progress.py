@@ -36,12 +36,12 @@ class EvaluationProgress(ProgressDisplay):
         self._began, self._rate = clock(), Rate("response")
 
     def task(self, name: str) -> None:
-        """Responses of this task come next."""
+        """Set the task whose responses come next."""
         self._task = name
         self._bars.update(self._bar, description=name)
 
     def add(self, responses: int) -> None:
-        """So many more are scored and on disk."""
+        """Count responses that are scored and on disk."""
         self._done += responses
         self._bars.update(self._bar, completed=self._done)
 

@@ -1,4 +1,4 @@
-"""Responses on disk: a line each in responses/<task>.jsonl, appended a batch at a time."""
+"""Keeps responses on disk, one line each in responses/<task>.jsonl, appended batch by batch."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class ResponseRow(BaseModel, extra="forbid", frozen=True):
 
     @property
     def scored(self) -> ScoredResponse:
-        """What the scores need of it."""
+        """The part of the row that scores are computed from."""
         return ScoredResponse(self.problem, self.correct, self.format_ok, self.finished, self.tokens, self.fault)
 
 
 def read_rows(path: Path) -> dict[tuple[int, int], ResponseRow]:
-    """(problem, sample) → row; a missing file has none.
+    """Reads the rows, by (problem, sample); empty if there is no file.
 
-    What a killed process left is no row: a last line that was cut off. Raises ValueError naming the first other line
-    that is none.
+    A last line that a killed process left incomplete is ignored. Raises ValueError naming the first other line that is
+    not a row.
     """
     rows: dict[tuple[int, int], ResponseRow] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], start=1):
@@ -56,12 +56,12 @@ def read_rows(path: Path) -> dict[tuple[int, int], ResponseRow]:
 
 
 def keep_rows(path: Path, keep: Sequence[ResponseRow]) -> None:
-    """Replace the file by these rows in one go, so that what is appended follows whole lines."""
+    """Replace the file atomically by these rows, so that later rows are appended after complete lines."""
     replace_file(path, "".join(map(_line, keep)))
 
 
 def append_rows(path: Path, rows: Sequence[ResponseRow]) -> None:
-    """Add a batch; on the disk when this returns. Raises OSError naming the file."""
+    """Append a batch; it is on disk when this returns. Raises OSError naming the file."""
     with naming(path), path.open("ab") as file:
         file.write("".join(map(_line, rows)).encode())
         file.flush()

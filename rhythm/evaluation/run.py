@@ -1,4 +1,4 @@
-"""A checkpoint and tasks in, a directory of responses and results out; the same command again goes on where it stopped.
+"""Evaluates a checkpoint on tasks and writes responses and results; a stopped evaluation continues from its files.
 
 The directory holds settings.json, responses/<task>.jsonl, and once all are done results.json and report.html.
 """
@@ -46,7 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Asked:
-    """A response to generate: of which problem the how many-th, the prompt as text and as tokens."""
+    """A response to generate: the problem, the number of the sample, and the prompt as text and as tokens."""
 
     problem: int
     sample: int
@@ -68,7 +68,7 @@ def default_directory(model: Path) -> Path:
 def evaluate_checkpoint(
     config: EvaluationConfig, machine: MachineConfig | None = None, console: Console | None = None
 ) -> Evaluation:
-    """Generate responses and score them; whatever is in the directory already is not done again.
+    """Generate responses and score them; responses that are in the directory already are kept.
 
     A response is drawn by a seed of (seed, task, problem, sample), and generated in the same batch whenever it is:
     an evaluation that was killed and went on has the same results as one that never was, on the same machine.
@@ -129,11 +129,11 @@ class _Work:
 
     @property
     def responses(self) -> int:
-        """How many the task has when it is finished."""
+        """The number of responses of the finished task."""
         return sum(map(len, self.batches))
 
     def finish(self, reward: RewardConfig, progress: EvaluationProgress) -> None:
-        """Generate and score what is missing, a batch at a time."""
+        """Generate and score the missing responses, batch by batch."""
         if not self._open:
             return
         name, options = self.plan.task.name, self.plan.task.options.model_dump()
@@ -175,7 +175,7 @@ class _Work:
         return rows
 
     def scores(self) -> TaskScores:
-        """Of the finished task."""
+        """The scores of the finished task."""
         return score(self.plan.title, [row.scored for row in self.kept], self.plan.samples, self.plan.ks, self.left_out)
 
 

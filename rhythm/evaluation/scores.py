@@ -1,4 +1,4 @@
-"""A task's scored responses → estimates, and counts of responses that were late, faulty or cut off."""
+"""Computes estimates from a task's scored responses, and counts those that were late, faulty or cut off."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TaskScores:
     faults: int
 
     def estimate(self, name: str) -> Estimate:
-        """By its name. Raises KeyError."""
+        """The estimate of this name. Raises KeyError."""
         for estimate in self.estimates:
             if estimate.name == name:
                 return estimate
@@ -76,6 +76,6 @@ def score(
 
 
 def as_metrics(scores: TaskScores) -> dict[str, float]:
-    """As numbers of a training step: `aime24/avg@16`, `aime24/pass@16`, …, and of how many problems."""
+    """Metrics for a training step: `aime24/avg@16`, `aime24/pass@16`, …, and the number of problems."""
     named = {f"{scores.task}/{estimate.name}": estimate.value for estimate in scores.estimates}
     return {**named, f"{scores.task}/problems": float(scores.problems)}

@@ -21,7 +21,7 @@ _NOT_SETTINGS = {"name", "runs_dir", "tensorboard", "wandb", "profile_steps", "c
 
 
 class SweepConfig(BaseModel, extra="forbid", frozen=True):
-    """All that rhythm-sweep can be told."""
+    """The configuration of rhythm-sweep."""
 
     name: str = Field(default="sweep", description="directory of the runs (below runs_dir) and of the results")
     base: Path = Field(
@@ -84,13 +84,13 @@ class SweepConfig(BaseModel, extra="forbid", frozen=True):
 
     @property
     def runs(self) -> Path:
-        """The directory that holds the runs' own."""
+        """The directory that contains the run directories."""
         return self.runs_dir / self.name
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of the sweep. settings: `fingerprint` of its configuration."""
+    """One run of a sweep. settings: the `fingerprint` of its configuration."""
 
     method: str
     seed: int
@@ -99,12 +99,12 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Its name among the sweep's: that of its directory."""
+        """The run's name within the sweep, which is that of its directory."""
         return self.config.name
 
 
 def plan(sweep: SweepConfig, resolve: Callable[[Sequence[str]], TrainConfig]) -> list[PlannedRun]:
-    """All runs, seed by seed, so that a sweep that stops early leaves whole seeds.
+    """Returns all runs, seed by seed, so that a sweep that is stopped early has complete seeds.
 
     Args:
         resolve: the base configuration with `key=value` overrides. Its errors pass through; every method is checked.

@@ -1,4 +1,4 @@
-"""Shows a sweep's progress: one display for all runs, those running with step and accuracy."""
+"""Shows a sweep's progress in one display for all runs, with step and accuracy of those that are running."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SweepProgress(ProgressDisplay):
         self._ended = 0
 
     def update(self, runs: Sequence[PlannedRun]) -> None:
-        """These are running; reads how far each is."""
+        """Set the runs that are running, and read their progress."""
         self._running = {}
         for run in runs:
             step, accuracy = self._last_step(run)
@@ -60,7 +60,7 @@ class SweepProgress(ProgressDisplay):
         self._bars.update(self._bar, doing=self._doing())
 
     def ended(self, run: PlannedRun, said: str, *, done: bool) -> None:
-        """A run has ended, with its results or without."""
+        """Count a run that has ended, with or without results."""
         self._running.pop(run.name, None)
         self._ended += run.config.steps - self._base.get(run.name, 0)
         self._done += done
@@ -81,7 +81,7 @@ class SweepProgress(ProgressDisplay):
         return "; ".join(names) or "starting"
 
     def _last_step(self, run: PlannedRun) -> tuple[int, str]:
-        """`last_step`, read again only where the file has grown."""
+        """`last_step`, reading the file again only if it has grown."""
         path = run.config.run_dir / "metrics.jsonl"
         size = path.stat().st_size if path.is_file() else 0
         if run.name not in self._read or self._read[run.name][0] != size:

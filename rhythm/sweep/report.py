@@ -44,7 +44,7 @@ _STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left", "le
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method by itself: means over its seeds, and the 95 % interval (t) of the final accuracy."""
+    """Results of one method: means over its seeds, and the 95 % interval (t) of the final accuracy."""
 
     method: str
     seeds: tuple[int, ...]
@@ -59,8 +59,8 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What the tables say. differences: measure → of every method but the baseline. incomplete: methods that lack
-    seeds that others have, and those seeds.
+    """Contents of the tables. differences: measure → all methods but the baseline. incomplete: methods that lack seeds
+    that others have, and those seeds.
     """
 
     name: str
@@ -72,7 +72,7 @@ class SweepReport:
 
 
 def holds_a_sweep(directory: Path) -> bool:
-    """Whether rhythm-sweep wrote there."""
+    """Whether the directory contains results of rhythm-sweep."""
     return (directory / RUNS).is_file()
 
 

@@ -61,16 +61,16 @@ class Results:
     curves: tuple[CurveRow, ...] = ()
 
     def with_run(self, row: RunRow, curve: Sequence[CurveRow]) -> Results:
-        """These and one more run."""
+        """These results with one more run."""
         return Results((*self.runs, row), (*self.curves, *curve))
 
     def row(self, method: str, seed: int) -> RunRow | None:
-        """The run's, if it is done."""
+        """The row of a run; None if it is not done."""
         return next((row for row in self.runs if (row.method, row.seed) == (method, seed)), None)
 
 
 def measure(run: PlannedRun, commit: str) -> tuple[RunRow, list[CurveRow]]:
-    """A finished run's rows, from its metrics.jsonl.
+    """Reads a finished run's rows from its metrics.jsonl.
 
     Raises ValueError where it holds no evaluation or ends before the configured step.
     """
@@ -104,7 +104,7 @@ def measure(run: PlannedRun, commit: str) -> tuple[RunRow, list[CurveRow]]:
 
 
 def read_results(directory: Path) -> Results:
-    """Those in the directory; none where it has no runs.csv.
+    """Reads the results in the directory; empty if it has no runs.csv.
 
     Raises ValueError for a file that write_results did not write, naming file, line and column.
     """
@@ -119,7 +119,7 @@ def read_results(directory: Path) -> Results:
 
 
 def write_results(results: Results, directory: Path) -> None:
-    """Replaces both files as wholes."""
+    """Writes both files, replacing old ones atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / CURVES, _csv(CurveRow, results.curves))
     replace_file(directory / RUNS, _csv(RunRow, results.runs))

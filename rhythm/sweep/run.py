@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass
 class SweepOutcome:
-    """What a sweep came to. stopped_by: the signal that stopped it."""
+    """How a sweep ended. stopped_by: the signal that stopped it."""
 
     results: Results
     failures: list[Failure] = field(default_factory=list)
@@ -71,7 +71,7 @@ class _Process:
 
 
 def left(plan: Sequence[PlannedRun], results: Results, directory: Path) -> list[PlannedRun]:
-    """The runs without a row.
+    """The planned runs that have no results yet.
 
     Raises ValueError where a row was made with other settings than the sweep now has: they must not be mixed.
     """
@@ -141,7 +141,7 @@ def _devices() -> list[str | None]:
 
 
 def _start(run: PlannedRun, threads: int, device: str | None) -> _Process:
-    """rhythm-train in a process of its own, continuing where it stopped."""
+    """Start rhythm-train in a separate process; it continues where it stopped."""
     directory = run.config.run_dir.parent
     config = directory / f"{run.name}.yaml"
     commits = commits_of(config)
@@ -172,14 +172,14 @@ def _start(run: PlannedRun, threads: int, device: str | None) -> _Process:
 
 
 def end_with(parent: int) -> None:
-    """Called in a run's process: SIGTERM, on which it saves and stops, once the sweep is gone."""
+    """Called in a run's process: sends it SIGTERM once the sweep is gone, on which the run saves and stops."""
     signal_at_parents_end(signal.SIGTERM)
     if os.getppid() != parent:  # it was gone before
         sys.exit(128 + signal.SIGTERM)
 
 
 def _finish(sweep: SweepConfig, ended: _Process, outcome: SweepOutcome, progress: SweepProgress) -> None:
-    """Writes the run's rows, or keeps what its log says."""
+    """Write the rows of a run that has ended; if it failed, keep the end of its log."""
     run, code = ended.run, ended.process.returncode
     ended.log.close()
     log = Path(ended.log.name)
@@ -197,7 +197,7 @@ def _finish(sweep: SweepConfig, ended: _Process, outcome: SweepOutcome, progress
 
 
 def _stop(running: Sequence[_Process]) -> None:
-    """Lets the runs save and stop; kills those that don't."""
+    """Stop the runs: they may save first; those that don't stop are killed."""
     for one in running:
         with suppress(ProcessLookupError):
             one.process.send_signal(signal.SIGINT)
@@ -212,7 +212,7 @@ def _stop(running: Sequence[_Process]) -> None:
 
 
 def commits_of(config: Path) -> list[str]:
-    """Commits of the code that the run has been trained by, from the first line of its configuration."""
+    """The commits that the run was trained with, from the first line of its configuration."""
     try:
         with config.open(encoding="utf-8") as file:
             first = file.readline()

@@ -1,4 +1,4 @@
-"""How each method of a sweep differs from the baseline: differences paired by seed, intervals, p-values, power."""
+"""Compares each method of a sweep with the baseline: differences paired by seed, intervals, p-values, power."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Difference:
 
 
 def differences(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[Difference]:
-    """Of all other methods, in their order, to `baseline`, over the seeds that both have.
+    """Differences of all other methods, in their order, to `baseline`, over the seeds that both have.
 
     Args:
         values: method → seed → value.

@@ -1,5 +1,5 @@
-"""How long OpenMP's threads spin at a barrier: as the runtime does it while the process has its cores to itself, next
-to nothing while other processes want them.
+"""Sets how long OpenMP's threads spin at a barrier: as usual while the process has its cores to itself, hardly at all
+while other processes need them.
 
 A thread that spins while it waits keeps a core from the very thread it waits for as soon as there are more threads
 that want to run than cores; a step beside one busy process can then take three times as long. Without any spinning

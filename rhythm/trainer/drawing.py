@@ -1,4 +1,4 @@
-"""The responses that a step trains on: drawn, scored, and drawn again where nothing can be learned from them.
+"""Draws and scores the responses of a step, and replaces groups from which nothing can be learned.
 
 Shape suffixes: B responses, G groups.
 """

@@ -1,4 +1,4 @@
-"""The rhythm itself, watched while a policy trains: do its signals still mean what the method takes them for?
+"""Measures during training whether the signals still have the properties that the method assumes.
 
 Shape suffixes: B responses, T positions, n heads of the pool.
 """
@@ -34,7 +34,7 @@ def watch_rhythm(
     groups: HeadGroups | None,
     before: HeadGroups | None,
 ) -> tuple[Record, HeadGroups]:
-    """The numbers to log of these responses, and the head groups that all of them together choose. One forward pass.
+    """The metrics of these responses, and the head groups that all of them choose together, from one forward pass.
 
     rhythm_entropy_lift and rhythm_follow_lift: Table 2's couplings (the entropy at peaks of WAAD; peaks of FAI at a
     peak of WAAD or a token after it), as the excess over the same peaks rotated within their responses.
