@@ -324,7 +324,12 @@ class _GenerateReplica(GenerateInfer):
     """transformers' generate as a replica that receives weights in buckets."""
 
     def __init__(self, model: Any, spec: InferSpec) -> None:
-        super().__init__(model, end_ids=spec.end_ids, pad_id=spec.pad_id, max_length=spec.max_length)
+        tokenizer = None
+        if spec.stop_strings:
+            tokenizer = AutoTokenizer.from_pretrained(spec.checkpoint, **loading_options(spec.trust_remote_code))
+        super().__init__(
+            model, end_ids=spec.end_ids, pad_id=spec.pad_id, max_length=spec.max_length, tokenizer=tokenizer
+        )
         self._receiver = ModelReceiver(model)
         self.start_push = self._receiver.start_push
         self.receive = self._receiver.receive

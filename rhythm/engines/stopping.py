@@ -1,4 +1,7 @@
-"""Where stop strings end a response."""
+"""Where stop strings end a response.
+
+Shape suffixes: B responses, G generated positions.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout
 
@@ -42,6 +46,24 @@ def cut_at_stop(rollout: Rollout, tokenizer: Any, stop: Sequence[str]) -> Rollou
         logprobs=rollout.logprobs.masked_fill(~inside_BT, 0.0),
         finished=finished,
     )
+
+
+class StopStrings:
+    """Tells which responses hold a stop string, while they are generated."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        """`stop`: at least one string, none empty."""
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        # A token is a byte at least, if it is text at all; the rest is for those that are not.
+        self._tail = max(len(string.encode()) for string in stop) + 8
+
+    def reached(self, response_BG: Tensor) -> Tensor:
+        """bool [B]: whether one of the strings is in what the last tokens of each row say. Asked after every token, it
+        sees each string as soon as it is complete.
+        """
+        texts = self._tokenizer.batch_decode(response_BG[:, -self._tail :].tolist(), skip_special_tokens=True)
+        held = [any(string in text for string in self._stop) for text in texts]
+        return torch.tensor(held, dtype=torch.bool, device=response_BG.device)
 
 
 def tokens_to_stop(tokenizer: Any, response: Sequence[int], stop: Sequence[str]) -> int | None:

@@ -83,7 +83,7 @@ def open_answerer(config: EvaluationConfig, machine: MachineConfig) -> Iterator[
     if config.engine == "transformers":
         with refusal_names("set trust_remote_code=true", config.model):
             model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trust)
-        yield Answerer(GenerateInfer(model, end_ids=ends, pad_id=pad), tokenizer, context)
+        yield Answerer(GenerateInfer(model, end_ids=ends, pad_id=pad, tokenizer=tokenizer), tokenizer, context)
         return
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(f"{missing('engine=vllm', 'vllm')}, or take engine=transformers")

@@ -242,6 +242,7 @@ def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path
         model if shared else copy.deepcopy(model).to(precision),
         end_ids=vocabulary.end_ids,
         pad_id=vocabulary.pad_id,
+        tokenizer=vocabulary.tokenizer,
     )
     train = TorchTrain(
         model,

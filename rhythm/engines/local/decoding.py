@@ -23,21 +23,24 @@ from transformers.cache_utils import DynamicLayer
 from rhythm.engines.head import exact_head
 from rhythm.engines.local.draws import Draw
 from rhythm.engines.local.short_attention import short_attention
+from rhythm.engines.stopping import StopStrings
 
 _DROPPED_AT = 8  # rows are dropped once one in so many has ended: dropping copies the cache of the others
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Responses as they were generated, each up to its end token or room.
+    """Responses as they were generated, each up to its end token, stop string or room.
 
     tokens: int64 [B, G], `pad_id` after the end. logprobs: fp32 [B, G], of these tokens at the temperature, before
-    top-k and top-p; 0 after the end. lens: int64 [B], tokens of each response.
+    top-k and top-p; 0 after the end. lens: int64 [B], tokens of each response. finished: bool [B], whether it ended
+    before its room did.
     """
 
     tokens: Tensor
     logprobs: Tensor
     lens: Tensor
+    finished: Tensor
 
 
 @torch.no_grad()
@@ -50,11 +53,12 @@ def decode(
     temperature: float,
     end_ids: Sequence[int],
     pad_id: int,
+    stops: StopStrings | None = None,
     progress: Callable[[int], None] = lambda sampled: None,
 ) -> Decoded:
     """One response to each of `prompts`, none empty, of at most room_B tokens.
 
-    temperature: of the log-probs. progress: called after each token with the number of tokens so far.
+    temperature: of the log-probs. stops: they end a response with the token that completes one. progress: called after each token with the number of tokens so far.
 
     Raises RuntimeError if logits are NaN.
     """
@@ -74,6 +78,7 @@ def decode(
     logprobs_BG = torch.zeros(tokens_BG.shape, device=device)
     ends = torch.tensor(end_ids, device=device)
     lens_B = torch.zeros_like(room_B)
+    finished_B = torch.zeros_like(room_B, dtype=torch.bool)
     row_b = torch.arange(len(prompts), device=device)
     going_b = torch.ones_like(row_b, dtype=torch.bool)
     for position in range(room):
@@ -83,7 +88,11 @@ def decode(
         logprobs_BG[row_b, position] = picked_b.where(going_b, 0.0)
         lens_B[row_b] += going_b
         progress(position + 1)
-        going_b &= ~torch.isin(token_b, ends) & (room_B[row_b] > position + 1)
+        ended_b = torch.isin(token_b, ends)
+        if stops is not None:
+            ended_b |= stops.reached(tokens_BG[row_b, : position + 1])
+        finished_B[row_b] |= ended_b & going_b
+        going_b &= ~ended_b & (room_B[row_b] > position + 1)
         going = int(going_b.sum())
         if not going:
             break
@@ -95,7 +104,7 @@ def decode(
         logits_bV = step(token_b[:, None], mask_bG[:, :end], len_b[:, None] + position)
     if logprobs_BG.isnan().any():
         raise RuntimeError("the model's logits are NaN")
-    return Decoded(tokens_BG[:, : position + 1], logprobs_BG[:, : position + 1], lens_B)
+    return Decoded(tokens_BG[:, : position + 1], logprobs_BG[:, : position + 1], lens_B, finished_B)
 
 
 class _Step:

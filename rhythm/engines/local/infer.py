@@ -19,6 +19,7 @@ from rhythm.engines.local.decoding import Decoded, decode
 from rhythm.engines.local.draws import draw_for
 from rhythm.engines.local.linear import use_onednn
 from rhythm.engines.local.weights import load_weights
+from rhythm.engines.stopping import StopStrings
 
 
 class GenerateInfer:
@@ -30,9 +31,18 @@ class GenerateInfer:
     affected.
     """
 
-    def __init__(self, model: Any, *, end_ids: Sequence[int], pad_id: int, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        end_ids: Sequence[int],
+        pad_id: int,
+        max_length: int | None = None,
+        tokenizer: Any = None,
+    ) -> None:
         """`model`: a causal transformers model; `end_ids`: tokens that end a response; `max_length`: longest prompt and
-        response together, in tokens; None: the model's number of positions.
+        response together, in tokens; None: the model's number of positions. `tokenizer`: stops generation at
+        `sampling.stop`; without it responses go on behind these strings.
         """
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
@@ -41,6 +51,7 @@ class GenerateInfer:
         self._end_ids = list(end_ids)
         self._pad_id = pad_id
         self._max_length = max_length or max_positions(model.config)
+        self._tokenizer = tokenizer
         self._version = 0
         self._sampled = 0
 
@@ -102,6 +113,7 @@ class GenerateInfer:
         """One response to each prompt; `seeds`: of every row, in place of torch's global generators."""
         model = self._model
         prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
+        stops = StopStrings(self._tokenizer, sampling.stop) if sampling.stop and self._tokenizer is not None else None
         with evaluating(model):
             decoded = decode(
                 model,
@@ -111,10 +123,11 @@ class GenerateInfer:
                 temperature=sampling.temperature or 1.0,
                 end_ids=self._end_ids,
                 pad_id=self._pad_id,
+                stops=stops,
                 progress=self._progress,
             )
         self._progress(0)
-        return _rollout(prompts, prompt_lens_B, decoded, self._end_ids, self._pad_id)
+        return _rollout(prompts, prompt_lens_B, decoded, self._pad_id)
 
     def _progress(self, sampled: int) -> None:
         self._sampled = sampled
@@ -131,9 +144,7 @@ def max_positions(config: Any) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
-def _rollout(
-    prompts: Sequence[Sequence[int]], prompt_lens_B: Tensor, decoded: Decoded, end_ids: list[int], pad_id: int
-) -> Rollout:
+def _rollout(prompts: Sequence[Sequence[int]], prompt_lens_B: Tensor, decoded: Decoded, pad_id: int) -> Rollout:
     """Prompts and responses as right-padded rows."""
     device = prompt_lens_B.device
     response_lens_B = decoded.lens
@@ -147,7 +158,6 @@ def _rollout(
     # Row by row both masks have as many positions, in the same order.
     input_ids[response_mask] = decoded.tokens[generated_BG]
     logprobs[response_mask] = decoded.logprobs[generated_BG]
-    last_B = decoded.tokens.gather(1, response_lens_B[:, None] - 1)[:, 0]
     return Rollout(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -155,5 +165,5 @@ def _rollout(
         prompt_lens=prompt_lens_B,
         group=torch.zeros_like(prompt_lens_B),
         logprobs=logprobs,
-        finished=torch.isin(last_B, torch.tensor(end_ids, device=device)),
+        finished=decoded.finished,
     )

@@ -11,6 +11,8 @@ from transformers import GenerationConfig
 from rhythm.engines.batches import concatenate
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.infer import GenerateInfer
+from rhythm.engines.stopping import StopStrings, cut_at_stop, response_texts
+from rhythm.tiny.model import build_tokenizer
 
 PROMPTS = [[1, 20, 30, 40, 50], [1, 60], [1, 7, 8, 9]]
 END, PAD = 2, 0
@@ -224,3 +226,43 @@ def test_parts_are_handed_over_as_they_are_generated(model: Any) -> None:
     for name in ("input_ids", "response_mask", "group", "logprobs"):
         assert getattr(joined, name).equal(getattr(whole, name))
         assert getattr(alone, name).equal(getattr(whole, name))
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_stop_string_ends_generation(model: Any, tokenizer: Any, seeded: bool) -> None:
+    """What is left is what remains of the whole responses when they are cut; nothing is generated behind the last."""
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    rows = [prompt for prompt in PROMPTS for _ in range(3)]
+    stopping = GenerateInfer(model, end_ids=[tokenizer.eos_token_id], pad_id=PAD, tokenizer=tokenizer)
+
+    def generated(stop: tuple[str, ...]) -> tuple[Rollout, int]:
+        passes.clear()
+        sampling = SamplingConfig(max_new_tokens=60, stop=stop)
+        if seeded:
+            rollout = stopping.generate_each(rows, sampling, range(9))
+        else:
+            rollout = stopping.generate(PROMPTS, 3, sampling, seed=5)
+        return rollout, len(passes)
+
+    whole, _ = generated(())
+    texts = response_texts(whole, tokenizer)
+    for stop in ((texts[0][9:11], texts[4][20]), tuple({text[2] for text in texts})):
+        stopped, forward = generated(stop)
+        expected = cut_at_stop(whole, tokenizer, stop)
+        longest = int(expected.response_lens.max())
+        assert stopped.response_lens.tolist() == expected.response_lens.tolist()
+        assert stopped.finished.tolist() == expected.finished.tolist()
+        assert response_texts(stopped, tokenizer) == response_texts(expected, tokenizer)
+        torch.testing.assert_close(stopped.logprobs, expected.logprobs[:, : stopped.logprobs.shape[1]])
+        assert forward <= longest + 1
+    assert longest <= 8
+
+
+def test_a_stop_string_of_many_tokens_is_seen_when_it_is_complete() -> None:
+    tokenizer = build_tokenizer(260, ["x"])  # a token per byte
+    ids = tokenizer("a é, 日本 and 日本語 b", add_special_tokens=False).input_ids
+    stop = StopStrings(tokenizer, ("日本語", "never"))
+    reached = [bool(stop.reached(torch.tensor([ids[:count]]))) for count in range(1, len(ids) + 1)]
+    text = [tokenizer.decode(ids[:count]) for count in range(1, len(ids) + 1)]
+    assert reached.index(True) == next(at for at, so_far in enumerate(text) if "日本語" in so_far)
