@@ -36,6 +36,7 @@ TRAINERS: dict[str, tuple[str, dict[str, str]]] = {
     TRL: ("trl", {}),
     "rhythm, GRPO": ("rhythm", {"credit.strategy": "none"}),
     GAMMA: ("rhythm", {}),
+    "rhythm, γ in training": ("rhythm", {"signals.source": "training", "batch.old_logprobs": "rollout"}),
 }
 """Name of a trainer → its worker, and the overrides of the configuration."""
 
@@ -54,6 +55,7 @@ class Row:
     Attributes:
         seconds: per step by part (PARTS).
         faster: median over the rounds of TRL's seconds per step to this trainer's in the same round; None without TRL.
+        faster_cpu: the same of processor seconds.
         gamma_share: median of γ's part of a step.
     """
 
@@ -61,6 +63,7 @@ class Row:
     steps: int
     seconds: Seconds
     faster: float | None
+    faster_cpu: float | None
     gamma_share: float
 
 
@@ -157,14 +160,19 @@ def _answer(name: str, process: subprocess.Popen[str]) -> Seconds:
 
 def table(seconds: Mapping[str, Sequence[Seconds]]) -> list[Row]:
     """Medians over the steps."""
-    trl = [step["total"] for step in seconds.get(TRL, [])]
     rows = []
     for name, steps in seconds.items():
         medians = {part: statistics.median(step[part] for step in steps) for part in PARTS}
-        ratios = [theirs / ours["total"] for theirs, ours in zip(trl, steps, strict=False)]
         share = statistics.median(step["gamma"] / step["total"] for step in steps)
-        rows.append(Row(name, len(steps), medians, statistics.median(ratios) if ratios else None, share))
+        faster = [_ratio(seconds.get(TRL, []), steps, of) for of in ("total", "cpu")]
+        rows.append(Row(name, len(steps), medians, faster[0], faster[1], share))
     return rows
+
+
+def _ratio(trl: Sequence[Seconds], ours: Sequence[Seconds], of: str) -> float | None:
+    """Median over the rounds; None without TRL."""
+    ratios = [theirs[of] / mine[of] for theirs, mine in zip(trl, ours, strict=False)]
+    return statistics.median(ratios) if ratios else None
 
 
 def targets(rows: Sequence[Row]) -> dict[str, bool]:
@@ -180,11 +188,11 @@ def targets(rows: Sequence[Row]) -> dict[str, bool]:
 
 def show(rows: Sequence[Row]) -> None:
     """Print the markdown table."""
-    print(f"| s per step | {' | '.join(PARTS).replace('_', '-')} | TRL's total / total | γ's share |")
-    print(f"|---{'|---' * (len(PARTS) + 2)}|")
+    print(f"| s per step | {' | '.join(PARTS).replace('_', '-')} | TRL's total / total | TRL's cpu / cpu | γ's share |")
+    print(f"|---{'|---' * (len(PARTS) + 3)}|")
     for row in rows:
         numbers = " | ".join(f"{row.seconds[part]:.3f}" for part in PARTS)
-        faster = "" if row.faster is None else f"{row.faster:.2f}"
+        faster = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in (row.faster, row.faster_cpu))
         print(f"| {row.trainer} | {numbers} | {faster} | {row.gamma_share:.1%} |")
 
 

@@ -9,7 +9,8 @@ line of JSON:
     gamma        attention statistics and γ
     training     forward and backward passes, optimizer
     other        what is left: batches, advantages, metrics
-    total
+    total        of these
+    cpu          processor seconds of the trainer's process, which other processes hardly change
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from rhythm.cli.config_file import load_config
 from rhythm.trainer.config import TrainConfig
 
-PARTS = ("generation", "reward", "log_probs", "gamma", "training", "other", "total")
+PARTS = ("generation", "reward", "log_probs", "gamma", "training", "other", "total", "cpu")
 
 Seconds = dict[str, float]
 
@@ -176,13 +177,15 @@ class _Clock:
     def __init__(self) -> None:
         self._seconds: Seconds = {}
         self._running: list[str] = []
-        self._began = 0.0
+        self._began = self._cpu = 0.0
 
     def start(self) -> None:
-        self._seconds, self._began = dict.fromkeys(PARTS, 0.0), time.perf_counter()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._began, self._cpu = time.perf_counter(), time.process_time()
 
     def stop(self) -> Seconds:
         self._seconds["total"] = time.perf_counter() - self._began
+        self._seconds["cpu"] = time.process_time() - self._cpu
         return self._seconds
 
     def measure(self, owner: Any, method: str, part: str, within: str | None = None) -> None:
@@ -204,7 +207,7 @@ class _Clock:
 
 
 def _with_rest(seconds: Seconds) -> Seconds:
-    known = sum(seconds[part] for part in PARTS if part not in ("other", "total"))
+    known = sum(seconds[part] for part in PARTS if part not in ("other", "total", "cpu"))
     return {**seconds, "other": seconds["total"] - known}
 
 

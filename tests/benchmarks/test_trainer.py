@@ -25,20 +25,23 @@ def test_a_small_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         steps = record["seconds"][name]
         assert len(steps) == 2
         for step in steps:
-            assert sum(step[part] for part in PARTS[:-1]) == pytest.approx(step["total"])
+            assert sum(step[part] for part in PARTS[:-2]) == pytest.approx(step["total"])
             assert {part for part in PARTS if step[part] == 0} == worked, "every part but TRL's γ takes time"
             assert step["generation"] + step["log_probs"] + step["training"] > step["total"] / 2
     assert f"| {GAMMA} |" in capfd.readouterr().out
 
 
 def test_arithmetic() -> None:
-    seconds = {TRL: [_step(4.0), _step(3.0), _step(8.0)], GAMMA: [_step(2.0, 0.02), _step(1.0, 0.05), _step(2.0, 0.1)]}
+    seconds = {
+        TRL: [_step(4.0, cpu=3.0), _step(3.0, cpu=3.0), _step(8.0, cpu=3.0)],
+        GAMMA: [_step(2.0, 0.02), _step(1.0, 0.05), _step(2.0, 0.1)],
+    }
     trl, ours = table(seconds)
-    assert (trl.faster, trl.gamma_share) == (1.0, 0.0)
+    assert (trl.faster, trl.faster_cpu, trl.gamma_share) == (1.0, 1.0, 0.0)
     assert (ours.steps, ours.seconds["total"], ours.seconds["gamma"]) == (3, 2.0, 0.05)
-    assert (ours.faster, ours.gamma_share) == (3.0, 0.05)
+    assert (ours.faster, ours.faster_cpu, ours.gamma_share) == (3.0, 6.0, 0.05)
     assert list(targets([trl, ours]).values()) == [True, False]
-    slow, light = Row(GAMMA, 3, {}, 1.99, 0.03), Row(GAMMA, 3, {}, None, 0.031)
+    slow, light = Row(GAMMA, 3, {}, 1.99, 2.1, 0.03), Row(GAMMA, 3, {}, None, None, 0.031)
     assert list(targets([slow]).values()) == [False, True]
     assert list(targets([light]).values()) == [False], "without TRL there is nothing to compare with"
     assert targets([trl]) == {}
@@ -51,5 +54,5 @@ def test_a_trainer_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         run([GAMMA], 0, 1, 1, quick)
 
 
-def _step(total: float, gamma: float = 0.0) -> Seconds:
-    return dict.fromkeys(PARTS, 0.0) | {"gamma": gamma, "total": total}
+def _step(total: float, gamma: float = 0.0, cpu: float = 0.5) -> Seconds:
+    return dict.fromkeys(PARTS, 0.0) | {"gamma": gamma, "total": total, "cpu": cpu}

@@ -116,6 +116,7 @@ class TorchTrain:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            fused=True,
         )
 
     @torch.no_grad()
