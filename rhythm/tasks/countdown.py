@@ -2,7 +2,8 @@
 
 Prompts and responses have one of two formats:
 
-`answer`, for language models: an English prompt, and a response that ends in `<answer>(25-3)*4</answer>`.
+`answer`, for language models: an English prompt, in words of our own or TinyZero's, and a response that ends in
+`<answer>(25-3)*4</answer>`.
 
 `steps`, for a model with a million parameters that has never seen English. Prompt `25,3,4>88:`, response
 `25-3=22,22*4=88`: each step combines two numbers that are still unused, either given or the result of an
@@ -22,6 +23,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from rhythm.tasks import expression
 from rhythm.tasks.base import Reward
+from rhythm.tasks.prompts import PromptConfig
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _STEP = re.compile(r"(0|[1-9][0-9]*)([-+*/])(0|[1-9][0-9]*)=(0|[1-9][0-9]*)")
@@ -30,7 +32,28 @@ MAX_SIZE = 1_000_000
 """Largest training or test set. All instances are drawn before the run begins, which takes a minute at this size."""
 
 
-class CountdownConfig(BaseModel, extra="forbid", frozen=True):
+# Question, and what stands before and after it where no chat template does. {numbers} and {target} are filled in.
+_WORDINGS = {
+    "rhythm": (
+        "Make {target} from the numbers {numbers}: use each of them exactly once, with +, -, *, / and brackets. Think "
+        "between <think> and </think>, then write the expression alone between <answer> and </answer>, for example "
+        "<answer>(1 + 2) / 3</answer>.",
+        "",
+        "\n<think>",
+    ),
+    "tinyzero": (
+        "Using the numbers [{numbers}], create an equation that equals {target}. You can use basic arithmetic "
+        "operations (+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And "
+        "return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>.",
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
+        "assistant first thinks about the reasoning process in the mind and then provides the user with the answer.\n"
+        "User: ",
+        "\nAssistant: Let me solve this step by step.\n<think>",
+    ),
+}
+
+
+class CountdownConfig(PromptConfig, frozen=True):
     """Which instances are drawn, and how they are written and scored."""
 
     train_size: int = Field(default=20_000, ge=1, le=MAX_SIZE, description="training instances")
@@ -43,6 +66,9 @@ class CountdownConfig(BaseModel, extra="forbid", frozen=True):
     max_target: int = Field(default=100, ge=1, description="largest target; the smallest is 1")
     format: Literal["answer", "steps"] = Field(
         default="answer", description="format of prompts and responses: answer (language models), steps (tiny model)"
+    )
+    wording: Literal["rhythm", "tinyzero"] = Field(
+        default="rhythm", description="words of the prompt in format answer: our own, or those of TinyZero"
     )
     format_score: float = Field(
         default=0.0, ge=0, lt=1, description="score of a wrong answer in the right format (0.1 in TinyZero)"
@@ -96,15 +122,13 @@ class Countdown:
         self.train: Sequence[CountdownInstance] = instances[config.test_size :]
 
     def prompt(self, instance: CountdownInstance) -> str:
-        """The numbers and the target, in the configured format."""
+        """The numbers and the target, in the configured format and words; with `chat` for the model's chat template."""
         if self.config.format == "steps":
-            return f"{','.join(map(str, instance.numbers))}>{instance.target}:"
+            return self.config.ask(f"{','.join(map(str, instance.numbers))}>{instance.target}:")
+        question, before, after = _WORDINGS[self.config.wording]
         numbers = ", ".join(map(str, instance.numbers))
-        return (
-            f"Make {instance.target} from the numbers {numbers}: use each of them exactly once, with "
-            "+, -, *, / and brackets. Think between <think> and </think>, then write the expression alone "
-            "between <answer> and </answer>, for example <answer>(1 + 2) / 3</answer>.\n<think>"
-        )
+        prompt = self.config.ask(question.format(numbers=numbers, target=instance.target))
+        return prompt if self.config.chat else f"{before}{prompt}{after}"
 
     def solution(self, instance: CountdownInstance) -> str:
         """The instance's own solution as a response."""

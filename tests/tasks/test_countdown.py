@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rhythm.tasks import Reward
 from rhythm.tasks.countdown import Countdown, CountdownConfig, CountdownInstance, Step, as_expression, make_instances
 from rhythm.tasks.expression import evaluate
+from rhythm.tasks.prompts import ChatPrompt
 
 RIGHT, WRONG, UNREADABLE = Reward(1.0, True, True), Reward(0.0, False, True), Reward(0.0, False, False)
 
@@ -130,6 +131,25 @@ def test_text_of_both_formats() -> None:
     assert prompt.startswith("Make 88 from the numbers 25, 3, 4:")
     assert prompt.endswith("\n<think>")
     assert answers().solution(INSTANCE) == "25-3=22,22*4=88</think>\n<answer>(25-3)*4</answer>"
+
+
+def test_wordings_and_chat() -> None:
+    own, tinyzero, chat = (
+        answers(**options).prompt(INSTANCE)
+        for options in ({}, {"wording": "tinyzero"}, {"wording": "tinyzero", "chat": True, "system": "Be brief."})
+    )
+    question = (
+        "Using the numbers [25, 3, 4], create an equation that equals 88. You can use basic arithmetic operations "
+        "(+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And return the "
+        "final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>."
+    )
+    assert "create an equation" not in own
+    assert tinyzero.startswith("A conversation between User and Assistant.")
+    assert tinyzero.endswith(f"\nUser: {question}\nAssistant: Let me solve this step by step.\n<think>")
+    assert isinstance(chat, ChatPrompt)  # the model's template says who speaks
+    assert chat.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
+    assert answers(chat=True).prompt(INSTANCE) == own.removesuffix("\n<think>")
+    assert answers(template="Hi! {prompt}").prompt(INSTANCE) == f"Hi! {own}"
 
 
 def test_equal_numbers_are_told_apart_in_the_expression() -> None:
