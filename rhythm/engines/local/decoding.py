@@ -58,7 +58,8 @@ def decode(
 ) -> Decoded:
     """One response to each of `prompts`, none empty, of at most room_B tokens.
 
-    temperature: of the log-probs. stops: they end a response with the token that completes one. progress: called after each token with the number of tokens so far.
+    temperature: of the log-probs. stops: end a response with the token that completes one of them. progress: called
+    after each token with the number of tokens so far.
 
     Raises RuntimeError if logits are NaN.
     """
