@@ -48,8 +48,10 @@ class Backend(Plugin[BackendResult]):
 def mean_span(row_span_HT: Tensor, sequences: Sequences) -> Tensor:
     """[B, H]: the mean over each sequence's response rows, summed in fp64; NaN where there are none."""
     host = sequences.host
-    spans = [
-        row_span_HT[:, start + prompt : end].mean(dim=-1, dtype=torch.float64).float()
-        for (start, end), prompt in zip(pairwise(host.cu_seqlens), host.prompt_lens, strict=True)
-    ]
-    return torch.stack(spans) if spans else row_span_HT.new_empty((0, row_span_HT.shape[0]))
+    bounds = zip(pairwise(host.cu_seqlens), host.prompt_lens, strict=True)
+    lens = [count for (start, end), prompt in bounds for count in (prompt, end - start - prompt)]
+    lens_2B = torch.tensor(lens, dtype=torch.int64, device=row_span_HT.device)
+    row_span_TH = row_span_HT.T.to(torch.float64, memory_format=torch.contiguous_format)
+    # Each segment's rows are added in order, on any device; those of the prompts are not looked at.
+    sum_BH = torch.segment_reduce(row_span_TH, "sum", lengths=lens_2B, axis=0, unsafe=True)[1::2]
+    return (sum_BH / lens_2B[1::2, None]).float()
