@@ -79,15 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the record there too")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the records")
     options = parser.parse_args(arguments)
-    load = os.getloadavg()[0]
+    where, at, load = machine(), commit(), os.getloadavg()[0]  # before the run: files may change during it
     seconds = run(options.trainers, options.warm_up, options.steps, options.threads, QUICK if options.quick else {})
     rows = table(seconds)
-    where = machine()
     path = record_path("cpu", where, options.records).with_name("trainer.json")
     record = {
         "machine": where,
         "software": {**software(), "transformers": version("transformers"), "trl": version("trl")},
-        "commit": commit(),
+        "commit": at,
         "config": str(CONFIG.relative_to(ROOT)),
         "threads": options.threads,
         "load_before": load,
