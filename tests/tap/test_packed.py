@@ -68,7 +68,7 @@ def positions() -> Tensor:
 CASES = [(qwen3, "sdpa"), (qwen3, "eager"), (gemma3, "sdpa"), (gemma3, "eager")]
 
 
-@pytest.mark.parametrize(("build", "implementation"), CASES, ids=str)
+@pytest.mark.parametrize(("build", "implementation"), CASES, ids=lambda one: getattr(one, "__name__", one))
 def test_signals_are_those_of_the_rows_alone(build: Callable[[], Any], implementation: str) -> None:
     model = made(build, implementation)
     packed = observe(model, row(), prompt_lens=PROMPTS, cu_seqlens=CU_SEQLENS, signals=SIGNALS, entropy=True)
