@@ -267,7 +267,7 @@ def test_responses_together_are_as_each_alone(tokenizer: Any) -> None:
     model = build_model(
         TinyModelConfig(layers=2, hidden_size=32, mlp_size=48, query_heads=4, key_heads=2, head_size=16), tokenizer
     )
-    long, short = told(tokenizer), told(tokenizer, story=STORY[:22], finished=False)
+    long, short = told(tokenizer), told(tokenizer, story=OTHER_STORY[9:31], finished=False)
     none = torch.full((len(short),), torch.nan)
     scored = [
         Scored(short, P, fai_with(short, {t: t * 0.01 for t in range(20)})),
