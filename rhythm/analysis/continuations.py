@@ -20,8 +20,9 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rhythm.analysis.decoding import RowsLayer, compacted, grouped_attention
+from rhythm.analysis.decoding import RowsLayer, compacted
 from rhythm.engines.eval_mode import evaluating
+from rhythm.engines.local.short_attention import short_attention
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def continue_greedily(
     going = [index for index, branch in enumerate(branches) if branch.token not in end_ids]
     going.sort(key=lambda index: branches[index].position)  # batch prefixes of similar length
     caches = [each.cache for each in prefilled]
-    with evaluating(model), grouped_attention(model):
+    with evaluating(model), short_attention(model):
         for start in range(0, len(going), rows_at_once):
             rows = going[start : start + rows_at_once]
             batch = _continue_batch(model, caches, [branches[row] for row in rows], end_ids)

@@ -1,26 +1,18 @@
-"""Makes decoding token by token cheap: a cache that grows in place, and attention that reads each key once.
+"""A cache that grows in place: transformers' own copies all its keys and values for every token.
 
-transformers' cache copies all its keys and values for every token, and its sdpa attention with a mask copies them once
-more for every query head of a group. With many continuations of a few hundred tokens that takes most of the time.
-
-Shape suffixes: R rows, H query heads, G key heads, g = H / G, L cached tokens, D head size.
+Shape suffixes: R rows, G key heads, L cached tokens, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
-from rhythm.tap.attention_form import AttentionCall
-from rhythm.tap.interception import Output, intercept_attention, text_config
-
 BLOCK = 64  # tokens by which the memory of a cache grows
-HEEDED = ("dropout", "position_bias", "cache")  # arguments of sdpa's calls that `_grouped` doesn't compute
 
 
 class RowsLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
@@ -66,30 +58,3 @@ def compacted(kept: Sequence[int]) -> list[int]:
     stay = places.intersection(kept)
     moving = iter([row for row in kept if row not in places])
     return [place if place in stay else next(moving) for place in range(len(kept))]
-
-
-@contextmanager
-def grouped_attention(model: Any) -> Iterator[None]:
-    """Context in which sdpa attention of single tokens doesn't copy keys and values per query head.
-
-    Other implementations, longer inputs and layers with more than scores and a mask are computed as ever.
-    """
-    sdpa = getattr(model.config, "_attn_implementation", None) == "sdpa"
-    with intercept_attention(text_config(model), _attend) if sdpa else nullcontext():
-        yield
-
-
-def _attend(call: AttentionCall) -> Output:
-    single = call.query.shape[2] == 1 and (call.mask is None or isinstance(call.mask, Tensor))
-    if not single or any(call.options.get(name) for name in HEEDED):
-        return call.run()
-    return _grouped(call.query, call.key, call.value, call.mask, call.options.get("scaling")), None
-
-
-def _grouped(query_RH1D: Tensor, key_RGLD: Tensor, value_RGLD: Tensor, mask_R11L: Any, scale: Any) -> Tensor:
-    """Attention of one token per row, [R, 1, H, D]: the query heads of a group are computed as queries of one head."""
-    rows, heads, _, size = query_RH1D.shape
-    query_RGgD = query_RH1D.reshape(rows, key_RGLD.shape[1], -1, size)
-    mask = None if mask_R11L is None else mask_R11L.expand(-1, -1, query_RGgD.shape[2], -1)
-    out_RGgD = scaled_dot_product_attention(query_RGgD, key_RGLD, value_RGLD, attn_mask=mask, scale=scale)
-    return out_RGgD.reshape(rows, 1, heads, value_RGLD.shape[3])

@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from rhythm.analysis.config import AnalysisConfig
-from rhythm.analysis.decoding import grouped_attention
 from rhythm.analysis.problems import Problem, RowError
-from rhythm.engines.interfaces import Infer, Rollout
-from rhythm.engines.local.infer import GenerateInfer
+from rhythm.engines.interfaces import Infer
 from rhythm.seeds import analysis_seed
 
 
@@ -39,19 +36,6 @@ class PendingResponse:
 
 def response_name(problem: Problem, sample: int) -> str:
     return f"{problem.row:05d}-{sample}"
-
-
-class GroupedInfer(GenerateInfer):
-    """GenerateInfer with `grouped_attention`."""
-
-    def __init__(self, model: Any, *, end_ids: Sequence[int], pad_id: int) -> None:
-        super().__init__(model, end_ids=end_ids, pad_id=pad_id)
-        self._grouped = partial(grouped_attention, model)
-
-    def generate(self, *arguments: Any, **options: Any) -> Rollout:
-        """See `GenerateInfer.generate`."""
-        with self._grouped():
-            return super().generate(*arguments, **options)
 
 
 class ResponseSource:

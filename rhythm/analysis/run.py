@@ -26,7 +26,7 @@ from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.counterfactual import CounterfactualConfig, Scored, counterfactuals
 from rhythm.analysis.figures import write_figures
 from rhythm.analysis.forward import Observer
-from rhythm.analysis.generation import GroupedInfer, PendingResponse, ResponseSource, response_name
+from rhythm.analysis.generation import PendingResponse, ResponseSource, response_name
 from rhythm.analysis.observation import observe_response
 from rhythm.analysis.page import write_page
 from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
@@ -95,7 +95,7 @@ def analyze(
     writer = model if generation_dtype in (None, model.dtype) else copy.deepcopy(model).to(generation_dtype)
     if infer is None:
         pad = tokenizer.pad_token_id
-        infer = GroupedInfer(writer, end_ids=ends, pad_id=ends[0] if pad is None else pad)
+        infer = GenerateInfer(writer, end_ids=ends, pad_id=ends[0] if pad is None else pad)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     responses = ResponseSource(tokenizer, infer, config, context)
 

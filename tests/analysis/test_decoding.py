@@ -1,4 +1,4 @@
-"""The cache that grows in place, and attention that doesn't copy keys, against transformers' own."""
+"""The cache that grows in place, against transformers' own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-import rhythm.analysis.decoding as decoding
-from rhythm.analysis.decoding import BLOCK, RowsLayer, compacted, grouped_attention
+from rhythm.analysis.decoding import BLOCK, RowsLayer, compacted
+from rhythm.engines.local.short_attention import short_attention
 
 ROWS, PROMPT = 5, 7
 
@@ -36,33 +36,19 @@ def decoded(model: Any, cache: DynamicCache, steps: int, mask_RP: torch.Tensor) 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_logits_are_those_of_transformers_own(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over more tokens than a block of the cache has; only the single tokens are computed by groups."""
+def test_logits_are_those_of_transformers_own(padded: bool) -> None:
+    """Over more tokens than a block of the cache has."""
     causal, steps = model(), BLOCK + 3
     mask = torch.ones(ROWS, PROMPT, dtype=torch.int64)
     if padded:
         mask[1, :3] = mask[4, :6] = 0
     expected = decoded(causal, DynamicCache(), steps, mask)
-    grouped: list[int] = []
-    attend = decoding._grouped
-    monkeypatch.setattr(
-        decoding, "_grouped", lambda query, *rest: grouped.append(query.shape[2]) or attend(query, *rest)
-    )
     cache = DynamicCache()
     cache.layers = [RowsLayer(*torch.zeros(2, ROWS, 2, 0, 8)) for _ in range(2)]
-    with grouped_attention(causal):
+    with short_attention(causal):
         actual = decoded(causal, cache, steps, mask)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert grouped == [1] * (2 * steps)
     assert cache.get_seq_length() == PROMPT + steps
-
-
-def test_other_implementations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    causal = model()
-    causal.set_attn_implementation("eager")
-    monkeypatch.setattr(decoding, "_grouped", lambda *_: pytest.fail("eager attention was replaced"))
-    with grouped_attention(causal):
-        decoded(causal, DynamicCache(), 1, torch.ones(ROWS, PROMPT, dtype=torch.int64))
 
 
 def test_dropped_rows_leave_the_others_as_they_were() -> None:

@@ -16,7 +16,6 @@ import torch
 import rhythm.analysis.run as run_module
 from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, read_analysis
 from rhythm.analysis.forward import Observer
-from rhythm.analysis.generation import GroupedInfer
 from rhythm.analysis.progress import AnalysisProgress
 from rhythm.analysis.results import read_json, response_path, write_json
 from rhythm.analysis.rows import table1_frame, table2_frame, tokens_frame
@@ -130,7 +129,7 @@ def test_a_copy_in_another_dtype_generates_and_the_model_observes(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[str, set[torch.dtype]] = {"responses": set(), "counterfactuals": set(), "observed": set()}
-    generate, try_, observe = GroupedInfer.generate, run_module.counterfactuals, Observer.observe
+    generate, try_, observe = GenerateInfer.generate, run_module.counterfactuals, Observer.observe
 
     def generating(self: Any, *arguments: Any, **options: Any) -> Any:
         used["responses"].add(self._model.dtype)
@@ -145,7 +144,7 @@ def test_a_copy_in_another_dtype_generates_and_the_model_observes(
         used["observed"].add(seen.layers[1].attention.query.dtype)
         return seen
 
-    monkeypatch.setattr(GroupedInfer, "generate", generating)
+    monkeypatch.setattr(GenerateInfer, "generate", generating)
     monkeypatch.setattr(run_module, "counterfactuals", trying)
     monkeypatch.setattr(Observer, "observe", observing)
     options = {"config": CONFIG, "page": False}

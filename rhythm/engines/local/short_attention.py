@@ -3,7 +3,7 @@
 torch's fused attention works in tiles made for long sequences, and the key heads are copied once per query head for it
 as soon as there is a mask. Here query heads that share a key head are rows of one product, and nothing is copied.
 
-Shape suffixes: B sequences, H query heads, G key heads, T queries, S keys, D head size.
+Shape suffixes: B sequences, H query heads, G key heads, g = H / G, T queries, S keys, D head size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -27,9 +28,10 @@ _NAME = "rhythm_short"
 
 @contextmanager
 def short_attention(model: Any) -> Iterator[None]:
-    """While open, sdpa attention of single queries and of sequences up to LONGEST is computed by products, in fp32 on
-    the CPU. Other calls are sdpa's, and so is all attention of a model with another implementation, or whose backward
-    pass computes activations again: that pass comes after the context.
+    """While open, sdpa attention on the CPU is computed by products for single queries and for sequences up to LONGEST
+    in fp32, and without copies of keys and values for single queries in other types. Other calls are sdpa's, and so is
+    all attention of a model with another implementation, or whose backward pass computes activations again: that pass
+    comes after the context.
     """
     config = model.config.get_text_config(decoder=True)
     again = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
@@ -64,11 +66,13 @@ def _attention(
     plain = dropout == 0 and options.get("position_bias") is None and options.get("cache") is None
     masked = single if attention_mask is None else attention_mask.dtype == torch.bool
     exact = query_BHTD.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not (plain and masked and exact and (single or key_BGSD.shape[2] <= LONGEST)):
+    if not (plain and masked and (single or (exact and key_BGSD.shape[2] <= LONGEST))):
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query_BHTD, key_BGSD, value_BGSD, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return result
+    if not exact:  # the products would round the scores
+        return _grouped(query_BHTD, key_BGSD, value_BGSD, attention_mask, scaling), None
     batch, heads, queries, size = query_BHTD.shape
     groups = key_BGSD.shape[1]
     scaled_BHTD = query_BHTD * (size**-0.5 if scaling is None else scaling)
@@ -80,3 +84,14 @@ def _attention(
     weight_BHTS = score_BHTS.softmax(dim=-1)
     out_BHTD = (weight_BHTS.view(batch, groups, heads // groups * queries, -1) @ value_BGSD).view(query_BHTD.shape)
     return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+def _grouped(
+    query_BH1D: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask_B11S: Tensor | None, scale: float | None
+) -> Tensor:
+    """torch's attention of one query per sequence, [B, 1, H, D]: the heads of a group are queries of one head."""
+    batch, heads, _, size = query_BH1D.shape
+    query_BGgD = query_BH1D.reshape(batch, key_BGSD.shape[1], -1, size)
+    mask = None if mask_B11S is None else mask_B11S.expand(-1, -1, query_BGgD.shape[2], -1)
+    out_BGgD = scaled_dot_product_attention(query_BGgD, key_BGSD, value_BGSD, attn_mask=mask, scale=scale)
+    return out_BGgD.reshape(batch, 1, heads, value_BGSD.shape[3])

@@ -64,6 +64,26 @@ def test_single_queries_of_any_length(model: Any, padded: bool, sdpa_calls: list
     torch.testing.assert_close(actual.logits[:, -1], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_single_queries_in_bfloat16_are_torchs_without_copies(model: Any, padded: bool, sdpa_calls: list[int]) -> None:
+    model = model.bfloat16()
+    ids = torch.randint(4, 100, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, : 7 * padded] = 0
+
+    def step() -> Tensor:
+        start = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+        sdpa_calls.clear()
+        return model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=start.past_key_values).logits[:, -1]
+
+    with torch.no_grad():
+        expected = step()
+        with short_attention(model):
+            actual = step()
+    assert sdpa_calls == []
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
 def test_what_is_left_to_sdpa(model: Any, sdpa_calls: list[int]) -> None:
     ids, mask = torch.arange(4, 24).reshape(2, 10), torch.ones(2, 10, dtype=torch.long)
     padded = mask.clone()
