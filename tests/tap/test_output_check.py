@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.observe import observe
+from rhythm.tap.output_check import CHECKED_SEQUENCES
 from rhythm.tap.signals_config import SignalsConfig
 
 T = 20
@@ -94,10 +95,19 @@ def heads_first(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: An
     return plain(module, query, key, value, mask, scaling)[0].transpose(1, 2), None
 
 
-def observed_with(function: Callable[..., Any], model: Any) -> Any:
+def wrong_in_the_last_row(*args: Any, **options: Any) -> Any:
+    output, _ = plain(*args, **options)
+    output[-1] *= 1.5
+    return output, None
+
+
+def observed_with(function: Callable[..., Any], model: Any, lens: tuple[int, ...] = (T,)) -> Any:
     AttentionInterface.register("test_custom", function)
     model.set_attn_implementation("test_custom")
-    return observe(model, tokens(1, T), prompt_lens=[2], signals=SignalsConfig(layers=[0]))
+    mask = torch.arange(T) < torch.tensor(lens)[:, None]
+    prompt_lens = [2] * len(lens)
+    signals = SignalsConfig(layers=[0])
+    return observe(model, tokens(len(lens), T), attention_mask=mask, prompt_lens=prompt_lens, signals=signals)
 
 
 @pytest.mark.parametrize(
@@ -130,3 +140,13 @@ def test_values_that_are_zero_or_nan_pass_the_check() -> None:
             model.model.layers[1].self_attn.v_proj.weight.fill_(value)
         signals = observe(model, tokens(1, T), prompt_lens=[2], signals=SignalsConfig(layers=[1]))
         torch.testing.assert_close(signals.waad, expected.waad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_sequences_beyond_those_that_are_checked() -> None:
+    """Of more rows than are looked at, of different lengths, each is compared with its own; packed ones, too."""
+    many = tuple(3 + (7 * i) % (T - 2) for i in range(2 * CHECKED_SEQUENCES + 5))
+    observed_with(plain, llama(), many)
+    with refused("an output of 'test_custom' attention that is not that of causal attention with"):
+        observed_with(wrong_in_the_last_row, llama(), many)
+    packed = {"cu_seqlens": torch.tensor([0, *many]).cumsum(0), "prompt_lens": [2] * len(many)}
+    observe(llama(), tokens(1, sum(many)), **packed, signals=SignalsConfig(layers=[0]))
