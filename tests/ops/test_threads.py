@@ -6,8 +6,14 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+
+from rhythm import attention_statistics
+from rhythm.ops.backends import cpu
 
 CODE = """
 import resource, torch, rhythm
@@ -45,6 +51,33 @@ def test_threads_that_cannot_be_started_are_done_without() -> None:
     done = run(f"{2 * stack + stack // 2}, {stack // 2}", stack, hard)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "equal\nequal\n"
+
+
+@pytest.mark.parametrize(
+    ("lens", "options", "expected"),
+    [([30] * 64, {}, 1), ([2000], {}, 4), ([2000], {"sliding_window": 8}, 1), ([700], {}, 3), ([0, 0], {}, 1)],
+)
+def test_little_work_starts_no_thread(
+    lens: list[int], options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    own = cpu._C
+    assert own is not None
+
+    def spied(**arguments: Any) -> None:
+        seen.append(arguments["threads"])
+        own.attention_statistics(**arguments)
+
+    monkeypatch.setattr(cpu, "_C", SimpleNamespace(attention_statistics=spied, to_the_end=own.to_the_end))
+    cu_seqlens = torch.tensor([0, *lens]).cumsum(0).int()
+    q, k = torch.randn(sum(lens), 4, 64), torch.randn(sum(lens), 2, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        attention_statistics(q, k, cu_seqlens=cu_seqlens, backend="cpu", **options)
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [expected]
 
 
 IDLE = """

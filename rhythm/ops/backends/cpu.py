@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -19,6 +20,11 @@ except ImportError as error:
     _C, _IMPORT_ERROR = None, str(error)
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+LEAST_WORK = 2**24
+"""Multiply-adds of the scores for each thread, about half a millisecond. With less, waiting for other threads to start
+costs more than they save: while OpenMP's threads spin after an operation of torch's, one may wait for milliseconds.
+"""
 
 
 class CpuBackend(Backend):
@@ -70,9 +76,18 @@ class CpuBackend(Backend):
             fai=_address(fai_HT),
             lse=_address(lse_HT),
             out=_address(out_SHD),
-            threads=torch.get_num_threads(),
+            threads=_threads(request),
         )
         return BackendResult(mean_span(row_span_HT, request.sequences), waad_HT, fai_HT, lse_HT, out_SHD)
+
+
+def _threads(request: Request) -> int:
+    """torch's number, or fewer if each would get less than LEAST_WORK."""
+    heads, size = request.q.shape[-2:]
+    window = request.sliding_window or request.sequences.tokens
+    lens = [end - start for start, end in pairwise(request.sequences.host.cu_seqlens)]
+    work = sum(length * min(length, window) for length in lens) // 2 * heads * size
+    return max(1, min(torch.get_num_threads(), work // LEAST_WORK))
 
 
 def _view(
