@@ -49,10 +49,12 @@ $(CLUSTER_STAMP): $(STAMP) $(CLUSTER)
 train: install
 	$(BIN)/rhythm-train $(CONFIG)
 
-# JOBS processes share the tests, each with one thread; a file of the slow part stays in one of them, as its fixtures start engines.
+# JOBS processes share the tests, each with one thread. A file of the slow part stays in one of them, as its fixtures start engines;
+# one process more runs it, since much of the time is spent waiting for engines to start.
 # Lines are counted in the fast part alone and not in Triton's interpreter: the tracer of Python 3.11 makes tests a third slower,
 # that of 3.12 costs next to nothing. What asserts seconds comes last and by itself.
 JOBS ?= 2
+ENGINES = -n $$(($(JOBS) + 1))
 FAST := not slow and not cluster and not timing and not real
 SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 COVERED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
@@ -60,7 +62,7 @@ SAY_COVERAGE = echo "Lines of rhythm/ (without kernels) that the fast tests ran,
 
 test: cluster
 	$(COVERED) $(SHARED) --dist worksteal -m "$(FAST)" --cov --cov-report=
-	$(SHARED) --dist loadfile -m "(slow or cluster) and not timing"
+	$(SHARED) $(ENGINES) --dist loadfile -m "(slow or cluster) and not timing"
 	$(BIN)/pytest -m timing
 	@$(SAY_COVERAGE)
 

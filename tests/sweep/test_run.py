@@ -145,16 +145,10 @@ def test_a_sweep_that_was_stopped_ends_like_one_that_was_not(
     assert measured(tmp_path) == [row for row in measured(whole) if row[1] == "1"]
 
 
-def test_a_second_sweep_is_refused(tmp_path: Path, caches: Path) -> None:
-    path = sweep_file(tmp_path, caches)
-    process = start(path)
-    try:
-        while not (tmp_path / "out/s/.lock").is_file():
-            assert process.poll() is None
-            time.sleep(0.02)
-        code, _, err = sweep(path)
-        assert code == 2
-        assert f"is in use by process {process.pid}" in err
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
+@pytest.mark.parametrize("held", ["runs/s", "out/s"])
+def test_a_second_sweep_is_refused(tmp_path: Path, caches: Path, held: str) -> None:
+    with lock_directory(tmp_path / held):
+        code, _, err = sweep(sweep_file(tmp_path, caches))
+    assert code == 2
+    assert f"is in use by process {os.getpid()}" in err
+    assert not (tmp_path / "out/s/runs.csv").exists()
