@@ -62,13 +62,12 @@ def logprobs_and_entropies(
 
 
 def exact_logits(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """Logits […, V] in fp32 of hidden states […, D], all at once and without gradients."""
-    hidden_ND = hidden.flatten(0, -2)
-    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight_VD), dtype=torch.float32)
+    """Logits […, V] in fp32 of hidden states […, D], all at once and without gradients. On a CPU weight_VD may also be
+    in fp32 already, which spares its conversion.
+    """
     with torch.no_grad():
-        operand_ND = _operand(hidden_ND, hidden_ND.dtype)
-        for here, weight_vD in _slices(weight_VD, hidden_ND.dtype):
-            logits_NV[:, here] = _product(operand_ND, weight_vD.T)
+        operand_ND = _operand(hidden.flatten(0, -2), hidden.dtype)
+        logits_NV = _product(operand_ND, _operand(weight_VD, weight_VD.dtype).T)
         if bias_V is not None:
             logits_NV += bias_V
     return logits_NV.view(*hidden.shape[:-1], len(weight_VD))
@@ -76,12 +75,15 @@ def exact_logits(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None
 
 @contextmanager
 def exact_head(model: Any) -> Iterator[None]:
-    """Context in which a transformers model of lower precision returns `exact_logits`."""
+    """Context in which a transformers model of lower precision returns `exact_logits`. Its weights must not change
+    meanwhile: on a CPU the head is converted to fp32 once, on entering, in V · D · 4 bytes.
+    """
     head = model.get_output_embeddings()
     if not _is_plain(head) or head.weight.dtype == _wide(head.weight.dtype):
         yield
         return
-    head.forward = lambda hidden: exact_logits(hidden, head.weight, head.bias)
+    weight_VD = _operand(head.weight.detach(), head.weight.dtype)
+    head.forward = lambda hidden: exact_logits(hidden, weight_VD, head.bias)
     try:
         yield
     finally:

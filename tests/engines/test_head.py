@@ -188,6 +188,24 @@ def test_generate_draws_from_and_reports_the_fp32_product(model: Any) -> None:
         assert (rollout.logprobs[row, positions] - expected).abs().max() < 1e-5
 
 
+def test_generation_in_bfloat16_converts_the_head_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model.bfloat16()
+    converted: list[tuple[int, ...]] = []
+    operand = head._operand
+
+    def counted(x: Tensor, dtype: torch.dtype) -> Tensor:
+        result = operand(x, dtype)
+        if result is not x:
+            converted.append(tuple(x.shape))
+        return result
+
+    monkeypatch.setattr(head, "_operand", counted)
+    GenerateInfer(model, end_ids=(1000,), pad_id=0).generate([[1, 20]], 3, SamplingConfig(max_new_tokens=9), seed=5)
+    weight, *states = converted
+    assert weight == tuple(model.lm_head.weight.shape)
+    assert [shape[0] for shape in states] == [1] + 8 * [3]
+
+
 def test_the_exact_head_is_left_alone_in_float32(model: Any) -> None:
     with exact_head(model):
         assert "forward" not in vars(model.lm_head)

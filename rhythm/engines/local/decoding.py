@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rhythm.engines.head import exact_head
 from rhythm.engines.local.draws import Draw
 from rhythm.engines.local.short_attention import short_attention
 from rhythm.engines.stopping import StopStrings
@@ -121,7 +120,7 @@ class _Step:
     def __call__(self, ids_bT: Tensor, mask_bT: Tensor, place_bT: Tensor) -> Tensor:
         """`ids_bT`: the tokens after those in the cache, at positions `place_bT`. `mask_bT`: of the cache and them."""
         places = {"position_ids": place_bT} if self._positions else {}
-        with exact_head(self._model), short_attention(self._model):
+        with short_attention(self._model):
             logits_bTV: Tensor = self._model(
                 input_ids=ids_bT,
                 attention_mask=mask_bT,

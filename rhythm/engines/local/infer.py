@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rhythm.engines.batches import concatenate
 from rhythm.engines.eval_mode import evaluating
+from rhythm.engines.head import exact_head
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.decoding import Decoded, decode
 from rhythm.engines.local.draws import draw_for
@@ -114,7 +115,7 @@ class GenerateInfer:
         model = self._model
         prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
         stops = StopStrings(self._tokenizer, sampling.stop) if sampling.stop and self._tokenizer is not None else None
-        with evaluating(model):
+        with evaluating(model), exact_head(model):
             decoded = decode(
                 model,
                 prompts,
