@@ -156,7 +156,7 @@ def heads_figure(heads: Heads) -> Figure:
         axes = figure.subplots()
         known = span[np.isfinite(span) & (span > 0)]
         norm = LogNorm(known.min(), known.max()) if known.size and known.min() < known.max() else None
-        image = axes.imshow(span, origin="lower", cmap=_ramp(COLORS["entropy"], "#f4eefa"), norm=norm)
+        image = axes.imshow(span, origin="lower", cmap=ramp(COLORS["entropy"], "#f4eefa"), norm=norm)
         axes.set(xlabel="head", ylabel="layer")
         axes.tick_params(length=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -246,7 +246,7 @@ def _draw_map(axes: Axes, attention: AttentionMap, title: str, color: str) -> No
     left = -attention.prompt_columns * attention.cell
     right, bottom = ((size * attention.cell) for size in (weights.shape[1] - attention.prompt_columns, len(weights)))
     # The square root keeps small weights visible.
-    axes.imshow(np.sqrt(weights), cmap=_ramp(color), extent=(left, right, bottom, 0), interpolation="nearest")
+    axes.imshow(np.sqrt(weights), cmap=ramp(color), extent=(left, right, bottom, 0), interpolation="nearest")
     if left:
         axes.axvline(0, color="#8a8f96", linewidth=0.6, linestyle=(0, (3, 3)))
     axes.set_title(title)
@@ -272,7 +272,7 @@ def _capped(axes: Axes, values: Sequence[float]) -> str:
     return f" (cut; largest {format_number(largest)})"
 
 
-def _ramp(color: str, faint: str = "#ffffff") -> Colormap:
+def ramp(color: str, faint: str = "#ffffff") -> Colormap:
     ramp = LinearSegmentedColormap.from_list("rhythm", [faint, color])
     return ramp.with_extremes(bad="#d9dbde")
 

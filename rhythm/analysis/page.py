@@ -18,6 +18,7 @@ from rhythm.analysis.content_words import content_words
 from rhythm.analysis.counterfactual import CounterfactualConfig
 from rhythm.analysis.page_data import SETS, SIGNALS, heads_data, response_data
 from rhythm.analysis.results import Analysis, Heads, Interval, ResponseResult, Table1, Table2Row, Trial
+from rhythm.analysis.sensitivity_output import read_sensitivity, sensitivity_data
 from rhythm.reports.format import format_number, format_p_value, format_percent, template_environment
 from rhythm.system.writing import replace_file
 
@@ -91,6 +92,7 @@ def render(analysis: Analysis, *, max_responses: int = MAX_RESPONSES) -> str:
         set_names={name: title for name, (title, _) in SETS.items()},
         examples=examples(analysis, drawn),
         settings=list(flat_settings(analysis.settings)),
+        sensitivity=None if (of_grid := read_sensitivity(analysis)) is None else sensitivity_data(of_grid),
         data={
             "signals": [vars(signal) for signal in SIGNALS],
             "responses": [response_data(response) for response in drawn],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -77,3 +77,17 @@ def finishing(console: Console | None, clock: Callable[[], float] = time.monoton
         say_as(COMMAND, console),
         clock=clock,
     )
+
+
+@contextmanager
+def working(console: Console | None, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], object]]:
+    """Shows what a with block says it is doing: on a terminal at once, elsewhere in a line at least every 30 s."""
+    if console is None:
+        yield lambda doing: None
+    elif shows_bars(console):
+        with console.status("…") as status:
+            yield status.update
+    else:
+        said, began = ["starting"], clock()
+        with Heartbeat(lambda: f"{said[-1]}, after {duration(clock() - began)}", say_as(COMMAND, console), clock=clock):
+            yield said.append

@@ -62,18 +62,18 @@ def summarize(
         directory=directory,
     )
     write_json(analysis, directory / "results.json")
-    _write_csv(directory / "heads.csv", head_rows(analysis.heads))
-    _write_csv(directory / "table2.csv", table2_rows(analysis.table2))
-    _write_csv(directory / "tokens.csv", (row for response in responses() for row in token_rows(response)))
-    _write_csv(directory / "responses.csv", (response_row(response) for response in responses()))
+    write_rows(directory / "heads.csv", head_rows(analysis.heads))
+    write_rows(directory / "table2.csv", table2_rows(analysis.table2))
+    write_rows(directory / "tokens.csv", (row for response in responses() for row in token_rows(response)))
+    write_rows(directory / "responses.csv", (response_row(response) for response in responses()))
     if analysis.table1 is not None:
-        _write_csv(directory / "table1.csv", [table1_row(analysis.table1)])
+        write_rows(directory / "table1.csv", [table1_row(analysis.table1)])
         trials = (row for response in responses() for row in trial_rows(response))
-        _write_csv(directory / "counterfactuals.csv", trials)
+        write_rows(directory / "counterfactuals.csv", trials)
     return analysis
 
 
-def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One line per row, with NaN empty and text escaped by `not_run`; the first row defines the columns. Without rows
     the file is empty.
     """

@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from rhythm import _C
 from rhythm.analysis import Analysis, AnalysisConfig, analyze, read_problems
+from rhythm.analysis.extend import extend_analysis
+from rhythm.analysis.grid import SensitivityConfig
 from rhythm.analysis.run import end_ids_of
 from rhythm.checkpoints import load_model, loading_options, refusal_names
 from rhythm.cli.arguments import command_parser, config_and_overrides
@@ -29,6 +31,10 @@ from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
 BAD_INPUT = ExitCode.BAD_INPUT
 VLLM = VllmConfig(gpu_memory_utilization=0.5)  # leaves memory for the transformers model on the same GPU
 ALIASES = ("model", "prompts", "out")
+FURTHER = {
+    "sensitivity": "also recompute γ of these responses by a grid of other settings (keys sensitivity.…)",
+}
+"""Sections that an option of their name asks for, as do any of their keys; its help."""
 FORMER_OPTIONS = {
     "--engine": "engine=…",
     "--device": "device=…",
@@ -102,6 +108,8 @@ class InputConfig(BaseModel, extra="forbid", frozen=True):
 class CommandConfig(AnalysisConfig, InputConfig, extra="forbid", frozen=True):
     """The configuration of rhythm-analyze."""
 
+    sensitivity: SensitivityConfig | None = Field(default=None, description="how γ depends on its settings; null: no")
+
     @property
     def analysis(self) -> AnalysisConfig:
         """The settings that determine the results; they must not change when a directory is continued."""
@@ -140,7 +148,7 @@ def _analyze(config: CommandConfig, console: Console) -> Analysis:
         model, tokenizer = load(config.model, config.device, config.dtype, config.trust_remote_code)
     infer = _vllm(config, model, tokenizer) if config.engine == "vllm" else None
     try:
-        return analyze(
+        analysis = analyze(
             model,
             tokenizer,
             config.prompts,
@@ -155,6 +163,8 @@ def _analyze(config: CommandConfig, console: Console) -> Analysis:
     finally:
         if isinstance(infer, VllmInfer):
             infer.close()
+    extend_analysis(model, tokenizer, analysis, sensitivity=config.sensitivity, console=console)
+    return analysis
 
 
 def load(directory: Path, device: str, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -233,7 +243,8 @@ def _config(arguments: argparse.Namespace, *, placeholders: bool = False) -> Com
     given = {name: value for name in ALIASES if (value := getattr(arguments, name)) is not None}
     if twice := [name for name in given if any(override.startswith(f"{name}=") for override in overrides)]:
         raise ConfigError(f"{twice[0]} is given twice: --{twice[0]} {given[twice[0]]} is short for {twice[0]}=…")
-    return read_config(CommandConfig, path, overrides, given=given, placeholders=placeholders)
+    wanted = [name for name in FURTHER if getattr(arguments, name)]
+    return read_config(CommandConfig, path, overrides, given=given, wanted=wanted, placeholders=placeholders)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -251,6 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, metavar in zip(ALIASES, ("DIR", "FILE", "DIR"), strict=True):
         parser.add_argument(f"--{name}", metavar=metavar, help=f"short for {name}={metavar}")
+    for name, meaning in FURTHER.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and the work to do, then exit"
     )
@@ -280,6 +293,7 @@ def _dry_run(config: CommandConfig) -> str:
         "# derived\n"
         f"# model: {model.model_type} on {device}, dtype {dtype}; generates in {generates}\n"
         f"# problems: {_problems(config)}\n"
+        f"{_settings(config)}"
         f"# out: {_kept(config.out) or f'nothing finished yet in {config.out}'}"
     )
 
@@ -297,6 +311,13 @@ def _problems(config: CommandConfig) -> str:
         f"{len(given)}; responses: {sum(given)} given, {generated} × {config.responses_per_problem}"
         f" = {generated * config.responses_per_problem} generated{left_out}"
     )
+
+
+def _settings(config: CommandConfig) -> str:
+    """A line with the number of settings that --sensitivity compares; empty without it."""
+    if config.sensitivity is None:
+        return ""
+    return f"# sensitivity: {sum(1 for _ in config.sensitivity.settings(config.credit, config.signals)):,} settings\n"
 
 
 def _kept(directory: Path) -> str:

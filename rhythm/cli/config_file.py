@@ -114,6 +114,7 @@ def read_config(
     overrides: Sequence[str] = (),
     *,
     given: Mapping[str, Any] | None = None,
+    wanted: Sequence[str] = (),
     like: Callable[[Mapping[str, Any]], C] | None = None,
     placeholders: bool = False,
 ) -> C:
@@ -123,6 +124,7 @@ def read_config(
         kind: the configuration's class.
         path: a YAML file; None: only the overrides.
         given: values of top-level keys, which take precedence over file and overrides.
+        wanted: sections that are there, with their defaults, if neither file nor overrides set any of their keys.
         like: returns, for the values read, a configuration that has all keys that may be set; None: the keys are those
             of `kind`, whatever the values.
         placeholders: give required keys without a value the value `…`, for --help.
@@ -140,6 +142,7 @@ def read_config(
             raise ConfigError(f"{override!r}: an override is written key=value, for example seed=1")
         _put(values, key, _parse(value, _cut(override)))
     values |= given or {}
+    values |= {name: {} for name in wanted if values.get(name) is None}
     keys = list(config_keys(example(kind) if like is None else like(values)))
     if wrong := list(_wrong_numbers(values, keys)):
         raise ConfigError("\n".join(wrong))

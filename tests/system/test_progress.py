@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from rhythm.analysis.progress import AnalysisProgress, finishing
+from rhythm.analysis.progress import AnalysisProgress, finishing, working
 from rhythm.system.progress import Heartbeat, Rate, duration
 from rhythm.trainer.progress import RunProgress
 
@@ -134,3 +134,18 @@ def test_an_analysis_says_that_it_writes_its_report() -> None:
     assert shown.getvalue() == said
     assert not isinstance(finishing(Console(force_terminal=True)), Heartbeat)
     assert not isinstance(finishing(None), Heartbeat)
+
+
+def test_work_after_an_analysis_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, shown = Clock(), io.StringIO()
+    opened: list[Heartbeat] = []
+    enter = Heartbeat.__enter__
+    monkeypatch.setattr(Heartbeat, "__enter__", lambda self: opened.append(self) or enter(self))
+    with working(Console(file=shown), clock) as tell:
+        tell("heads of response 7")
+        tell("γ by 40 settings")
+        clock.now += 45
+        opened[0].beat()
+    assert shown.getvalue() == "rhythm-analyze: γ by 40 settings, after 45 s\n"
+    with working(None) as tell:
+        tell("nothing is shown")
