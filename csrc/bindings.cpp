@@ -8,7 +8,7 @@
 #include "dispatch.hpp"
 
 namespace py = pybind11;
-using rhythm::DType, rhythm::Operand, rhythm::Problem, rhythm::Sequence;
+using rhythm::DType, rhythm::Horizon, rhythm::Operand, rhythm::Problem, rhythm::Reduce, rhythm::Sequence;
 
 namespace {
 
@@ -25,11 +25,15 @@ float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads, const std::vector<int64_t>& bounds,
                           const std::vector<int64_t>& prompt_lens, const std::vector<int64_t>& row_bounds, const View& q,
                           const View& k, const std::optional<View>& v, float scale, float softcap,
-                          int64_t sliding_window, uintptr_t sinks, int64_t window, int64_t horizon_lo,
-                          int64_t horizon_hi, uintptr_t given_lse, uintptr_t row_span, uintptr_t waad, uintptr_t fai,
-                          uintptr_t lse, uintptr_t out, int threads) {
+                          int64_t sliding_window, uintptr_t sinks, const std::vector<int64_t>& windows,
+                          const std::vector<std::array<int64_t, 2>>& horizons, const std::string& reduce,
+                          const std::pair<uintptr_t, int64_t>& row_weights, uintptr_t given_lse, uintptr_t row_span,
+                          uintptr_t waad, uintptr_t fai, uintptr_t lse, const std::map<std::string, uintptr_t>& also,
+                          int64_t first, bool prompt_rows, uintptr_t out, int threads) {
   static const std::map<std::string, DType> types = {
       {"float32", DType::float32}, {"float16", DType::float16}, {"bfloat16", DType::bfloat16}};
+  static const std::map<std::string, Reduce> reductions = {
+      {"mean", Reduce::mean}, {"sum", Reduce::sum}, {"max", Reduce::max}};
   Problem p;
   p.dtype = types.at(dtype);
   p.query_heads = heads[0];
@@ -43,22 +47,32 @@ void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads
   p.softcap = softcap;
   p.sliding_window = sliding_window;
   p.sinks = floats(sinks);
-  p.window = window;
-  p.horizon_lo = horizon_lo;
-  p.horizon_hi = horizon_hi;
+  p.reduce = reductions.at(reduce);
+  p.row_weights = floats(row_weights.first);
+  p.row_weights_stride = row_weights.second;
   p.given_lse = floats(given_lse);
   p.row_span = floats(row_span);
   p.waad = floats(waad);
   p.fai = floats(fai);
   p.lse = floats(lse);
+  const std::map<std::string, float**> answers = {{"max_logit", &p.max_logit},
+                                                  {"top1", &p.top1},
+                                                  {"entropy", &p.entropy},
+                                                  {"first_mass", &p.first_mass},
+                                                  {"prompt_mass", &p.prompt_mass}};
+  for (const auto& [name, address] : also) *answers.at(name) = floats(address);
+  p.first = first;
+  p.prompt_rows = prompt_rows;
   p.out = reinterpret_cast<void*>(out);
+  std::vector<Horizon> between;
+  for (const auto& [lo, hi] : horizons) between.push_back({lo, hi});
   std::vector<Sequence> sequences;
   for (size_t i = 0; i + 1 < bounds.size(); ++i) {
     const int64_t length = bounds[i + 1] - bounds[i], first_row = length - (row_bounds[i + 1] - row_bounds[i]);
     sequences.push_back({bounds[i], length, prompt_lens[i], first_row, row_bounds[i] - first_row, 0});
   }
   const py::gil_scoped_release nogil;
-  rhythm::run(p, std::move(sequences), threads);
+  rhythm::run(p, std::move(sequences), windows, std::move(between), threads);
 }
 
 }  // namespace
@@ -71,6 +85,8 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set in use: the fastest, or the one that RHYTHM_CPU_ISA names.");
   m.def("attention_statistics", &attention_statistics, py::kw_only(), py::arg("dtype"), py::arg("heads"),
         py::arg("bounds"), py::arg("prompt_lens"), py::arg("row_bounds"), py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("scale"), py::arg("softcap"), py::arg("sliding_window"), py::arg("sinks"), py::arg("window"), py::arg("horizon_lo"), py::arg("horizon_hi"), py::arg("given_lse"), py::arg("row_span"),
-        py::arg("waad"), py::arg("fai"), py::arg("lse"), py::arg("out"), py::arg("threads"));
+        py::arg("scale"), py::arg("softcap"), py::arg("sliding_window"), py::arg("sinks"), py::arg("windows"),
+        py::arg("horizons"), py::arg("reduce"), py::arg("row_weights"), py::arg("given_lse"), py::arg("row_span"),
+        py::arg("waad"), py::arg("fai"), py::arg("lse"), py::arg("also"), py::arg("first"), py::arg("prompt_rows"),
+        py::arg("out"), py::arg("threads"));
 }

@@ -112,7 +112,7 @@ std::vector<RowTask> row_tasks(const Problem& p, const Kernels& kernels) {
   const int64_t rows = kernels.row_chunk * (kernels.row_blocks / heads);
   std::vector<RowTask> tasks;
   for (int64_t i = 0; i < p.sequences; ++i) {
-    const int64_t length = p.sequence[i].length, first = p.out ? p.sequence[i].first_row : p.sequence[i].prompt;
+    const int64_t length = p.sequence[i].length, first = p.out || p.prompt_rows ? p.sequence[i].first_row : p.sequence[i].prompt;
     for (int64_t group = 0; group < p.query_heads; group += p.group())
       for (int64_t head = group; head < group + p.group(); head += heads)
         for (int64_t t = first; t < length; t += rows)
@@ -143,7 +143,8 @@ std::vector<std::string> available_isas() {
 
 std::string selected_isa() { return selected().name; }
 
-void run(Problem p, std::vector<Sequence> sequences, int threads) {
+void run(Problem p, std::vector<Sequence> sequences, std::vector<int64_t> windows, std::vector<Horizon> horizons,
+         int threads) {
   const Kernels& kernels = *selected().kernels(p.dtype);
   p.sequences = static_cast<int64_t>(sequences.size());
   for (Sequence& s : sequences) {
@@ -154,9 +155,15 @@ void run(Problem p, std::vector<Sequence> sequences, int threads) {
   if (p.panels == 0) return;
   // No distance exceeds the number of tokens; larger limits would only overflow.
   p.sliding_window = std::min(p.sliding_window, p.tokens);
-  p.window = std::min(p.window, p.sliding_window);
-  p.horizon_lo = std::min(p.horizon_lo, p.tokens);
-  if (p.horizon_hi != to_the_end) p.horizon_hi = std::min(p.horizon_hi, p.tokens);
+  for (int64_t& window : windows) window = std::min(window, p.sliding_window);
+  for (Horizon& horizon : horizons) {
+    horizon.lo = std::min(horizon.lo, p.tokens);
+    if (horizon.hi != to_the_end) horizon.hi = std::min(horizon.hi, p.tokens);
+  }
+  p.windows = windows.data();
+  p.window_count = static_cast<int64_t>(windows.size());
+  p.horizons = horizons.data();
+  p.horizon_count = static_cast<int64_t>(horizons.size());
   if (p.scale * 1.44269504f == 0.0f) {
     p.flat = true;
     p.scale = 1.0f;

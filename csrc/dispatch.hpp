@@ -15,7 +15,8 @@ std::vector<std::string> available_isas();
 // Throws std::runtime_error if that one is unknown or can't run here.
 std::string selected_isa();
 
-// Fills the outputs of `problem`; its packed_k, packed_v, panels and the sequences' first_panel are set here.
-void run(Problem problem, std::vector<Sequence> sequences, int threads);
+// Fills the outputs of `problem`; its windows, horizons, packed_k, packed_v, panels and the sequences' first_panel are set here.
+void run(Problem problem, std::vector<Sequence> sequences, std::vector<int64_t> windows, std::vector<Horizon> horizons,
+         int threads);
 
 }  // namespace rhythm

@@ -24,7 +24,15 @@ struct Sequence {
   int64_t first_panel;  // index of its first panel of packed keys
 };
 
-constexpr int64_t to_the_end = -1;  // horizon_hi without an upper end
+constexpr int64_t to_the_end = -1;  // a horizon's hi without an upper end
+
+// FAI's, in tokens, both ends in.
+struct Horizon {
+  int64_t lo, hi;
+};
+
+// What the column sweep makes of the weights of the rows within a horizon: their mean is FAI.
+enum class Reduce { mean, sum, max };
 
 struct Problem {
   DType dtype = DType::float32;
@@ -37,15 +45,27 @@ struct Problem {
   float cap_scale = 0;   // with a softcap: scale / c; products become tanh(product·cap_scale), and scale is c
   int64_t sliding_window = 0;     // keys at this distance and beyond are hidden; the number of tokens: none are
   const float* sinks = nullptr;   // [Hq], natural logits; null: none
-  int64_t window = 10, horizon_lo = 10, horizon_hi = 50;
+  const int64_t* windows = nullptr;     // those of waad; several only where bands are visited
+  const Horizon* horizons = nullptr;    // those of fai
+  int64_t window_count = 0, horizon_count = 0;
+  Reduce reduce = Reduce::mean;
+  const float* row_weights = nullptr;   // [Hq or 1, T], factors of the rows' weights in fai, 0: a row takes no part; null: all 1
+  int64_t row_weights_stride = 0;       // between heads
   bool flat = false;                 // the scale was 0 and is now 1; products become 0 (NaN where one is not finite)
   const float* given_lse = nullptr;  // [Hq, T]; with it and without row_span only bands are visited
 
   // Outputs, [Hq, T] unless said otherwise. Null: not wanted.
   float* row_span = nullptr;  // Σ_s A[t, s]·(t − s) of response rows; required if no lse is given
-  float* waad = nullptr;
-  float* fai = nullptr;
+  float* waad = nullptr;      // [windows, Hq, T]
+  float* fai = nullptr;       // [horizons, Hq, T]
   float* lse = nullptr;
+  float* max_logit = nullptr;  // max_s of the scaled, capped score; with prompt_rows of all rows of q
+  float* top1 = nullptr;       // max_s A[t, s]
+  float* entropy = nullptr;    // −Σ_s A·log A
+  float* first_mass = nullptr;   // Σ A over s < first
+  float* prompt_mass = nullptr;  // Σ A over the prompt
+  int64_t first = 4;
+  bool prompt_rows = false;
   void* out = nullptr;  // [rows of q, Hq, D], in the inputs' type
 
   // Packed copies in 32-bit words (tile.hpp), shared by the query heads of a group.
@@ -65,7 +85,9 @@ struct Problem {
   // The first key that row t sees.
   int64_t first_key(int64_t t) const { return t < sliding_window ? 0 : t - sliding_window + 1; }
   // Whether W holds all that row t sees: its WAAD is Σ A·(t − s), since a difference from W would lose digits.
-  bool window_holds(int64_t t) const { return t < window || window >= sliding_window; }
+  bool holds(int64_t window, int64_t t) const { return t < window || window >= sliding_window; }
+  // Whether anything is wanted of a row besides its statistics.
+  bool answers() const { return max_logit || top1 || entropy || first_mass || prompt_mass; }
 };
 
 // Rows [row_begin, row_end) of query heads [head_begin, head_end), which share one key head.
@@ -73,7 +95,7 @@ struct RowTask {
   int64_t sequence, head_begin, head_end, row_begin, row_end;
 };
 
-// Keys [key_begin, key_end) of one query head; with a given lse also the WAAD of rows [key_begin, key_end).
+// Keys [key_begin, key_end) of one query head; with a given lse also the WAADs of rows [key_begin, key_end).
 struct ColumnTask {
   int64_t sequence, head, key_begin, key_end;
 };

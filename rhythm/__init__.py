@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rhythm.credit.heads import HeadGroups, sampled_layers, select_heads
 from rhythm.credit.signals import RhythmSignals
+from rhythm.ops.bands import attention_bands
 from rhythm.ops.column_scores import column_scores
 from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
 from rhythm.system.lazy import lazy
@@ -30,6 +31,7 @@ __all__ = [
     "RhythmSignals",
     "SignalsConfig",
     "UnsupportedAttention",
+    "attention_bands",
     "attention_statistics",
     "attention_with_statistics",
     "column_scores",

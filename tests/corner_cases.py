@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from rhythm import attention_statistics, attention_with_statistics, column_scores
+from rhythm.ops.answers import ALSO
 from rhythm.ops.statistics import AttentionStatistics
 
 QKV = tuple[Tensor, Tensor, Tensor]
-FIELDS = ("span", "waad", "fai", "lse")
+FIELDS = ("span", "waad", "fai", "lse", *ALSO)
 FORM = ("cu_seqlens", "cu_seqlens_k", "softcap", "sliding_window", "sinks")
 
 
@@ -323,15 +324,20 @@ def outcome(case: Case, backend: str, device: str = "cpu") -> dict[str, Tensor]:
     scores: dict[str, Any] = {name: options[name] for name in ("scale", "horizon", *FORM) if name in options}
     results: dict[str, Tensor] = {}
     if case.lse is None:
-        results |= _named("alone", attention_statistics(q, k, **options, backend=backend))
+        results |= _named("alone", attention_statistics(q, k, **options, also=ALSO, prompt_rows=True, backend=backend))
         results["out"], beside = attention_with_statistics(q, k, v, **options, backend=backend)
         results |= _named("beside", beside)
         results["column sum"] = column_scores(q, k, per="group", **scores, backend=backend)
         results["column mean"] = column_scores(q, k, reduce="mean", rows=(2, -1), **scores, backend=backend)
+        weights = torch.arange(q.shape[-3], device=device).remainder(4) / 2 - 0.5  # some are 0, some below
+        weights = weights if q.ndim == 3 else weights.expand(q.shape[:2])
+        scores["row_weights"] = weights
+        results["weighted column sum"] = column_scores(q, k, rows=(1, None), **scores, backend=backend)
+        results["weighted column maximum"] = column_scores(q, k, reduce="max", **scores, backend=backend)
     if case.bands or case.lse is not None:
         lse = _reference_lse(case.name).to(device)
         results |= _named("bands", attention_statistics(q, k, **options, lse=lse, span=False, backend=backend))
-        results |= _named("given", attention_statistics(q, k, **options, lse=lse, backend=backend))
+        results |= _named("given", attention_statistics(q, k, **options, lse=lse, also=ALSO, backend=backend))
         results |= _named("sampled", attention_statistics(q, k, **options, lse=lse, span_rows=7, backend=backend))
         if case.lse is not None:
             results["column sum"] = column_scores(q, k, **scores, lse=lse, backend=backend)

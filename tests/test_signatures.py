@@ -39,7 +39,8 @@ def test_the_document_lists_every_public_name_and_op() -> None:
     text = DOC.read_text(encoding="utf-8")
     listed = re.findall(r"^(?:class )?rhythm\.(\w+)\b(?!\.)", text, re.MULTILINE)
     assert sorted(listed) == sorted(rhythm.__all__)
-    for op in ("attention_statistics", "attention_with_statistics", "column_scores"):
+    names = ("attention_statistics", "attention_with_statistics")
+    for op in ("attention_bands", "column_scores", *names, *(f"{name}_also" for name in names)):
         schema = str(getattr(torch.ops.rhythm, op).default._schema)
         written = " ".join(text.split()).replace("( ", "(").replace(", )", ")")
         assert schema in written

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from rhythm.ops.answers import check_also
 from rhythm.shapes import MAX_INT, Sequences, check_dense, index, integer
 
 MAX_SEQUENCES = 2**24  # a batch of more than that without a token would be hours of nothing
@@ -40,6 +41,9 @@ class Request:
         softcap: c of score ← c·tanh(score / c); None: scores as they are.
         sliding_window: w, tokens: keys at t − s ≥ w are hidden; None: none are.
         sinks_H: [H], natural logits, one more in the denominator of each row of a head; None: none.
+        also: which of `answers.ALSO` are wanted too, in that order.
+        first: the keys s < first are those of first_mass.
+        prompt_rows: whether max_logit is wanted on rows of the prompt, too.
     """
 
     q: Tensor
@@ -55,6 +59,14 @@ class Request:
     softcap: float | None = None
     sliding_window: int | None = None
     sinks_H: Tensor | None = None
+    also: tuple[str, ...] = ()
+    first: int = 4
+    prompt_rows: bool = False
+
+    @property
+    def also_sweeps(self) -> bool:
+        """Whether `also` has what takes a sweep over all keys, also where lse is given."""
+        return self.lse_HT is None or not {"first_mass", "prompt_mass"}.issuperset(self.also)
 
     @property
     def forms(self) -> list[str]:
@@ -86,6 +98,9 @@ def checked(
     sliding_window: int | None = None,
     sinks: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    also: tuple[str, ...] = (),
+    first: int = 4,
+    prompt_rows: bool = False,
 ) -> Request:
     """The request that an op's arguments make, after all checks but those of values in cu_seqlens and prompt_lens;
     `ready` makes these.
@@ -99,6 +114,7 @@ def checked(
     check_form(q, softcap, sliding_window, sinks)
     check_sequences(q, k, cu_seqlens, cu_seqlens_k, prompt_lens)
     check_lse(lse, q, k)
+    check_also(also, first, prompt_rows)
     if span_rows is not None:
         integer("span_rows", span_rows, 1)
     if lse is not None and lse.ndim == 3:
@@ -119,6 +135,9 @@ def checked(
         softcap=None if softcap is None else min(max(softcap, LEAST_SOFTCAP), MOST_SOFTCAP),
         sliding_window=sliding_window,
         sinks_H=sinks,
+        also=also,
+        first=first,
+        prompt_rows=prompt_rows,
     )
 
 

@@ -8,6 +8,7 @@ last tokens that have a query, C some of its keys, H query heads, G key heads, D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -78,6 +79,34 @@ def attention_weights(
     lse_HR = lse_HR.masked_fill(~lse_HR.isfinite(), torch.nan)
     weights = torch.exp(score - lse_HR[..., None]).masked_fill(~visible, 0.0)
     return weights, lse_HR
+
+
+def row_answers(
+    score_HRC: Tensor,
+    lse_HR: Tensor | None,
+    names: tuple[str, ...],
+    *,
+    prompt_len: int,
+    first: int,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """[len(names), H, R]: `answers.ALSO` of rows, from their masked scores against keys 0 … C − 1.
+
+    max_logit is max_s score; with A[s] = exp(score[s] − lse), top1 is max_s A, entropy −Σ_s A·log A in nats, first_mass
+    Σ A over s < first, prompt_mass Σ A over s < prompt_len. NaN where lse, given or of the scores, is not finite.
+    """
+    if lse_HR is None:
+        lse_HR = row_lse(score_HRC, sinks_H)
+    lse_HR = lse_HR.to(score_HRC.dtype)
+    weights_HRC = torch.exp(score_HRC - lse_HR[..., None])
+    answers: dict[str, Callable[[], Tensor]] = {
+        "max_logit": lambda: score_HRC.amax(dim=-1),
+        "top1": lambda: weights_HRC.amax(dim=-1),
+        "entropy": lambda: -torch.xlogy(weights_HRC, weights_HRC).sum(dim=-1),
+        "first_mass": lambda: weights_HRC[..., :first].sum(dim=-1),
+        "prompt_mass": lambda: weights_HRC[..., :prompt_len].sum(dim=-1),
+    }
+    return torch.stack([answers[name]().masked_fill(~lse_HR.isfinite(), torch.nan) for name in names])
 
 
 def sequence_statistics(
@@ -170,6 +199,20 @@ def _attended(weights_HRN: Tensor, v_HND: Tensor, sliding_window: int | None) ->
         seeing = slice(max(s - before, 0), end)
         out_HRD[:, seeing] += weights_HRN[:, seeing, s, None] * v_HND[:, s, None]
     return out_HRD
+
+
+def column_sums(weights_HRC: Tensor, row_weights_HR: Tensor | None, reached_RC: Tensor, reduce: str) -> Tensor:
+    """[H, C]: Σ_t w[t]·A[t, s] over the rows t that reach key s (reduce "sum"), 0 without any; or max_t, −inf without.
+
+    A row whose weight is 0 reaches no key, so that a NaN in it stays there.
+    """
+    reached_HRC = reached_RC.expand(weights_HRC.shape)
+    if row_weights_HR is not None:
+        reached_HRC = reached_HRC & (row_weights_HR[..., None] != 0)
+        weights_HRC = weights_HRC * row_weights_HR[..., None].to(weights_HRC.dtype)
+    if reduce == "sum":
+        return torch.where(reached_HRC, weights_HRC, 0.0).sum(dim=-2)
+    return torch.where(reached_HRC, weights_HRC, -torch.inf).amax(dim=-2)
 
 
 def _weighted(weights_HRN: Tensor, value_RN: Tensor) -> Tensor:

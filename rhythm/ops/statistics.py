@@ -1,26 +1,20 @@
-"""Q, K → statistics: the public ops, also registered as torch.ops.rhythm.
+"""Q, K → statistics: the public ops; registered.py has them under torch.ops.rhythm.
 
-Shape suffixes: B sequences, T tokens of all sequences on one axis (that of the keys), H query heads, D head size.
+Shape suffixes: B sequences, T tokens of all sequences on one axis (that of the keys), H query heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rhythm import shapes
-from rhythm.ops import arguments, backends
+from rhythm.ops import arguments, backends, registered
 from rhythm.ops import attention as implementations
-from rhythm.ops.arguments import Request
-from rhythm.ops.backends.base import BackendResult
+from rhythm.ops.answers import also_names, check_also
 from rhythm.system.renamed import refuse_renamed
-
-FORM = ("softcap", "sliding_window", "sinks", "cu_seqlens_k")  # last arguments of the ops, in this order
 
 
 @dataclass(frozen=True)
@@ -34,6 +28,12 @@ class AttentionStatistics:
         fai: same shape: mean attention received from response rows within the horizon (eq. 10); NaN where there
             are none.
         lse: same shape: log Σ exp(score), natural; NaN on prompt rows.
+        max_logit: same shape: max_s of the scaled, capped score; a sink is not counted. This and what follows is NaN on
+            prompt rows and None unless `also` names it.
+        top1: same shape: max_s A[t, s].
+        entropy: same shape: −Σ_s A[t, s]·log A[t, s], nats, in [0, log(t + 1)] for rows that sum to 1.
+        first_mass: same shape: Σ A[t, s] over the first keys of the sequence, s < `first`.
+        prompt_mass: same shape: Σ A[t, s] over its prompt, s < prompt_lens.
 
     T is the tokens of k. Where q has fewer rows, tokens without one count as prompt.
     """
@@ -42,6 +42,11 @@ class AttentionStatistics:
     waad: Tensor
     fai: Tensor
     lse: Tensor
+    max_logit: Tensor | None = None
+    top1: Tensor | None = None
+    entropy: Tensor | None = None
+    first_mass: Tensor | None = None
+    prompt_mass: Tensor | None = None
 
 
 def attention_statistics(
@@ -61,6 +66,9 @@ def attention_statistics(
     sliding_window: int | None = None,
     sinks: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    also: Sequence[str] = (),
+    first: int = 4,
+    prompt_rows: bool = False,
 ) -> AttentionStatistics:
     """Span, WAAD and FAI of causal attention, without the attention maps (paper eqs. 7, 9, 10).
 
@@ -90,13 +98,18 @@ def attention_statistics(
             are hidden.
         sinks: [Hq], natural logits: lse = log(Σ exp(score) + exp(sink)), as in gpt-oss. None: none.
         cu_seqlens_k: int32 [B + 1], of k (and v), where cu_seqlens is that of fewer rows of q. None: as cu_seqlens.
+        also: more of the result's fields, of "max_logit", "top1", "entropy", "first_mass" and "prompt_mass"; no other
+            result changes by it. The C++ kernels compute them in the same sweep; other backends in one more pass over q
+            and k by plain torch. With `lse` given A is exp(score − lse), and the last two need no sweep.
+        first: how many keys count in first_mass, at least 1.
+        prompt_rows: max_logit on rows of the prompt, too.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
         RuntimeError: the named backend is not available on this machine.
     """
     lo, hi = arguments.pair(horizon)
-    span_BH, waad_HT, fai_HT, lse_HT = _attention_statistics(
+    given = (
         _detached("q", q),
         _detached("k", k),
         None if cu_seqlens is None else _detached("cu_seqlens", cu_seqlens),
@@ -111,9 +124,10 @@ def attention_statistics(
         None if span_rows is None else shapes.integer("span_rows", span_rows),
         *form_arguments(softcap, sliding_window, sinks, cu_seqlens_k),
     )
-    return AttentionStatistics(
-        span_BH if span else None, _unflatten(waad_HT, k), _unflatten(fai_HT, k), _unflatten(lse_HT, k)
-    )
+    if not (more := _more_arguments(also, first, prompt_rows)):
+        return _statistics(k, registered.attention_statistics(*given), span)
+    *results, also_AHT = registered.attention_statistics_also(*given, *more)
+    return _statistics(k, results, span, also_names(also), also_AHT)
 
 
 @refuse_renamed(forward="attention")
@@ -134,6 +148,9 @@ def attention_with_statistics(
     sliding_window: int | None = None,
     sinks: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    also: Sequence[str] = (),
+    first: int = 4,
+    prompt_rows: bool = False,
 ) -> tuple[Tensor, AttentionStatistics]:
     """Causal attention and its statistics: (out shaped and typed as q, AttentionStatistics).
 
@@ -152,7 +169,7 @@ def attention_with_statistics(
         RuntimeError: the named backend or attention is not available on this machine.
     """
     lo, hi = arguments.pair(horizon)
-    out, span_BH, waad_HT, fai_HT, lse_HT = _attention_with_statistics(
+    given = (
         _detached("q", q),
         _detached("k", k),
         _detached("v", v),
@@ -167,8 +184,11 @@ def attention_with_statistics(
         None if span_rows is None else shapes.integer("span_rows", span_rows),
         *form_arguments(softcap, sliding_window, sinks, cu_seqlens_k),
     )
-    statistics = AttentionStatistics(span_BH, _unflatten(waad_HT, k), _unflatten(fai_HT, k), _unflatten(lse_HT, k))
-    return out, statistics
+    if not (more := _more_arguments(also, first, prompt_rows)):
+        out, *results = registered.attention_with_statistics(*given)
+        return out, _statistics(k, results)
+    out, *results, also_AHT = registered.attention_with_statistics_also(*given, *more)
+    return out, _statistics(k, results, True, also_names(also), also_AHT)
 
 
 def form_arguments(
@@ -188,116 +208,26 @@ def _detached(name: str, x: Tensor) -> Tensor:
     return x.detach()
 
 
-def _unflatten(x_HT: Tensor, k: Tensor) -> Tensor:
-    """[H, B·T] → [B, H, T] where k is batched."""
-    return x_HT if k.ndim == 3 else x_HT.view(x_HT.shape[0], k.shape[0], k.shape[1]).transpose(0, 1)
+def _more_arguments(also: Sequence[str], first: int, prompt_rows: bool) -> tuple[str, int, bool] | tuple[()]:
+    """The last three arguments of the ops that end in _also; () where the ops without do, the checks made."""
+    names, first = also_names(also), shapes.integer("first", first, 1)
+    check_also(names, first, prompt_rows)
+    return (",".join(names), first, bool(prompt_rows)) if names else ()
 
 
-def own_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Without the caller's autocast, which would take fp32 products of the plain torch parts to low precision."""
-    kind = q.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-
-
-def run(request: Request, backend: str) -> BackendResult:
-    """What the backend called `backend` gives; span from sampled rows where the request asks for them."""
-    chosen = backends.choose(backend, request)
-    sampled = request.span_rows is not None and request.lse_HT is not None
-    with own_precision(request.q):
-        result = chosen.run(replace(request, span=request.span and not sampled))
-        if request.span_rows is None or request.lse_HT is None:
-            return result
-        return replace(result, span_BH=chosen.sampled_span(request, request.lse_HT, request.span_rows))
-
-
-@torch.library.custom_op("rhythm::attention_statistics", mutates_args=())
-def _attention_statistics(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: Tensor | None,
-    prompt_lens: Tensor | None,
-    scale: float,
-    window: int,
-    horizon_lo: int,
-    horizon_hi: int | None,
-    lse: Tensor | None,
-    span: bool,
-    backend: str,
-    span_rows: int | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    sinks: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if span_rows is not None and (lse is None or not span):
-        raise ValueError(f"span_rows is {span_rows}; it goes with lse given and span wanted, else the sweep has span")
-    options = (scale, window, horizon_lo, horizon_hi)
-    form: dict[str, Any] = dict(zip(FORM, (softcap, sliding_window, sinks, cu_seqlens_k), strict=True))
-    request = arguments.checked(
-        q, k, None, cu_seqlens, prompt_lens, *options, lse=lse, span=span, span_rows=span_rows, **form
+def _statistics(
+    k: Tensor, results: Sequence[Tensor], span: bool = True, names: Sequence[str] = (), also_AHT: Tensor | None = None
+) -> AttentionStatistics:
+    """The flat results (span, waad, fai, lse) of an op, and those of the named answers, in the shapes of k."""
+    span_BH, *of_tokens = results
+    more = (
+        {}
+        if also_AHT is None
+        else {name: unflatten(x_HT, k) for name, x_HT in zip(names, also_AHT.unbind(), strict=True)}
     )
-    result = run(arguments.ready(request), backend)
-    return result.span_BH, result.waad_HT, result.fai_HT, result.lse_HT
+    return AttentionStatistics(span_BH if span else None, *(unflatten(x_HT, k) for x_HT in of_tokens), **more)
 
 
-@torch.library.custom_op("rhythm::attention_with_statistics", mutates_args=())
-def _attention_with_statistics(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    prompt_lens: Tensor | None,
-    scale: float,
-    window: int,
-    horizon_lo: int,
-    horizon_hi: int | None,
-    backend: str,
-    attention: str = "fused",
-    span_rows: int | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    sinks: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if span_rows is not None and attention == "fused":
-        raise ValueError(
-            f"span_rows is {span_rows}; it goes with attention other than 'fused', which has the exact span"
-        )
-    options = (scale, window, horizon_lo, horizon_hi)
-    form: dict[str, Any] = dict(zip(FORM, (softcap, sliding_window, sinks, cu_seqlens_k), strict=True))
-    request = arguments.ready(
-        arguments.checked(q, k, v, cu_seqlens, prompt_lens, *options, span_rows=span_rows, **form)
-    )
-    implementation = implementations.choose(attention, request)
-    if implementation is None or request.sequences.tokens == 0:
-        result = run(request, backend)
-        assert result.out_THD is not None
-        out = result.out_THD.view(q.shape)
-    else:
-        with own_precision(q):
-            out, lse_HT = implementation.run(request)
-        result = run(arguments.ready(replace(request, v=None, lse_HT=lse_HT)), backend)
-    return out, result.span_BH, result.waad_HT, result.fai_HT, result.lse_HT
-
-
-# In the fakes `rest` begins with the six arguments from cu_seqlens to horizon_hi, and may end before those of FORM.
-
-
-@_attention_statistics.register_fake
-def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    form: dict[str, Any] = dict(zip(FORM, rest[10:], strict=False))
-    return _empty_statistics(arguments.checked(q, k, None, *rest[:6], lse=rest[6], **form))
-
-
-@_attention_with_statistics.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    form: dict[str, Any] = dict(zip(FORM, rest[9:], strict=False))
-    return q.new_empty(q.shape), *_empty_statistics(arguments.checked(q, k, v, *rest[:6], **form))
-
-
-def _empty_statistics(request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty (span [B, H], waad, fai, lse [H, T]) of the types and shapes the ops give."""
-    q, sequences = request.q, request.sequences
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    waad, fai, lse = (q.new_empty((q.shape[-2], sequences.tokens), dtype=dtype) for _ in range(3))
-    return q.new_empty((sequences.count, q.shape[-2]), dtype=dtype), waad, fai, lse
+def unflatten(x_HT: Tensor, k: Tensor) -> Tensor:
+    """[…, H, B·T] → […, B, H, T] where k is batched."""
+    return x_HT if k.ndim == 3 else x_HT.view(*x_HT.shape[:-1], *k.shape[:2]).transpose(-3, -2)

@@ -127,7 +127,12 @@ def test_compiled() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reduce": "max"}, "reduce is 'max'; allowed are sum, mean"),
+        ({"reduce": "min"}, "reduce is 'min'; allowed are sum, mean, max"),
+        ({"row_weights": torch.ones(9)}, r"row_weights has shape \(9,\); it must be \(10,\) or \(4, 10\)"),
+        ({"row_weights": torch.ones(2, 10)}, r"row_weights has shape \(2, 10\); it must be \(10,\) or \(4, 10\)"),
+        ({"row_weights": torch.ones(10).long()}, "row_weights has dtype torch.int64; allowed are torch.float32"),
+        ({"row_weights": torch.ones(10, device="meta")}, "row_weights is on meta; it must be on q's device, cpu"),
+        ({"row_weights": [1.0] * 10}, "row_weights is of type list; it must be a torch.Tensor"),
         ({"per": "layer"}, "per is 'layer'; allowed are head, group"),
         ({"rows": (1, 2, 3)}, r"rows is \(1, 2, 3\); it must be \(begin, end\)"),
         ({"rows": (0.5, None)}, r"rows\[0\] is 0.5; it must be an integer"),
@@ -219,7 +224,7 @@ def test_the_registered_op_refuses_bad_arguments() -> None:
     q, k = normal(6, 4, 8), normal(6, 2, 8)
     good = ["sum", "head", None, None, None, 0, None, None, 0.5, None, "cpu"]
     bad = {
-        0: ("max", "reduce is 'max'; allowed are sum, mean"),
+        0: ("min", "reduce is 'min'; allowed are sum, mean, max"),
         1: ("heads", "per is 'heads'; allowed are head, group"),
         4: (torch.zeros(2, 2, dtype=torch.int64), r"rows has shape \(2, 2\)"),
         5: (-1, r"horizon is \(-1, None\)"),

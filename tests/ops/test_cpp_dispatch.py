@@ -118,7 +118,13 @@ def test_one_compilation_serves_every_batch() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("op", ["attention_statistics", "attention_with_statistics", "column_scores"])
+OPS = (
+    "attention_statistics", "attention_statistics_also", "attention_with_statistics", "attention_with_statistics_also",
+    "attention_bands", "column_scores",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("packed", [True, False])
 def test_opcheck(op: str, packed: bool) -> None:
     """torch's own checks of a registration; arguments by name, so that added ones keep their defaults."""
@@ -129,15 +135,24 @@ def test_opcheck(op: str, packed: bool) -> None:
     values = {
         "q": q, "k": k, "v": v, "cu_seqlens": torch.tensor([0, 8, 20], dtype=torch.int32) if packed else None,
         "prompt_lens": None, "scale": 0.25, "window": 10, "horizon_lo": 0, "horizon_hi": 5, "lse": None, "span": True,
-        "backend": "cpu", "reduce": "sum", "per": "group", "rows_begin": 2, "rows_end": -1, "rows": None,
+        "also": "max_logit,entropy", "first": 2, "prompt_rows": True, "windows": [3, 10], "horizons_lo": [0],
+        "horizons_hi": [5], "backend": "cpu", "reduce": "sum", "per": "group", "rows_begin": 2, "rows_end": -1,
+        "rows": None,
     }  # fmt: skip
     registered = getattr(torch.ops.rhythm, op).default
     names = [argument.name for argument in registered._schema.arguments]
     columns = {"reduce", "per", "rows_begin", "rows_end", "rows"}
+    more, bands = {"also", "first", "prompt_rows"}, {"windows", "horizons_lo", "horizons_hi"}
+    one = {"window", "horizon_lo", "horizon_hi"}
     missing = {
-        "attention_statistics": columns | {"v"},
-        "attention_with_statistics": columns | {"lse", "span"},
-        "column_scores": {"v", "prompt_lens", "window", "span"},
+        "attention_statistics": columns | bands | more | {"v"},
+        "attention_statistics_also": columns | bands | {"v"},
+        "attention_with_statistics": columns | bands | more | {"lse", "span"},
+        "attention_with_statistics_also": columns | bands | {"lse", "span"},
+        "attention_bands": columns | more | one | {"v", "span"},
+        "column_scores": bands | more | {"v", "prompt_lens", "window", "span"},
     }
+    if op == "attention_bands":
+        values["lse"] = rhythm.attention_statistics(q, k, cu_seqlens=values["cu_seqlens"], scale=0.25).lse
     assert set(names) >= values.keys() - missing[op]
     torch.library.opcheck(registered, (), {name: values[name] for name in names if name in values})

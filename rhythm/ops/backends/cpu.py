@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from rhythm.ops.arguments import Request
 from rhythm.ops.backends.base import Backend, BackendResult, mean_span
+from rhythm.ops.backends.in_blocks import Columns
 
 _C: ModuleType | None
 try:
@@ -44,41 +47,111 @@ class CpuBackend(Backend):
         return None
 
     def run(self, request: Request) -> BackendResult:
-        assert _C is not None  # unavailable() is asked first
-        q, k, v, host = request.q, request.k, request.v, request.sequences.host
-        heads, size = q.shape[-2:]
-        tokens = host.cu_seqlens[-1]
-        row_span_HT, waad_HT, fai_HT, lse_HT = (torch.full((heads, tokens), torch.nan) for _ in range(4))
-        out_SHD = None if v is None else torch.empty((host.cu_rows[-1], heads, size), dtype=q.dtype)
-        sinks_H = None if request.sinks_H is None else request.sinks_H.float().contiguous()
-        given_lse_HT = None if request.lse_HT is None else request.lse_HT.float().contiguous()
-        bands_alone = given_lse_HT is not None and not request.span  # they give all but span
-        lo, hi = request.horizon
-        _C.attention_statistics(
-            dtype=DTYPE_NAMES[q.dtype],
-            heads=(heads, k.shape[-2], size),
-            bounds=host.cu_seqlens,
-            prompt_lens=host.prompt_lens,
-            row_bounds=host.cu_rows,
-            q=_view(q, host.cu_rows, host.missing),
-            k=_view(k, host.cu_seqlens),
-            v=None if v is None else _view(v, host.cu_seqlens),
-            scale=request.scale,
-            softcap=request.softcap or 0.0,
-            sliding_window=tokens if request.sliding_window is None else request.sliding_window,
-            sinks=_address(sinks_H),
-            window=request.window,
-            horizon_lo=lo,
-            horizon_hi=_C.to_the_end if hi is None else hi,
-            given_lse=_address(given_lse_HT),
-            row_span=_address(None if bands_alone else row_span_HT),
-            waad=_address(waad_HT),
-            fai=_address(fai_HT),
-            lse=_address(lse_HT),
-            out=_address(out_SHD),
-            threads=_threads(request),
+        v, host = request.v, request.sequences.host
+        if not request.span and request.lse_HT is not None and request.also:
+            # The given lse is for the bands; a sweep, where one is needed, goes by it too.
+            bands = self.run(replace(request, also=()))
+            return (
+                replace(bands, also_AHT=self.run(replace(request, span=True)).also_AHT)
+                if request.also_sweeps
+                else bands
+            )
+        out_SHD = None if v is None else torch.empty((host.cu_rows[-1], *request.q.shape[-2:]), dtype=request.q.dtype)
+        also_AHT = _undefined(request, len(request.also)) if request.also else None
+        bands_alone = request.lse_HT is not None and not request.span  # they give all but span
+        row_span_HT, waad_HT, fai_HT, lse_HT = (_undefined(request) for _ in range(4))
+        _call(
+            request,
+            [request.window],
+            [request.horizon],
+            row_span_HT=None if bands_alone else row_span_HT,
+            waad_HT=waad_HT,
+            fai_HT=fai_HT,
+            lse_HT=lse_HT,
+            also_AHT=also_AHT,
+            out_SHD=out_SHD,
         )
-        return BackendResult(mean_span(row_span_HT, request.sequences), waad_HT, fai_HT, lse_HT, out_SHD)
+        return BackendResult(mean_span(row_span_HT, request.sequences), waad_HT, fai_HT, lse_HT, out_SHD, also_AHT)
+
+    def columns(self, request: Request, wanted: Columns) -> Tensor:
+        sums_HT, weights_HT = _undefined(request), wanted.row_weights_HT
+        _call(
+            request,
+            [request.window] if request.lse_HT is None else [],
+            [request.horizon],
+            row_span_HT=_undefined(request) if request.lse_HT is None else None,
+            waad_HT=_undefined(request),
+            fai_HT=sums_HT,
+            lse_HT=_undefined(request),
+            reduce=wanted.reduce,
+            row_weights_HT=None if weights_HT is None else weights_HT.float().contiguous(),
+        )
+        return sums_HT
+
+    def bands(
+        self, request: Request, windows: Sequence[int], horizons: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        waad_WHT, fai_FHT = _undefined(request, len(windows)), _undefined(request, len(horizons))
+        _call(
+            request, windows, horizons, row_span_HT=None, waad_HT=waad_WHT, fai_HT=fai_FHT, lse_HT=_undefined(request)
+        )
+        return waad_WHT, fai_FHT
+
+
+def _undefined(request: Request, *before: int) -> Tensor:
+    """fp32 [*before, H, T], all NaN."""
+    return torch.full((*before, request.q.shape[-2], request.sequences.host.cu_seqlens[-1]), torch.nan)
+
+
+def _call(
+    request: Request,
+    windows: Sequence[int],
+    horizons: Sequence[tuple[int, int | None]],
+    *,
+    row_span_HT: Tensor | None,
+    waad_HT: Tensor,
+    fai_HT: Tensor,
+    lse_HT: Tensor,
+    reduce: str = "mean",
+    row_weights_HT: Tensor | None = None,
+    also_AHT: Tensor | None = None,
+    out_SHD: Tensor | None = None,
+) -> None:
+    """Calls the kernels, which fill what is given. Without row_span they visit only the bands, by the given lse."""
+    assert _C is not None  # unavailable() is asked first
+    q, k, v, host = request.q, request.k, request.v, request.sequences.host
+    tokens = host.cu_seqlens[-1]
+    sinks_H = None if request.sinks_H is None else request.sinks_H.float().contiguous()
+    given_lse_HT = None if request.lse_HT is None else request.lse_HT.float().contiguous()
+    shared = row_weights_HT is not None and row_weights_HT.shape[0] == 1
+    _C.attention_statistics(
+        dtype=DTYPE_NAMES[q.dtype],
+        heads=(q.shape[-2], k.shape[-2], q.shape[-1]),
+        bounds=host.cu_seqlens,
+        prompt_lens=host.prompt_lens,
+        row_bounds=host.cu_rows,
+        q=_view(q, host.cu_rows, host.missing),
+        k=_view(k, host.cu_seqlens),
+        v=None if v is None else _view(v, host.cu_seqlens),
+        scale=request.scale,
+        softcap=request.softcap or 0.0,
+        sliding_window=tokens if request.sliding_window is None else request.sliding_window,
+        sinks=_address(sinks_H),
+        windows=list(windows),
+        horizons=[(lo, _C.to_the_end if hi is None else hi) for lo, hi in horizons],
+        reduce=reduce,
+        row_weights=(_address(row_weights_HT), 0 if shared else tokens),
+        given_lse=_address(given_lse_HT),
+        row_span=_address(row_span_HT),
+        waad=_address(waad_HT),
+        fai=_address(fai_HT),
+        lse=_address(lse_HT),
+        also={} if also_AHT is None else {n: _address(x) for n, x in zip(request.also, also_AHT, strict=True)},
+        first=request.first,
+        prompt_rows=request.prompt_rows,
+        out=_address(out_SHD),
+        threads=_threads(request),
+    )
 
 
 def _threads(request: Request) -> int:
