@@ -118,9 +118,11 @@ def statistics(inputs: Inputs) -> Callable[[], Outputs]:
             horizon=HORIZON,
             backend=inputs.backend,
             sliding_window=inputs.sliding_window,
+            also=inputs.also,
         )
         assert result.span is not None
-        return {"span": result.span[0], "waad": result.waad, "fai": result.fai, "lse": result.lse}
+        more = {name: getattr(result, name) for name in inputs.also}
+        return {"span": result.span[0], "waad": result.waad, "fai": result.fai, "lse": result.lse} | more
 
     return run
 

@@ -104,6 +104,7 @@ def _parts(benchmarks: list[Benchmark], settings: Settings, device: str, console
         parts.append(partial(suite.bands_part, chosen, settings, device))
     if "statistics" in chosen:
         parts.append(partial(suite.windows_part, chosen, settings, device))
+        parts.append(partial(suite.also_part, chosen["statistics"], settings, device))
         if cores() > 1:
             parts.append(partial(suite.threads_part, chosen["statistics"], settings, device))
         else:

@@ -48,6 +48,7 @@ class Inputs:
     v: Tensor
     backend: str = "cpu"  # of rhythm's ops; never "auto", which might time another backend
     sliding_window: int | None = None  # of `statistics` and the references, tokens; the other ops have none
+    also: tuple[str, ...] = ()  # of `statistics`
 
     @property
     def scale(self) -> float:

@@ -11,7 +11,8 @@ import torch
 from benchmarks.measure import TimedCall, Timing, interleaved, peak_extra_bytes, ratio
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import Shape, make_inputs, score_flops
-from benchmarks.verify import CheckedResult, verify
+from benchmarks.verify import CheckedResult, verify, verify_also
+from rhythm.ops.answers import ALSO
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -215,6 +216,36 @@ def windows_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device
             )
         )
     return Part("windows", tuple(measurements), tuple(metrics))
+
+
+def also_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
+    """Compare the sweep with each answer that `also` asks for, and with all of them, with the sweep without.
+
+    Raises:
+        WrongResultError: an answer is not that of the reference in fp64, at the odd shape that is checked.
+    """
+    asked = {"": (), **{f" and {name}": (name,) for name in ALSO}, " and all of these": ALSO}
+    shape = replace(settings.shape, prompt=settings.shape.tokens // 4 + 3)  # its end lies within a tile
+    measurements, metrics = [], []
+    for dtype in DTYPES:
+        verify_also(benchmark, replace(make_inputs(settings.odd_shape, dtype, device), also=ALSO))
+        inputs = make_inputs(shape, dtype, device)
+        timings = interleaved(
+            {
+                more: TimedCall(benchmark.make(replace(inputs, also=names)), settings.threads)
+                for more, names in asked.items()
+            },
+            rounds=settings.rounds,
+            least_seconds=settings.least_seconds,
+        )
+        for more in asked:
+            measurement = _measurement(benchmark, timings[more], shape, dtype, settings.threads)
+            measurements.append(replace(measurement, op=f"{benchmark.name}{more}"))
+            if more:
+                share = 100 * (ratio(timings[more], timings[""]) - 1)
+                limit = 10.0 if settings.with_targets and more != " and all of these" else None
+                metrics.append(Metric(f"{benchmark.name}{more}, {_name(dtype)}: more time", share, "%", at_most=limit))
+    return Part("also", tuple(measurements), tuple(metrics))
 
 
 def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:

@@ -14,6 +14,7 @@ from benchmarks.implementations import Outputs
 from benchmarks.registry import Benchmark
 from benchmarks.shapes import HORIZON, WINDOW, Inputs
 from rhythm.ops import reference
+from rhythm.ops.statistics import AttentionStatistics, attention_statistics
 
 ALLOWED = 2.0  # factor on the plain computation's error
 FLOOR = 4e-6  # allowed where the plain computation happens to be exact: 32 roundings of fp32
@@ -54,6 +55,29 @@ def verify(benchmarks: list[Benchmark], inputs: Inputs) -> list[CheckedResult]:
         lines = [f"{v.op}: {v.result} has error {v.error:.1e}, allowed is {v.allowed:.1e}" for v in failed]
         raise WrongResultError(f"at {inputs.shape}, {inputs.q.dtype}:\n" + "\n".join(lines))
     return results
+
+
+def verify_also(benchmark: Benchmark, inputs: Inputs) -> None:
+    """Check the answers that the inputs' `also` names, by the same rule; plain is the reference in fp32.
+
+    Raises:
+        WrongResultError: one is wrong.
+    """
+    actual = benchmark.make(inputs)()
+
+    def of_reference(q: Tensor, k: Tensor) -> AttentionStatistics:
+        return attention_statistics(q, k, prompt_lens=inputs.prompt_lens, also=inputs.also, backend="reference")
+
+    exact, plain = of_reference(inputs.q.double(), inputs.k.double()), of_reference(inputs.q, inputs.k)
+    for name in inputs.also:
+        wanted = getattr(exact, name)
+        error = relative_error(actual[name], wanted)
+        allowed = max(ALLOWED * relative_error(getattr(plain, name), wanted), FLOOR)
+        if error > allowed:
+            raise WrongResultError(
+                f"at {inputs.shape}, {inputs.q.dtype}:\n{benchmark.name}: {name} has error {error:.1e}, allowed is "
+                f"{allowed:.1e}"
+            )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -20,6 +20,7 @@ from benchmarks.registry import REGISTRY
 from benchmarks.run import main
 from benchmarks.shapes import Inputs
 from benchmarks.suite import QUICK, Metric
+from benchmarks.verify import WrongResultError
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,11 @@ def test_record_holds_the_parts(record: dict[str, Any]) -> None:
     ]  # fmt: skip
     windowed, full, *_ = parts["windows"]["measurements"]
     assert full["flops"] / windowed["flops"] == pytest.approx((300 * 301 / 2) / (40 * 300 - 40 * 39 / 2))
+    asked = ["", " and max_logit", " and top1", " and entropy", " and first_mass", " and prompt_mass"]
+    assert [m["op"] for m in parts["also"]["measurements"]] == 2 * [
+        f"statistics{more}" for more in (*asked, " and all of these")
+    ]
+    assert [m["name"] for m in parts["also"]["metrics"]][:1] == ["statistics and max_logit, float32: more time"]
     assert [m["threads"] for m in parts["threads"]["measurements"]] == [1, 2]
     assert all(metric["unit"] == "MB" and metric["value"] > 0 for metric in parts["memory"]["metrics"])
     metrics = [metric for part in parts.values() for metric in part["metrics"]]
@@ -108,6 +114,17 @@ def test_a_wrong_op_stops_the_run_without_numbers(
     assert "statistics: waad has error" in captured.err
     assert "ms" not in captured.out
     assert not (tmp_path / "q.json").exists()
+
+
+def test_a_wrong_answer_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = REGISTRY["statistics"]
+
+    def make(inputs: Inputs) -> Callable[[], Outputs]:
+        run = right.make(inputs)
+        return lambda: {name: value * 1.001 if name == "entropy" else value for name, value in run().items()}
+
+    with pytest.raises(WrongResultError, match="statistics: entropy has error"):
+        suite.also_part(replace(right, make=make), QUICK, "cpu")
 
 
 def test_only_the_ops_asked_for(tmp_path: Path) -> None:
