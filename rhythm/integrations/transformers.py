@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rhythm.ops import arguments
+from rhythm.ops.answers import also_names, check_also
 from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
 from rhythm.shapes import integer
 from rhythm.system.extras import needs
@@ -63,8 +64,8 @@ def register() -> None:
 class LayerStatistics(Mapping[int, AttentionStatistics]):
     """Layer index → the statistics of that layer, in the order in which the layers ran.
 
-    Each is detached fp32 at the positions of input_ids, NaN on padding and where undefined: span [B, H]; waad, fai and
-    lse [B, H, T].
+    Each is detached fp32 at the positions of input_ids, NaN on padding and where undefined: span [B, H]; waad, fai, lse
+    and what `also` names [B, H, T].
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,9 @@ def collect_statistics(
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 50),
     backend: str = "auto",
+    also: Sequence[str] = (),
+    first: int = 4,
+    prompt_rows: bool = False,
 ) -> Iterator[LayerStatistics]:
     """Collects the attention statistics of one forward pass of one model with `attn_implementation="rhythm"`.
 
@@ -108,7 +112,7 @@ def collect_statistics(
             are response.
         layers: indices of the layers to collect from; the others run as outside. None: all.
         window, horizon: of WAAD and FAI, tokens; as in `attention_statistics`.
-        backend: as in `attention_statistics`.
+        backend, also, first, prompt_rows: as in `attention_statistics`.
 
     Yields:
         LayerStatistics, filled while the model runs and readable afterwards.
@@ -120,6 +124,7 @@ def collect_statistics(
         RuntimeError: a context is open already; in the forward pass: a layer ran twice.
     """
     arguments.check_options(1.0, integer("window", window), arguments.pair(horizon))
+    check_also(names := also_names(also), first, prompt_rows)
     if layers is not None and any(
         isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers
     ):
@@ -127,7 +132,8 @@ def collect_statistics(
     if _open.get() is not None:
         raise RuntimeError("collect_statistics is open already; contexts don't nest")
     wanted = None if layers is None else frozenset(layers)
-    collector = _Collector(prompt_lens, wanted, window, horizon, backend)
+    options = {"window": window, "horizon": horizon, "also": names, "first": first, "prompt_rows": prompt_rows}
+    collector = _Collector(prompt_lens, wanted, options, backend)
     token = _open.set(collector)
     try:
         yield collector.statistics
@@ -162,13 +168,11 @@ class _Collector:
         self,
         prompt_lens: Tensor | Sequence[int] | None,
         layers: frozenset[int] | None,
-        window: int,
-        horizon: tuple[int, int | None],
+        options: dict[str, Any],
         backend: str,
     ) -> None:
         self.statistics = LayerStatistics()
-        self._prompt_lens, self._layers, self._backend = prompt_lens, layers, backend
-        self._options: dict[str, Any] = {"window": window, "horizon": horizon}
+        self._prompt_lens, self._layers, self._options, self._backend = prompt_lens, layers, options, backend
         self._masks: MaskReader | None = None
 
     def wants(self, layer: int | None) -> bool:
@@ -362,9 +366,12 @@ def _tokens(call: AttentionCall) -> Tensor:
 
 
 def _padded(packed: AttentionStatistics, batch: PaddedBatch) -> AttentionStatistics:
-    """fp32, waad, fai and lse [B, H, T], NaN on padding, of packed [H, T] ones."""
-    waad, fai, lse = (
-        batch.padded(x_HT.float().T, torch.nan).transpose(1, 2) for x_HT in (packed.waad, packed.fai, packed.lse)
-    )
+    """fp32, all but span [B, H, T], NaN on padding, of packed [H, T] ones."""
+    given = {field.name: getattr(packed, field.name) for field in fields(packed)}
+    of_tokens = {
+        name: batch.padded(x_HT.float().T, torch.nan).transpose(1, 2)
+        for name, x_HT in given.items()
+        if name != "span" and x_HT is not None
+    }
     assert packed.span is not None
-    return AttentionStatistics(packed.span.float(), waad, fai, lse)
+    return AttentionStatistics(packed.span.float(), **of_tokens)

@@ -19,6 +19,7 @@ import rhythm
 from rhythm.integrations import transformers as integration
 from rhythm.integrations.transformers import LayerStatistics, collect_statistics, register
 from rhythm.ops import reference
+from rhythm.ops.answers import ALSO
 from rhythm.tap.attention_form import UnsupportedAttention
 
 SIZES = models.SIZES | models.GQA | {"num_hidden_layers": 4}
@@ -90,7 +91,22 @@ def assert_statistics_of_the_maps(
             torch.testing.assert_close(got.span[i], span, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(got.waad[i][:, real], waad, rtol=1e-5, atol=1e-5, equal_nan=True)
             torch.testing.assert_close(got.fai[i][:, real], fai, rtol=1e-5, atol=1e-5, equal_nan=True)
-            for x in (got.waad, got.fai, got.lse):
+            answers = {name: getattr(got, name) for name in ALSO}
+            if got.entropy is not None:
+                a = maps[layer][0]
+                wanted = {
+                    "top1": a.amax(-1),
+                    "entropy": torch.special.entr(a).sum(-1),
+                    "first_mass": a[..., :4].sum(-1),
+                    "prompt_mass": a[..., :prompt_len].sum(-1),
+                    "max_logit": a.amax(-1).log() + got.lse[i][:, real],
+                }
+                for name, of_row in wanted.items():
+                    of_row[:, :prompt_len] = torch.nan
+                    torch.testing.assert_close(
+                        answers[name][i][:, real], of_row, rtol=1e-4, atol=1e-5, equal_nan=True, msg=name
+                    )
+            for x in (got.waad, got.fai, got.lse, *(x for x in answers.values() if x is not None)):
                 assert x.dtype == torch.float32
                 assert not x.requires_grad
                 assert x[i][:, ~real].isnan().all()
@@ -105,7 +121,7 @@ def test_logits_and_statistics(kind: str, side: str, grad: bool) -> None:
     input_ids, inputs = batch(side)
     model, eager = made(kind), made(kind, "eager")
     sdpa = None if kind in ("gemma2", "gpt_oss") else made(kind, "sdpa")  # it ignores softcaps and sinks
-    with torch.set_grad_enabled(grad), collect_statistics(prompt_lens=PROMPT_LENS, **OPTIONS) as statistics:
+    with torch.set_grad_enabled(grad), collect_statistics(prompt_lens=PROMPT_LENS, also=ALSO, **OPTIONS) as statistics:
         logits = model(input_ids, **inputs).logits
     assert list(statistics) == [0, 1, 2, 3]
     mask = inputs["attention_mask"]
@@ -383,6 +399,8 @@ def test_the_context_belongs_to_its_thread() -> None:
     ("options", "message"),
     [
         ({"window": 0}, "window is 0"),
+        ({"also": ["entropi"]}, "also has 'entropi'"),
+        ({"also": ["entropy"], "first": 0}, "first is 0"),
         ({"horizon": (5, 2)}, "horizon is (5, 2)"),
         ({"layers": [-1]}, "layers is [-1]; it must hold indices of layers, from 0"),
     ],

@@ -192,6 +192,36 @@ def test_example_snapkv() -> None:
     assert not keep[:, 97:104].all()
 
 
+def test_example_kvzip() -> None:
+    """A key that a single row of the repetition attends to strongly is kept, before those to which all do weakly."""
+    q, k = 0.1 * normal(60, 4, 16), 0.1 * normal(160, 2, 16, seed=1)
+    k[10:30, 0, 1], q[:, :2, 1] = 4.0, 3.0
+    k[37, 1, 0], q[20, 3, 0] = 12.0, 8.0
+    scope = {"q_repeat": q, "k": k, "context": 100, "budget": 10}
+    exec(example("KVzip"), scope)
+    keep: Tensor = scope["keep"]
+    assert keep.shape == (2, 100)
+    assert keep.sum() == 10
+    assert keep[1, 37]
+    assert keep[0, 10:30].sum() == 9
+    summed = column_scores(q, k, per="group")[:, :100]
+    assert (summed > summed[1, 37]).sum() == 20, "a sum would keep others before it"
+
+
+def test_example_step_credit() -> None:
+    """The answer, the last 15 tokens, attends to step 2; the tokens before it to step 0."""
+    steps = [range(a, a + 30) for a in range(0, 150, 30)]
+    q, k = 0.1 * normal(165, 4, 16), 0.1 * normal(165, 2, 16, seed=1)
+    k[60:90, :, 0], q[150:, :, 0] = 10.0, 3.0
+    k[0:30, :, 1], q[:150, :, 1] = 10.0, 3.0
+    scope = {"q": q, "k": k, "steps": steps, "answer": range(150, 165)}
+    exec(example("Step credit"), scope)
+    credit: Tensor = scope["credit_S"]
+    assert int(credit.argmax()) == 2
+    assert 0.9 < float(credit.sum()) < 1.0
+    torch.testing.assert_close(scope["received_T"].sum(), torch.tensor(1.0))
+
+
 def test_example_thought_anchors() -> None:
     """Head 5 alone keeps attending to sentence 3: it is the receiver head, and the sentence its anchor."""
     sentences = [range(a, a + 12) for a in range(0, 240, 12)]
@@ -201,6 +231,11 @@ def test_example_thought_anchors() -> None:
     exec(example("Thought Anchors"), scope)
     assert scope["receiver_heads"].tolist() == [5]
     assert int(scope["score_S"].nan_to_num().argmax()) == 3
+    # The mean over later sentences of the mean attention between two.
+    weights, _ = attention_weights(q, k, 16**-0.5)
+    between = weights.unflatten(2, (20, 12)).mean(-1).unflatten(1, (20, 12)).mean(2)
+    wanted = torch.stack([between[:, i + 4 :, i].mean(1) for i in range(16)], dim=1)
+    torch.testing.assert_close(scope["score_HS"][:, :16], wanted)
 
 
 @pytest.mark.parametrize("per", ["head", "group"])
