@@ -26,7 +26,17 @@ class _Helpers(MetaPathFinder):
     On sys.path it would make tests/kernels importable as `kernels`, which is another package's name.
     """
 
-    names = ("corner_cases", "forms", "in_browser", "interpreter", "megatron_case", "models", "paper_sets", "tensors")
+    names = (
+        "corner_cases",
+        "forms",
+        "in_browser",
+        "interpreter",
+        "megatron_case",
+        "megatron_stand_in",
+        "models",
+        "paper_sets",
+        "tensors",
+    )
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
         if fullname not in self.names:

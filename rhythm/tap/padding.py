@@ -45,7 +45,8 @@ class HostLengths:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Sequences padded on the left, on the right or on both sides; or packed, one after the other in one row, [1, T].
+    """Sequences padded on the left, on the right or on both sides; or packed, one after the other in one row, [1, T],
+    where there may be padding after each.
 
     Attributes:
         real: bool [B, T], true on tokens, false on padding; one contiguous run per row.
@@ -113,6 +114,42 @@ class PaddedBatch:
             raise ValueError("response_mask must mark the last tokens of each sequence of cu_seqlens, in one run")
         return batch
 
+    @classmethod
+    def from_lengths(
+        cls,
+        lens: Sequence[int],
+        prompt_lens: Sequence[int],
+        first: Sequence[int] | None,
+        width: int,
+        packed: bool,
+        device: torch.device,
+    ) -> PaddedBatch:
+        """Sequences of known lengths: in rows of `width` positions each, or packed into one. Waits for no device.
+
+        Args:
+            first: where the tokens of each begin in its row, or in the packed one. None: at 0, or one after the other.
+
+        Raises:
+            ValueError: prompt_lens beyond lens; sequences that overlap or end after `width`.
+        """
+        starts = (
+            list(first) if first is not None else [*accumulate(lens, initial=0)][:-1] if packed else [0] * len(lens)
+        )
+        host = HostLengths(starts, list(lens), list(prompt_lens))
+        _check_prompts(host)
+        ends = [start + length for start, length in zip(starts, lens, strict=True)]
+        limits = [*starts[1:], width] if packed else [width] * len(lens)
+        for row, (start, end, limit) in enumerate(zip(starts, ends, limits, strict=True)):
+            if start < 0 or end > limit:
+                raise ValueError(f"lens[{row}] is {lens[row]} from position {start}; there is room up to {limit}")
+        real = torch.zeros(1 if packed else len(lens), width, dtype=torch.bool)
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            real[0 if packed else row, start:end] = True
+        first_B, lens_B, prompts_B = (
+            copied(torch.tensor(x, dtype=torch.int64), device) for x in (starts, host.lens, host.prompt_lens)
+        )
+        return cls(copied(real, device), first_B, lens_B, prompts_B, host, one_row=packed)
+
     @cached_property
     def rows(self) -> PaddedBatch:
         """The packed sequences in a row each, [B, N of the longest], padded on the right; itself if not packed."""
@@ -132,7 +169,10 @@ class PaddedBatch:
 
     @cached_property
     def sequence(self) -> Tensor:
-        """int64 [N], the sequence of each token; of a packed row, of each position."""
+        """int64 [N], the sequence of each token; of a packed row, of each position, a gap's being the one before it."""
+        if self.one_row:
+            position_T = torch.arange(self.real.shape[1], device=self.real.device)
+            return (torch.searchsorted(self.first, position_T, right=True) - 1).clamp(min=0)
         index_B = torch.arange(len(self.lens), device=self.lens.device)
         return torch.repeat_interleave(index_B, self.lens, output_size=sum(self.host.lens))
 
@@ -203,7 +243,7 @@ class PaddedBatch:
     def response(self) -> Tensor:
         """bool [B, T], true on response tokens."""
         if self.one_row:
-            return self.positions >= self.prompt_lens[self.sequence]
+            return self.real & (self.positions >= self.prompt_lens[self.sequence])
         return self.real & (self.positions >= self.prompt_lens[:, None])
 
     @property
@@ -222,7 +262,12 @@ class PaddedBatch:
     @property
     def is_whole(self) -> bool:
         """Whether each row is one sequence without padding."""
-        return not self.one_row and sum(self.host.lens) == self.real.numel()
+        return not self.one_row and self.has_no_padding
+
+    @property
+    def has_no_padding(self) -> bool:
+        """Whether every position holds a token."""
+        return sum(self.host.lens) == self.real.numel()
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -251,7 +296,7 @@ class PaddedBatch:
         if device == self.real.device:
             return self
         tensors = (self.real, self.first, self.lens, self.prompt_lens)
-        real_BT, first_B, lens_B, prompt_lens_B = (_copied(x, device) for x in tensors)
+        real_BT, first_B, lens_B, prompt_lens_B = (copied(x, device) for x in tensors)
         return PaddedBatch(real_BT, first_B, lens_B, prompt_lens_B, self.host, self.one_row)
 
     def _places(self, skipped_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -266,7 +311,7 @@ class PaddedBatch:
         return row_N, torch.arange(count, device=device) + shift_B[sequence_N]
 
 
-def _copied(x: Tensor, device: torch.device) -> Tensor:
+def copied(x: Tensor, device: torch.device) -> Tensor:
     """A copy to a GPU is from pinned memory: from any other the host waits until the GPU's queue is empty."""
     if device.type != "cuda":
         return x.to(device)
@@ -288,7 +333,7 @@ def whole_batch(B: int, T: int, prompt_lens_B: Tensor, prompt_lens: list[int], d
     _check_prompts(host)
     first_B, lens_B = (torch.full((B,), value, device=device) for value in (0, T))
     real_BT = torch.ones((B, T), dtype=torch.bool, device=device)
-    return PaddedBatch(real_BT, first_B, lens_B, _copied(prompt_lens_B, device), host)
+    return PaddedBatch(real_BT, first_B, lens_B, copied(prompt_lens_B, device), host)
 
 
 def check_one_of(prompt_lens: object, response_mask: object) -> None:

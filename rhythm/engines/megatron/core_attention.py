@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences, as Megatron's core_attention; its queries and keys can be read by a tap.
+"""Causal attention over packed sequences, as Megatron's core_attention.
 
 Shape suffixes: T tokens of all sequences on one axis, H this rank's query heads, G its key heads, D head size.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -16,24 +16,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-class Reader(Protocol):
-    """Receives the queries and keys of a layer."""
-
-    def read(self, layer: int, q_THD: Tensor, k_TGD: Tensor, scale: float) -> None:
-        """Called with a layer's queries and keys. `layer`: from 0, over the whole model; the heads are this rank's."""
-
-
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """core_attention of Megatron's layers for sequences packed into one row without padding.
+    """core_attention of Megatron's layers for sequences packed into one row without padding."""
 
-    `reader`, if set, gets the queries and keys that attention uses, after their norm and RoPE.
-    """
-
-    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any):
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
         super().__init__(config=config)
-        self.layer = layer_number - 1
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        self.reader: Reader | None = None
 
     def forward(
         self,
@@ -48,8 +36,6 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         """query [T, H, D], key and value [T, G, D] → [T, H, D]. Raises ValueError unless the batch is packed."""
         if packed_seq_params is None or attention_bias is not None:
             raise ValueError("rhythm's core_attention needs packed sequences (qkv_format thd) and supports no bias")
-        if self.reader is not None:
-            self.reader.read(self.layer, query, key, self.scale)
         return packed_attention(query, key, value, packed_seq_params, self.scale)
 
 

@@ -63,10 +63,6 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         )
         return weight
 
-    def attentions(self) -> list[PackedAttention]:
-        """The attention modules of this stage's layers."""
-        return [layer.self_attention.core_attention for layer in self.decoder.layers]
-
 
 def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype) -> PolicyModel:
     """This rank's part of the model, with parameters in `dtype` on the rank's device. Its weights are not loaded

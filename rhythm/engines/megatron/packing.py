@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout
+from rhythm.tap.megatron_layers import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Packed:
         input_ids: int64 [T].
         position_ids: int64 [T].
         cu_seqlens: int32 [b + 1].
-        prompt_lens: int64 [b].
         sequences: cu_seqlens in the form that Megatron's layers take.
+        micro: rows and lengths in the form that a tap takes.
         predicts: int64 [N], positions whose output predicts a response token.
         target: bool [b, width], True on the N response tokens of the padded rows.
         width: length of the longest row.
@@ -35,8 +36,8 @@ class Packed:
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
-    prompt_lens: Tensor
     sequences: PackedSeqParams
+    micro: MicroBatch
     predicts: Tensor
     target: Tensor
     width: int
@@ -61,7 +62,6 @@ def pack(rollout: Rollout, rows: Tensor, device: torch.device) -> Packed:
         input_ids=rollout.input_ids[rows][mask_bP].to(device),
         position_ids=positions_bP[mask_bP].to(device),
         cu_seqlens=on_device,
-        prompt_lens=rollout.prompt_lens[rows].to(device),
         sequences=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=on_device,
@@ -69,6 +69,7 @@ def pack(rollout: Rollout, rows: Tensor, device: torch.device) -> Packed:
             max_seqlen_q=width,
             max_seqlen_kv=width,
         ),
+        micro=MicroBatch(rows.tolist(), lens.tolist(), rollout.prompt_lens[rows].tolist()),
         # The token at t was sampled from the model's output at t − 1, which exists since every row has a prompt.
         predicts=(target_bP[mask_bP].nonzero()[:, 0] - 1).to(device),
         target=target_bP[:, :width].to(device),

@@ -53,6 +53,12 @@ class Groups:
         """Whether this rank contributes results to the output: the first of its tensor group, on the last stage."""
         return self.last_stage and self.tensor.rank() == 0
 
+    def largest(self, number: float) -> float:
+        """The largest of all ranks' numbers. A collective."""
+        most = torch.tensor([number], dtype=torch.float64, device=self.device)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        return float(most)
+
     def all_reduce_sum(self, x: Tensor, group: distributed.ProcessGroup | None = None) -> Tensor:
         """All-reduce (sum) over `group`, by default all ranks, returned on the CPU. Also broadcasts one rank's value if
         the others pass zeros.

@@ -25,8 +25,9 @@ from rhythm.engines.batches import to_device
 from rhythm.engines.interfaces import LogProbs, Rollout, ShapeAdvantages, TrainBatch
 from rhythm.engines.megatron.packing import Packed
 from rhythm.engines.megatron.parallel import Groups
-from rhythm.engines.megatron.tap import MegatronTap, Read, slowest
 from rhythm.engines.watch import DeviceWatch
+from rhythm.tap.megatron import MegatronTap
+from rhythm.tap.megatron_reads import Read
 
 
 class StepReader:
@@ -38,7 +39,9 @@ class StepReader:
     def __init__(self, tap: MegatronTap | None, shape: ShapeAdvantages, rollout: Rollout, groups: Groups) -> None:
         """`tap`: None reads no signals. `rollout`: all rows of the gradient step."""
         self._tap, self._shape, self._rollout, self._groups = tap, shape, rollout, groups
-        self.watch = DeviceWatch(groups.device) if tap is None else tap.watch
+        self.watch = DeviceWatch(groups.device)
+        if tap is not None:
+            tap.watch = self.watch
         B, P = rollout.input_ids.shape
         n = 0 if tap is None else len(tap.layers) * tap.query_heads
         # Of the rows whose loss this rank contributes; zero elsewhere.
@@ -53,11 +56,13 @@ class StepReader:
         if self._tap is None:
             yield
             return
-        with self._tap.reading(packed):
+        with self._tap.reading(packed.micro):
             yield
         self._own = self._tap.take_reads()
         if self._own and not self._groups.last_stage:
-            parts = [x.float().flatten() for read in self._own for x in (read.span, read.waad, read.fai)]
+            parts = [
+                x.float().flatten() for read in self._own for x in (read.span, read.waad, read.fai) if x is not None
+            ]
             message = torch.cat(parts).cpu()
             stages = self._groups.stages
             last = distributed.get_global_rank(stages, stages.size() - 1)
@@ -89,9 +94,10 @@ class StepReader:
         tokens_4BP.masked_fill_(~self._rollout.response_mask, torch.nan)
         logprobs_BP, entropy_BP, waad_BP, fai_BP = tokens_4BP
         heads_3Bn = self._groups.all_reduce_sum(self._heads_3Bn)
-        seconds = slowest(self.watch, self._groups)
+        seconds = self._groups.largest(self.watch.seconds)
         if self._tap is None:
             return LogProbs(logprobs_BP, entropy_BP), None, seconds
+        self._tap.check(self._groups.all_reduce_sum)
         span_Bn, local_Bn, global_Bn = heads_3Bn
         chosen = HeadGroups(local_Bn.bool(), global_Bn.bool())
         signals = RhythmSignals(waad_BP, fai_BP, None, span_Bn, chosen, self._tap.pool)
@@ -99,24 +105,24 @@ class StepReader:
 
     def _signals(self, tap: MegatronTap, packed: Packed) -> RhythmSignals:
         """Of the micro-batch, at positions of its padded rows."""
-        alone = replace(packed, rows=torch.arange(len(packed.rows)))
-        reads = [replace(read, packed=alone) for read in (*self._received(tap, packed), *self._own)]
+        reads = [*self._received(tap, packed), *self._own]
         tensor_ranks = partial(self._groups.all_reduce_sum, group=self._groups.tensor)
-        return tap.combined(reads, packed.target.cpu(), tensor_ranks)
+        return tap.combined(reads, packed.target, tensor_ranks, packed.micro.rows)
 
     def _received(self, tap: MegatronTap, packed: Packed) -> Iterator[Read]:
         """What the stages before this one have read of the micro-batch."""
         stages = self._groups.stages
         b, T, h = len(packed.rows), len(packed.input_ids), tap.query_heads // self._groups.tensor.size()
         for stage in range(stages.size() - 1):
-            layers = tap.layers_of_stage(stage)
+            size = tap.depth // stages.size()
+            layers = [layer for layer in tap.layers if layer // size == stage]
             if not layers:
                 continue
             message = torch.empty(len(layers) * h * (b + 2 * T))
             distributed.recv(message, distributed.get_global_rank(stages, stage), group=stages)
             for layer, part in zip(layers, message.to(packed.target.device).chunk(len(layers)), strict=True):
                 span, waad, fai = torch.split(part, [b * h, h * T, h * T])
-                yield Read(packed, tap.places(layer, h), span.view(b, h), waad.view(h, T), fai.view(h, T))
+                yield Read(packed.micro, tap.places(layer, h), span.view(b, h), waad.view(h, T), fai.view(h, T))
 
     def _keep(self, packed: Packed, now: LogProbs, signals: RhythmSignals | None) -> None:
         rows, target_bW = packed.rows, packed.target.cpu()

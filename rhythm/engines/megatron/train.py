@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,14 @@ from rhythm.engines.megatron.model import PolicyModel, build_model, read_config
 from rhythm.engines.megatron.packing import Packed, pack
 from rhythm.engines.megatron.parallel import Rendezvous, join, leave
 from rhythm.engines.megatron.step_reader import StepReader
-from rhythm.engines.megatron.tap import MegatronTap, slowest
 from rhythm.engines.megatron.weights import gather_weights, load_weights
 from rhythm.engines.micro_batches import deal_rows, split_rows
+from rhythm.engines.watch import DeviceWatch
+from rhythm.tap.megatron import attach
 from rhythm.tap.signals_config import SignalsConfig
+
+Reading = Callable[[Packed], AbstractContextManager[None]]
+"""Makes the context in which the forward pass of a micro-batch is read."""
 
 
 class MegatronTrain:
@@ -108,10 +112,13 @@ class MegatronTrain:
         if tap is None:
             self.statistics_seconds = 0.0
             return self._log_probs(self._model.module, rollout), None
-        reader = MegatronTap(self._model.module.attentions(), self.config, tap, groups, self._groups)
-        log_probs = self._log_probs(self._model.module, rollout, reader)
-        self.statistics_seconds = slowest(reader.watch, self._groups)
-        return log_probs, replace(reader.signals(rollout.response_mask), entropy=log_probs.entropy)
+        watch = DeviceWatch(self._groups.device)
+        with attach(self._model.module, tap, head_groups=groups, groups=self._groups) as reader:
+            reader.watch = watch
+            log_probs = self._log_probs(self._model.module, rollout, lambda packed: reader.reading(packed.micro))
+        self.statistics_seconds = self._groups.largest(watch.seconds)
+        signals = reader.signals(rollout.response_mask, all_reduce=self._groups.all_reduce_sum)
+        return log_probs, replace(signals, entropy=log_probs.entropy)
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
         """See rhythm.engines.interfaces.Train. Raises RuntimeError if there is no reference model."""
@@ -128,10 +135,9 @@ class MegatronTrain:
         each of them the same. Raises NonFiniteError on every rank.
         """
         check_grouping(tap)
-        attentions = self._model.module.attentions()
-        inner = None if tap is None else MegatronTap(attentions, self.config, tap, None, self._groups)
-        reader = StepReader(inner, shape, batch.rollout, self._groups)
-        metrics = self._step(batch, reader)
+        with nullcontext() if tap is None else attach(self._model.module, tap, groups=self._groups) as inner:
+            reader = StepReader(inner, shape, batch.rollout, self._groups)
+            metrics = self._step(batch, reader)
         log_probs, signals, self.statistics_seconds = reader.joined()
         return TappedStep(metrics, log_probs, signals)
 
@@ -147,7 +153,7 @@ class MegatronTrain:
             return loss
 
         self._model.train()
-        self._run(self._model, batch.rollout, part, backward=True, tap=reader)
+        self._run(self._model, batch.rollout, part, backward=True, reading=None if reader is None else reader.reading)
         sums = self._groups.all_reduce_sum(sums if self._groups.is_output_rank else 0 * sums)
         loss = float(sums[0])
         grad_norm = self._clipped_gradients() if math.isfinite(loss) else math.nan
@@ -201,7 +207,7 @@ class MegatronTrain:
         return model
 
     @torch.no_grad()
-    def _log_probs(self, model: PolicyModel, rollout: Rollout, tap: MegatronTap | None = None) -> LogProbs:
+    def _log_probs(self, model: PolicyModel, rollout: Rollout, reading: Reading | None = None) -> LogProbs:
         scores_2BP = torch.zeros(2, *rollout.input_ids.shape)
 
         def keep(packed: Packed, hidden_ND: Tensor) -> Tensor:
@@ -212,7 +218,7 @@ class MegatronTrain:
             return hidden_ND.new_zeros(())
 
         model.eval()
-        self._run(model, rollout, keep, tap=tap)
+        self._run(model, rollout, keep, reading=reading)
         logprobs_BP, entropy_BP = self._groups.all_reduce_sum(scores_2BP)
         outside_BP = ~rollout.response_mask
         return LogProbs(logprobs_BP.masked_fill(outside_BP, torch.nan), entropy_BP.masked_fill(outside_BP, torch.nan))
@@ -224,7 +230,7 @@ class MegatronTrain:
         finish: Callable[[Packed, Tensor], Tensor],
         *,
         backward: bool = False,
-        tap: MegatronTap | StepReader | None = None,
+        reading: Reading | None = None,
     ) -> None:
         """Run Megatron's schedule over this rank's micro-batches. On the last stage `finish` gets the hidden states and
         returns the loss.
@@ -240,7 +246,7 @@ class MegatronTrain:
 
         def forward(items: Iterator[Packed], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             packed = next(items)
-            with nullcontext() if tap is None else tap.reading(packed):
+            with nullcontext() if reading is None else reading(packed):
                 hidden = model(
                     packed.input_ids[None],
                     packed.position_ids[None],

@@ -97,7 +97,7 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 
     A tied output embedding on another stage than the input embedding is left out, since it is a copy.
     """
-    first = next((attention.layer for attention in model.attentions()), 0)  # type: ignore[operator]
+    first = next((layer.layer_number - 1 for layer in model.decoder.layers), 0)  # type: ignore[union-attr]
     parameters = {}
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):

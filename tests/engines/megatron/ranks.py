@@ -7,6 +7,7 @@ takes longer than most scenarios, and has started no thread yet.
 from __future__ import annotations
 
 import faulthandler
+import importlib.util
 import socket
 import sys
 import traceback
@@ -14,15 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import multiprocessing
 
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines import head
 from rhythm.engines.interfaces import NonFiniteError, Rollout, TrainBatch
+from rhythm.engines.megatron import model as models
 from rhythm.engines.megatron import train
+from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.parallel import Rendezvous
 from rhythm.engines.megatron.train import MegatronTrain
+from rhythm.engines.megatron.weights import load_weights
+from rhythm.tap.megatron import attach
+from rhythm.tap.megatron_layers import MicroBatch
 from rhythm.tap.signals_config import SignalsConfig
 
 
@@ -149,7 +157,54 @@ def _tapped(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
     return results
 
 
+def _attached(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The signals of a model with Megatron's own DotProductAttention, on padded rows in another order."""
+    rollout: Rollout = spec["rollout"]
+    models._layer_spec = lambda _, qk_norm: get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+    with on_cpu():
+        model = models.build_model(engine.config, engine._groups, spec["parallel"], torch.float32)
+        load_weights(model, spec["checkpoint"], engine.config, engine._groups)
+    model.eval()
+    lens = rollout.lens
+
+    def forward(items: Any, model: Any) -> Any:
+        rows = next(items)
+        width = int(lens[rows].max())
+        hidden_keys = torch.ones(1, 1, width, width, dtype=torch.bool).triu(1)
+        micro = MicroBatch(rows, lens[rows].tolist(), rollout.prompt_lens[rows].tolist())
+        with tap.reading(micro):
+            hidden = model(rollout.input_ids[rows, :width], torch.arange(width)[None], attention_mask=hidden_keys)
+        return hidden, lambda output: (output.sum(), {})
+
+    micro_batches = [[6, 0], [3], [1, 5, 2], [4]]
+    with attach(model, SignalsConfig(backend="reference", layers=3)) as tap, on_cpu(), torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=True,
+        )
+    cores = {type(layer.self_attention.core_attention).__name__ for layer in model.decoder.layers}
+    return {"signals": tap.signals(rollout.response_mask), "cores": cores}
+
+
+def _called(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A function of another file."""
+    found = importlib.util.spec_from_file_location("called", spec["file"])
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    results: dict[str, Any] = module.run(engine, spec, rank)
+    return results
+
+
 SCENARIOS = {
+    "called": _called,
+    "attached": _attached,
     "everything": _everything,
     "scores": _scores,
     "hidden": _hidden,

@@ -20,6 +20,7 @@ from rhythm.engines.megatron.model import read_config
 from rhythm.engines.megatron.packing import pack
 from rhythm.engines.megatron.parallel import Rendezvous, join
 from rhythm.engines.megatron.weights import recipe, to_megatron, to_transformers
+from rhythm.tap.megatron_layers import MicroBatch
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
 pytestmark = pytest.mark.cluster
@@ -91,7 +92,7 @@ def test_packed_rows_stand_one_after_the_other() -> None:
     assert packed.cu_seqlens.tolist() == [0, 4, 7]
     assert packed.predicts.tolist() == [2, 4, 5]
     assert packed.tokens.tolist() == [11, 6, 7]
-    assert packed.prompt_lens.tolist() == [3, 1]
+    assert packed.micro == MicroBatch(rows=[1, 0], lens=[4, 3], prompt_lens=[3, 1])
 
 
 @pytest.mark.parametrize(
