@@ -168,19 +168,19 @@ def _signals(pool: _Pool, groups: HeadGroups, receivers_n: Tensor, entropy_M: Te
 
 
 def _anchors(pool: _Pool, global_n: Tensor, tokens: Tokens, peaks: Peaks, config: AnalysisConfig) -> tuple[Anchor, ...]:
-    """The peaks of FAI in order, the strongest ones with attenders."""
+    """The peaks of FAI in order, the strongest ones with attenders and reach."""
     strongest = sorted(sorted(peaks.fai, key=lambda i: -tokens.fai[i])[: config.attended_anchors])
-    attenders = dict(zip(strongest, _attenders(pool, global_n, strongest, config.attenders), strict=True))
-    return tuple(Anchor(i, attenders.get(i, ())) for i in peaks.fai)
+    attended = {anchor.token: anchor for anchor in _attended(pool, global_n, strongest, config.attenders)}
+    return tuple(attended.get(i, Anchor(i, ())) for i in peaks.fai)
 
 
-def _attenders(pool: _Pool, global_n: Tensor, anchors: Sequence[int], count: int) -> list[tuple[Attender, ...]]:
-    """Per anchor, the later tokens with the largest attention to it, averaged over the global heads."""
-    attenders: list[tuple[Attender, ...]] = []
+def _attended(pool: _Pool, global_n: Tensor, anchors: Sequence[int], count: int) -> list[Anchor]:
+    """Each with the later tokens of largest attention to it, averaged over the global heads, and its reach."""
+    attended: list[Anchor] = []
     chosen = pool.named(global_n)
     attentions = pool.attentions
     if not anchors:
-        return attenders
+        return attended
     first = next(iter(attentions.values()))
     prompt_len, n = first.prompt_len, first.query.shape[0]
     device, heads = first.query.device, first.query.shape[1]
@@ -192,12 +192,15 @@ def _attenders(pool: _Pool, global_n: Tensor, anchors: Sequence[int], count: int
             of_layer = torch.tensor([head for at, head in chosen if at == layer], dtype=torch.long, device=device)
             weight_MA += attention.weights(row_M, part_A + prompt_len, of_layer).sum(dim=0)
         weight_MA /= len(chosen)
-        later_MA = torch.arange(len(row_M), device=device)[:, None] > part_A
-        best = weight_MA.masked_fill(~later_MA, -torch.inf).topk(min(count, len(row_M)), dim=0)
-        for column in range(len(part_A)):
+        distance_MA = torch.arange(len(row_M), device=device)[:, None] - part_A
+        later_MA = weight_MA * (distance_MA > 0)
+        reach_A = (later_MA * distance_MA).sum(dim=0) / later_MA.sum(dim=0)
+        best = weight_MA.masked_fill(distance_MA <= 0, -torch.inf).topk(min(count, len(row_M)), dim=0)
+        for column, (token, reach) in enumerate(zip(part_A.tolist(), numbers(reach_A), strict=True)):
             pairs = zip(best.indices[:, column].tolist(), best.values[:, column].tolist(), strict=True)
-            attenders.append(tuple(Attender(i, _rounded(w, SIGNIFICANT_DIGITS)) for i, w in pairs if w > 0))
-    return attenders
+            attenders = tuple(Attender(i, _rounded(w, SIGNIFICANT_DIGITS)) for i, w in pairs if w > 0)
+            attended.append(Anchor(token, attenders, reach))
+    return attended
 
 
 def _head_map(seen: Pass, observer: Observer, name: str) -> HeadMap:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rhythm.analysis.content_words import content_words
 from rhythm.analysis.counterfactual import CounterfactualConfig
+from rhythm.analysis.lengths_output import lengths_data, read_lengths
 from rhythm.analysis.page_data import SETS, SIGNALS, heads_data, response_data
 from rhythm.analysis.results import Analysis, Heads, Interval, ResponseResult, Table1, Table2Row, Trial
 from rhythm.analysis.sensitivity_output import read_sensitivity, sensitivity_data
@@ -92,6 +93,7 @@ def render(analysis: Analysis, *, max_responses: int = MAX_RESPONSES) -> str:
         set_names={name: title for name, (title, _) in SETS.items()},
         examples=examples(analysis, drawn),
         settings=list(flat_settings(analysis.settings)),
+        lengths=None if (by_length := read_lengths(analysis)) is None else lengths_data(by_length, analysis.p_floor),
         sensitivity=None if (of_grid := read_sensitivity(analysis)) is None else sensitivity_data(of_grid),
         data={
             "signals": [vars(signal) for signal in SIGNALS],

@@ -71,10 +71,15 @@ class Attender:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A peak of FAI and the tokens that attend to it, the strongest first."""
+    """A peak of FAI and the tokens that attend to it, the strongest first.
+
+    reach: mean distance, in tokens, at which later tokens of the response attend to it, weighted by their attention,
+    over the global heads; NaN where attenders were not asked for.
+    """
 
     token: int
     attenders: tuple[Attender, ...]
+    reach: Number = math.nan
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rhythm import _C
 from rhythm.analysis import Analysis, AnalysisConfig, analyze, read_problems
 from rhythm.analysis.extend import extend_analysis
 from rhythm.analysis.grid import SensitivityConfig
+from rhythm.analysis.lengths import LengthsConfig
 from rhythm.analysis.run import end_ids_of
 from rhythm.checkpoints import load_model, loading_options, refusal_names
 from rhythm.cli.arguments import command_parser, config_and_overrides
@@ -33,6 +34,7 @@ VLLM = VllmConfig(gpu_memory_utilization=0.5)  # leaves memory for the transform
 ALIASES = ("model", "prompts", "out")
 FURTHER = {
     "sensitivity": "also recompute γ of these responses by a grid of other settings (keys sensitivity.…)",
+    "lengths": "also measure the first responses in contexts of 256 to 8192 tokens (keys lengths.…)",
 }
 """Sections that an option of their name asks for, as do any of their keys; its help."""
 FORMER_OPTIONS = {
@@ -109,6 +111,7 @@ class CommandConfig(AnalysisConfig, InputConfig, extra="forbid", frozen=True):
     """The configuration of rhythm-analyze."""
 
     sensitivity: SensitivityConfig | None = Field(default=None, description="how γ depends on its settings; null: no")
+    lengths: LengthsConfig | None = Field(default=None, description="other lengths of the context; null: none")
 
     @property
     def analysis(self) -> AnalysisConfig:
@@ -163,7 +166,7 @@ def _analyze(config: CommandConfig, console: Console) -> Analysis:
     finally:
         if isinstance(infer, VllmInfer):
             infer.close()
-    extend_analysis(model, tokenizer, analysis, sensitivity=config.sensitivity, console=console)
+    extend_analysis(model, tokenizer, analysis, sensitivity=config.sensitivity, lengths=config.lengths, console=console)
     return analysis
 
 

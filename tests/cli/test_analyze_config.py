@@ -10,6 +10,7 @@ import yaml
 
 from rhythm.analysis import AnalysisConfig
 from rhythm.analysis.grid import SensitivityConfig
+from rhythm.analysis.lengths import LengthsConfig
 from rhythm.cli import analyze as command
 from rhythm.cli.config_keys import config_keys
 from rhythm.tap.signals_config import SignalsConfig
@@ -215,7 +216,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "model is nowhere: no such checkpoint" in capsys.readouterr().err
 
 
-def test_sensitivity_is_asked_for_by_option_or_by_its_keys(tmp_path: Path) -> None:
+def test_sensitivity_and_lengths_are_asked_for_by_option_or_by_its_keys(tmp_path: Path) -> None:
     assert config().sensitivity is None
     assert config("--sensitivity").sensitivity == config("sensitivity={}").sensitivity == SensitivityConfig()
     one = SensitivityConfig(changes=1)
@@ -225,4 +226,5 @@ def test_sensitivity_is_asked_for_by_option_or_by_its_keys(tmp_path: Path) -> No
     file.write_text("model: m\nprompts: p\nout: o\nsensitivity:\n  changes: 1\n  window: [3]\n", encoding="utf-8")
     given = command._config(command._parser().parse_intermixed_args([str(file), "--sensitivity"]))
     assert given.sensitivity == SensitivityConfig(changes=1, window=(3,))
+    assert config("--lengths", "lengths.responses=2").lengths == LengthsConfig(responses=2)
     assert given.analysis == AnalysisConfig()  # a directory may be continued with or without it
