@@ -5,6 +5,7 @@ column sweep (FAI) and the bands (WAAD and FAI for a lse that came from outside)
 launcher. `python -m rhythm.kernels.inspect.compile_ahead` compiles them without a GPU.
 """
 
+from rhythm.kernels.arguments import Forms
 from rhythm.kernels.bands import bands
 from rhythm.kernels.column_sweep import column_sweep
 from rhythm.kernels.mean_span import mean_span
@@ -16,6 +17,6 @@ from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.values import mend_output
 
 __all__ = [
-    "Sequences", "Softmax", "bands", "column_sweep", "mean_span", "mend_output", "row_sweep", "sampled_span",
+    "Forms", "Sequences", "Softmax", "bands", "column_sweep", "mean_span", "mend_output", "row_sweep", "sampled_span",
     "undefined_results",
 ]  # fmt: skip

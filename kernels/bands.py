@@ -12,28 +12,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rhythm.kernels.arguments import PLAIN, Forms
 from rhythm.kernels.column_sweep import column_arguments, column_key, column_sweep_kernel, tile_arguments
 from rhythm.kernels.launch import launch, run_with_tile
+from rhythm.kernels.scores import capped_products
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.tile_tables import Tile
-from rhythm.kernels.tiles import LOG2_E, dot, head_base, load_q, load_rows, tma_compatible
+from rhythm.kernels.tiles import LOG2_E, head_base, load_q, load_rows, query_base, tma_compatible
 from rhythm.kernels.tuning import Sample
 
 
 @triton.jit
 def window_program(
     program, programs, head, q, k, lengths, lse, waad, lse_out, strides, sequences, tokens, scale, window,
+    rows, sliding_window, cap_scale, sinks,
     ROWS: tl.constexpr, KEYS: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
     """WAAD of one block of rows of one head: W − Σ A·(W − distance) over the keys within the window.
 
     If the window holds all keys of the block: Σ A·distance, since the difference from a W far beyond the sequence would
-    lose all digits. With `top` W or 0, both are top − Σ A·max(top − distance, top − W).
+    lose all digits. With `top` W or 0, both are top·m − Σ A·max(top − distance, top − W), m the sum of the row: 1, or
+    with a sink 1 − exp(sink − lse).
     """
-    sequence, start, length, _, first = locate(programs - 1 - program, programs, lengths, sequences, tokens, True, ROWS)
+    sequence, first, start, length, _, first_row, missing = locate(
+        programs - 1 - program, programs, lengths, sequences, tokens, rows, "response", ROWS
+    )
     if first < length:
-        top = tl.where(window > first, 0, window)
-        q_base = head_base(q, strides.q, sequence, start, head, form)
+        holds, reach = window > first, window
+        if sliding_window is not None:
+            holds, reach = holds | (window >= sliding_window), tl.minimum(window, sliding_window)
+        top = tl.where(holds, 0, window)
+        q_base = query_base(q, strides.q, sequence, first_row, missing, head, rows, form)
         k_base = head_base(k, strides.k, sequence, start, head // form.group, form)
         row_M = first + tl.arange(0, ROWS)
         at_M = head.to(tl.int64) * tokens + start + row_M
@@ -42,25 +51,31 @@ def window_program(
         window_sum_M = tl.zeros([ROWS], tl.float32)
         RELOAD: tl.constexpr = form.precision == "ieee" and q_MD.dtype == tl.float32  # as in row_sweep.py
         for key in tl.range(
-            tl.maximum(first - window + 1, 0), tl.minimum(first + ROWS, length), KEYS, num_stages=1, disable_licm=RELOAD
+            tl.maximum(first - reach + 1, 0), tl.minimum(first + ROWS, length), KEYS, num_stages=1, disable_licm=RELOAD
         ):
             if RELOAD:
                 q_MD = load_q(q_base, strides.q, first, length, ROWS, form)
             k_ND = load_rows(k_base, strides.k, key, length, KEYS, True, form)
             place_N = (tl.arange(0, KEYS) + (key - first)).to(tl.float32)
             distance_MN = tl.arange(0, ROWS).to(tl.float32)[:, None] - place_N[None, :]
-            exponent_MN = dot(q_MD, k_ND, form) * scale - (lse_M * LOG2_E)[:, None]
-            p_MN = tl.exp2(tl.where(distance_MN >= 0, exponent_MN, float("-inf")))
+            exponent_MN = capped_products(q_MD, k_ND, cap_scale, form) * scale - (lse_M * LOG2_E)[:, None]
+            visible_MN = distance_MN >= 0
+            if sliding_window is not None:
+                visible_MN = visible_MN & (distance_MN < sliding_window)
+            p_MN = tl.exp2(tl.where(visible_MN, exponent_MN, float("-inf")))
             window_sum_M += tl.sum(p_MN * tl.maximum(top - distance_MN, (top - window).to(tl.float32)), 1)
-        tl.store(waad + at_M, top - window_sum_M, mask=row_M < length)
+        held = top
+        if sinks is not None:
+            held = top * (1 - tl.exp2((tl.load(sinks + head) - lse_M) * LOG2_E))
+        tl.store(waad + at_M, held - window_sum_M, mask=row_M < length)
         # A row whose lse is not finite has no weights: both are undefined, here as in the full sweep.
         tl.store(lse_out + at_M, tl.where(window_sum_M == window_sum_M, lse_M, float("nan")), mask=row_M < length)
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens", "window", "horizon_lo", "horizon_hi"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "window", "horizon_lo", "horizon_hi", "rows", "sliding_window"])
 def bands_kernel(
     q, k, q_tiles, lengths, lse, fai, waad, lse_out, strides, sequences, tokens, heads, scale, window, horizon_lo,
-    horizon_hi, form: tl.constexpr, tile: tl.constexpr,
+    horizon_hi, rows, sliding_window, cap_scale, sinks, form: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Even programs own a block of keys, odd ones the block of rows of the same tokens."""
     # Ahead of the branch, so that both sides share them.
@@ -69,13 +84,13 @@ def bands_kernel(
     if tl.program_id(0) % 2 == 0:
         column_sweep_kernel(
             q, k, q_tiles, lengths, lse, None, None, fai, strides, sequences, tokens, heads, scale, horizon_lo,
-            horizon_hi, form, tile, 2,
+            horizon_hi, rows, sliding_window, cap_scale, form, tile, 2,
         )  # fmt: skip
     else:
         KEYS: tl.constexpr = tile.keys if tile.keys < 32 else 32
         window_program(
             program, programs, head, q, k, lengths, lse, waad, lse_out, strides, sequences, tokens, scale, window,
-            tile.keys, KEYS, form,
+            rows, sliding_window, cap_scale, sinks, tile.keys, KEYS, form,
         )  # fmt: skip
 
 
@@ -91,17 +106,18 @@ def bands(
     scale: float,
     window: int,
     horizon: tuple[int, int | None],
+    forms: Forms = PLAIN,
 ) -> None:
     """Fills WAAD and copies lse at the response rows, and fills FAI at the keys that these reach; each fp32 [Hq, T].
 
     lse_HT is finite or NaN (results.py); where it is NaN, so is every result that the row contributes to.
     """
-    arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon)
-    arguments |= {"waad": waad_HT, "lse_out": lse_out_HT, "window": min(window, sequences.tokens)}
+    arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon, forms)
+    arguments |= {"waad": waad_HT, "lse_out": lse_out_HT, "window": min(window, sequences.tokens), "sinks": forms.sinks}
 
     def run(tile: Tile) -> None:
         programs = 2 * q.shape[-2] * sequences.blocks(tile.keys)
-        launch(bands_kernel, programs, **arguments, **tile_arguments(q, tile))
+        launch(bands_kernel, programs, **arguments, **tile_arguments(q, tile, arguments))
 
     def on_sample(sample: Sample) -> None:
         operands = sample.q, sample.k, sample.lse, sample.sequences

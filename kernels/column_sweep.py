@@ -1,7 +1,8 @@
 """FAI given lse, key-stationary: a program owns a block of keys and visits the rows whose horizon reaches them.
 
 No sum is shared between programs, so there are no atomics and reruns are bit-equal. Rows for which the whole tile lies
-within the horizon go through a loop without masks.
+within the horizon go through a loop without masks. Rows whose sliding window hides a key count in its mean with weight
+0, and are not visited.
 
 Shape suffixes: N keys and M rows of a tile, D head size (padded to a power of two).
 """
@@ -14,18 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rhythm.kernels.arguments import PLAIN, Forms, common_arguments
 from rhythm.kernels.launch import launch, options, run_with_tile
+from rhythm.kernels.scores import capped_products
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tile_tables import KernelKey, Tile
 from rhythm.kernels.tiles import (
     LOG2_E,
-    common_arguments,
-    dot,
     head_base,
     load_rows,
     load_tma,
     padded_size,
+    query_base,
     signed,
     tma_compatible,
     tma_descriptor,
@@ -34,14 +36,14 @@ from rhythm.kernels.tuning import Sample
 
 
 @triton.jit
-def weights(q_MD, k_ND, lse, parts, row, end, scale, EXACT: tl.constexpr, form: tl.constexpr):
+def weights(q_MD, k_ND, lse, parts, row, end, scale, cap_scale, EXACT: tl.constexpr, form: tl.constexpr):
     """[M, N] attention weights of the rows from `row` on; undefined from row `end` on.
 
     lse and parts point at the sequence's first row. With parts (softmax.py) the weights are exact, however large scores
     are, where EXACT; without them (None) they follow lse.
     """
     row_M = row + tl.arange(0, q_MD.shape[0])
-    score_MN = dot(q_MD, k_ND, form)
+    score_MN = capped_products(q_MD, k_ND, cap_scale, form)
     if parts is not None:
         largest_M = tl.load(parts + 2 * row_M, mask=row_M < end, other=0.0)
         log2_sum_M = tl.load(parts + 2 * row_M + 1, mask=row_M < end, other=0.0)
@@ -62,14 +64,14 @@ def partial_sum(p_MN):
 
 @triton.jit
 def add_edge(
-    total, strides, k_ND, q_base, lse, parts, first, begin, end, length, scale, lo, hi,
+    total, strides, k_ND, q_base, lse, parts, first, begin, end, length, scale, cap_scale, lo, hi,
     ROWS: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
     """Adds the weights of rows begin … end − 1, some of which may lie outside the horizon of some keys."""
     key_N = first + tl.arange(0, k_ND.shape[0])
     for row in tl.range(begin, end, ROWS, num_stages=1):
         q_MD = load_rows(q_base, strides, row, length, ROWS, True, form)
-        p_MN = weights(q_MD, k_ND, lse, parts, row, end, scale, True, form)
+        p_MN = weights(q_MD, k_ND, lse, parts, row, end, scale, cap_scale, True, form)
         row_M = row + tl.arange(0, ROWS)
         distance_MN = row_M[:, None] - key_N[None, :]
         # Rows from `end` on are masked as well: their scores may be NaN.
@@ -78,26 +80,26 @@ def add_edge(
     return total
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens", "horizon_lo", "horizon_hi"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "horizon_lo", "horizon_hi", "rows", "sliding_window"])
 def column_sweep_kernel(
     q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, heads, scale, horizon_lo, horizon_hi,
-    form: tl.constexpr, tile: tl.constexpr, EVERY: tl.constexpr,
+    rows, sliding_window, cap_scale, form: tl.constexpr, tile: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """FAI of one block of keys of one head. The first keys run first, since with open horizons they have most rows.
 
     With the row sweep's parts and steep (softmax.py, else None) the loop without masks takes no rows if scores are
-    steep. EVERY: only every
-    EVERY-th program runs this kernel (2 within bands_kernel).
+    steep. EVERY: only every EVERY-th program runs this kernel (2 within bands_kernel). rows … cap_scale may be None
+    (arguments.py).
     """
     ROWS: tl.constexpr = tile.rows
     KEYS: tl.constexpr = tile.keys
     programs = tl.num_programs(0) // (EVERY * heads)
     program, head = tl.program_id(0) // (EVERY * heads), tl.program_id(0) // EVERY % heads
-    sequence, start, length, prompt, first = locate(
-        programs - 1 - program, programs, lengths, sequences, tokens, False, KEYS
+    sequence, first, start, length, prompt, first_row, missing = locate(
+        programs - 1 - program, programs, lengths, sequences, tokens, rows, "token", KEYS
     )
     if first < length:
-        q_base = head_base(q, strides.q, sequence, start, head, form)
+        q_base = query_base(q, strides.q, sequence, first_row, missing, head, rows, form)
         k_base = head_base(k, strides.k, sequence, start, head // form.group, form)
         of_head = head.to(tl.int64) * tokens + start
         lse_base = lse + of_head
@@ -105,7 +107,10 @@ def column_sweep_kernel(
         k_ND = signed(load_rows(k_base, strides.k, first, length, KEYS, True, form), form.sign)
 
         last = tl.minimum(first + KEYS, length) - 1
-        hi = tl.minimum(horizon_hi, length)
+        reach = horizon_hi
+        if sliding_window is not None:
+            reach = tl.minimum(reach, sliding_window - 1)
+        hi = tl.minimum(reach, length)
         # Rows reached by some key; among them those that every key of the block reaches, in whole blocks of rows.
         begin = tl.maximum(prompt, first + horizon_lo)
         end = tl.minimum(length, last + hi + 1)
@@ -116,25 +121,25 @@ def column_sweep_kernel(
 
         total = tl.zeros([ROWS // 16, 8, KEYS], tl.float32)
         total = add_edge(
-            total, strides.q, k_ND, q_base, lse_base, parts_base, first, begin, inner, length, scale, horizon_lo, hi,
-            ROWS, form,
+            total, strides.q, k_ND, q_base, lse_base, parts_base, first, begin, inner, length, scale, cap_scale,
+            horizon_lo, hi, ROWS, form,
         )  # fmt: skip
         for row in tl.range(inner, inner_end, ROWS, num_stages=tile.stages):
             if tile.tma:
-                q_MD = load_tma(q_tiles, sequence, start, row, head, ROWS, form)
+                q_MD = load_tma(q_tiles, sequence, first_row, row - missing, head, ROWS, form)
             else:
                 q_MD = load_rows(q_base, strides.q, row, length, ROWS, False, form)
-            p_MN = weights(q_MD, k_ND, lse_base, parts_base, row, length, scale, False, form)
+            p_MN = weights(q_MD, k_ND, lse_base, parts_base, row, length, scale, cap_scale, False, form)
             total += partial_sum(p_MN)
         total = add_edge(
-            total, strides.q, k_ND, q_base, lse_base, parts_base, first, inner_end, end, length, scale, horizon_lo, hi,
-            ROWS, form,
+            total, strides.q, k_ND, q_base, lse_base, parts_base, first, inner_end, end, length, scale, cap_scale,
+            horizon_lo, hi, ROWS, form,
         )  # fmt: skip
         total_N = tl.sum(tl.sum(total, 0), 0)
 
         key_N = first + tl.arange(0, KEYS)
         from_N = tl.maximum(prompt, key_N + horizon_lo)
-        count_N = tl.minimum(length - 1, key_N + hi) - from_N + 1
+        count_N = tl.minimum(length - 1, key_N + tl.minimum(horizon_hi, length)) - from_N + 1
         tl.store(fai + of_head + key_N, total_N / count_N.to(tl.float32), mask=(key_N < length) & (count_N > 0))
 
 
@@ -147,13 +152,14 @@ def column_sweep(
     *,
     scale: float,
     horizon: tuple[int, int | None],
+    forms: Forms = PLAIN,
     softmax: Softmax | None = None,
 ) -> None:
     """Fills FAI, fp32 [Hq, T], where a response row is within the horizon; lse_HT is read on response rows only.
 
     softmax: the row sweep's, if lse_HT is the row sweep's own.
     """
-    arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon)
+    arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon, forms)
 
     def run(tile: Tile) -> None:
         launch(
@@ -163,7 +169,7 @@ def column_sweep(
             steep=None if softmax is None else softmax.steep,
             EVERY=1,
             **arguments,
-            **tile_arguments(q, tile),
+            **tile_arguments(q, tile, arguments),
         )
 
     def on_sample(sample: Sample) -> None:
@@ -189,9 +195,10 @@ def column_arguments(
     fai_HT: Tensor,
     scale: float,
     horizon: tuple[int, int | None],
+    forms: Forms,
 ) -> dict[str, Any]:
     """Arguments by name of column_sweep_kernel that don't depend on the tile, without parts and steep."""
-    return common_arguments(q, k, sequences, scale) | {
+    return common_arguments(q, k, sequences, scale, forms) | {
         "lse": lse_HT,
         "fai": fai_HT,
         "horizon_lo": min(horizon[0], sequences.tokens),
@@ -199,8 +206,12 @@ def column_arguments(
     }
 
 
-def tile_arguments(q: Tensor, tile: Tile) -> dict[str, Any]:
-    """Arguments by name, and launch options, that depend on the tile."""
+def tile_arguments(q: Tensor, tile: Tile, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, and launch options, that depend on the tile. Windows and softcaps need more registers than the
+    tile's limit allows without spills.
+    """
+    if arguments["sliding_window"] is not None or arguments["cap_scale"] is not None:
+        tile = tile._replace(max_registers=None)
     return {"q_tiles": tma_descriptor(q, tile.rows) if tile.tma else None, "tile": tile, **options(tile)}
 
 

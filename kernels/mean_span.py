@@ -20,7 +20,7 @@ class BlockSums:
         sums: fp64 [blocks, Hq]. Blocks are those of `locate` (sequences.py), the last block first; entries of blocks
             that begin beyond their sequence are undefined.
         rows: rows per block.
-        from_prompt: a sequence's blocks begin where its prompt ends, not at its first row.
+        from_prompt: a sequence's blocks begin where its prompt ends, not at its first row in q.
     """
 
     sums: Tensor
@@ -28,18 +28,18 @@ class BlockSums:
     from_prompt: bool
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens", "blocks"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "blocks", "rows"])
 def mean_span_kernel(
-    sums, lengths, span, sequences, tokens, blocks, heads,
+    sums, lengths, span, sequences, tokens, blocks, heads, rows,
     FROM_PROMPT: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """The span of one head of one sequence, from SUMS blocks at a time."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    start, length, prompt = extent(sequence, lengths, sequences, tokens)
+    start, length, prompt, _, missing = extent(sequence, lengths, sequences, tokens, rows)
     packed_first, equal_first = start // ROWS + sequence, sequence * tl.cdiv(length, ROWS)
     first = equal_first if lengths.cu_seqlens is None else packed_first
     response = length - prompt
-    count = tl.cdiv(response if FROM_PROMPT else length, ROWS)
+    count = tl.cdiv(response if FROM_PROMPT else length - missing, ROWS)
     place_N = tl.arange(0, SUMS)
     sum_N = tl.zeros([SUMS], tl.float64)
     for block in range(0, count, SUMS):
@@ -63,6 +63,7 @@ def mean_span(sums: BlockSums, sequences: Sequences, span_BH: Tensor) -> None:
             tokens=sequences.tokens,
             blocks=blocks,
             heads=heads,
+            rows=sequences.rows if sequences.fewer_rows else None,
             FROM_PROMPT=sums.from_prompt,
             ROWS=sums.rows,
             SUMS=1024,  # all of 131072 tokens at 128 rows per block: one step

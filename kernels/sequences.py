@@ -24,10 +24,11 @@ class Lengths(NamedTuple):
 
     cu_seqlens: Tensor | None
     prompt_lens: Tensor | None
+    cu_rows: Tensor | None
 
     @classmethod
     def of(cls, sequences: Sequences) -> Lengths:
-        return cls(sequences.cu_seqlens, sequences.prompt_lens)
+        return cls(sequences.cu_seqlens, sequences.prompt_lens, sequences.cu_rows)
 
 
 @triton.jit
@@ -37,8 +38,12 @@ def bound(cu_seqlens, i, tokens):
 
 
 @triton.jit
-def extent(sequence, lengths, sequences, tokens):
-    """(first token, length, prompt length) of one of the sequences."""
+def extent(sequence, lengths, sequences, tokens, rows):
+    """(first token, length, prompt length, first row on q's axis, tokens without a row) of one of the sequences.
+
+    rows: length of q's axis, None where it is the token axis. The first tokens of a sequence may have no row in q; they
+    count as prompt.
+    """
     if lengths.cu_seqlens is not None:
         start = bound(lengths.cu_seqlens, sequence, tokens)
         length = tl.maximum(bound(lengths.cu_seqlens, sequence + 1, tokens) - start, 0)
@@ -49,16 +54,25 @@ def extent(sequence, lengths, sequences, tokens):
         prompt = tl.minimum(tl.maximum(tl.load(lengths.prompt_lens + sequence).to(tl.int32), 0), length)
     else:
         prompt = 0
-    return start, length, prompt
+    if rows is None:
+        return start, length, prompt, start, 0
+    else:
+        if lengths.cu_rows is not None:
+            first_row = bound(lengths.cu_rows, sequence, rows)
+            count = tl.maximum(bound(lengths.cu_rows, sequence + 1, rows) - first_row, 0)
+        else:
+            count = rows // sequences
+            first_row = sequence * count
+        return start, length, tl.maximum(prompt, length - count), first_row, length - count
 
 
 @triton.jit
-def locate(program, programs, lengths, sequences, tokens, SKIP_PROMPT: tl.constexpr, BLOCK: tl.constexpr):
-    """(sequence, its first token, length and prompt length, first row of the block).
+def locate(program, programs, lengths, sequences, tokens, rows, FROM: tl.constexpr, BLOCK: tl.constexpr):
+    """(sequence, first row of the block, and the sequence's `extent`).
 
     A block whose first row is at or beyond the length has no work. Sequence i owns the blocks from
     cu_seqlens[i] // BLOCK + i on, at least as many as it needs. The last blocks run first, since their rows are the
-    longest. SKIP_PROMPT: blocks begin where the prompt ends.
+    longest. FROM: where blocks begin: "token" 0, the first "row" of q, or the first row of the "response".
     """
     block = programs - 1 - program
     if lengths.cu_seqlens is not None:
@@ -69,14 +83,16 @@ def locate(program, programs, lengths, sequences, tokens, SKIP_PROMPT: tl.conste
             before = bound(lengths.cu_seqlens, middle, tokens) // BLOCK + middle <= block
             sequence = tl.where(before, middle, sequence)
             beyond = tl.where(before, beyond, middle)
-        start, length, prompt = extent(sequence, lengths, sequences, tokens)
+        start, length, prompt, first_row, missing = extent(sequence, lengths, sequences, tokens, rows)
         index = block - (start // BLOCK + sequence)
     else:
         blocks = tl.cdiv(tokens // sequences, BLOCK)
         sequence = block // blocks
         index = block % blocks
-        start, length, prompt = extent(sequence, lengths, sequences, tokens)
+        start, length, prompt, first_row, missing = extent(sequence, lengths, sequences, tokens, rows)
     first = index * BLOCK
-    if SKIP_PROMPT:
+    if FROM == "response":
         first += prompt
-    return sequence, start, length, prompt, first
+    if FROM == "row" and rows is not None:
+        first += missing
+    return sequence, first, start, length, prompt, first_row, missing

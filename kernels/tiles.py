@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from rhythm.kernels.sequences import Lengths, Sequences
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -79,6 +77,15 @@ def head_base(x, strides, sequence, start, head, form: tl.constexpr):
     """Pointer to the first element of a head of a sequence of x, by 64-bit offsets."""
     base = x + sequence.to(tl.int64) * strides.batch if form.batched else x + start.to(tl.int64) * strides.token
     return base + tl.cast(head, tl.int64) * strides.head
+
+
+@triton.jit
+def query_base(q, strides, sequence, first_row, missing, head, rows, form: tl.constexpr):
+    """head_base of q, moved by its missing first rows: to where the row of the sequence's first token would be."""
+    base = head_base(q, strides, sequence, first_row, head, form)
+    if rows is not None:
+        base -= tl.cast(missing, tl.int64) * strides.token
+    return base
 
 
 @triton.jit
@@ -174,53 +181,6 @@ def padded_size(size: int) -> int:
 def strides_of(x: Tensor) -> Strides:
     """Strides of x, [T, H, D] or [B, T, H, D]."""
     return Strides(*(x.stride() if x.ndim == 4 else (0, *x.stride())))
-
-
-def scale_and_sign(scale: float) -> tuple[float, float, int]:
-    """(scale of base-2 exponents, scale of natural exponents, sign): both scales are above 0, the sign is −1, 0 or 1.
-
-    A scale that is 0 in fp32 becomes 1, since masked scores are −inf, and −inf · 0 would be NaN; with the sign 0 all
-    products are 0. A finite scale stays finite, since the largest product's difference of 0 must stay 0.
-    """
-    natural = abs(scale)
-    if natural <= 2.0**-150:  # 0 in fp32
-        return LOG2_E.value, 1.0, 0
-    if natural > LARGEST:
-        natural = math.inf
-    base2 = min(max(natural * LOG2_E.value, SMALLEST), LARGEST) if natural < math.inf else math.inf
-    return base2, natural, -1 if scale < 0 else 1
-
-
-def common_arguments(
-    q: Tensor, k: Tensor, sequences: Sequences, scale: float, v: Tensor | None = None
-) -> dict[str, Any]:
-    """Arguments by name that every kernel over q and k takes, and the launch option that all share.
-
-    `scale` becomes the scale of base-2 exponents, above 0.
-    """
-    base2, _, sign = scale_and_sign(scale)
-    form = Form(
-        group=q.shape[-2] // k.shape[-2],
-        batched=q.ndim == 4,
-        size=q.shape[-1],
-        padded=padded_size(q.shape[-1]),
-        wide=any(wide(x) for x in (q, k, v) if x is not None),
-        upcast=upcast(q.dtype),
-        precision=dot_precision(),
-        sign=sign,
-    )
-    return {
-        "q": q,
-        "k": k,
-        "lengths": Lengths.of(sequences),
-        "strides": OperandStrides(strides_of(q), strides_of(k), None if v is None else strides_of(v)),
-        "sequences": sequences.count,
-        "tokens": sequences.tokens,
-        "heads": q.shape[-2],
-        "scale": base2,
-        "form": form,
-        "enable_fp_fusion": True,  # a multiply and an add are one instruction; Triton's default is about to change
-    }
 
 
 def wide(x: Tensor, rows: int = 256) -> bool:

@@ -13,56 +13,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rhythm.kernels.arguments import PLAIN, Forms, common_arguments, scales
 from rhythm.kernels.launch import launch
+from rhythm.kernels.scores import capped_products, denominator, first_visible
 from rhythm.kernels.sequences import Sequences, locate
-from rhythm.kernels.tiles import common_arguments, dot, head_base, load_q, load_rows, scale_and_sign
+from rhythm.kernels.tiles import head_base, load_q, load_rows, query_base
 
 ROWS, KEYS = 32, 16
 
 
 @triton.jit
-def masked_products(q_MD, k_base, strides, key, first, length, KEYS: tl.constexpr, form: tl.constexpr):
-    """[M, N] products of the rows with the keys from `key` on; −inf above the diagonal."""
+def masked_products(
+    q_MD, k_base, strides, key, first, length, sliding_window, cap_scale, KEYS: tl.constexpr, form: tl.constexpr
+):
+    """[M, N] products of the rows with the keys from `key` on; −inf where a row doesn't see a key."""
     k_ND = load_rows(k_base, strides, key, length, KEYS, True, form)
-    row_M, key_N = first + tl.arange(0, q_MD.shape[0]), key + tl.arange(0, KEYS)
-    return tl.where(row_M[:, None] >= key_N[None, :], dot(q_MD, k_ND, form), float("-inf"))
+    distance_MN = (first + tl.arange(0, q_MD.shape[0]))[:, None] - (key + tl.arange(0, KEYS))[None, :]
+    visible_MN = distance_MN >= 0
+    if sliding_window is not None:
+        visible_MN = visible_MN & (distance_MN < sliding_window)
+    return tl.where(visible_MN, capped_products(q_MD, k_ND, cap_scale, form), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "rows", "sliding_window"])
 def mend_output_kernel(
-    q, k, v, lengths, out, strides, sequences, tokens, heads, scale, natural_scale,
-    form: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, k, v, lengths, out, strides, sequences, tokens, heads, scale, natural_scale, rows, sliding_window, cap_scale,
+    sinks, form: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Computes the output of one block of rows of one head again if it holds NaN."""
     PADDED: tl.constexpr = form.padded
     program, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    sequence, start, length, _, first = locate(
-        program, tl.num_programs(0) // heads, lengths, sequences, tokens, False, ROWS
+    sequence, first, start, length, _, first_row, missing = locate(
+        program, tl.num_programs(0) // heads, lengths, sequences, tokens, rows, "row", ROWS
     )
     if first >= length:
         return
     row_M, place_N, dim_D = first + tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, PADDED)
-    at_MD = ((start + row_M).to(tl.int64) * heads + head)[:, None] * form.size + dim_D[None, :]
+    at_MD = ((first_row - missing + row_M).to(tl.int64) * heads + head)[:, None] * form.size + dim_D[None, :]
     stored_MD = (row_M < length)[:, None] & (dim_D < form.size)[None, :]
     swept_MD = tl.load(out + at_MD, mask=stored_MD, other=0.0).to(tl.float32)
     if tl.max(tl.max((swept_MD != swept_MD).to(tl.int32), 1), 0) == 0:
         return
 
     key_head = head // form.group
-    q_base = head_base(q, strides.q, sequence, start, head, form)
+    q_base = query_base(q, strides.q, sequence, first_row, missing, head, rows, form)
     k_base = head_base(k, strides.k, sequence, start, key_head, form)
     v_base = head_base(v, strides.v, sequence, start, key_head, form)
     q_MD = load_q(q_base, strides.q, first, length, ROWS, form)
-    end = tl.minimum(first + ROWS, length)
+    begin, end = first_visible(first, sliding_window), tl.minimum(first + ROWS, length)
     largest_M = tl.zeros([ROWS], tl.float32) - float("inf")
-    for key in tl.range(0, end, KEYS, num_stages=1):
-        score_MN = masked_products(q_MD, k_base, strides.k, key, first, length, KEYS, form)
+    for key in tl.range(begin, end, KEYS, num_stages=1):
+        score_MN = masked_products(q_MD, k_base, strides.k, key, first, length, sliding_window, cap_scale, KEYS, form)
         largest_M = tl.maximum(largest_M, tl.max(score_MN, 1))
-    logit_M = largest_M * natural_scale
     reference_M = tl.where(largest_M == float("-inf"), 0.0, largest_M)
     sum_M, out_MD = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
-    for key in tl.range(0, end, KEYS, num_stages=1):
-        score_MN = masked_products(q_MD, k_base, strides.k, key, first, length, KEYS, form)
+    for key in tl.range(begin, end, KEYS, num_stages=1):
+        score_MN = masked_products(q_MD, k_base, strides.k, key, first, length, sliding_window, cap_scale, KEYS, form)
         p_MN = tl.exp2((score_MN - reference_M[:, None]) * scale)
         sum_M += tl.sum(p_MN, 1)
         v_ND = load_rows(v_base, strides.v, key, length, KEYS, True, form)
@@ -77,24 +83,30 @@ def mend_output_kernel(
                     v_D = tl.load(at_D, mask=dim_D < form.size, other=0.0).to(tl.float32)
                     v_D = tl.where(tl.abs(v_D) < float("inf"), 0.0, v_D)
                     p_M = tl.sum(tl.where((place_N == j)[None, :], p_MN, 0.0), 1)
-                    reached_MD = (row_M >= key + j)[:, None] & (v_D != 0.0)[None, :]
+                    sees_M = row_M >= key + j
+                    if sliding_window is not None:
+                        sees_M = sees_M & (row_M - key - j < sliding_window)
+                    reached_MD = sees_M[:, None] & (v_D != 0.0)[None, :]
                     out_MD += tl.where(reached_MD, p_M[:, None] * v_D[None, :], 0.0)
-    defined_M = (sum_M > 0) & (tl.abs(logit_M) < float("inf"))
-    out_MD = tl.where(defined_M[:, None], out_MD / sum_M[:, None], float("nan"))
+    total_M, _, defined_M = denominator(largest_M, sum_M, natural_scale, sinks, head)
+    out_MD = tl.where(defined_M[:, None], out_MD / total_M[:, None], float("nan"))
     tl.store(out + at_MD, out_MD.to(out.dtype.element_ty), mask=stored_MD)
 
 
-def mend_output(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, out_THD: Tensor, *, scale: float) -> None:
-    """Corrects the row sweep's out_THD where it is NaN; an output without NaN is only read, once."""
+def mend_output(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, out_SHD: Tensor, *, scale: float, forms: Forms = PLAIN
+) -> None:
+    """Corrects the row sweep's out_SHD where it is NaN; an output without NaN is only read, once."""
     launch(
         mend_output_kernel,
         q.shape[-2] * sequences.blocks(ROWS),
         v=v,
-        out=out_THD,
-        natural_scale=scale_and_sign(scale)[1],
+        out=out_SHD,
+        natural_scale=scales(scale, forms.softcap).natural,
+        sinks=forms.sinks,
         ROWS=ROWS,
         KEYS=KEYS,
         num_warps=4,
         num_stages=1,
-        **common_arguments(q, k, sequences, scale, v),
+        **common_arguments(q, k, sequences, scale, forms, v),
     )

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from corner_cases import CASES, Case, assert_agrees, by_name
+from corner_cases import CASES, FORM_CASES, Case, assert_agrees, by_name
 
 pytest.importorskip("triton", reason="needs the extra triton")
 
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=by_name)
+@pytest.mark.parametrize("case", [*CASES, *FORM_CASES], ids=by_name)
 def test_the_kernels_agree_with_the_reference(case: Case) -> None:
     assert_agrees(case, "triton", DEVICE)
 

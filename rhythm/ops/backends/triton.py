@@ -9,13 +9,16 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rhythm.ops.arguments import Request
 from rhythm.ops.backends.base import Backend, BackendResult
-from rhythm.ops.plugins import only_plain
+
+if TYPE_CHECKING:
+    from rhythm.kernels import Forms
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = 8  # the major one: bf16 and asynchronous copies
@@ -60,7 +63,7 @@ class TritonBackend(Backend):
             return f"q is on {q.device}; it takes {wanted} tensors{' in the interpreter' if interpreted() else ''}"
         if q.dtype not in DTYPES:
             return f"q has dtype {q.dtype}; it takes {', '.join(map(str, DTYPES))}"
-        return only_plain(request) or (None if interpreted() else too_old(q.device))
+        return None if interpreted() else too_old(q.device)
 
     def only_by_name(self) -> str | None:
         return "its interpreter is for tests" if interpreted() else None
@@ -69,38 +72,52 @@ class TritonBackend(Backend):
         from rhythm.kernels import bands, column_sweep, mean_span, mend_output, row_sweep, undefined_results
 
         q, k, v, sequences = request.q, request.k, request.v, request.sequences
-        scale, window, horizon, out_THD = request.scale, request.window, request.horizon, None
+        window, horizon, out_SHD = request.window, request.horizon, None
+        attention: dict[str, Any] = {"scale": request.scale, "forms": _forms(request)}
         with _on(q.device):
             got = undefined_results(sequences.count, q.shape[-2], sequences.tokens, q.device, request.lse_HT)
-            if sequences.tokens == 0 or sequences.count == 0:
+            if _nothing_to_do(request):
                 return BackendResult(got.span, got.waad, got.fai, got.lse, None if v is None else torch.zeros_like(q))
             given = got.given_lse
             if request.span or given is None:
-                sums, out_THD = row_sweep(
-                    q, k, v, sequences, got.waad, got.lse, scale=scale, window=window, given_lse_HT=given,
-                    softmax=got.softmax,
+                sums, out_SHD = row_sweep(
+                    q, k, v, sequences, got.waad, got.lse, window=window, given_lse_HT=given, softmax=got.softmax,
+                    **attention,
                 )  # fmt: skip
                 mean_span(sums, sequences, got.span)
-                if v is not None and out_THD is not None:
-                    mend_output(q, k, v, sequences, out_THD, scale=scale)
+                if v is not None and out_SHD is not None:
+                    mend_output(q, k, v, sequences, out_SHD, **attention)
             if given is None:
-                column_sweep(q, k, got.lse, sequences, got.fai, scale=scale, horizon=horizon, softmax=got.softmax)
+                column_sweep(q, k, got.lse, sequences, got.fai, horizon=horizon, softmax=got.softmax, **attention)
             else:  # these go by the lse from outside, and take the place of what the row sweep wrote
-                bands(q, k, given, sequences, got.waad, got.fai, got.lse, scale=scale, window=window, horizon=horizon)
-        return BackendResult(got.span, got.waad, got.fai, got.lse, out_THD)
+                bands(q, k, given, sequences, got.waad, got.fai, got.lse, window=window, horizon=horizon, **attention)
+        return BackendResult(got.span, got.waad, got.fai, got.lse, out_SHD)
 
     def sampled_span(self, request: Request, lse_HT: Tensor, count: int) -> Tensor:
         """As the base class, without reading the lengths on the host."""
         from rhythm.kernels import sampled_span
 
         q, sequences = request.q, request.sequences
-        if sequences.tokens == 0 or sequences.count == 0:
+        if _nothing_to_do(request):
             return torch.full((sequences.count, q.shape[-2]), torch.nan, device=q.device)
         with _on(q.device):
+            lse_HT = lse_HT.float().contiguous()
             span_BH: Tensor = sampled_span(
-                q, request.k, lse_HT.float().contiguous(), sequences, scale=request.scale, count=count
+                q, request.k, lse_HT, sequences, scale=request.scale, count=count, forms=_forms(request)
             )
             return span_BH
+
+
+def _forms(request: Request) -> Forms:
+    from rhythm.kernels import Forms
+
+    sinks = None if request.sinks_H is None else request.sinks_H.float().contiguous()
+    return Forms(request.sliding_window, request.softcap, sinks)
+
+
+def _nothing_to_do(request: Request) -> bool:
+    """Whether there is no row of q: a kernel can't be launched for that."""
+    return request.sequences.count == 0 or request.q.shape[:-2].numel() == 0
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
