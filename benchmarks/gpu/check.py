@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from benchmarks import ROOT
 from benchmarks.gpu.ceilings import HOPPER, Sizes, card_part, ceilings_part
 from benchmarks.gpu.clock import Budget, Clock, clock_of, one_line
 from benchmarks.gpu.comparison import OURS
+from benchmarks.gpu.forms import forms_part
 from benchmarks.gpu.implementations import Implementation
 from benchmarks.gpu.report import Console, GpuPart, Planned, Report
 from benchmarks.gpu.suite import FULL, INTERPRETED, GpuSettings
@@ -31,6 +32,8 @@ from benchmarks.shapes import Inputs, Shape, make_inputs
 from benchmarks.verify import WrongResultError, verify
 
 IMPORT_MODE = "--import-mode=importlib"
+FORMS = "sliding or softcap or sinks or fewer or forms"
+"""Of tests/kernels: attention other than plain."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,11 @@ class CheckSettings:
         Selection("tests marked gpu", ("-m", "gpu", "tests/kernels", "tests/benchmarks/test_on_gpu.py"), 120.0),
         Selection(
             "the kernels' own tests, compiled",
-            ("tests/kernels", "-k", "bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits or tma"),
+            (
+                "tests/kernels",
+                "-k",
+                f"bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits or tma or {FORMS}",
+            ),
             240.0,
         ),
     )
@@ -74,7 +81,7 @@ def run(device: str, records: Path | None, console: Console, errors: Console, bu
     settings = CheckSettings() if device == "cuda" else REHEARSED
     report = Report(clock, "gpu_check.json", records, console, errors)
     report.run(parts(settings, clock, budget), budget)
-    if report.record["parts"].get("implementations", {}).get("wrong"):
+    if any(report.record["parts"].get(part, {}).get("wrong") for part in ("implementations", "forms")):
         report.run([Planned("bisection", 10.0, lambda: bisection_part(settings.suite, clock))], budget)
     if report.failed:
         report.complain("Something above is wrong: find the cause before running gpu-race or gpu-record (docs/gpu.md).")
@@ -89,6 +96,7 @@ def parts(settings: CheckSettings, clock: Clock, budget: Budget) -> list[Planned
         Planned("card", 1.0, card_part),
         Planned("ceilings", 20.0, lambda: ceilings_part(clock, settings.sizes, suite.shape, plain, settings.rounds)),
         Planned("implementations", 30.0, lambda: implementations_part(suite, clock)),
+        Planned("forms", 30.0, lambda: forms_part(suite, clock)),
         *(Planned(tests.name, 10.0, lambda tests=tests: tests_part(tests, budget)) for tests in settings.tests),
     ]
 
@@ -119,13 +127,13 @@ def bisection_part(suite: GpuSettings, clock: Clock) -> GpuPart:
 
     def without_tma(key: KernelKey) -> list[Tile]:
         tile, *_ = candidates(architecture(device), key, shared_memory(device), False)
-        return [replace(tile, tma=False)]
+        return [tile._replace(tma=False)]
 
     choices = {"tiles of 32 × 32": lambda key: [Tile(32, 32, 4, 1)], "the same tiles, TMA off": without_tma}
     facts: dict[str, list[str]] = {}
     for name, choice in choices.items():
         with forced(choice):
-            facts[name] = implementations_part(suite, clock).facts["wrong"]
+            facts[name] = implementations_part(suite, clock).facts["wrong"] + forms_part(suite, clock).facts["wrong"]
     table = tuple(
         {"tiles": name, "": "right", "what": ""} if not wrong else {"tiles": name, "": "WRONG", "what": wrong[0]}
         for name, wrong in facts.items()

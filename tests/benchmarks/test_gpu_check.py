@@ -13,7 +13,7 @@ import torch
 from benchmarks import implementations as ops
 from benchmarks.gpu import check
 from benchmarks.gpu.check import Selection
-from benchmarks.gpu.clock import Budget
+from benchmarks.gpu.clock import Budget, InterpreterClock
 from benchmarks.gpu.suite import GpuSettings
 from benchmarks.shapes import Inputs, Shape
 from rhythm.kernels.launch import _forced
@@ -36,7 +36,7 @@ def checked(
 
 
 def test_check_finds_ceilings(checked: dict[str, Any]) -> None:
-    assert list(checked["parts"]) == ["card", "ceilings", "implementations", "tests of tiles"]
+    assert list(checked["parts"]) == ["card", "ceilings", "implementations", "forms", "tests of tiles"]
     rows = {row["name"]: row for row in checked["parts"]["ceilings"]["rows"]}
     assert list(rows) == ["matmul 16³, bf16", "copy, read and written", "L2 read, 0 MB", f"sdpa_flash {SHAPE}"]
     matmul = rows["matmul 16³, bf16"]
@@ -58,7 +58,28 @@ def test_check_compares_our_implementations_with_the_reference(checked: dict[str
     }  # fmt: skip
     assert all(row["error"] <= row["allowed"] for row in rows)
     assert any(row["error"] > 0 for row in rows)
+    forms = checked["parts"]["forms"]["rows"]
+    assert {(row["op"], row["result"]) for row in forms} == {("bands", "lse")} | {
+        (row["op"], row["result"]) for row in rows
+    }
+    assert len({row["form"] for row in forms}) == 5
+    assert all(row["error"] <= row["allowed"] for row in forms)
     assert checked["parts"]["tests of tiles"]["counts"] == {"passed": 1}
+
+
+def test_a_form_that_is_wrong_is_named(smallest: GpuSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that leave out the sink: only the cases with sinks are wrong."""
+    from benchmarks.gpu import forms
+    from rhythm.ops.backends import triton
+
+    real = triton._forms
+    monkeypatch.setattr(triton, "_forms", lambda request: real(request)._replace(sinks=None))
+    part = forms.forms_part(smallest, InterpreterClock())
+    assert part.failed
+    assert {row["form"] for row in part.rows if row["error"] > row["allowed"]} == {
+        "window, sinks", "all forms, half of the rows",
+    }  # fmt: skip
+    assert any("statistics window, sinks T=33" in reason and "lse has error" in reason for reason in part.not_measured)
 
 
 def test_a_wrong_kernel_is_bisected(
