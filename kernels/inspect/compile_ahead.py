@@ -4,7 +4,8 @@
 
 The launchers themselves run, on tensors without data and with a driver that only names the target, so that the result
 is what a launch would compile: every kernel with every tile of the architecture's table, in bf16 and fp32, for a packed
-batch of Qwen3-4B's heads (32 query heads, 8 key heads) at head sizes 128 and 256. Reported for each: registers, shared
+batch of Qwen3-4B's heads (32 query heads, 8 key heads) at head sizes 128 and 256; forms of attention other than plain
+(--forms) with the default tiles. Reported for each: registers, shared
 memory, programs per multiprocessor, spills and matrix instructions, and for the steady loop the instructions per score
 element, the products waited for at once and the barriers.
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from rhythm.kernels import bands, column_sweep, mean_span, row_sweep, sampled_span, tile_tables, undefined_results
+from rhythm.kernels import (
+    Forms,
+    bands,
+    column_sweep,
+    mean_span,
+    row_sweep,
+    sampled_span,
+    tile_tables,
+    undefined_results,
+)
+from rhythm.kernels.arguments import PLAIN
 from rhythm.kernels.inspect.sass import Binary, amd_binary, nvidia_binary
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.mean_span import BlockSums
@@ -45,6 +57,12 @@ KERNELS = (*tile_tables.KERNELS, "mean_span", "results")
 WITHOUT_TILES = ("mean_span", "results")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
+FORMS = {
+    "plain": PLAIN,
+    "window": Forms(sliding_window=512),
+    "softcap": Forms(softcap=50.0),
+    "all": Forms(512, 50.0, torch.empty(QUERY_HEADS, device="meta")),  # q has half of the rows, too
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ class Report:
 
     Attributes:
         kernel: one of KERNELS.
+        form: one of FORMS.
         tile: None for WITHOUT_TILES, which have no tables.
         default: whether the tile is the one that runs when autotuning is off.
         registers: per thread.
@@ -68,6 +87,7 @@ class Report:
 
     arch: str
     kernel: str
+    form: str
     dtype: str
     head_size: int
     tile: Tile | None
@@ -152,7 +172,7 @@ def _active(target: GPUTarget) -> Iterator[None]:
 
 
 def compile_kernel(
-    arch: str, kernel: str, dtype: str, head_size: int, tiles: Sequence[Tile] | None = None
+    arch: str, kernel: str, dtype: str, head_size: int, tiles: Sequence[Tile] | None = None, form: str = "plain"
 ) -> Iterator[Report]:
     """Compiles one of KERNELS with the given tiles, or with all of the architecture's table, in that order."""
     table = _table(arch, kernel, dtype, head_size)
@@ -165,9 +185,9 @@ def compile_kernel(
         compiled: list[Any] = []
         only = [] if tile is None else [tile]
         with _active(ARCHITECTURES[arch]), compiling(compiled.append), forced(partial(_always, only)):
-            _launch(kernel, DTYPES[dtype], head_size)
+            _launch(kernel, DTYPES[dtype], head_size, form)
         (binary,) = compiled
-        yield _report(binary, arch, kernel, dtype, head_size, tile, not table or tile == table[0])
+        yield _report(binary, arch, kernel, form, dtype, head_size, tile, not table or tile == table[0])
 
 
 def _always(tiles: list[Tile], key: KernelKey) -> list[Tile]:
@@ -196,22 +216,24 @@ def jit_functions() -> list[Any]:
     ]  # fmt: skip
 
 
-def _launch(kernel: str, dtype: torch.dtype, head_size: int) -> None:
+def _launch(kernel: str, dtype: torch.dtype, head_size: int, form: str) -> None:
     """Calls the launcher of one of KERNELS with tensors of the meta device."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k = (empty(TOKENS, heads, head_size, dtype=dtype) for heads in (QUERY_HEADS, KEY_HEADS))
-    sequences = Sequences(empty(3, dtype=torch.int32), empty(2, dtype=torch.int32), TOKENS, 2)
+    rows = TOKENS // 2 if form == "all" else TOKENS
+    q, k = (empty(n, heads, head_size, dtype=dtype) for n, heads in ((rows, QUERY_HEADS), (TOKENS, KEY_HEADS)))
+    cu_rows = empty(3, dtype=torch.int32) if form == "all" else None
+    sequences = Sequences(empty(3, dtype=torch.int32), empty(2, dtype=torch.int32), TOKENS, 2, cu_rows, rows)
     one, two, three = (empty(QUERY_HEADS, TOKENS) for _ in range(3))
     softmax = Softmax.empty(QUERY_HEADS, TOKENS, q.device)
-    scale = head_size**-0.5
+    attention: dict[str, Any] = {"scale": head_size**-0.5, "forms": FORMS[form]}
     if kernel in ("row", "row_values"):
         v = None if kernel == "row" else empty(*k.shape, dtype=dtype)
-        row_sweep(q, k, v, sequences, one, two, scale=scale, window=10, softmax=softmax)
+        row_sweep(q, k, v, sequences, one, two, window=10, softmax=softmax, **attention)
     elif kernel == "sampled":
-        sampled_span(q, k, one, sequences, scale=scale, count=256)
+        sampled_span(q, k, one, sequences, count=256, **attention)
     elif kernel == "mean_span":
         sums = BlockSums(empty(sequences.blocks(128), QUERY_HEADS, dtype=torch.float64), 128, from_prompt=True)
         mean_span(sums, sequences, empty(sequences.count, QUERY_HEADS))
@@ -220,13 +242,13 @@ def _launch(kernel: str, dtype: torch.dtype, head_size: int) -> None:
     else:
         horizon = (10, 50) if kernel.endswith("_band") else (10, None)
         if kernel.startswith("column"):
-            column_sweep(q, k, one, sequences, two, scale=scale, horizon=horizon, softmax=softmax)
+            column_sweep(q, k, one, sequences, two, horizon=horizon, softmax=softmax, **attention)
         else:
-            bands(q, k, one, sequences, two, three, empty(*one.shape), scale=scale, window=10, horizon=horizon)
+            bands(q, k, one, sequences, two, three, empty(*one.shape), window=10, horizon=horizon, **attention)
 
 
 def _report(
-    compiled: Any, arch: str, kernel: str, dtype: str, head_size: int, tile: Tile | None, default: bool
+    compiled: Any, arch: str, kernel: str, form: str, dtype: str, head_size: int, tile: Tile | None, default: bool
 ) -> Report:
     target = ARCHITECTURES[arch]
     amd = target.backend == "hip"
@@ -242,7 +264,7 @@ def _report(
     registers, shared = binary.registers, compiled.metadata.shared
     programs = MULTIPROCESSORS[arch].resident(registers, shared, compiled.metadata.num_warps)
     return Report(
-        arch, kernel, dtype, head_size, tile, default, registers, shared, programs, binary.spills, binary.matrix,
+        arch, kernel, form, dtype, head_size, tile, default, registers, shared, programs, binary.spills, binary.matrix,
         loop, per_score, waits, barriers,
     )  # fmt: skip
 
@@ -251,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rhythm.kernels.inspect.compile_ahead", description=__doc__)
     parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help=f"some of {','.join(ARCHITECTURES)}")
     parser.add_argument("--kernels", default=",".join(KERNELS), help=f"some of {','.join(KERNELS)}")
+    parser.add_argument("--forms", default=",".join(FORMS), help=f"some of {','.join(FORMS)}")
     parser.add_argument("--dtypes", default="bf16,fp32", help=f"some of {','.join(DTYPES)}")
     parser.add_argument("--head-sizes", default="128,256", help="powers of two from 16 to 256")
     parser.add_argument("--defaults", action="store_true", help="only the tiles that run when autotuning is off")
@@ -261,24 +284,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = {
         "--arch": (options.arch.split(","), ARCHITECTURES),
         "--kernels": (options.kernels.split(","), KERNELS),
+        "--forms": (options.forms.split(","), FORMS),
         "--dtypes": (options.dtypes.split(","), DTYPES),
         "--head-sizes": (options.head_sizes.split(","), ("16", "32", "64", "128", "256")),
     }
     for option, (given, allowed) in names.items():
         if unknown := [name for name in given if name not in allowed]:
             parser.error(f"{option} names {unknown[0]!r}; allowed are {', '.join(allowed)}")
-    (archs, _), (kernels, _), (dtypes, _), (sizes, _) = names.values()
+    (archs, _), (kernels, _), (forms, _), (dtypes, _), (sizes, _) = names.values()
 
     reports: list[Report] = []
     for arch in archs:
         print(f"{arch}, Triton {triton.__version__}")
         print(HEADER)
-        for kernel in kernels:
+        for kernel, form in product(kernels, forms):
             with_tiles = kernel not in WITHOUT_TILES
+            if form != "plain" and not with_tiles:
+                continue
             for dtype in dtypes if with_tiles else ["fp32"]:
                 for size in map(int, sizes if with_tiles else sizes[:1]):
                     table = _table(arch, kernel, dtype, size)
-                    for report in compile_kernel(arch, kernel, dtype, size, table[:1] if options.defaults else None):
+                    tiles = table[:1] if options.defaults or form != "plain" else None
+                    for report in compile_kernel(arch, kernel, dtype, size, tiles, form):
                         print(_row(report), flush=True)
                         reports.append(report)
     if options.json:
@@ -294,8 +321,8 @@ def _record(report: Report) -> dict[str, Any]:
 
 
 HEADER = (
-    f"{'kernel':<12}{'type':<6}{'D':>4}  {'rows×keys, warps, stages':<26}{'regs':>5}{'shared':>8}{'per SM':>7}"
-    f"{'spills':>7}{'waits':>6}{'barriers':>9}{'per score: all':>15}{'exp2':>6}{'fma':>6}{'other':>6}"
+    f"{'kernel':<12}{'form':<8}{'type':<6}{'D':>4}  {'rows×keys, warps, stages':<26}{'regs':>5}{'shared':>8}"
+    f"{'per SM':>7}{'spills':>7}{'waits':>6}{'barriers':>9}{'per score: all':>15}{'exp2':>6}{'fma':>6}{'other':>6}"
     "  matrix instructions"
 )
 
@@ -312,7 +339,8 @@ def _row(report: Report) -> str:
     )
     matrix = ", ".join(f"{count} {opcode}" for opcode, count in report.matrix.items())
     return (
-        f"{report.kernel:<12}{report.dtype:<6}{report.head_size:>4}  {name + (' *' if report.default else ''):<26}"
+        f"{report.kernel:<12}{report.form:<8}{report.dtype:<6}{report.head_size:>4}  "
+        f"{name + (' *' if report.default else ''):<26}"
         f"{report.registers:>5}{report.shared:>8}{report.programs:>7}{report.spills:>7}"
         f"{_blank(report.immediate_waits):>6}{_blank(report.barriers):>9}{figures}  {matrix}"
     )

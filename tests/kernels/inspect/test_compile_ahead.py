@@ -32,7 +32,7 @@ def compile_ahead(*options: str) -> subprocess.CompletedProcess[str]:
 
 def key(kernel: dict[str, Any]) -> tuple[Any, ...]:
     tile = tuple((kernel["tile"] or {}).values())
-    return kernel["arch"], kernel["kernel"], kernel["dtype"], kernel["head_size"], tile
+    return kernel["arch"], kernel["kernel"], kernel["form"], kernel["dtype"], kernel["head_size"], tile
 
 
 def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -50,12 +50,16 @@ def record() -> dict[tuple[Any, ...], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Reports on the default tiles, for 2-byte types at both head sizes and for fp32 at the smaller one."""
+    """Reports on the default tiles, for 2-byte types at both head sizes and for fp32 at the smaller one; the forms for
+    2-byte types at the smaller one.
+    """
     kernels = []
-    for dtype, sizes in (("bf16", "128,256"), ("fp32", "128")):
-        file = tmp_path_factory.mktemp("ahead") / f"{dtype}.json"
-        options = ("--arch", "sm_90", "--defaults", "--dtypes", dtype, "--head-sizes", sizes, "--json", str(file))
-        run = compile_ahead(*options)
+    for i, (dtype, sizes, forms) in enumerate(
+        (("bf16", "128,256", "plain"), ("fp32", "128", "plain"), ("bf16", "128", "window,softcap,all"))
+    ):
+        file = tmp_path_factory.mktemp("ahead") / f"{i}.json"
+        options = ("--arch", "sm_90", "--defaults", "--dtypes", dtype, "--head-sizes", sizes, "--forms", forms)
+        run = compile_ahead(*options, "--json", str(file))
         assert run.returncode == 0, run.stderr
         kernels += json.loads(file.read_text(encoding="utf-8"))["kernels"]
     return kernels
@@ -76,7 +80,9 @@ def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any
                 assert kernel["immediate_waits"] <= recorded["immediate_waits"], key(kernel)
                 assert kernel["barriers"] <= recorded["barriers"], key(kernel)
             assert any("GMMA" in opcode for opcode in kernel["matrix"]) == (kernel["dtype"] == "bf16"), key(kernel)
-    (row,) = [k for k in hopper if (k["kernel"], k["dtype"], k["head_size"]) == ("row", "bf16", 128)]
+    (row,) = [k for k in hopper if key(k)[1:-1] == ("row", "plain", "bf16", 128)]
+    (windowed,) = [k for k in hopper if key(k)[1:-1] == ("row", "window", "bf16", 128)]
+    assert windowed["per_score"]["all"] <= 1.02 * row["per_score"]["all"]  # the loop within the window has no masks
     assert row["per_score"]["all"] <= 8
     assert 1 <= row["per_score"]["exp2"] <= 1.05
     assert row["registers"] <= 128
@@ -94,12 +100,28 @@ def test_every_record_covers_every_shipped_tile(path: Path) -> None:
             for group, tiles in groups.items():
                 dtype, size = ("bf16", "fp32")[group.startswith("float")], int(group[-3:])
                 for tile in tiles:
-                    kernel = record[arch, name, dtype, size, tile]
+                    kernel = record[arch, name, "plain", dtype, size, tile]
                     assert kernel["default"] == (tile == tiles[0]), kernel
                     spilling = arch == "gfx942" or (path.stem == "triton-3.6.0" and arch != "sm_90")
                     assert kernel["spills"] == 0 or spilling, kernel
                     of_program = kernel["registers"], kernel["shared"], tile.warps
                     assert kernel["programs"] == MULTIPROCESSORS[arch].resident(*of_program), kernel
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)
+def test_every_record_has_the_forms_without_spills(path: Path) -> None:
+    from rhythm.kernels.inspect.compile_ahead import FORMS
+    from rhythm.kernels.tile_tables import TABLES
+
+    record = read(path)
+    assert list(FORMS) == ["plain", "window", "softcap", "all"]
+    for name in LOOPS:
+        for size in (128, 256):
+            default, *_ = TABLES["sm_90"][name][f"half{size}"]
+            for form in FORMS:
+                kernel = record["sm_90", name, form, "bf16", size, default]
+                assert kernel["spills"] == 0, kernel
+                assert kernel["default"]
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)
@@ -109,7 +131,7 @@ def test_two_programs_share_a_multiprocessor_of_hopper(path: Path, name: str) ->
     from rhythm.kernels.tile_tables import TABLES
 
     default = TABLES["sm_90"][name]["half128"][0]
-    kernel = read(path)["sm_90", name, "bf16", 128, default]
+    kernel = read(path)["sm_90", name, "plain", "bf16", 128, default]
     assert kernel["default"]
     assert kernel["programs"] >= 2
     assert kernel["spills"] == 0
@@ -136,6 +158,7 @@ def test_programs_per_multiprocessor() -> None:
     ("options", "message"),
     [
         (("--arch", "sm_70"), "--arch names 'sm_70'; allowed are sm_80, sm_90, sm_100, gfx942"),
+        (("--forms", "windows"), "--forms names 'windows'; allowed are plain, window, softcap, all"),
         (("--kernels", "row,rwo"), "--kernels names 'rwo'; allowed are row, row_values"),
         (("--head-sizes", "96"), "--head-sizes names '96'; allowed are 16, 32"),
     ],
