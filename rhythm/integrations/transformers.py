@@ -343,10 +343,10 @@ class _Masks(MaskReader):
         mask = call.mask
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return super().window(call)
-        if (id(mask), None) not in self._windows:
+        if (id(mask), None, None) not in self._windows:
             if not mask.equal(self.on(mask.device).real):
                 raise call.refusal("a padding mask other than that of the layers before")
-            self._windows[id(mask), None] = (mask, None)
+            self._windows[id(mask), None, None] = (mask, None)
         # Read as if there were no padding: what is left is whether the layer is causal.
         B, T = mask.shape
         everything = whole_batch(B, T, torch.zeros(B, dtype=torch.int64), [0] * B, mask.device)

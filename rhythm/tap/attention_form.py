@@ -1,8 +1,8 @@
 """Which attention a layer computes, read off the call that computes it; anything else is refused by name.
 
 The statistics are those of softmax(scale · q·kᵀ) over the keys up to the query, perhaps within a sliding
-window, perhaps with capped scores or with sinks. `attention_form` finds these in the call's mask and arguments. What
-arguments don't tell (a bias inside the module, a kernel that ignores an argument) is caught by
+window or a chunk, perhaps with capped scores or with sinks. `attention_form` finds these in the call's mask and
+arguments. What arguments don't tell (a bias inside the module, a kernel that ignores an argument) is caught by
 `rhythm.tap.output_check`, which compares some rows of the attention with what the model got.
 
 Shape suffixes: B sequences, T positions, H query heads, G key heads, V value heads, D head size, E value head size,
@@ -102,20 +102,25 @@ class AttentionCall:
 class AttentionForm:
     """Softmax over s ≤ t of score = scale·q_t·k_s, or of softcap·tanh(score / softcap) if there is a softcap.
 
-    With a window, keys at a distance t − s ≥ window are hidden. sinks [H]: one more logit in each row's denominator.
+    With a window, keys at a distance t − s ≥ window are hidden; with a chunk, keys of the sequence's earlier chunks of
+    that many tokens (chunks.py). sinks [H]: one more logit in each row's denominator.
     """
 
     scale: float
     window: int | None
     softcap: float | None
     sinks: Tensor | None = None
+    chunk: int | None = None
 
     def __str__(self) -> str:
+        chunk = "" if self.chunk is None else f", chunk={self.chunk}"
         sinks = "" if self.sinks is None else ", sinks"
-        return f"scale={self.scale}, window={self.window}, softcap={self.softcap}{sinks}"
+        return f"scale={self.scale}, window={self.window}, softcap={self.softcap}{chunk}{sinks}"
 
     def arguments(self, longest: int) -> dict[str, Any]:
-        """Of the ops, for sequences of at most `longest` tokens: a window that hides nothing is none."""
+        """Of the ops, for sequences of at most `longest` tokens: a window that hides nothing is none. The ops have no
+        chunks: sequences are cut at them.
+        """
         return {
             "scale": self.scale,
             "sliding_window": None if self.window is None or self.window >= longest else self.window,
@@ -168,7 +173,7 @@ class MaskReader:
         self._checks = checks
         self._elsewhere: dict[torch.device, PaddedBatch] = {}
         # The mask is kept with its window: an id is only good as long as its object lives.
-        self._windows: dict[tuple[int, int | None], tuple[object, int | None]] = {}
+        self._windows: dict[tuple[int, int | None, int | None], tuple[object, int | None]] = {}
 
     def on(self, device: torch.device) -> PaddedBatch:
         """The batch on a device, copied there once."""
@@ -184,17 +189,17 @@ class MaskReader:
         """
         mask = call.mask
         if (isinstance(mask, Tensor) and mask.ndim == 4) or isinstance(mask, BlockMask):
-            named = None if self._checks is None else _named_window(call)
-            if (id(mask), named) not in self._windows:
+            named, chunk = None if self._checks is None else _named_window(call), self.chunk(call)
+            if (id(mask), named, chunk) not in self._windows:
                 dense = self._dense(call, mask) if isinstance(mask, BlockMask) else mask
-                self._windows[id(mask), named] = (mask, self._window_of_mask(call, dense, named))
-            return self._windows[id(mask), named][1]
+                self._windows[id(mask), named, chunk] = (mask, self._window_of_mask(call, dense, named, chunk))
+            return self._windows[id(mask), named, chunk][1]
         if isinstance(mask, Tensor) and mask.ndim == 2 and "flash" in call.implementation:
             batch, refusal = self.on(mask.device), call.refusal("a padding mask other than the attention_mask given")
             if mask.shape != batch.real.shape:
                 raise refusal
-            if (id(mask), None) not in self._windows:
-                self._windows[id(mask), None] = (mask, None)
+            if (id(mask), None, None) not in self._windows:
+                self._windows[id(mask), None, None] = (mask, None)
                 (self._checks or ImmediateChecks()).refuse_if((mask.bool() != batch.real).any(), refusal)
         elif mask is not None:
             kind = f"{mask.ndim}D tensor" if isinstance(mask, Tensor) else type(mask).__name__
@@ -209,6 +214,17 @@ class MaskReader:
         window = call.effective_option("sliding_window")
         return None if window is None else int(window)
 
+    def chunk(self, call: AttentionCall) -> int | None:
+        """Tokens of the chunks that the layer's configuration names; None where no sequence has two of them. That the
+        mask has them is one of the checks in `window`.
+        """
+        config = getattr(call.module, "config", None)
+        kinds, chunk = getattr(config, "layer_types", None), getattr(config, "attention_chunk_size", None)
+        if kinds is None or call.layer is None or kinds[call.layer] != "chunked_attention" or not chunk:
+            return None
+        masked = isinstance(call.mask, BlockMask) or (isinstance(call.mask, Tensor) and call.mask.ndim == 4)
+        return int(chunk) if masked and chunk < self.batch.host.longest else None
+
     def _dense(self, call: AttentionCall, mask: BlockMask) -> Tensor:
         """A BlockMask as the bool [B, 1, T, T] mask it describes, T² bytes per sequence while it is checked."""
         batches, heads, queries, keys = mask.shape
@@ -217,8 +233,10 @@ class MaskReader:
             raise call.refusal(f"a BlockMask of shape {list(mask.shape)} for {B} sequences of {T} positions")
         return create_mask(mask.mask_mod, batches, 1, T, T, device=str(call.query.device))
 
-    def _window_of_mask(self, call: AttentionCall, mask: Tensor, named: int | None) -> int | None:
-        """The window of a 4D mask, which must be the causal mask of the batch, perhaps with a sliding window."""
+    def _window_of_mask(self, call: AttentionCall, mask: Tensor, named: int | None, chunk: int | None) -> int | None:
+        """The window of a 4D mask, which must be the causal mask of the batch, perhaps with a sliding window, or that
+        of its chunks.
+        """
         batch = self.on(mask.device)
         T = batch.real.shape[1]
         if mask.shape[-2:] != (T, T):
@@ -226,16 +244,21 @@ class MaskReader:
         if not mask.is_floating_point() and mask.dtype != torch.bool:
             raise call.refusal(f"a 4D mask of dtype {mask.dtype}")
         visible = mask == 0 if mask.is_floating_point() else mask
-        if self._checks is None:
+        if chunk is not None:
+            window = None
+        elif self._checks is None:
             window = _window_seen(visible, batch)
         else:
             window = named if named is not None and named < batch.host.longest else None
-        _check_mask(call, mask, visible, batch, window, self._checks or ImmediateChecks())
+        _check_mask(call, mask, visible, batch, window, chunk, self._checks or ImmediateChecks())
         return window
 
 
-def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
+def attention_form(call: AttentionCall, masks: MaskReader, *, chunks: bool = False) -> AttentionForm:
     """The form of the attention that the call computes among the tokens of the batch.
+
+    Args:
+        chunks: whether the caller can deal with chunks; else they are refused.
 
     Raises:
         UnsupportedAttention: it has no such form, or an argument may change the scores in a way unknown here.
@@ -263,7 +286,10 @@ def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
         scale = call.query.shape[-1] ** -0.5
     if not isinstance(scale, int | float):
         raise call.refusal(f"a softmax scale that is not one number but a {type(scale).__name__}")
-    return AttentionForm(float(scale), masks.window(call), call.effective_option("softcap"), _sinks(call))
+    chunk = masks.chunk(call)
+    if chunk is not None and not chunks:
+        raise call.refusal(f"attention in chunks of {chunk} tokens, which observe and AttentionTap alone can read")
+    return AttentionForm(float(scale), masks.window(call), call.effective_option("softcap"), _sinks(call), chunk)
 
 
 def _sinks(call: AttentionCall) -> Tensor | None:
@@ -306,9 +332,15 @@ def _window_seen(visible: Tensor, batch: PaddedBatch) -> int | None:
 
 
 def _check_mask(
-    call: AttentionCall, mask: Tensor, visible: Tensor, batch: PaddedBatch, window: int | None, checks: DeferredChecks
+    call: AttentionCall,
+    mask: Tensor,
+    visible: Tensor,
+    batch: PaddedBatch,
+    window: int | None,
+    chunk: int | None,
+    checks: DeferredChecks,
 ) -> None:
-    """Refuses a mask other than the causal one of the batch, with the window if there is one."""
+    """Refuses a mask other than the causal one of the batch, with the window or the chunks if there are some."""
     if mask.is_floating_point():
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         checks.refuse_if(~(visible | hidden).all(), call.refusal("a position bias (in the mask)"))
@@ -323,6 +355,9 @@ def _check_mask(
             visible_RT &= distance_RT < window
         if batch.one_row:
             visible_RT &= batch.sequence[rows, None] == batch.sequence
+        if chunk is not None:
+            chunk_BT = batch.positions // chunk
+            visible_RT = visible_RT & (chunk_BT[:, None, rows, None] == chunk_BT[:, None, None])
         key_B11T, query_B1R1 = batch.real[:, None, None, :], batch.real[:, None, rows, None]
         seen_BHRT = visible[:, :, rows] & query_B1R1
         ahead = ahead | (seen_BHRT & key_B11T & (distance_RT < 0)).any()

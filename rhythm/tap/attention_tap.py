@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.ops import arguments
-from rhythm.ops.statistics import attention_statistics
+from rhythm.ops.statistics import AttentionStatistics, attention_statistics
 from rhythm.tap.attention_form import (
     AttentionCall,
     AttentionForm,
@@ -26,6 +26,7 @@ from rhythm.tap.attention_form import (
     UnsupportedAttention,
     attention_form,
 )
+from rhythm.tap.chunks import chunked_statistics
 from rhythm.tap.interception import Output, checked_layers, format_layers, intercept_attention, text_config
 from rhythm.tap.output_check import check_output
 from rhythm.tap.padding import PaddedBatch, check_one_of, integers, whole_batch
@@ -58,8 +59,7 @@ class AttentionTap:
     attention implementation in model.config, leaving puts it back. A compiled model is compiled once more for
     the tap, with a graph break at each attention.
 
-    Memory is O(heads · T), with sliding windows, capped scores and sinks too. On a GPU these three go through the
-    reference, O(heads · T²) memory.
+    Memory is O(heads · T), with sliding windows, chunks, capped scores and sinks too.
 
     Threads: taps on different models are independent. A model has at most one open tap, whichever thread
     opened it, and should run nothing but that tap's forward pass meanwhile.
@@ -68,7 +68,7 @@ class AttentionTap:
     of the attention) is therefore checked in `signals`, which waits for it once; an attention_mask on the device is
     read once, on construction.
 
-    Refused by name: biases, chunked or bidirectional attention, cross-attention, attention
+    Refused by name: biases, bidirectional attention, cross-attention, attention
     dropout in train mode, layers without attention, packed rows, masks other than the causal or
     sliding-window mask of attention_mask (the window being the one that the layer's arguments or configuration
     name), arguments of the attention function that are not known, and any attention whose output is not that of
@@ -223,7 +223,7 @@ class AttentionTap:
             B, _, T, _ = call.query.shape
             batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)
             self._masks = MaskReader(batch, self._checks)
-        form = attention_form(call, self._masks)
+        form = attention_form(call, self._masks, chunks=True)
         result = call.run()
         # Autocast around the forward pass would take the statistics to low precision as well.
         with self.watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
@@ -236,6 +236,18 @@ class AttentionTap:
 
     def _layer_statistics(self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch) -> _LayerStatistics:
         q_BTHD, k_BTGD = call.query.transpose(1, 2), call.key.transpose(1, 2)
+        if form.chunk is not None:
+            got = chunked_statistics(
+                batch.packed(q_BTHD),
+                batch.packed(k_BTGD),
+                batch,
+                form.chunk,
+                window=self._options.window,
+                horizon=self._options.horizon,
+                backend=self._options.backend,
+                **form.arguments(batch.host.longest),
+            )
+            return self._of_packed(got, batch)
         # Without padding the kernels read the layer's own tensors.
         whole = batch.is_whole
         got = attention_statistics(
@@ -251,5 +263,10 @@ class AttentionTap:
         assert got.span is not None
         if whole:
             return _LayerStatistics(got.span.float(), got.waad.float(), got.fai.float())
+        return self._of_packed(got, batch)
+
+    @staticmethod
+    def _of_packed(got: AttentionStatistics, batch: PaddedBatch) -> _LayerStatistics:
+        assert got.span is not None
         waad_BHT, fai_BHT = (batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (got.waad, got.fai))
         return _LayerStatistics(got.span.float(), waad_BHT, fai_BHT)

@@ -30,7 +30,7 @@ Receiver = Callable[[AttentionCall], Output]
 
 PREFIX = "rhythm_tap|"
 PREFIX_WITHOUT_MASKS = "rhythm_rows|"
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,13 @@ def check_output(
     if output.shape[:3] != (B, T, H):
         raise call.refusal(f"an attention output of shape {list(output.shape)}, not [{B}, {T}, {H}, …]")
     query, key, value, real_BT, first, lens = call.query, call.key, call.value, batch.real, batch.first, batch.lens
+    position_BT = batch.positions
     if len(lens) > CHECKED_SEQUENCES:
         some = torch.linspace(0, len(lens) - 1, CHECKED_SEQUENCES, device=lens.device).round().long()
         first, lens = first[some], lens[some]
         if not batch.one_row:
-            query, key, value, output, real_BT = (x[some] for x in (query, key, value, output, real_BT))
+            query, key, value, output = (x[some] for x in (query, key, value, output))
+            real_BT, position_BT = real_BT[some], position_BT[some]
     B = len(query)  # rows that are looked at, with P probes in each: three of each sequence
     row_B1 = torch.arange(B, device=output.device)[:, None]
     step_BP = torch.stack([torch.zeros_like(lens), lens // 2, lens - 1], dim=1)
@@ -73,6 +75,9 @@ def check_output(
         visible_BPT &= distance_BPT <= (probed_BP - first.repeat_interleave(3))[..., None]
     if form.window is not None:
         visible_BPT &= distance_BPT < form.window
+    if form.chunk is not None:
+        chunk_BT = position_BT // form.chunk
+        visible_BPT &= chunk_BT.gather(1, probed_BP)[:, :, None] == chunk_BT[:, None]
     score_BPHT = score_BPHT.masked_fill(~visible_BPT[:, :, None], -torch.inf)
     if form.sinks is not None:
         sink_BPH1 = form.sinks.float()[:, None].expand(*score_BPHT.shape[:-1], 1)

@@ -42,11 +42,6 @@ def llama(implementation: str = "sdpa", **config: Any) -> Any:
     return model
 
 
-def llama4() -> Any:
-    config = SIZES | GQA | {"num_local_experts": 2, "intermediate_size_mlp": 32, "pad_token_id": None}
-    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**config))
-
-
 def bloom() -> Any:
     return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=4, n_head=4))
 
@@ -78,7 +73,6 @@ def refused(message: str) -> Any:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (llama4, "llama4_text: can't read the attention of layers 1 (chunked_attention), 2 (chunked_attention)"),
         (bloom, "bloom: its attention does not go through transformers' attention interface"),
         (t5, "t5: an encoder-decoder"),
         (bert, "bert, layer 1: bidirectional attention"),

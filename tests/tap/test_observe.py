@@ -92,6 +92,13 @@ def phi3() -> Any:
     return transformers.Phi3ForCausalLM(config)
 
 
+def llama4(chunk: int = 7) -> Any:  # chunks in three layers of four
+    config = transformers.Llama4TextConfig(
+        **SIZES, **GQA, num_local_experts=2, intermediate_size_mlp=32, pad_token_id=None, attention_chunk_size=chunk
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": qwen3,
     "llama": llama,
@@ -104,6 +111,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mistral": mistral,
     "qwen2, windows": qwen2,
     "phi3": phi3,
+    "llama4, chunks": llama4,
+    "llama4, chunk as long": lambda: llama4(24),
 }
 
 
