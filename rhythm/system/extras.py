@@ -25,6 +25,7 @@ EXTRAS = {
     "pyarrow": "tasks",
     "reasoning_gym": "tasks",
     "trl": "trl",
+    "kvpress": "kvpress",
     "megatron": "cluster",
     "psutil": "cluster",
     "ray": "cluster",
