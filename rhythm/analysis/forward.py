@@ -33,6 +33,7 @@ from rhythm.tap.signals_config import SignalsConfig
 
 LOGIT_ELEMENTS = 2**24  # fp32 logits held at a time: 64 MB
 LEAST_LAYERS = 3
+SINK_KEYS = 4  # first tokens of the sequence, those of sink_mass
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LayerHeads:
     """The heads of one layer on one response, fp32 on the CPU.
 
     Attributes:
-        span, kurtosis, kurtosis_sentence: [H].
+        span, kurtosis, kurtosis_sentence, entropy, sink_mass, prompt_mass: [H].
         waad, fai: [H, M]; None outside the pool.
         attention: computes attention weights on demand; None outside the pool.
     """
@@ -48,6 +49,9 @@ class LayerHeads:
     span: Tensor
     kurtosis: Tensor
     kurtosis_sentence: Tensor
+    entropy: Tensor
+    sink_mass: Tensor
+    prompt_mass: Tensor
     waad: Tensor | None
     fai: Tensor | None
     attention: ObservedAttention | None
@@ -133,8 +137,12 @@ class Observer:
         lo, _ = self._signals.horizon
         options: dict[str, Any] = {"window": self._signals.window, "horizon": self._signals.horizon}
         backend, of_form = self._signals.backend, form.arguments(query_NHD.shape[0])
+        options |= {"also": ("entropy", "first_mass", "prompt_mass"), "first": SINK_KEYS}
         got = attention_statistics(query_NHD, key_NGD, prompt_lens=[prompt_len], backend=backend, **options, **of_form)
         assert got.span is not None
+        assert got.entropy is not None
+        assert got.first_mass is not None
+        assert got.prompt_mass is not None
         span_H, waad_HN, fai_HN, lse_HN = got.span[0], got.waad, got.fai, got.lse
         received_HN = column_scores(
             query_NHD,
@@ -159,6 +167,9 @@ class Observer:
             span=span_H.float().cpu(),
             kurtosis=excess_kurtosis(received_HN[:, prompt_len:]).float().cpu(),
             kurtosis_sentence=excess_kurtosis(between_HS).float().cpu(),
+            entropy=got.entropy[:, prompt_len:].mean(dim=1).float().cpu(),
+            sink_mass=got.first_mass[:, prompt_len:].mean(dim=1).float().cpu(),
+            prompt_mass=got.prompt_mass[:, prompt_len:].mean(dim=1).float().cpu(),
             waad=waad_HN[:, prompt_len:].float().cpu() if in_pool else None,
             fai=fai_HN[:, prompt_len:].float().cpu() if in_pool else None,
             attention=attention if in_pool else None,

@@ -21,6 +21,10 @@ FIELDS: dict[SetName, str] = {
 }
 
 
+MEANS = ("span", "kurtosis", "kurtosis_sentence", "entropy", "sink_mass", "prompt_mass")
+"""Fields of ResponseHeads, and of Heads as means over the responses."""
+
+
 @dataclass
 class _Sharing:
     """Computes how much the sets of different problems have in common, with the memory of one head map.
@@ -86,10 +90,11 @@ def summarize_heads(
     sharing: dict[SetName, _Sharing] = {}
     overlaps: dict[SetName, list[tuple[float, float]]] = {"receiver": [], "receiver_sentence": []}
     for problem, heads in responses:
-        for name in ("span", "kurtosis", "kurtosis_sentence"):
-            values = np.array(getattr(heads, name), dtype=float)
+        shape = np.shape(heads.span)
+        for name in MEANS:
+            given = getattr(heads, name)
+            values = np.array(given, dtype=float) if given else np.full(shape, math.nan)
             means.setdefault(name, _Mean(np.zeros_like(values), np.zeros_like(values))).add(values)
-            shape = values.shape
         for set_name, attribute in FIELDS.items():
             sharing.setdefault(set_name, _Sharing(np.zeros(shape), np.zeros(shape))).add(
                 problem, getattr(heads, attribute)
@@ -123,6 +128,7 @@ def summarize_heads(
         kurtosis_sentence=_map(kurtosis_sentence),
         sets=tuple(_summary(name, pooled[name], sharing[name], pool) for name in FIELDS),
         overlaps=tuple(_overlap(name, pooled, overlaps[name], random, resamples, rng) for name in names),
+        **{name: _map(means[name].value()) for name in MEANS[3:]},
     )
 
 

@@ -107,6 +107,7 @@ def observe_response(
             receiver=pool.named(receivers_n),
             receiver_sentence=pool.named(receivers_sentence_n),
             sentences=max(sentences) + 1,
+            **{name: _head_map(seen, observer, name) for name in ("entropy", "sink_mass", "prompt_mass")},
         ),
         maps=_maps(pool, local, global_, len(prompt_ids)) if maps else None,
     )

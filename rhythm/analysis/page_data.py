@@ -131,8 +131,13 @@ def heads_data(heads: Heads) -> Json:
         ("span", "Mean span", "entropy", True, heads.span),
         ("kurtosis", "Kurtosis", "receiver", True, heads.kurtosis),
         ("kurtosis_sentence", "Kurtosis, sentences", "receiver", True, heads.kurtosis_sentence),
+        ("attention_entropy", "Attention entropy", "entropy", False, heads.entropy),
+        ("sink_mass", "Sink mass", "local", False, heads.sink_mass),
+        ("prompt_mass", "Prompt mass", "global", False, heads.prompt_mass),
         *((s.name, f"In {SETS[s.name][0]} sets", SETS[s.name][1], False, s.chosen) for s in heads.sets),
     ]
+
+    quantities = [quantity for quantity in quantities if quantity[-1]]  # earlier versions had none of some
 
     def notes(layer: int, head: int) -> list[str]:
         texts = [
@@ -140,6 +145,10 @@ def heads_data(heads: Heads) -> Json:
             f"kurtosis {format_number(heads.kurtosis[layer][head])}, "
             f"of sentences {format_number(heads.kurtosis_sentence[layer][head])}",
         ]
+        if heads.entropy:
+            texts.append(f"attention entropy {format_number(heads.entropy[layer][head])} nats")
+            shares = (("first 4 tokens", heads.sink_mass), ("prompt", heads.prompt_mass))
+            texts += [f"{format_percent(of_heads[layer][head])} on the {where}" for where, of_heads in shares]
         for summary in heads.sets:
             if not math.isnan(share := summary.chosen[layer][head]):
                 belongs = (layer, head) in members[summary.name]

@@ -95,6 +95,8 @@ class ResponseHeads:
         receiver, receiver_sentence: heads of the pool with the largest kurtosis; by default as many as global heads,
             none where it is undefined.
         sentences: number of sentences in the response.
+        entropy: [L][H] entropy of a row's attention, nats; sink_mass, prompt_mass: [L][H] the share of it on the first
+            four tokens and on the prompt. Means over the response's rows; empty in results of earlier versions.
     """
 
     span: HeadMap
@@ -105,6 +107,9 @@ class ResponseHeads:
     receiver: tuple[Head, ...]
     receiver_sentence: tuple[Head, ...]
     sentences: int
+    entropy: HeadMap = ()
+    sink_mass: HeadMap = ()
+    prompt_mass: HeadMap = ()
 
 
 @dataclass(frozen=True)
@@ -329,7 +334,8 @@ class Heads:
 
     Attributes:
         layers, heads: L and H; pool_layers: layers whose heads form the pool.
-        span, kurtosis, kurtosis_sentence: [L][H] means over the responses where they are defined.
+        span, kurtosis, kurtosis_sentence, entropy, sink_mass, prompt_mass: [L][H] means over the responses where they
+            are defined; the last three may be empty.
         sets: local, global, receiver, receiver_sentence.
         overlaps: receiver and receiver_sentence with global.
     """
@@ -342,6 +348,9 @@ class Heads:
     kurtosis_sentence: HeadMap
     sets: tuple[SetSummary, ...]
     overlaps: tuple[Overlap, ...]
+    entropy: HeadMap = ()
+    sink_mass: HeadMap = ()
+    prompt_mass: HeadMap = ()
 
     def set(self, name: str) -> SetSummary:
         """The set with this name."""

@@ -86,6 +86,8 @@ def trial_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
 def head_rows(heads: Heads) -> Iterator[dict[str, Any]]:
     """One dictionary per head of the model."""
     members = {summary.name: set(summary.heads) for summary in heads.sets}
+    more = {"entropy": heads.entropy, "sink_mass": heads.sink_mass, "prompt_mass": heads.prompt_mass}
+    more = {name: of_heads for name, of_heads in more.items() if of_heads}
     for layer in range(heads.layers):
         for head in range(heads.heads):
             yield {
@@ -95,6 +97,7 @@ def head_rows(heads: Heads) -> Iterator[dict[str, Any]]:
                 "span": heads.span[layer][head],
                 "kurtosis": heads.kurtosis[layer][head],
                 "kurtosis_sentence": heads.kurtosis_sentence[layer][head],
+                **{name: of_heads[layer][head] for name, of_heads in more.items()},
                 **{name: (layer, head) in those for name, those in members.items()},
                 **{f"{summary.name}_chosen": summary.chosen[layer][head] for summary in heads.sets},
             }

@@ -175,6 +175,9 @@ def invented_heads() -> Heads:
             Overlap("receiver", 0.66, Interval(0.5, 0.8), 0.25, 0.667),
             Overlap("receiver_sentence", 0.5, Interval(math.nan, math.nan), 0.25, 0.5),
         ),
+        entropy=grid(lambda i, h: 0.5 * i + h),
+        sink_mass=grid(lambda i, h: 0.1 * h),
+        prompt_mass=grid(lambda i, h: 0.2 + 0.1 * h),
     )
 
 

@@ -99,6 +99,10 @@ def test_spans_and_kurtosis_of_every_layer(kind: str) -> None:
         kurtosis = excess_kurtosis(received[:, PROMPT:]).float()
         torch.testing.assert_close(layer.kurtosis, kurtosis, rtol=1e-3, atol=1e-4, equal_nan=True)
         assert layer.kurtosis_sentence.isnan().all()  # of a single sentence
+        rows = weights[:, PROMPT:]
+        torch.testing.assert_close(layer.entropy, torch.special.entr(rows).sum(-1).mean(-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.sink_mass, rows[..., :4].sum(-1).mean(-1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.prompt_mass, rows[..., :PROMPT].sum(-1).mean(-1), rtol=1e-4, atol=1e-6)
         assert (layer.attention is None) == (call.layer not in (2, 3, 4))
 
 

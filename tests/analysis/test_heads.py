@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,14 @@ def test_overlap_of_receivers_with_global_heads() -> None:
     assert result.set("receiver").responses == 2
     assert math.isnan(sentence.share)
     assert result.set("receiver_sentence").responses == 0
+
+
+def test_results_of_earlier_versions_lack_the_masses() -> None:
+    old, new = heads(), replace(heads(), sink_mass=((0.1,) * 4, (0.2, 0.4, nan, 0.8)))
+    assert summary((1, replace(new, sink_mass=((0.3,) * 4,) * 2)), (2, new), (3, old)).sink_mass[1] == pytest.approx(
+        (0.25, 0.35, 0.3, 0.55)
+    )
+    assert all(math.isnan(x) for row in summary((1, old)).entropy for x in row)
 
 
 def test_means_are_over_the_defined() -> None:

@@ -187,12 +187,16 @@ def test_heads_show_their_sets_and_numbers(browser: webdriver.Chrome, invented: 
     by_span = browser.execute_script(fill)
     point_at(browser, "#heads-map [data-layer='2'][data-head='3'] rect")
     assert texts(browser, "#caption-heads")[0].startswith(
-        "Layer 2, head 3: span 34 tokens · kurtosis 10, of sentences –"
+        "Layer 2, head 3: span 34 tokens · kurtosis 10, of sentences – · attention entropy 4 nats · "
+        "30.0% on the first 4 tokens · 50.0% on the prompt"
     )
     # What is undefined everywhere can't be chosen.
     assert attributes(browser, "#head-picks button", "data-quantity") == [
         "span",
         "kurtosis",
+        "attention_entropy",
+        "sink_mass",
+        "prompt_mass",
         "local",
         "global",
         "receiver",
