@@ -64,7 +64,8 @@ class CoreAttention(nn.Module):
         packed_seq_params: Any = None,
     ) -> Any:
         if packed_seq_params is None:
-            hidden = [None] * query.shape[1] if attention_mask is None else attention_mask[:, 0]
+            masked = attention_mask is not None and attention_mask.ndim == 4
+            hidden = attention_mask[:, 0] if masked else [None] * query.shape[1]
             parts = [self._of_one(query[:, b], key[:, b], value[:, b], hidden[b]) for b in range(query.shape[1])]
             out, lse = (torch.stack(x, dim=1) for x in zip(*parts, strict=True))
             return out.flatten(2)

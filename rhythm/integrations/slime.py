@@ -11,8 +11,6 @@ Shape suffixes: B samples of this data rank, T tokens of the longest one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,14 +20,13 @@ from rhythm.integrations.adapter import (
     credit_of_process,
     gammas,
     require,
-    response_mask,
     shaped,
     sum_over,
     written_by_model,
 )
+from rhythm.integrations.megatron_rows import attach_by_tokens, response_signals
 from rhythm.seeds import generator
-from rhythm.tap.megatron import MegatronTap, attach, data_group
-from rhythm.tap.megatron_layers import MicroBatch
+from rhythm.tap.megatron import MegatronTap, data_group
 
 
 class _Open:
@@ -57,7 +54,8 @@ def before_log_probs(args: Any, model: Sequence[nn.Module], store_prefix: str) -
         kept = getattr(args, "use_rollout_entropy", False)
         require(kept, "use_rollout_entropy", kept, "set", "the strategy reads the entropies of the log-prob pass")
     if "attention" in credit.config.reads:
-        _Open.tap = attach(model, credit.signals, locate=_packed_rows)
+        # The loss mask stands at the position before each token.
+        _Open.tap = attach_by_tokens(model, credit.signals, shift=1)
 
 
 def shape_advantages(args: Any, rollout_id: int, rollout_data: dict[str, Any]) -> None:
@@ -76,14 +74,11 @@ def shape_advantages(args: Any, rollout_id: int, rollout_data: dict[str, Any]) -
             "of the loss; set --get-mismatch-metrics, and --custom-megatron-before-log-prob-hook-path "
             "rhythm.integrations.slime.before_log_probs"
         )
-    lens, response_lens = rollout_data["total_lengths"], rollout_data["response_lengths"]
     masks = rollout_data["loss_masks"]
+    counts = written_by_model(masks)
     statistics: dict[str, Sequence[Tensor]] = {}
     if tap is not None:
-        mask_BT = response_mask(lens, response_lens, written_by_model(masks))
-        signals = tap.signals(mask_BT, [_name(tokens) for tokens in rollout_data["tokens"]])
-        for name, value_BT in (("waad", signals.waad), ("fai", signals.fai)):
-            statistics[name] = [x[n - r : n] for x, n, r in zip(value_BT, lens, response_lens, strict=True)]
+        statistics |= response_signals(tap, rollout_data["tokens"], rollout_data["response_lengths"], counts)
     if "advantages" not in rollout_data:  # not the last stage
         return
     if "entropy" in credit.config.reads:
@@ -103,21 +98,3 @@ def _close() -> None:
     if _Open.tap is not None:
         _Open.tap.detach()
     _Open.tap = None
-
-
-def _name(tokens: Tensor) -> str:
-    return blake2b(tokens.cpu().long().numpy().tobytes(), digest_size=16).hexdigest()
-
-
-def _packed_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
-    """Which samples a forward pass runs: they are known by their tokens, and their prompts by the loss mask, which
-    stands at the position before each token that counts.
-    """
-    bounds = kwargs["packed_seq_params"].cu_seqlens_q.tolist()
-    tokens_T, counts_T = kwargs["input_ids"][0].cpu(), kwargs["loss_mask"][0].cpu()
-    segments = [(tokens_T[a:b], counts_T[a:b].nonzero().flatten().tolist()) for a, b in pairwise(bounds)]
-    if not segments[-1][1] and not segments[-1][0].any():
-        del segments[-1]  # slime's padding to a multiple
-    lens = [len(tokens) for tokens, _ in segments]
-    prompts = [1 + counted[0] if counted else len(tokens) for tokens, counted in segments]
-    return MicroBatch([_name(tokens) for tokens, _ in segments], lens, prompts)

@@ -1,0 +1,75 @@
+"""Rows of a batch that a Megatron trainer packs, orders and cuts as it likes: they are found again by their tokens.
+
+Shape suffixes: B sequences of a forward pass, S positions of a padded row, T of a packed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from rhythm.integrations.adapter import response_mask
+from rhythm.tap.megatron import MegatronTap, attach
+from rhythm.tap.megatron_layers import MicroBatch
+from rhythm.tap.signals_config import SignalsConfig
+
+
+def attach_by_tokens(chunks: Sequence[nn.Module], signals: SignalsConfig, shift: int) -> MegatronTap:
+    """A tap on every forward pass whose arguments are input_ids, loss_mask and packed_seq_params or a 2D attention_mask
+    (1 on tokens).
+
+    Args:
+        shift: how many positions before a token its place in loss_mask is.
+    """
+    return attach(chunks, signals, locate=partial(_located, shift))
+
+
+def response_signals(
+    tap: MegatronTap,
+    tokens: Sequence[Tensor],
+    response_lens: Sequence[int],
+    counts: Sequence[bool],
+) -> dict[str, list[Tensor]]:
+    """WAAD and FAI of each response, [R]. A collective of the ranks that the model is split over.
+
+    Args:
+        tokens: [n] of each row of the batch.
+        response_lens: how many of them, at the end, are the response.
+        counts: whether the loss counts it.
+    """
+    lens = [len(row) for row in tokens]
+    signals = tap.signals(response_mask(lens, response_lens, counts), [_name(row) for row in tokens])
+    return {
+        name: [row[n - r : n] for row, n, r in zip(value, lens, response_lens, strict=True)]
+        for name, value in (("waad", signals.waad), ("fai", signals.fai))
+    }
+
+
+def _name(tokens: Tensor) -> str:
+    return blake2b(tokens.cpu().long().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _located(shift: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
+    """The rows of a forward pass. A response begins with the first token that counts."""
+    ids, counted, packed = kwargs["input_ids"].cpu(), kwargs["loss_mask"].cpu(), kwargs["packed_seq_params"]
+    first: list[int] | None = None
+    if packed is None:
+        lens = kwargs["attention_mask"].sum(dim=-1).tolist()
+        rows = [(ids[row, :n], counted[row, :n]) for row, n in enumerate(lens)]
+    else:
+        lens = [end - start for start, end in pairwise(packed.cu_seqlens_q.tolist())]
+        padded = getattr(packed, "cu_seqlens_q_padded", None)
+        first = (packed.cu_seqlens_q if padded is None else padded).tolist()[:-1]
+        rows = [
+            (ids[0, start : start + n], counted[0, start : start + n]) for start, n in zip(first, lens, strict=True)
+        ]
+        if not rows[-1][1].any() and not rows[-1][0].any():  # padding to a multiple, as a segment of its own
+            del rows[-1], lens[-1], first[-1]
+    places = [mask.nonzero().flatten().tolist() for _, mask in rows]
+    prompts = [shift + found[0] if found else n for found, n in zip(places, lens, strict=True)]
+    return MicroBatch([_name(tokens) for tokens, _ in rows], lens, prompts, first)
