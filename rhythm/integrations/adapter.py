@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -20,6 +21,8 @@ from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.signals import RhythmSignals
 from rhythm.system.extras import needs
+from rhythm.tap.attention_tap import AttentionTap
+from rhythm.tap.observe import response_entropy
 from rhythm.tap.rhythm_credit import RhythmCredit
 from rhythm.tap.signals_config import SignalsConfig
 
@@ -133,11 +136,23 @@ def _padded(values: Sequence[Tensor]) -> Tensor:
 
 
 def read_rows(
-    credit: RhythmCredit, model: nn.Module, input_ids_BT: Tensor, mask_BT: Tensor, prompt_lens_B: Tensor, rows: int
+    credit: RhythmCredit,
+    model: nn.Module,
+    input_ids_BT: Tensor,
+    mask_BT: Tensor,
+    prompt_lens_B: Tensor,
+    rows: int,
+    sharded: nn.Module | None = None,
 ) -> tuple[RhythmSignals | None, Tensor | None]:
-    """What the strategy reads of a transformers model, as `RhythmCredit.read`, by passes over `rows` rows at a time."""
+    """What the strategy reads of a transformers model, as `RhythmCredit.read`, by passes over `rows` rows at a time.
+
+    sharded: the module to call in place of the model that it wraps, where parameters are gathered by the hooks of
+    FSDP or ZeRO-3: a pass then runs to its end, and all ranks must make as many.
+    """
     parts = [
         credit.read(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
+        if sharded is None
+        else _whole_pass(credit, model, sharded, input_ids, mask, prompt_lens)
         for input_ids, mask, prompt_lens in zip(
             *(torch.split(x, rows) for x in (input_ids_BT, mask_BT, prompt_lens_B)), strict=True
         )
@@ -145,6 +160,25 @@ def read_rows(
     signals = [part for part, _ in parts if part is not None]
     entropies = [entropy for _, entropy in parts if entropy is not None]
     return RhythmSignals.cat(signals) if signals else None, torch.cat(entropies) if entropies else None
+
+
+@torch.no_grad()
+def _whole_pass(
+    credit: RhythmCredit, model: nn.Module, sharded: nn.Module, input_ids: Tensor, mask: Tensor, prompt_lens: Tensor
+) -> tuple[RhythmSignals | None, Tensor | None]:
+    where: dict[str, Any] = {"attention_mask": mask, "prompt_lens": prompt_lens}
+    reads = credit.config.reads
+    if "entropy" in reads:
+        entropy = response_entropy(sharded, input_ids, **where)
+        if "attention" not in reads:
+            return None, entropy
+        raise ValueError("a strategy that reads both attention and entropy is not supported on sharded parameters")
+    if not reads:
+        return None, None
+    tap = AttentionTap(model, signals=credit.signals, groups=credit.groups, **where)
+    with tap:
+        sharded(input_ids, attention_mask=mask.long(), position_ids=tap.batch.positions, use_cache=False)
+    return tap.signals(), None
 
 
 def sum_over(group: distributed.ProcessGroup | None, device: torch.device) -> Callable[[Tensor], Tensor]:
