@@ -20,6 +20,7 @@ from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.eval_mode import evaluating
+from rhythm.integrations.adapter import ONE_RATIO, read_rows
 from rhythm.system.extras import needs
 from rhythm.tap.rhythm_credit import RhythmCredit
 
@@ -37,7 +38,8 @@ REFUSED_INPUTS = {  # in what TRL makes of a batch
 class RhythmGRPOTrainer(GRPOTrainer):
     """GRPOTrainer that multiplies advantages by γ, token by token (eq. 12).
 
-    A forward pass of the policy, without gradients and no further than the last sampled layer, gives the signals of
+    A forward pass of the policy, without gradients and no further than the last sampled layer (to its end where FSDP or
+    ZeRO-3 shards parameters), gives the signals of
     each generated batch, `per_device_train_batch_size` (or `…_eval_…`) rows at a time; γ is computed from them
     once and used by all optimizer steps on that batch. Everything else is TRL's; with `credit=None` the results are
     TRL's, bit for bit.
@@ -52,8 +54,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     Raises:
         ValueError: on construction: a credit of another type; `importance_sampling_level="sequence"`, whose gradient
-            gives all tokens of a response the same advantage; the strategy "entropy" at a temperature other than 1;
-            parameters sharded by FSDP or DeepSpeed ZeRO-3, whose hooks a pass that stops early would leave half done.
+            gives all tokens of a response the same advantage; the strategy "entropy" at a temperature other than 1.
             In training: images, tools or environments, whose tokens are not all text that the model wrote.
         UnsupportedAttention (a ValueError): in training: see `observe`.
     """
@@ -71,8 +72,6 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if self.credit is not None:
             _check_credit(self.credit, args)
         super().__init__(model, reward_funcs, args, *rest, **options)
-        if self.credit is not None:
-            _check_sharding(self)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -111,16 +110,9 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if credit.groups is None and credit.signals.per == "batch":  # the spans of all rows choose the heads
             rows = len(input_ids_BT)
         model = self.accelerator.unwrap_model(self.model)
+        sharded = self.model if _is_sharded(self) else None
         with evaluating(model), self.accelerator.autocast():
-            parts = [
-                credit.read(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
-                for input_ids, mask, prompt_lens in zip(
-                    *(torch.split(x, rows) for x in (input_ids_BT, mask_BT, prompt_lens_B)), strict=True
-                )
-            ]
-        signals = [part for part, _ in parts if part is not None]
-        entropies = [entropy for _, entropy in parts if entropy is not None]
-        return RhythmSignals.cat(signals) if signals else None, torch.cat(entropies) if entropies else None
+            return read_rows(credit, model, input_ids_BT, mask_BT, prompt_lens_B, rows, sharded)
 
     def _log_credit(self, gamma_t: Tensor, waad_t: Tensor | None) -> None:
         """Means over the completion tokens of all processes, in TRL's own record of metrics. `waad_t`: None where the
@@ -146,7 +138,7 @@ def _check_credit(credit: RhythmCredit, args: GRPOConfig | None) -> None:
     if args.importance_sampling_level != "token":
         raise ValueError(
             f"importance_sampling_level is {args.importance_sampling_level!r}; it must be 'token' for token credit: "
-            "one ratio for a whole response gives all its tokens the same advantage"
+            + ONE_RATIO
         )
     if "entropy" in credit.config.reads and args.temperature != 1:
         raise ValueError(
@@ -155,8 +147,7 @@ def _check_credit(credit: RhythmCredit, args: GRPOConfig | None) -> None:
         )
 
 
-def _check_sharding(trainer: GRPOTrainer) -> None:
+def _is_sharded(trainer: GRPOTrainer) -> bool:
+    """Whether FSDP or ZeRO-3 gathers parameters as the wrapped module runs, which a pass must then do to its end."""
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    if trainer.is_fsdp_enabled or zero3:
-        how = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed ZeRO-3"
-        raise ValueError(f"the parameters are sharded by {how}; token credit needs them whole on each process")
+    return bool(trainer.is_fsdp_enabled or zero3)

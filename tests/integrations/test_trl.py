@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import rhythm
 from rhythm.credit.config import CreditConfig
+from rhythm.integrations import trl as trl_adapter
 from rhythm.integrations.trl import RhythmGRPOTrainer
 from rhythm.tap.rhythm_credit import RhythmCredit
 from rhythm.tap.signals_config import SignalsConfig
@@ -335,19 +337,21 @@ def test_batches_that_are_not_all_text_of_the_models_own_are_refused(
         trainer._generate_and_score_completions([])
 
 
-@pytest.mark.parametrize(("fsdp", "name"), [(True, "FSDP"), (False, "DeepSpeed ZeRO-3")])
-def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsdp: bool, name: str) -> None:
-    class Zero3:
-        zero_stage = 3
+def test_sharded_parameters_are_read_in_whole_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coupled: Any, observed: list[dict[str, Any]]
+) -> None:
+    """Of FSDP itself: test_adapter.py."""
+    monkeypatch.setattr("rhythm.integrations.trl._is_sharded", lambda trainer: True)
+    trainer = trained(tmp_path, credit=RhythmCredit(strategy="coupled", signals=SIGNALS))
+    assert not observed  # these stop early
+    assert same(trainer, coupled)
 
-    def sharded(self: Any, *_: Any, **__: Any) -> None:
-        self.is_fsdp_enabled, self.is_deepspeed_enabled = fsdp, not fsdp
-        self.accelerator = type("A", (), {"state": type("S", (), {"deepspeed_plugin": Zero3})})
 
-    monkeypatch.setattr(GRPOTrainer, "__init__", sharded)
-    with pytest.raises(ValueError, match=f"the parameters are sharded by {name}"):
-        RhythmGRPOTrainer(tiny(), credit=CreditConfig())
-    RhythmGRPOTrainer(tiny())
+@pytest.mark.parametrize(("fsdp", "stage"), [(True, 0), (False, 2), (False, 3)])
+def test_what_counts_as_sharded(fsdp: bool, stage: int) -> None:
+    plugin = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
+    trainer = SimpleNamespace(is_fsdp_enabled=fsdp, is_deepspeed_enabled=not fsdp, accelerator=plugin)
+    assert trl_adapter._is_sharded(trainer) is (fsdp or stage == 3)  # type: ignore[arg-type]
 
 
 def test_the_entropy_strategy_trains(tmp_path: Path) -> None:
