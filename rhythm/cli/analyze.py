@@ -27,7 +27,8 @@ from rhythm.cli.config_file import ConfigError, dump_config, read_config
 from rhythm.cli.config_keys import config_keys, describe
 from rhythm.cli.failures import ErrorConsole, ExitCode, command, show
 from rhythm.engines.interfaces import Infer
-from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
+from rhythm.engines.vllm.config import VllmConfig
+from rhythm.engines.vllm.infer import VllmInfer
 
 BAD_INPUT = ExitCode.BAD_INPUT
 VLLM = VllmConfig(gpu_memory_utilization=0.5)  # leaves memory for the transformers model on the same GPU

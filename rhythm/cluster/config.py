@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.parity import ParityConfig
-from rhythm.engines.vllm.infer import VllmConfig
+from rhythm.engines.vllm.config import VllmConfig
 
 LOOPBACK = "127.0.0.1"
 PushKind = Literal["shared_memory", "nccl", "ipc", "object_store"]
@@ -40,6 +40,10 @@ class TrainRole(ParallelConfig, extra="forbid", frozen=True):
 
     engine: Literal["megatron", "torch"] = Field(
         default="megatron", description="megatron, or torch (the single-process engine, as one rank)"
+    )
+    offload: bool = Field(
+        default=False,
+        description="move gradients and optimizer to host memory while vLLM has the GPUs (placement colocated)",
     )
 
     @property

@@ -42,6 +42,8 @@ Spec = TypeVar("Spec")
 class ClusterTrain:
     """actor_train: every rank is called with the same arguments; rank 0 returns the result.
 
+    before_work: called before what takes GPU memory for more than weights; set where actor_infer has the same GPUs.
+
     Every method raises TrainLostError when a rank is lost; the other ranks are killed then.
     """
 
@@ -50,6 +52,7 @@ class ClusterTrain:
         self._deadlines = session.config.deadlines
         self._rates = rates
         self.statistics_seconds = 0.0
+        self.before_work: Callable[[], None] = _nothing
         try:
             self.ranks = session.start(Role.TRAIN)
         except LostError as error:
@@ -65,6 +68,7 @@ class ClusterTrain:
         self, rollout: Rollout, tap: SignalsConfig | None = None, groups: HeadGroups | None = None
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """See rhythm.engines.interfaces.Train."""
+        self.before_work()
         (log_probs, signals, seconds), *_ = self.ask(
             "log_probs", rollout, tap, groups, seconds=self._deadlines.log_probs, tokens=int(rollout.lens.sum())
         )
@@ -74,12 +78,14 @@ class ClusterTrain:
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
         """See rhythm.engines.interfaces.Train."""
+        self.before_work()
         tokens = int(rollout.lens.sum())
         logprobs: Tensor = self.ask("reference_log_probs", rollout, seconds=self._deadlines.log_probs, tokens=tokens)[0]
         return logprobs
 
     def step(self, batch: TrainBatch) -> StepMetrics:
         """See rhythm.engines.interfaces.Train."""
+        self.before_work()
         tokens = int(batch.rollout.lens.sum())
         metrics: StepMetrics | NotFinite = self.ask("step", batch, seconds=self._deadlines.step, tokens=tokens)[0]
         if isinstance(metrics, NotFinite):
@@ -88,6 +94,7 @@ class ClusterTrain:
 
     def tapped_step(self, batch: TrainBatch, tap: SignalsConfig | None, shape: ShapeAdvantages) -> TappedStep:
         """See rhythm.engines.interfaces.TappedTrain. `shape` is pickled and called in actor_train's processes."""
+        self.before_work()
         tokens = int(batch.rollout.lens.sum())
         reply = self.ask("tapped_step", batch, tap, shape, seconds=self._deadlines.step, tokens=tokens)[0]
         if isinstance(reply, NotFinite):
@@ -108,11 +115,17 @@ class ClusterTrain:
 
     def save(self, directory: Path) -> None:
         """See rhythm.engines.interfaces.Train."""
+        self.before_work()
         self.ask("save", directory.resolve(), seconds=self._deadlines.checkpoint)
 
     def load(self, directory: Path) -> None:
         """See rhythm.engines.interfaces.Train."""
+        self.before_work()
         self.ask("load", directory.resolve(), seconds=self._deadlines.checkpoint)
+
+    def leave_gpu(self, seconds: float | None = None) -> None:
+        """See rhythm.engines.interfaces.LeavesGpu, of every rank; whether they offload is cluster.train.offload."""
+        self.ask("leave_gpu", seconds=self._deadlines.push if seconds is None else seconds)
 
     def ask(
         self, method: str, *arguments: Any, seconds: float, tokens: int = 0, ranks: Sequence[Worker] | None = None
@@ -157,7 +170,9 @@ class ClusterTrain:
 class Replicas(Generic[Spec]):
     """Processes of a role that can be lost and restarted independently of each other.
 
-    refill: sends the trainer's weights to the role's replicas again after a restart; set by the weight sync.
+    refill: sends the trainer's weights to the role's replicas again, after a restart or after they were dropped;
+    make_room: called before replicas start again, which needs the memory that the trainer has cached; both are set by
+    the weight sync. has_weights: whether the replicas have the weights of `version`.
     """
 
     def __init__(self, session: Session, role: Role, spec: Spec, rates: Rates) -> None:
@@ -167,7 +182,9 @@ class Replicas(Generic[Spec]):
         self._rates = rates
         self.workers: list[Worker] = session.start(role)
         self.version = 0
-        self.refill: Callable[[], None] = _nothing_to_refill_from
+        self.has_weights = True
+        self.refill: Callable[[], None] = _nothing
+        self.make_room: Callable[[], None] = _nothing
         self._build(range(len(self.workers)))
 
     def call_each(
@@ -215,6 +232,7 @@ class Replicas(Generic[Spec]):
                 raise LostError(f"{task}, after cluster.max_restarts = {allowed} restarts", {worker.name: lost[worker]})
         indices = [index for index, worker in enumerate(self.workers) if everyone or worker in lost]
         self._session.stop([self.workers[index] for index in indices])
+        self.make_room()
         for index, worker in zip(indices, self._session.start(self._role, indices), strict=True):
             self.workers[index] = worker
         self._build(indices)
@@ -230,14 +248,17 @@ class Replicas(Generic[Spec]):
 
 
 class ClusterInfer(Replicas[InferSpec]):
-    """actor_infer: replicas that split a batch's prompts, in order."""
+    """actor_infer: replicas that split a batch's prompts, in order.
+
+    Where it takes turns with the trainer on the same GPUs, it sleeps, without weights or KV cache, from the trainer's
+    first call to the next push. The push brings the weights, the next `generate` the KV cache.
+    """
 
     def __init__(self, session: Session, spec: InferSpec, rates: Rates, *, takes_turns: bool) -> None:
-        """`takes_turns`: sleep whenever not generating, because the trainer uses the same GPUs."""
+        """`takes_turns`: with the trainer, whose `before_work` must be `leave_gpu`."""
         super().__init__(session, Role.INFER, spec, rates)
         self._takes_turns = takes_turns
-        self._asleep = False
-        self.sleep()
+        self.leave_gpu()
 
     def generate(
         self,
@@ -250,7 +271,7 @@ class ClusterInfer(Replicas[InferSpec]):
         """See rhythm.engines.interfaces.Infer. The rollout also depends on the number of replicas. `done` is called
         with a prompt's responses when all of them are there.
         """
-        self.wake()
+        self._take_gpu()
         started = time.perf_counter()
         parts = [list(part) for part in torch.arange(len(prompts)).tensor_split(len(self.workers)) if len(part)]
         calls = {
@@ -274,23 +295,24 @@ class ClusterInfer(Replicas[InferSpec]):
         rollout = concatenate(taken, self._spec.pad_id)
         rollout = take_rows(rollout, rollout.group.argsort(stable=True))
         self._rates.processed(Role.INFER, int(rollout.response_mask.sum()), time.perf_counter() - started)
-        self.sleep()
         return rollout
 
-    def sleep(self) -> None:
-        """Free the GPUs for the trainer, where they are shared."""
-        self._turn("sleep", True)
+    def leave_gpu(self) -> None:
+        """Free the GPUs for the trainer, where they are shared; the weights are dropped with the KV cache."""
+        if self._takes_turns and self.has_weights:
+            self._each_replica("sleep")
+            self.has_weights = False
 
-    def wake(self) -> None:
-        """Use the GPUs again after `sleep`."""
-        self._turn("wake", False)
-
-    def _turn(self, method: str, asleep: bool) -> None:
-        if not self._takes_turns or self._asleep == asleep:
+    def _take_gpu(self) -> None:
+        if not self._takes_turns:
             return
-        self._asleep = asleep
-        indices = range(len(self.workers))
-        self.call_each({index: (method,) for index in indices}, seconds=self._session.config.deadlines.push)
+        if not self.has_weights:
+            self.refill()
+        self._each_replica("wake")
+
+    def _each_replica(self, method: str) -> None:
+        calls = {index: (method,) for index in range(len(self.workers))}
+        self.call_each(calls, seconds=self._session.config.deadlines.push)
 
 
 class ClusterAttn(Replicas[AttnSpec]):
@@ -325,5 +347,5 @@ def part_seed(seed: int, part: int) -> int:
     return derive_seed(seed, "replica", part) if part else seed
 
 
-def _nothing_to_refill_from() -> None:
-    """The default `refill`: before the first weight sync, a replica keeps the weights it was built with."""
+def _nothing() -> None:
+    """The default hook: before there is a weight sync, a replica keeps the weights it was built with."""

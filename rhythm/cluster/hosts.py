@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from rhythm.cluster.object_store import ModelReceiver, ObjectStoreSender
 from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Part, Reply, TrainSpec
 from rhythm.engines.batches import to_device
 from rhythm.engines.interfaces import (
+    LeavesGpu,
     NonFiniteError,
     Rollout,
     SamplingConfig,
@@ -43,7 +43,7 @@ from rhythm.system.ports import free_port
 from rhythm.tap.signals_config import SignalsConfig
 
 
-class Engine(Train, TappedTrain, Protocol):
+class Engine(Train, TappedTrain, LeavesGpu, Protocol):
     """What both trainers are."""
 
 
@@ -168,6 +168,10 @@ class TrainHost(Host):
         """Connect to the receivers. Must run at the same time as their init_transfer."""
         self._senders[kind].connect()
 
+    def leave_gpu(self) -> None:
+        """Give back memory that torch has cached and, with cluster.train.offload, what only a gradient step needs."""
+        self._engine.leave_gpu(offload=self._spec.role.offload)
+
     def begin_push(self) -> None:
         """Start streaming the weights. Until the stream ends, all ranks must make the same calls."""
         self._stream = buckets(self._engine.weights_stream(), self._spec.bucket_bytes)
@@ -183,6 +187,12 @@ class TrainHost(Host):
         """Send the staged bucket. Must run at the same time as the receivers' `receive`."""
         for kind in kinds:
             self._senders[kind].transmit()
+
+    def end_push(self) -> None:
+        """Give back the memory of the last bucket, once the receivers have it."""
+        for sender in self._senders.values():
+            sender.release()
+        self._engine.leave_gpu(offload=False)
 
     def close(self) -> None:
         """Release shared memory and connections that would outlive the process."""
@@ -209,7 +219,6 @@ class InferHost(Host):
     """A replica of actor_infer."""
 
     _engine: Any
-    _asleep = False
 
     def build(self, spec: InferSpec) -> None:
         """Load the engine."""
@@ -236,13 +245,10 @@ class InferHost(Host):
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
         """Prepare to receive weights by this kind of transfer."""
-        with self._awake():
-            self._engine.init_transfer(kind, info)
+        self._engine.init_transfer(kind, info)
 
     def start_push(self) -> None:
-        """Begin a weight sync. The engine stays awake until `finish_push`."""
-        self._push = ExitStack()
-        self._push.enter_context(self._awake())
+        """Begin a weight sync; an engine that sleeps gets memory for weights alone."""
         self._engine.start_push()
 
     def receive(self, info: Mapping[str, Any]) -> None:
@@ -252,32 +258,18 @@ class InferHost(Host):
     def finish_push(self, version: int) -> None:
         """End the weight sync; the engine now has the weights of `version`."""
         self._engine.finish_push(version)
-        self._push.close()
 
     def sleep(self) -> None:
-        """Free GPU memory until `wake`. Does nothing if the engine sleeps already."""
-        if not self._asleep:
-            self._engine.sleep()
-        self._asleep = True
+        """Free GPU memory, the weights' too. Does nothing if the engine sleeps already."""
+        self._engine.sleep()
 
     def wake(self) -> None:
-        """Undo `sleep`. Does nothing if the engine is awake, as it is after a restart."""
-        if self._asleep:
-            self._engine.wake()
-        self._asleep = False
+        """After a push: get ready to generate. Does nothing if the engine is, as after a restart."""
+        self._engine.wake()
 
     def close(self) -> None:
         """Stop the processes that the engine started."""
         self._engine.close()
-
-    @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """Wake the engine if it sleeps, and put it back to sleep after the block."""
-        slept = self._asleep
-        self.wake()
-        yield
-        if slept:
-            self.sleep()
 
 
 class AttnHost(Host):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rhythm.cluster.config import TrainRole
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.local.train import OptimizerConfig
-from rhythm.engines.vllm.infer import VllmConfig
+from rhythm.engines.vllm.config import VllmConfig
 from rhythm.tap.signals_config import SignalsConfig
 
 Precision = Literal["float32", "bfloat16"]

@@ -48,6 +48,7 @@ class ClusterWeightSync:
         self._connected: list[WeightReceiver] = []
         for receiver in receivers:
             receiver.replicas.refill = partial(self._refill, receiver)
+            receiver.replicas.make_room = train.leave_gpu
 
     def sync(self, version: int) -> None:
         """See rhythm.engines.interfaces.WeightSync. Raises LostError and TrainLostError if processes are lost, and
@@ -56,7 +57,7 @@ class ClusterWeightSync:
         self._until_done(self._receivers, version)
 
     def _refill(self, receiver: WeightReceiver) -> None:
-        """Send the role's current version again after a restart, to all of its replicas, as NCCL requires."""
+        """Send the role's current version again, after a restart or a sleep; to all replicas, as NCCL requires."""
         self._disconnect([receiver])
         self._until_done([receiver], receiver.replicas.version)
 
@@ -67,6 +68,7 @@ class ClusterWeightSync:
             self._disconnect(receivers)
         for receiver in receivers:
             receiver.replicas.version = version
+            receiver.replicas.has_weights = True
 
     def _attempt(self, receivers: Sequence[WeightReceiver], version: int) -> Outcome:
         """One push, which ends when a process is lost."""
@@ -78,6 +80,7 @@ class ClusterWeightSync:
                     return outcome
                 self._connected.append(receiver)
         kinds = {worker: receiver.kind for receiver in receivers for worker in receiver.replicas.workers}
+        self._train.leave_gpu(_left(end))  # receivers on the same GPUs allocate their weights next
         outcome = self._all({worker: ("start_push",) for worker in kinds}, end)
         if outcome.lost:
             return outcome
@@ -89,6 +92,7 @@ class ClusterWeightSync:
             outcome = self._all({**calls, self._train.ranks[0]: ("transmit", used)}, end)
             if outcome.lost:
                 return outcome
+        self._train.ask("end_push", seconds=_left(end))
         return self._all({worker: ("finish_push", version) for worker in kinds}, end)
 
     def _disconnect(self, receivers: Sequence[WeightReceiver]) -> None:

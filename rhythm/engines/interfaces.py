@@ -259,6 +259,15 @@ class TappedTrain(Protocol):
         """
 
 
+class LeavesGpu(Protocol):
+    """A Train engine that shares its GPU with an Infer engine, in turns."""
+
+    def leave_gpu(self, *, offload: bool) -> None:
+        """Give back memory that is cached and, with `offload`, move gradients and optimizer to host memory until the
+        next step, save or load. Weights stay.
+        """
+
+
 class Attn(Protocol):
     """Computes signals in a forward pass of its own."""
 

@@ -68,6 +68,9 @@ class WeightSender(ABC):
     def transmit(self) -> None:  # noqa: B027  # most kinds have nothing to do here
         """Send the staged bucket, at the same time as `receive`. Does nothing if the engines fetch it themselves."""
 
+    def release(self) -> None:  # noqa: B027  # most kinds have nothing to do here
+        """Free the staged bucket, once every engine has returned from `receive`."""
+
     def close(self) -> None:  # noqa: B027  # most kinds have nothing to do here
         """Release memory and connections."""
 
@@ -145,9 +148,12 @@ class IpcSender(WeightSender):
             "ipc_handles": {uuid: ipc_plain(arguments)},
         }
 
-    def close(self) -> None:
+    def release(self) -> None:
         self._staged = None
         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self.release()
 
 
 def make_sender(

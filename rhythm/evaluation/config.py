@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from rhythm.engines.interfaces import SamplingConfig
-from rhythm.engines.vllm.infer import VllmConfig
+from rhythm.engines.vllm.config import VllmConfig
 from rhythm.evaluation.estimators import usual_k
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.config import TaskConfig

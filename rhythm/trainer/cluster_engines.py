@@ -155,8 +155,9 @@ def _build(
             stop_strings=bool(config.sampling.stop),
         ),
         rates,
-        takes_turns=cluster.gpus > 0 and cluster.placement == "colocated",
+        takes_turns=cluster.placement == "colocated",
     )
+    train.before_work = infer.leave_gpu
     attn = None
     receivers = [WeightReceiver(push_kind(cluster), infer)]
     if config.signals.source == "separate":

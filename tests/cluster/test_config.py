@@ -9,7 +9,7 @@ import pytest
 from rhythm.cli.config_file import ConfigError, load_config
 from rhythm.cluster.config import ClusterConfig, InferRole
 from rhythm.engines.megatron.layout import ParallelConfig
-from rhythm.engines.vllm.infer import VllmConfig
+from rhythm.engines.vllm.config import VllmConfig
 
 CPU = {"gpus": 0, "infer": {"kv_cache_gib": 1}}
 

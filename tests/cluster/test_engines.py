@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.errors import LostError, RemoteError, TrainLostError
+from rhythm.cluster.plan.dimensions import KNOWN, Workload
+from rhythm.cluster.plan.memory import GIB
+from rhythm.cluster.plan.timeline import peak, replay
 from rhythm.cluster.roles import Role
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TrainBatch
@@ -39,6 +42,18 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 TAP = SignalsConfig(horizon=(1, 6), grouping="batch")
 SAMPLING = SamplingConfig(max_new_tokens=10)
+WORK = Workload(
+    prompts_per_batch=64,
+    responses_per_prompt=8,
+    mini_batch_size=32,
+    micro_batch_size=4,
+    max_new_tokens=896,
+    token_chunk=4096,
+    value_bytes=2,
+    steps=1,
+    reference=False,
+    separate_attn=False,
+)
 PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
 
 
@@ -201,6 +216,52 @@ def test_a_push_reaches_every_replica(cluster: Cluster) -> None:
     assert cluster.push() == version + 1
 
 
+def test_roles_on_the_same_gpus_take_turns(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of two steps, one with a pass of the trainer after the push, replayed on a GPU of 80 GiB."""
+    from rhythm.cluster.rpc import Worker
+
+    calls: list[tuple[Role, str]] = []
+    for name in ("submit", "stream"):
+        inner = getattr(Worker, name)
+
+        def watched(worker: Worker, method: str, *arguments: Any, inner: Callable[..., Any] = inner) -> Any:
+            if worker.role is not Role.ATTN and calls[-1:] != [(worker.role, method)]:
+                calls.append((worker.role, method))
+            return inner(worker, method, *arguments)
+
+        monkeypatch.setattr(Worker, name, watched)
+    monkeypatch.setattr(cluster.infer, "_takes_turns", True)
+    monkeypatch.setattr(cluster.train, "before_work", cluster.infer.leave_gpu)
+    first = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=8)
+    batch = cluster.batch(first)
+    for _ in range(2):
+        cluster.train.step(batch)
+    cluster.push()
+    second = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=8)
+    assert not torch.equal(first.logprobs, second.logprobs)
+    cluster.train.log_probs(second)
+    assert equal(cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=8), second)  # weights it had to be sent again
+
+    named = [method for _, method in calls]
+    push = ["open_sender", "init_transfer", "connect", "leave_gpu", "start_push", "begin_push", "stage", "receive",
+            "transmit", "end_push", "finish_push"]  # fmt: skip
+    turns = [name for name in named if name not in push]
+    assert turns == ["wake", "generate", "sleep", "log_probs", "step", "wake", "generate", "sleep", "log_probs", "wake",
+                     "generate"]  # fmt: skip
+    for at, name in enumerate(named):
+        if name == "wake" and at:
+            assert named[at - 1] == "finish_push"
+        if name == "start_push":
+            assert named[at - 1] == "leave_gpu"
+    config = ClusterConfig.model_validate(
+        {"train": {"data": 8}, "infer": {"replicas": 8, "gpu_memory_utilization": 0.5}, "push_bucket_mib": 1024}
+    )
+    moments = list(replay(named, config, WORK, KNOWN["qwen3-4b"]))
+    assert max(moment.total for moment in moments) == peak(config, WORK, KNOWN["qwen3-4b"]).total < 80 * GIB
+    late = [name for name in named if name != "leave_gpu"]
+    assert max(moment.total for moment in replay(late, config, WORK, KNOWN["qwen3-4b"])) > 80 * GIB
+
+
 def test_signals_and_shared_head_groups_are_those_of_one_engine(cluster: Cluster) -> None:
     rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=3)
     alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)
@@ -241,8 +302,11 @@ def test_a_replica_lost_mid_rollout_is_started_again_with_the_weights_of_the_ver
     cluster: Cluster,
     cpu_seconds: Callable[[int], float],
     lost_midway: Callable[..., AbstractContextManager[None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed, or stopped so that it misses its deadline."""
+    left: list[int] = []
+    monkeypatch.setattr(cluster.infer, "make_room", lambda: left.append(cluster.infer.workers.index(lost)))
     long = SamplingConfig(max_new_tokens=400)
     lost, kept = cluster.infer.workers[1], cluster.infer.workers[0]
     spent = cpu_seconds(lost.pid)
@@ -252,6 +316,7 @@ def test_a_replica_lost_mid_rollout_is_started_again_with_the_weights_of_the_ver
     assert cluster.rates.restarts[Role.INFER] == 1
     assert cluster.infer.workers[0] is kept
     assert cluster.infer.workers[1] is not lost
+    assert left == [1]  # the trainer left the GPU before the replica was built again
     assert equal(actual, honest)
 
 

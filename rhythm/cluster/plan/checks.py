@@ -10,6 +10,7 @@ from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.plan.dimensions import Dimensions, Workload
 from rhythm.cluster.plan.memory import memory_faults
 from rhythm.cluster.plan.placement import assign
+from rhythm.cluster.plan.timeline import turn_faults
 
 
 def check(cluster: ClusterConfig, work: Workload, model: Dimensions) -> None:
@@ -25,7 +26,7 @@ def check(cluster: ClusterConfig, work: Workload, model: Dimensions) -> None:
     except ValueError as error:
         faults.append(str(error))
     if not faults:  # for an impossible layout, the memory can't be computed
-        faults += memory_faults(cluster, work, model)
+        faults += memory_faults(cluster, work, model) or turn_faults(cluster, work, model)
     if cluster.gpus == 0 and cluster.train.layer_spec == "transformer_engine":
         faults.append("cluster.train.layer_spec is transformer_engine: it needs GPUs, and cluster.gpus is 0")
     if cluster.gpus == 0 and cluster.infer.tensor_parallel_size > 1:

@@ -46,6 +46,12 @@ def assign(cluster: ClusterConfig, *, separate_attn: bool) -> Assignment:
             f"{train.tensor} × {train.pipeline} × {train.data} = {train.ranks} and infer {infer.replicas} × "
             f"{infer.tensor_parallel_size} = {wanted}" + (f", and attn {attn}" if attn else "")
         )
+    if colocated and infer.engine == "vllm" and train.ranks < wanted:
+        raise ValueError(
+            f"cluster.train.tensor × pipeline × data is {train.tensor} × {train.pipeline} × {train.data} = "
+            f"{train.ranks}: with placement colocated it must be at least the {wanted} GPUs of "
+            "actor_infer, each of which reads the weights of the rank on its own GPU"
+        )
     available = cluster.gpus - attn - (0 if colocated else wanted)
     if available % train.ranks:
         raise ValueError(

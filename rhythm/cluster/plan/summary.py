@@ -8,6 +8,7 @@ from rhythm.cluster.config import ClusterConfig, PushKind
 from rhythm.cluster.plan.dimensions import Dimensions, Workload
 from rhythm.cluster.plan.memory import attn_memory, checkpoint_bytes, gib, infer_memory, train_memory
 from rhythm.cluster.plan.placement import Assignment, Slot, assign
+from rhythm.cluster.plan.timeline import peak, timeline
 
 
 def describe_plan(cluster: ClusterConfig, work: Workload, model: Dimensions, source: str) -> str:
@@ -64,11 +65,14 @@ def _memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterat
     if work.separate_attn:
         yield f"                actor_attn {gib(attn_memory(model))}: weights in float32"
     if cluster.gpus and cluster.placement == "colocated":
-        peak = max(train.total, train.resident + infer.total)
+        most = peak(cluster, work, model)
         yield (
-            f"                colocated, in turns: {gib(peak)} of {cluster.gpu_memory_gib:g} GiB; vLLM sleeps while "
-            "actor_train works"
+            f"                in turns, at most {gib(most.total)} of {cluster.gpu_memory_gib:g} GiB, during "
+            f"{most.call}; actor_train + actor_infer during"
         )
+        moments = [f"{m.call} {gib(m.train)} + {gib(m.infer)}" for m in timeline(cluster, work, model)[:-1]]
+        for i in range(0, len(moments), 3):
+            yield "                " + ", ".join(moments[i : i + 3])
 
 
 def _batch(cluster: ClusterConfig, work: Workload) -> Iterator[str]:

@@ -36,6 +36,7 @@ from rhythm.engines.local.packed import packed_states, packing_refusal
 from rhythm.engines.local.short_attention import short_attention
 from rhythm.engines.local.step_reader import StepReader
 from rhythm.engines.local.weights import load_weights
+from rhythm.engines.offload import Offloaded, empty_cache
 from rhythm.engines.watch import DeviceWatch
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.signals_config import SignalsConfig
@@ -110,6 +111,7 @@ class TorchTrain:
             use_onednn(reference)
         self._gradient_steps = 0
         self.statistics_seconds = 0.0
+        self._offloaded: Offloaded | None = None
         self._optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=optimizer.lr,
@@ -154,7 +156,20 @@ class TorchTrain:
         self.statistics_seconds = reader.watch.seconds
         return TappedStep(metrics, reader.log_probs, reader.signals())
 
+    def leave_gpu(self, *, offload: bool) -> None:
+        """See rhythm.engines.interfaces.LeavesGpu. Gradients are freed in any case."""
+        self._optimizer.zero_grad(set_to_none=True)
+        if offload and self._offloaded is None:
+            self._offloaded = Offloaded([self._optimizer])
+        empty_cache()
+
+    def _come_back(self) -> None:
+        if self._offloaded is not None:
+            self._offloaded.restore()
+            self._offloaded = None
+
     def _step(self, batch: TrainBatch, reader: StepReader | None) -> StepMetrics:
+        self._come_back()
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         totals = BatchTotals.of(batch.rollout.response_mask)
@@ -183,6 +198,7 @@ class TorchTrain:
 
     def save(self, directory: Path) -> None:
         """Write a transformers checkpoint (safetensors, configuration, tokenizer) and optimizer.pt."""
+        self._come_back()
         self._model.save_pretrained(directory)
         self._tokenizer.save_pretrained(directory)
         state = {"optimizer": self._optimizer.state_dict(), "gradient_steps": self._gradient_steps}
@@ -190,6 +206,7 @@ class TorchTrain:
 
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote, bit for bit."""
+        self._come_back()
         # Copied into memory allocated by torch: a mapped file may be aligned differently, which can change the order of
         # sums. Loaded with the model's own class, so that no code in the checkpoint is used.
         saved = type(self._model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)

@@ -44,6 +44,7 @@ from rhythm.engines.megatron.parallel import Rendezvous, join, leave
 from rhythm.engines.megatron.step_reader import StepReader
 from rhythm.engines.megatron.weights import gather_weights, load_weights
 from rhythm.engines.micro_batches import deal_rows, split_rows
+from rhythm.engines.offload import Offloaded, empty_cache
 from rhythm.engines.watch import DeviceWatch
 from rhythm.tap.megatron import attach
 from rhythm.tap.signals_config import SignalsConfig
@@ -86,6 +87,7 @@ class MegatronTrain:
         self._temperature = temperature
         self._micro_batch_size, self._max_tokens = micro_batch_size, max_tokens
         self._gradient_steps = 0
+        self._offloaded: Offloaded | None = None
         self.statistics_seconds = 0.0
         """Seconds that the last `log_probs` spent on attention statistics, on the slowest rank."""
         with on_cpu():
@@ -142,6 +144,7 @@ class MegatronTrain:
         return TappedStep(metrics, log_probs, signals)
 
     def _step(self, batch: TrainBatch, reader: StepReader | None) -> StepMetrics:
+        self._come_back()
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         totals = BatchTotals.of(batch.rollout.response_mask)
@@ -182,6 +185,7 @@ class MegatronTrain:
 
     def save(self, directory: Path) -> None:
         """Write a transformers checkpoint, and a distributed checkpoint in its folder `megatron`."""
+        self._come_back()
         writes = self._groups.rank == 0
         checkpoints.write_weights(directory, self.weights_stream(), self._companions, write=writes)
         with on_cpu():
@@ -191,9 +195,23 @@ class MegatronTrain:
 
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote with any layout; with the same layout, bit for bit."""
+        self._come_back()
         with on_cpu():
             folder = directory / checkpoints.DISTRIBUTED
             self._gradient_steps = checkpoints.load_state(folder, self._model, self._optimizer)
+
+    def leave_gpu(self, *, offload: bool) -> None:
+        """See rhythm.engines.interfaces.LeavesGpu. Weights stay, since a push comes next."""
+        if offload and self._offloaded is None:
+            self._model.offload_grad_buffers(synchronize=False, empty_cache=False)
+            self._offloaded = Offloaded(*_optimizer_tensors(self._optimizer))
+        empty_cache()
+
+    def _come_back(self) -> None:
+        if self._offloaded is not None:
+            self._model.restore_grad_buffers(synchronize=False)
+            self._offloaded.restore()
+            self._offloaded = None
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -325,6 +343,19 @@ def _add_up_gradients(model: list[Any], num_tokens: Tensor | None = None, **_: A
     loss.
     """
     finalize_model_grads(model, None)
+
+
+def _optimizer_tensors(optimizer: Any) -> tuple[list[Any], list[Tensor]]:
+    """(torch's optimizers within Megatron's, their fp32 master weights; none where they are the model's own)."""
+    parts = optimizer.chained_optimizers
+    masters = [
+        parameter
+        for part in parts
+        if part.config.bf16
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    return [part.optimizer for part in parts], masters
 
 
 def _optimizer_config(config: OptimizerConfig, precision: torch.dtype, parallel: ParallelConfig) -> Any:

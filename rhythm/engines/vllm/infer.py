@@ -12,39 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor
 
 from rhythm.engines.batches import assemble, concatenate
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.transfer import PushManifest, TransferKind, buckets, make_sender
+from rhythm.engines.vllm.config import VllmConfig
 from rhythm.seeds import derive_seed
 
 WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
 LOCAL_BUCKET_BYTES = 64 << 20
 """Bytes of shared memory that `update_weights` uses at a time."""
-
-
-class VllmConfig(BaseModel, extra="forbid", frozen=True):
-    """Settings of a vLLM engine."""
-
-    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs per replica")
-    gpu_memory_utilization: float = Field(
-        default=0.85, gt=0, lt=1, description="fraction of a GPU's memory that vLLM uses, for weights and KV cache"
-    )
-    kv_cache_gib: float | None = Field(
-        default=None,
-        gt=0,
-        description="size of the KV cache per GPU in GiB, instead of gpu_memory_utilization; required on CPUs",
-    )
-    max_num_seqs: int = Field(default=256, ge=1, description="responses that a replica generates at a time")
-    max_num_batched_tokens: int = Field(
-        default=4096, ge=1, description="tokens per forward pass; scoring needs as many rows of fp32 logits"
-    )
-    enforce_eager: bool = Field(default=False, description="don't use CUDA graphs; always true on CPUs")
-    enable_prefix_caching: bool = Field(
-        default=False, description="share a prompt's KV cache among its responses, within a call of generate"
-    )
 
 
 def prepare_vllm_environment(bind_address: str = "127.0.0.1") -> None:
@@ -78,6 +56,9 @@ class VllmInfer:
 
     Weights are updated by a push: `start_push`, `receive` for each bucket, `finish_push`. A push must contain every
     weight, in the shapes of the checkpoint; after a push that failed midway the engine can't be used any more.
+
+    An engine that sleeps has neither weights nor a KV cache. A push gives it weights and no more; `wake` after it gives
+    it the KV cache, so that both need not be there while the trainer sends.
     """
 
     def __init__(
@@ -146,7 +127,8 @@ class VllmInfer:
         self._pad_id = pad_id
         self._stop_strings = stop_strings
         self._version = 0
-        self._state: Literal["serving", "receiving", "asleep", "lost", "closed"] = "serving"
+        self._state: Literal["serving", "receiving", "asleep", "loaded", "lost", "closed"] = "serving"
+        self._has_cache = True
         self._temperature = 1.0
 
     @property
@@ -275,13 +257,17 @@ class VllmInfer:
         """Prepare to receive weights by this kind of transfer; `info` is a sender's init_info. With nccl it returns
         once all processes have connected.
         """
-        self._must_be("serving")
+        self._must_be("serving", "asleep", "loaded")
         self._llm.collective_rpc("open_transfer", args=(kind, dict(info)))
 
     def start_push(self) -> None:
-        """Begin a push of weights; until `finish_push` the engine can't generate."""
-        self._must_be("serving")
-        self._state = "lost"
+        """Begin a push of weights; until `finish_push` the engine can't generate. One that sleeps gets memory for them,
+        not for the KV cache.
+        """
+        self._must_be("serving", "asleep", "loaded")
+        sleeps, self._state = self._state == "asleep", "lost"
+        if sleeps and not self._on_cpu:
+            self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("start_weight_update")
         self._manifest = self._manifest.fresh()
         self._state = "receiving"
@@ -298,7 +284,7 @@ class VllmInfer:
         self._state = "receiving"
 
     def finish_push(self, version: int) -> None:
-        """End the push; the engine now has the weights of training step `version`.
+        """End the push; the engine now has the weights of training step `version`. One that slept still needs `wake`.
 
         Raises ValueError if `version` is lower than before or weights are missing.
         """
@@ -310,21 +296,25 @@ class VllmInfer:
         self._llm.collective_rpc("repack_heads")
         self._reset_prefix_cache()
         self._version = version
-        self._state = "serving"
+        self._state = "serving" if self._has_cache else "loaded"
 
     def sleep(self) -> None:
-        """Free GPU memory: move weights to host memory and drop the KV cache. Does nothing on a CPU."""
-        self._must_be("serving")
-        if not self._on_cpu:
-            self._llm.sleep(level=1)
-        self._state = "asleep"
+        """Drop weights and KV cache: the GPU's memory is the trainer's until the next push. On a CPU they stay in
+        memory, although the engine can't be used either. Does nothing if it sleeps.
+        """
+        self._must_be("serving", "loaded", "asleep")
+        if not self._on_cpu and self._state != "asleep":
+            self._llm.sleep(level=2)
+        self._state, self._has_cache = "asleep", False
 
     def wake(self) -> None:
-        """Undo `sleep`."""
-        self._must_be("asleep")
-        if not self._on_cpu:
-            self._llm.wake_up()
-        self._state = "serving"
+        """Allocate the KV cache after a push. Does nothing if the engine serves. Raises RuntimeError if it sleeps: then
+        it has no weights.
+        """
+        self._must_be("serving", "loaded")
+        if not self._on_cpu and self._state == "loaded":
+            self._llm.wake_up(tags=["kv_cache"])
+        self._state, self._has_cache = "serving", True
 
     def close(self) -> None:
         """Stop the engine and its workers. May be called twice."""
@@ -386,9 +376,9 @@ class VllmInfer:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
 
-    def _must_be(self, state: str) -> None:
-        if self._state != state:
-            raise RuntimeError(f"the vLLM engine is {self._state}: this needs it {state}")
+    def _must_be(self, *states: str) -> None:
+        if self._state not in states:
+            raise RuntimeError(f"the vLLM engine is {self._state}: this needs it {' or '.join(states)}")
 
     def _must_not_fall(self, version: int) -> None:
         if version < self._version:

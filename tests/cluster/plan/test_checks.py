@@ -150,8 +150,9 @@ def test_the_papers_run_passes() -> None:
         (
             {"train": {"data": 8}, "infer": {"gpu_memory_utilization": 0.9}},
             {},
-            r"cluster\.infer\.gpu_memory_utilization is 0\.9: actor_train keeps .* together more than",
+            r"gpu_memory_utilization is 0\.9: during generate actor_train keeps .* actor_infer 72\.0 GiB, tog",
         ),
+        ({"train": {"data": 8, "offload": True}, "infer": {"gpu_memory_utilization": 0.9}}, {}, None),
         (
             {"train": {"data": 8}, "infer": {"gpu_memory_utilization": 0.09}},
             {},

@@ -62,6 +62,11 @@ def test_what_nobody_uses_is_counted() -> None:
             False,
             r"cluster\.gpus is 4: too few, 5 are needed: the sum of train",
         ),
+        (
+            {"gpus": 8, "train": {"data": 4}, "infer": {"replicas": 8}},
+            False,
+            r"cluster\.train\.tensor × pipeline × data is 1 × 1 × 4 = 4: with placement colocated .* the 8 GPUs",
+        ),
         ({"gpus": 8, "train": {"data": 3}}, False, r"cluster\.train\.tensor × pipeline × data is .* = 3: must divide"),
         (
             {"gpus": 8, "nodes": 2, "train": {"data": 8}, "infer": {"tensor_parallel_size": 8}, **NETWORK},

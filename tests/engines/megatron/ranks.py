@@ -78,16 +78,25 @@ def _everything(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[
     results["fixed_signals"] = engine.log_probs(rollout, tap, fixed)[1]
     results["one_row"] = engine.log_probs(_first_row(rollout))[0]
     results["statistics_seconds_without_tap"] = engine.statistics_seconds
-    results["steps"] = [engine.step(batch) for batch in spec["batches"][:-1]]
+    results["steps"] = [engine.step(batch) for batch in spec["batches"][:1]]
+    results["gradient_bytes"] = [_gradient_bytes(engine)]
+    results["log_probs_there"] = engine.log_probs(rollout)[0]
+    engine.leave_gpu(offload=True)  # which changes no number of what follows
+    results["log_probs_away"] = engine.log_probs(rollout)[0]
+    results["gradient_bytes"].append(_gradient_bytes(engine))
+    results["steps"] += [engine.step(batch) for batch in spec["batches"][1:-1]]
+    results["gradient_bytes"].append(_gradient_bytes(engine))
     results["weights"] = engine.weights()
     results["reference"] = engine.reference_log_probs(rollout)
     results["refused"] = _refuses_infinity(engine, spec["batches"][0])
     results["weights_after_refusal"] = engine.weights()
     directory = Path(spec["save_to"])
     directory.mkdir(exist_ok=True)
+    engine.leave_gpu(offload=True)
     engine.save(directory)
     engine.step(spec["batches"][-1])
     results["last_weights"] = engine.weights()
+    engine.leave_gpu(offload=True)
     engine.load(directory)
     engine.step(spec["batches"][-1])
     results["last_weights_again"] = engine.weights()
@@ -97,6 +106,10 @@ def _everything(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[
         results[f"loaded {name}"] = engine.weights()
     results["widest_logits"] = max(widest)
     return results
+
+
+def _gradient_bytes(engine: MegatronTrain) -> int:
+    return sum(buffer.grad_data.untyped_storage().nbytes() for buffer in engine._model.buffers)
 
 
 def _scores(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:

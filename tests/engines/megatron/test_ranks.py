@@ -126,6 +126,15 @@ def test_steps_follow_one_machine(ranks: Any, case: Case) -> None:
         assert_weights(results["weights"], case.results["weights"], atol=2e-4)
 
 
+def test_gradients_are_freed_until_the_next_step(ranks: Any) -> None:
+    """Offloaded with the optimizer's states before the second step, saving and loading, which other tests compare."""
+    for results in ranks[1]:
+        there, away, back = results["gradient_bytes"]
+        assert there == back > 0
+        assert away == 0
+        assert_near(results["log_probs_away"].logprobs, results["log_probs_there"].logprobs, atol=0.0)
+
+
 def test_infinity_stops_every_rank_and_changes_no_weight(ranks: Any) -> None:
     for results in ranks[1]:
         assert results["refused"] == ("loss", True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
 from rhythm.engines.interfaces import Rollout
-from rhythm.engines.vllm.infer import VllmConfig, VllmInfer
+from rhythm.engines.vllm.config import VllmConfig
+from rhythm.engines.vllm.infer import VllmInfer
 from rhythm.tiny.model import TinyModelConfig, build_model, save_checkpoint
 
 MAX_LENGTH = 320

@@ -231,11 +231,29 @@ def test_bad_calls_leave_the_engine_serving(engine: VllmInfer, model: Any) -> No
     assert long_and_short.lens.max() <= 320
     with pytest.raises(RuntimeError, match="is serving: this needs it receiving"):
         engine.finish_push(9)
+
+
+def test_asleep_it_has_no_weights_until_a_push(engine: VllmInfer, model: Any) -> None:
+    engine.update_weights(model.state_dict(), version=9)
+    before = engine.generate([[5], [6, 7]], 2, SAMPLING, seed=0)
     engine.sleep()
-    with pytest.raises(RuntimeError, match="is asleep: this needs it serving"):
+    engine.sleep()
+    for refused in (engine.wake, lambda: engine.generate([[5]], 1, SAMPLING, seed=0)):
+        with pytest.raises(RuntimeError, match="is asleep: this needs it serving"):
+            refused()
+    engine.update_weights(model.state_dict(), version=9)
+    with pytest.raises(RuntimeError, match="is loaded: this needs it serving"):  # without a KV cache
         engine.generate([[5]], 1, SAMPLING, seed=0)
     engine.wake()
-    assert engine.generate([[5]], 1, SAMPLING, seed=0).response_lens.item() >= 1
+    engine.wake()
+    after = engine.generate([[5], [6, 7]], 2, SAMPLING, seed=0)
+    assert torch.equal(before.input_ids, after.input_ids)
+    assert torch.equal(before.logprobs, after.logprobs)
+    engine.sleep()
+    engine.update_weights(model.state_dict(), version=9)
+    engine.sleep()  # again, before the KV cache was there
+    engine.update_weights(model.state_dict(), version=9)
+    engine.wake()
 
 
 def test_untied_head_and_a_push_that_fails(
