@@ -39,6 +39,7 @@ def test_steps_and_checkpoints_are_those_of_a_trainer_that_stayed(
     stays, leaves = trainer(model, tokenizer), trainer(other, tokenizer)
     for _ in range(2):
         assert stays.step(batch) == leaves.step(batch)
+        assert leaves._offloaded is None  # the states are back
         leaves.leave_gpu(offload=offload)
         leaves.leave_gpu(offload=offload)
         assert all(parameter.grad is None for parameter in other.parameters())
