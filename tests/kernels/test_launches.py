@@ -76,20 +76,28 @@ def test_results_are_undefined_until_written() -> None:
     assert without.softmax.steep.tolist() == [0]
 
 
+@pytest.mark.parametrize("fewer", [False, True], ids=["as many rows", "fewer rows"])
 @pytest.mark.parametrize("from_prompt", [True, False])
-def test_spans_from_sums_of_blocks(from_prompt: bool) -> None:
+def test_spans_from_sums_of_blocks(from_prompt: bool, fewer: bool) -> None:
     """Sequences of several blocks, one block and none, and of more blocks than one step adds; unused sums are NaN."""
     rows, heads = 8, 2
     lengths, prompts = [16, 0, 9005, 3, 40], [5, 0, 17, 3, 0]
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    counts = [8, 0, 8990, 1, 17] if fewer else lengths
+    bounds, row_bounds = (torch.tensor([0, *n]).cumsum(0) for n in (lengths, counts))
     sequences = Sequences(
-        bounds.to(DEVICE, torch.int32), torch.tensor(prompts, device=DEVICE), int(bounds[-1]), len(lengths)
+        bounds.to(DEVICE, torch.int32),
+        torch.tensor(prompts, device=DEVICE),
+        int(bounds[-1]),
+        len(lengths),
+        row_bounds.to(DEVICE, torch.int32) if fewer else None,
+        int(row_bounds[-1]),
     )
+    prompts = [max(prompt, length - n) for prompt, length, n in zip(prompts, lengths, counts, strict=True)]
     generator = torch.Generator().manual_seed(0)
     sums = torch.full((sequences.blocks(rows), heads), torch.nan, dtype=torch.float64)
     expected = torch.full((len(lengths), heads), torch.nan, dtype=torch.float64)
-    for i, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
-        blocks = -(-(length - prompt if from_prompt else length) // rows)
+    for i, (length, prompt, count) in enumerate(zip(lengths, prompts, counts, strict=True)):
+        blocks = -(-(length - prompt if from_prompt else count) // rows)
         of_sequence = torch.randn(blocks, heads, generator=generator, dtype=torch.float64)
         first = int(bounds[i]) // rows + i
         for block in range(blocks):  # the last lies first

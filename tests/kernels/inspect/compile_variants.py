@@ -2,7 +2,8 @@
 
 Unlike its interpreter, Triton's compiler turns integers that are 1 into constants: what compiles for one batch need not
 compile for another. With --batches: prints how many variants of each kernel are compiled for batches that differ in
-nothing but numbers of tokens and sequences, windows and horizons.
+nothing but numbers of tokens and sequences, windows and horizons; with --windowed for batches with fewer rows and a
+sliding window.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rhythm.kernels import (
+    Forms,
     Sequences,
     Softmax,
     bands,
@@ -25,6 +27,7 @@ from rhythm.kernels import (
     sampled_span,
     undefined_results,
 )
+from rhythm.kernels.arguments import PLAIN
 from rhythm.kernels.inspect.compile_ahead import ARCHITECTURES, _active, jit_functions
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.mean_span import BlockSums
@@ -42,7 +45,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one token": {"tokens": (1,), "cu_seqlens": 2, "prompt_lens": 1},
     "TF32": {"dtype": torch.float32, "precision": "high"},
     "full fp32": {"dtype": torch.float32, "size": 16},
-}
+    "a sliding window of 1": {"cu_seqlens": 3, "prompt_lens": 2, "forms": Forms(sliding_window=1)},
+    "softcap and sinks, batched": {"tokens": (2, 1001), "forms": Forms(None, 5.0, torch.empty(8, device="meta"))},
+    "one row, packed": {"cu_seqlens": 2, "q_rows": 1},
+    "fewer rows, batched, all forms": {
+        "tokens": (2, 1001), "prompt_lens": 2, "q_rows": 500, "forms": Forms(16, 5.0, torch.empty(8, device="meta")),
+    },
+}  # fmt: skip
 
 
 # Each number 1, a multiple of 16, and neither.
@@ -51,6 +60,10 @@ BATCHES: list[dict[str, Any]] = [
     {"tokens": (1001,), "cu_seqlens": 17, "prompt_lens": 16, "window": 16, "horizon": (16, 48), "rows": 16},
     {"tokens": (1,), "cu_seqlens": 4, "prompt_lens": 3, "window": 10, "horizon": (0, 50), "rows": 99},
     {"tokens": (131072,), "cu_seqlens": 129, "prompt_lens": 128, "window": 2**40, "horizon": (2**40, 2**62)},
+]
+WINDOWED: list[dict[str, Any]] = [
+    batch | {"forms": Forms(sliding_window=window), "q_rows": q_rows}
+    for batch, window, q_rows in zip(BATCHES[:2], (1, 512), (1, 512), strict=True)
 ]
 
 
@@ -72,42 +85,48 @@ def launches(
     strided: bool = False,
     precision: str = "highest",
     rows: int = 256,
+    forms: Forms = PLAIN,
+    q_rows: int | None = None,
 ) -> list[Callable[[], object]]:
     torch.set_float32_matmul_precision(precision)
 
-    def operand(count: int) -> Tensor:
+    def operand(count: int, n: int = tokens[-1]) -> Tensor:
         if strided:
             return empty(*tokens[:-1], size, count, tokens[-1], dtype=dtype).transpose(-1, -3)
-        return empty(*tokens, count, size, dtype=dtype)
+        return empty(*tokens[:-1], n, count, size, dtype=dtype)
 
-    q, k, v = (operand(count) for count in (heads[0], heads[1], heads[1]))
-    total = q.shape[:-2].numel()
+    k, v = (operand(heads[1]) for _ in range(2))
+    q = operand(heads[0], tokens[-1] if q_rows is None else q_rows)
+    total = k.shape[:-2].numel()
     sequences = Sequences(
         empty(cu_seqlens, dtype=torch.int32) if cu_seqlens else None,
         empty(prompt_lens, dtype=prompt_dtype) if prompt_lens else None,
         total,
         cu_seqlens - 1 if cu_seqlens else (tokens[0] if len(tokens) == 2 else 1),
+        empty(cu_seqlens, dtype=torch.int32) if cu_seqlens and q_rows is not None else None,
+        q.shape[:-2].numel(),
     )
+    attention: dict[str, Any] = {"scale": scale, "forms": forms}
     a, b, c, d = (empty(heads[0], total) for _ in range(4))
     softmax = Softmax.empty(heads[0], total, q.device)
     sums = BlockSums(empty(sequences.blocks(64), heads[0], dtype=torch.float64), 64, from_prompt=True)
     return [
-        lambda: row_sweep(q, k, None, sequences, a, b, scale=scale, window=window, softmax=softmax),
-        lambda: row_sweep(q, k, v, sequences, a, b, scale=scale, window=window, softmax=softmax),
-        lambda: column_sweep(q, k, a, sequences, b, scale=scale, horizon=horizon, softmax=softmax),
-        lambda: bands(q, k, a, sequences, b, c, d, scale=scale, window=window, horizon=horizon),
-        lambda: mend_output(q, k, v, sequences, empty(total, heads[0], size, dtype=dtype), scale=scale),
+        lambda: row_sweep(q, k, None, sequences, a, b, window=window, softmax=softmax, **attention),
+        lambda: row_sweep(q, k, v, sequences, a, b, window=window, softmax=softmax, **attention),
+        lambda: column_sweep(q, k, a, sequences, b, horizon=horizon, softmax=softmax, **attention),
+        lambda: bands(q, k, a, sequences, b, c, d, window=window, horizon=horizon, **attention),
+        lambda: mend_output(q, k, v, sequences, empty(total, heads[0], size, dtype=dtype), **attention),
         lambda: mean_span(sums, sequences, empty(sequences.count, heads[0])),
-        lambda: sampled_span(q, k, a, sequences, scale=scale, count=rows),
+        lambda: sampled_span(q, k, a, sequences, count=rows, **attention),
         lambda: undefined_results(sequences.count, heads[0], total, q.device, a),
     ]
 
 
-def count_variants() -> None:
+def count_variants(batches: list[dict[str, Any]]) -> None:
     for kernel in jit_functions():
         kernel.device_caches.clear()
     with _active(ARCHITECTURES["sm_90"]), compiling(lambda kernel: None), forced(lambda key: [Tile(64, 64, 4, 2)]):
-        for options in BATCHES:
+        for options in batches:
             for launch in launches(**options):
                 launch()
     for kernel in jit_functions():
@@ -116,8 +135,8 @@ def count_variants() -> None:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--batches"]:
-        count_variants()
+    if sys.argv[1:]:
+        count_variants({"--batches": BATCHES, "--windowed": WINDOWED}[sys.argv[1]])
         return
     for name, options in VARIANTS.items():
         compiled: list[Any] = []

@@ -185,14 +185,15 @@ def test_every_way_of_launching_compiles() -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     lines = run.stdout.splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 15
     assert all(line.endswith(": 8 kernels") for line in lines)
 
 
 @pytest.mark.slow
-def test_other_lengths_windows_and_horizons_compile_nothing_anew() -> None:
+@pytest.mark.parametrize("batches", ["--batches", "--windowed"])
+def test_other_lengths_windows_and_horizons_compile_nothing_anew(batches: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("compile_variants.py")), "--batches"]
+    command = [sys.executable, str(Path(__file__).with_name("compile_variants.py")), batches]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines() == [
