@@ -121,7 +121,7 @@ def cells(row: LengthRow, p_floor: float) -> list[str]:
 
 def lengths_data(lengths: Lengths, p_floor: float) -> dict[str, Any]:
     """The texts and the figure of the page's section."""
-    style = {"svg.fonttype": "none", "svg.hashsalt": "rhythm", "legend.frameon": False, "font.size": 9}
+    style = {"svg.fonttype": "none", "svg.hashsalt": "rhythm", "font.size": 7}
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     with matplotlib.rc_context({**STYLE, **style, **ink}):
         svg = page_svg(lengths_figure(lengths), "Lifts, head groups and anchors by length of the context", _PAGE)
@@ -145,7 +145,7 @@ def lengths_figure(lengths: Lengths) -> Figure:
             field = {"local": "local", "global": "global_"}[group] if name == "shared" else f"{group}_kept"
             _line(groups, at, [getattr(row, field) for row in rows], color, f"{group}, {name}", style)
     groups.set_ylim(0, 1.02)
-    groups.set_title("Heads kept, and shared by prompts")
+    groups.set_title("Heads kept, and shared")
     _line(anchors, at, [row.reach for row in rows], COLORS["fai"], "reach (tokens)")
     if all(math.isfinite(row.reach_interval.low) for row in rows):
         ends = [row.reach_interval.low for row in rows], [row.reach_interval.high for row in rows]

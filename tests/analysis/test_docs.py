@@ -37,7 +37,7 @@ def test_commands(tmp_path: Path) -> None:
     *others, many = blocks("bash")
     options = shlex.split(re.search(r'options="(.*)"', many)[1])  # type: ignore[index]
     lines = [line for line in "".join([*others, many]).splitlines() if line.startswith("rhythm-analyze")]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         words = [part for word in shlex.split(line)[1:] for part in (options if word == "$options" else [word])]
         config = command._config(command._parser().parse_intermixed_args(words))
