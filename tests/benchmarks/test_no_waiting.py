@@ -19,11 +19,11 @@ from triton.runtime import interpreter
 from benchmarks import implementations
 from benchmarks.gpu import suite
 from benchmarks.shapes import Shape, make_inputs
-from rhythm.ops import arguments, statistics
+from rhythm.ops import arguments, registered, statistics
 
 OPS = {
-    "rhythm::attention_statistics": statistics._attention_statistics,
-    "rhythm::attention_with_statistics": statistics._attention_with_statistics,
+    "rhythm::attention_statistics": registered.attention_statistics,
+    "rhythm::attention_with_statistics": registered.attention_with_statistics,
 }
 FORBIDDEN = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "equal")
 FORBIDDEN_METHODS = ("tolist", "numpy", "cpu", "item", "__array__")
