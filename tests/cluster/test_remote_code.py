@@ -132,6 +132,9 @@ def test_the_key_reaches_every_role(trusted: bool, tmp_path: Path, monkeypatch: 
         def __init__(self, session: Any, spec: Any, rates: Any, **_: Any) -> None:
             specs.append(spec)
 
+        def leave_gpu(self) -> None:
+            pass
+
     class FakeSession:
         def __init__(self, config: ClusterConfig, *, separate_attn: bool) -> None:
             self.config = config
