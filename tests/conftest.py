@@ -35,6 +35,7 @@ class _Helpers(MetaPathFinder):
         "megatron_stand_in",
         "models",
         "paper_sets",
+        "paper_workload",
         "tensors",
     )
 

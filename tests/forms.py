@@ -8,12 +8,15 @@ tests/conftest.py makes the module importable. T tokens, N tokens of one sequenc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensors import normal
 from torch import Tensor
+
+from rhythm import attention_statistics, attention_with_statistics
 
 HEADS, KEY_HEADS, SIZE, WINDOW = 4, 2, 8, 5
 KEYS, ROWS, PROMPTS = [23, 0, 1, 46], [10, 0, 1, 30], [3, 0, 0, 20]
@@ -88,3 +91,35 @@ def converted(case: Packed, form: dict[str, Any], dtype: torch.dtype) -> tuple[l
 
 
 BACKENDS = [("reference", torch.float64), ("cpu", torch.float32)]
+
+
+def assert_form_accurate(
+    shape: Sequence[Any], dtype: torch.dtype, backend: str, assert_accurate: Callable[..., None], *, device: str = "cpu"
+) -> None:
+    """All results of a backend against the reference in fp64, as accurate as the reference in `dtype`.
+
+    shape: (key lengths, query lengths, prompts, query heads, key heads, head size, W, horizon, form).
+    """
+    keys, rows, prompts, heads, key_heads, size, window, horizon, form = shape
+    q, k, v = (
+        normal(sum(n), h, size, seed=seed, dtype=dtype).to(device)
+        for seed, (n, h) in enumerate(((rows, heads), (keys, key_heads), (keys, key_heads)))
+    )
+    cu_rows, cu_keys = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (rows, keys))
+    options = {
+        "cu_seqlens": cu_rows,
+        "cu_seqlens_k": cu_keys,
+        "prompt_lens": prompts,
+        "window": window,
+        "horizon": horizon,
+    } | form
+    exact_out, exact = attention_with_statistics(q.double(), k.double(), v.double(), backend="reference", **options)
+    plain_out, plain = attention_with_statistics(q, k, v, backend="reference", **options)
+    out, beside = attention_with_statistics(q, k, v, backend=backend, **options)
+    alone = attention_statistics(q, k, backend=backend, **options)
+    bands = attention_statistics(q, k, lse=exact.lse.float(), span=False, backend=backend, **options)
+    assert_accurate("out", dtype, out, exact_out, plain_out)
+    for name in ("span", "waad", "fai", "lse"):
+        for result in (alone, beside) if name == "span" else (alone, beside, bands):
+            wanted, unfused = getattr(exact, name), getattr(plain, name)
+            assert_accurate(name, dtype, getattr(result, name), wanted, unfused, window if name == "waad" else 1e-3)

@@ -299,9 +299,9 @@ class ClusterInfer(Replicas[InferSpec]):
 
     def leave_gpu(self) -> None:
         """Free the GPUs for the trainer, where they are shared; the weights are dropped with the KV cache."""
-        if self._takes_turns and self.has_weights:
-            self._each_replica("sleep")
+        while self._takes_turns and self.has_weights:
             self.has_weights = False
+            self._each_replica("sleep")  # one that is lost meanwhile has all of them refilled, so that they sleep again
 
     def _take_gpu(self) -> None:
         if not self._takes_turns:

@@ -203,8 +203,7 @@ def _also(result: BackendResult) -> Tensor:
 
 @attention_statistics.register_fake
 def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    form: dict[str, Any] = dict(zip(FORM, rest[10:], strict=False))
-    return _empty_statistics(arguments.checked(q, k, None, *rest[:6], lse=rest[6], **form))
+    return _empty_statistics(arguments.checked(q, k, None, *rest[:6], lse=rest[6], **_named(rest[10:])))
 
 
 @attention_statistics_also.register_fake
@@ -215,8 +214,7 @@ def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 @attention_with_statistics.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    form: dict[str, Any] = dict(zip(FORM, rest[9:], strict=False))
-    return q.new_empty(q.shape), *_empty_statistics(arguments.checked(q, k, v, *rest[:6], **form))
+    return q.new_empty(q.shape), *_empty_statistics(arguments.checked(q, k, v, *rest[:6], **_named(rest[9:])))
 
 
 @attention_with_statistics_also.register_fake
@@ -226,7 +224,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
 
 
 def _named(values: tuple[Any, ...]) -> dict[str, Any]:
-    """The last arguments of an op that ends in _also by name."""
+    """The last arguments of an op by name; those of MORE as where they are not given."""
     given: dict[str, Any] = dict(zip((*FORM, *MORE), values, strict=False))
     return given | _more(given.get("also", ""), given.get("first", 4), given.get("prompt_rows", False))
 

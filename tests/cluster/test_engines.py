@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
+from paper_workload import WORK
 from transformers import AutoModelForCausalLM
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.errors import LostError, RemoteError, TrainLostError
-from rhythm.cluster.plan.dimensions import KNOWN, Workload
+from rhythm.cluster.plan.dimensions import KNOWN
 from rhythm.cluster.plan.memory import GIB
 from rhythm.cluster.plan.timeline import peak, replay
 from rhythm.cluster.roles import Role
@@ -42,18 +43,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 TAP = SignalsConfig(horizon=(1, 6), grouping="batch")
 SAMPLING = SamplingConfig(max_new_tokens=10)
-WORK = Workload(
-    prompts_per_batch=64,
-    responses_per_prompt=8,
-    mini_batch_size=32,
-    micro_batch_size=4,
-    max_new_tokens=896,
-    token_chunk=4096,
-    value_bytes=2,
-    steps=1,
-    reference=False,
-    separate_attn=False,
-)
 PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import assert_form_accurate
 from tensors import normal
 
 pytest.importorskip("triton", reason="needs the extra triton")
@@ -38,29 +39,7 @@ SHAPES: list[Any] = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 def test_accuracy_of_forms(index: int, dtype: torch.dtype, assert_accurate: Callable[..., None]) -> None:
-    keys, rows, prompts, heads, key_heads, size, window, horizon, form = SHAPES[index]
-    q, k, v = (
-        normal(sum(n), h, size, seed=seed, dtype=dtype).to(DEVICE)
-        for seed, (n, h) in enumerate(((rows, heads), (keys, key_heads), (keys, key_heads)))
-    )
-    cu_rows, cu_keys = (torch.tensor([0, *n]).cumsum(0).to(DEVICE, torch.int32) for n in (rows, keys))
-    options = {
-        "cu_seqlens": cu_rows,
-        "cu_seqlens_k": cu_keys,
-        "prompt_lens": prompts,
-        "window": window,
-        "horizon": horizon,
-    } | form
-    exact_out, exact = attention_with_statistics(q.double(), k.double(), v.double(), backend="reference", **options)
-    plain_out, plain = attention_with_statistics(q, k, v, backend="reference", **options)
-    out, beside = attention_with_statistics(q, k, v, backend="triton", **options)
-    alone = attention_statistics(q, k, backend="triton", **options)
-    bands = attention_statistics(q, k, lse=exact.lse.float(), span=False, backend="triton", **options)
-    assert_accurate("out", dtype, out, exact_out, plain_out)
-    for name in ("span", "waad", "fai", "lse"):
-        for result in (alone, beside) if name == "span" else (alone, beside, bands):
-            wanted, unfused = getattr(exact, name), getattr(plain, name)
-            assert_accurate(name, dtype, getattr(result, name), wanted, unfused, window if name == "waad" else 1e-3)
+    assert_form_accurate(SHAPES[index], dtype, "triton", assert_accurate, device=DEVICE)
 
 
 @pytest.mark.skipif(ON_GPU, reason="counts the interpreter's products")

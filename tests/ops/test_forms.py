@@ -22,6 +22,7 @@ from forms import (
     SIZE,
     WINDOW,
     Packed,
+    assert_form_accurate,
     converted,
     maps,
     packed,
@@ -309,26 +310,4 @@ def test_accuracy(
     isa: str, index: int, dtype: torch.dtype, assert_accurate: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RHYTHM_CPU_ISA", isa)
-    keys, rows, prompts, heads, key_heads, size, window, horizon, form = SHAPES[index]
-    q, k, v = (
-        normal(sum(n), h, size, seed=seed, dtype=dtype)
-        for seed, (n, h) in enumerate(((rows, heads), (keys, key_heads), (keys, key_heads)))
-    )
-    cu_rows, cu_keys = (torch.tensor([0, *n]).cumsum(0).to(INT) for n in (rows, keys))
-    options = {
-        "cu_seqlens": cu_rows,
-        "cu_seqlens_k": cu_keys,
-        "prompt_lens": prompts,
-        "window": window,
-        "horizon": horizon,
-    } | form
-    exact_out, exact = attention_with_statistics(q.double(), k.double(), v.double(), backend="reference", **options)
-    plain_out, plain = attention_with_statistics(q, k, v, backend="reference", **options)
-    out, beside = attention_with_statistics(q, k, v, backend="cpu", **options)
-    alone = attention_statistics(q, k, backend="cpu", **options)
-    bands = attention_statistics(q, k, lse=exact.lse.float(), span=False, backend="cpu", **options)
-    assert_accurate("out", dtype, out, exact_out, plain_out)
-    for name in ("span", "waad", "fai", "lse"):
-        for result in (alone, beside) if name == "span" else (alone, beside, bands):
-            wanted, unfused = getattr(exact, name), getattr(plain, name)
-            assert_accurate(name, dtype, getattr(result, name), wanted, unfused, window if name == "waad" else 1e-3)
+    assert_form_accurate(SHAPES[index], dtype, "cpu", assert_accurate)

@@ -9,24 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from paper_workload import WORK
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.plan.checks import check, check_weights
-from rhythm.cluster.plan.dimensions import KNOWN, Workload, read_dimensions
-
-WORK = Workload(
-    prompts_per_batch=64,
-    responses_per_prompt=8,
-    mini_batch_size=32,
-    micro_batch_size=4,
-    max_new_tokens=896,
-    token_chunk=4096,
-    value_bytes=2,
-    steps=500,
-    reference=False,
-    separate_attn=False,
-)
+from rhythm.cluster.plan.dimensions import KNOWN, read_dimensions
 
 
 def cluster(**section: Any) -> ClusterConfig:

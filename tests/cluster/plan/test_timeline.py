@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from paper_workload import WORK
 
 from rhythm.cluster.config import ClusterConfig
-from rhythm.cluster.plan.dimensions import KNOWN, Workload
+from rhythm.cluster.plan.dimensions import KNOWN
 from rhythm.cluster.plan.memory import infer_memory, train_memory
 from rhythm.cluster.plan.timeline import STEP, Moment, peak, replay, timeline, turn_faults
 
 MODEL = KNOWN["qwen3-4b"]
-WORK = Workload(
-    prompts_per_batch=64,
-    responses_per_prompt=8,
-    mini_batch_size=32,
-    micro_batch_size=4,
-    max_new_tokens=896,
-    token_chunk=1024,
-    value_bytes=2,
-    steps=10,
-    reference=False,
-    separate_attn=False,
-)
 
 
 def cluster(**train: object) -> ClusterConfig:
