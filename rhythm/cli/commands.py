@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from importlib import import_module
 
 from rhythm.system.extras import missing, package_of
-from rhythm.system.openmp import SpinWatch, choose_waiting
+from rhythm.system.openmp import ThreadWatch, choose_waiting
 
 CANT_RUN = 2
 
@@ -47,6 +47,6 @@ def _run(name: str, *, extra: str) -> int:
             raise
         print(missing(f"rhythm-{name}", package, extra), file=sys.stderr)
         return CANT_RUN
-    with SpinWatch() if chosen else nullcontext():
+    with ThreadWatch() if chosen else nullcontext():
         code: int = module.main()
     return code

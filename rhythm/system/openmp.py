@@ -1,21 +1,20 @@
-"""Sets how long OpenMP's threads spin at a barrier: as usual while the process has its cores to itself, hardly at all
-while other processes need them.
+"""Leaves cores to other processes that want them: fewer OpenMP threads while the machine is busy, all of them again
+when it no longer is.
 
-A thread that spins while it waits keeps a core from the very thread it waits for as soon as there are more threads
-that want to run than cores; a step beside one busy process can then take three times as long. Without any spinning
-a step that is alone takes longer, and fewer threads would change the order of sums and with it a run's bits. So the
-number of threads stays, and only the wait changes:
+OpenMP's threads wait for one another at the end of every operation. As soon as there are more threads that want to
+run than cores, the slowest of a team is one that waits for a core, and a step beside one busy process can take three
+times as long; with one thread in place of two it takes as long as that thread needs. Without spinning at barriers a
+team beside others loses less, but still more than half of its speed, and it is slower alone.
 
-- GNU's runtime (libgomp, which torch's wheels bring) spins a thousandth as long while there are more OpenMP threads
-  than processors (GOMP_SPINCOUNT in its manual). `SpinWatch` adds such threads, which sleep, while the main thread
-  has to wait for a core.
-- Intel's and LLVM's (libiomp5, libomp) spin for 200 ms unless KMP_BLOCKTIME says otherwise when they are loaded, or
-  kmp_set_blocktime later, for the teams of the thread that calls it. 1 ms costs little alone, and little beside others.
+Intel's and LLVM's runtimes (libiomp5, libomp) spin for 200 ms unless KMP_BLOCKTIME says otherwise when they are
+loaded, or kmp_set_blocktime later, for the teams of the thread that calls it. 1 ms costs little alone, and little
+beside others. GNU's (libgomp, which torch's wheels bring) keeps its own, shorter spin.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import re
@@ -27,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+log = logging.getLogger(__name__)
+
 VARIABLES = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_DYNAMIC", "OMP_THREAD_LIMIT", "GOMP_SPINCOUNT", "KMP_BLOCKTIME",
     "KMP_LIBRARY",
@@ -35,15 +36,14 @@ VARIABLES = (
 
 BLOCK_MILLISECONDS = 1
 
-_GNU, _KMP = re.compile(r"/libgomp[^/]*\.so[^/]*$"), re.compile(r"/lib(iomp5|omp)[^/a-z]*\.so[^/]*$")
+_KMP = re.compile(r"/lib(iomp5|omp)[^/a-z]*\.so[^/]*$")
 _SCHEDSTAT = Path("/proc/self/schedstat")  # of the main thread: seconds on a core, seconds ready but without one, in ns
+_STAT = Path("/proc/stat")
 _INTERVAL = 0.25
-# A main thread that is alone waits 1% of the time, beside one busy process on two cores 40%. While threads don't spin
-# it tells less: then a thread that is woken waits a little for its core, tens of thousands of times a second.
+# A main thread that is alone waits 1% of the time, beside one busy process on two cores 40%.
 _BUSY, _BUSY_LOOKS = 0.10, 2
-# So a crowd stays that many looks and then leaves, to see; twice as many each time it is called back at once.
-_STAY, _LONGEST_STAY = 8, 40
-_MOST_CROWDS = 4
+# A core is another's if others use more than that part of it; and ours again after so many looks at which it isn't.
+_TAKEN, _FREE_LOOKS = 0.25, 4
 
 
 def choose_waiting(environment: MutableMapping[str, str] | None = None) -> bool:
@@ -56,9 +56,8 @@ def choose_waiting(environment: MutableMapping[str, str] | None = None) -> bool:
     if any(name in environment for name in VARIABLES):
         return False
     environment["KMP_BLOCKTIME"] = str(BLOCK_MILLISECONDS)
-    for path in loaded_runtimes():
-        if _KMP.search(path):  # it has read its variables already
-            ctypes.CDLL(path).kmp_set_blocktime(BLOCK_MILLISECONDS)
+    for path in loaded_runtimes():  # they have read their variables already
+        ctypes.CDLL(path).kmp_set_blocktime(BLOCK_MILLISECONDS)
     return True
 
 
@@ -83,20 +82,50 @@ def waited() -> float | None:
         return None
 
 
-class SpinWatch:
-    """Until the block is left, looks four times a second how long the main thread waited for a core. Where that was
-    more than a tenth of the time twice in a row, libgomp's threads spin next to nothing for the next 2 seconds; up to
-    10 where it is so again and again.
+def used_by_others() -> float | None:
+    """Seconds of processor time that other processes of usual or higher priority have had on the processors of this
+    one, since the machine started and but for a constant; None where the system doesn't say.
+    """
+    try:
+        rows = (line.split() for line in _STAT.read_text().splitlines())
+        own = time.process_time()
+        usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        total = 0
+        for user, _nice, system, _idle, _iowait, interrupts, soft, stolen in (
+            map(int, row[1:9]) for row in rows if row[0] in usable
+        ):
+            total += user + system + interrupts + soft + stolen
+    except (OSError, AttributeError, ValueError):
+        return None
+    return total / os.sysconf("SC_CLK_TCK") - own
 
-    `crowded` says whether they do now. Where the system doesn't say how long threads wait (it is Linux that does),
-    and with another OpenMP runtime than libgomp, it does nothing.
+
+class ThreadWatch:
+    """Until the block is left, torch's threads of the main thread are as many as there are cores for.
+
+    Four times a second it looks how long the main thread waited for a core. Where that was more than a tenth of the
+    time twice in a row, the threads become so many that each has a core which other processes don't use; at least
+    one. They become more again when other processes have used fewer cores for a second.
+
+    The number of threads decides in which order numbers are summed, so results then differ in their last bits.
+
+    Attributes:
+        threads: how many there are; None as long as the number has not been changed.
+
+    Where the system doesn't say how long threads wait (it is Linux that does), it does nothing.
     """
 
-    def __init__(self, waited: Callable[[], float | None] = waited, *, interval: float = _INTERVAL) -> None:
-        self._waited, self._interval = waited, interval
+    def __init__(
+        self,
+        waited: Callable[[], float | None] = waited,
+        used_by_others: Callable[[], float | None] = used_by_others,
+        *,
+        interval: float = _INTERVAL,
+    ) -> None:
+        self.threads: int | None = None
+        self._waited, self._used, self._interval = waited, used_by_others, interval
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="spin-watch", daemon=True)
-        self._crowd: Crowd | None = None
+        self._thread = threading.Thread(target=self._watch, name="thread-watch", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -108,86 +137,59 @@ class SpinWatch:
         self._end.set()
         self._thread.join()
 
-    @property
-    def crowded(self) -> bool:
-        """Whether threads spin next to nothing now."""
-        return self._crowd is not None
-
     def _watch(self) -> None:
-        before, then = self._waited(), time.monotonic()
-        looks, stay = 0, 0  # in a row that were busy, or of this crowd; of the last crowd
-        alone = math.inf  # looks since the last crowd
-        while before is not None and not self._end.wait(self._interval):
-            after, now = self._waited(), time.monotonic()
-            if after is None:
+        team = None  # threads without other processes
+        busy_looks = free_looks = 0  # in a row
+        before, used_before, then = self._waited(), self._used(), time.monotonic()
+        while before is not None and used_before is not None and not self._end.wait(self._interval):
+            after, used, now = self._waited(), self._used(), time.monotonic()
+            if after is None or used is None:
                 break
-            share = (after - before) / (now - then)
-            before, then = after, now
-            if self.crowded:
-                looks += 1
-                if looks == stay:
-                    self._change()
-                    looks = alone = 0
+            share, others = (after - before) / (now - then), (used - used_before) / (now - then)
+            before, used_before, then = after, used, now
+            if "torch" not in sys.modules:
                 continue
-            alone += 1
-            looks = looks + 1 if share > _BUSY else 0
-            if looks == _BUSY_LOOKS:
-                stay = min(2 * stay, _LONGEST_STAY) if alone <= 2 * _BUSY_LOOKS else _STAY
-                self._change()
-                looks = 0
-        if self._crowd is not None:
-            self._change()
+            team = team or _torch_threads()
+            threads = self.threads or team
+            room = max(1, min(team, processors() - math.ceil(others - _TAKEN)))
+            busy_looks = busy_looks + 1 if share > _BUSY and room < threads else 0
+            free_looks = free_looks + 1 if room > threads else 0
+            if busy_looks == _BUSY_LOOKS or free_looks == _FREE_LOOKS:
+                self._change(room, team)
+                busy_looks = free_looks = 0
+        if self.threads is not None and team is not None:
+            self._change(team, team)
 
-    def _change(self) -> None:
-        if self._crowd is not None:
-            self._crowd.leave()
-            self._crowd = None
-        elif "torch" in sys.modules and uses_libgomp():
-            self._crowd = Crowd()
-
-
-class Crowd:
-    """OpenMP threads that sleep: so many that libgomp counts more threads than processors and hardly spins."""
-
-    def __init__(self) -> None:
-        """Returns when they are there: none where torch uses one thread, and none where it uses so few of the
-        processors that a handful of teams would not be enough.
-        """
-        import torch
-
-        team = torch.get_num_threads()
-        teams = crowds(team, processors())
-        self._leave = threading.Event()
-        there = threading.Barrier(teams + 1)
-        self._threads = [
-            threading.Thread(target=self._stay, args=(there,), name="crowd", daemon=True) for _ in range(teams)
-        ]
-        for thread in self._threads:
-            thread.start()
-        there.wait()
-
-    def _stay(self, there: threading.Barrier) -> None:
-        import torch
-
-        torch.ones(1 << 20).mul_(2)  # a team belongs to the thread that first had work for it, until that one ends
-        there.wait()
-        self._leave.wait()
-
-    def leave(self) -> None:
-        """From here on libgomp spins as before."""
-        self._leave.set()
-        for thread in self._threads:
-            thread.join()
+    def _change(self, threads: int, team: int) -> None:
+        if self.threads is None:
+            log.info(
+                "other processes want the cores: %d of %d threads until they end. OMP_NUM_THREADS=%d keeps the "
+                "number, and with it results to the last bit.",
+                threads, team, team,
+            )  # fmt: skip
+        self.threads = threads
+        set_threads_of_the_main_thread(threads)
 
 
-def crowds(team: int, processors: int) -> int:
-    """Teams that make the threads of all teams more than there are processors: team − 1 each, beside a first one of
-    `team`; 0 where no more than a few can do that.
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)  # type: ignore[untyped-decorator]
+def _set_threads(threads: int) -> int:
+    import torch
+
+    torch.set_num_threads(threads)
+    return 0
+
+
+def set_threads_of_the_main_thread(threads: int) -> None:
+    """torch.set_num_threads(threads) in the main thread, between two steps of its Python code: the number of OpenMP's
+    threads belongs to the thread that sets it.
     """
-    if team < 2:
-        return 0
-    needed = max(0, processors - team) // (team - 1) + 1
-    return needed if needed <= _MOST_CROWDS else 0
+    ctypes.pythonapi.Py_AddPendingCall(_set_threads, ctypes.c_void_p(threads))
 
 
 def processors() -> int:
@@ -196,15 +198,9 @@ def processors() -> int:
 
 
 def loaded_runtimes() -> set[str]:
-    """Paths of the OpenMP runtimes in this process; none where the system doesn't say (it is Linux that does)."""
+    """Paths of Intel's and LLVM's OpenMP runtimes in this process; none where the system is not Linux."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return set()
-    return {path for path in re.findall(r"/\S+", maps) if _GNU.search(path) or _KMP.search(path)}
-
-
-def uses_libgomp() -> bool:
-    """Whether torch's threads are libgomp's: Intel's and LLVM's take its place where they are loaded beside it."""
-    loaded = loaded_runtimes()
-    return any(map(_GNU.search, loaded)) and not any(map(_KMP.search, loaded))
+    return {path for path in re.findall(r"/\S+", maps) if _KMP.search(path)}

@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin: measured as the CPU time of a wait in which nothing happens."""
+"""How many threads the commands use beside other processes."""
 
 from __future__ import annotations
 
@@ -7,170 +7,154 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from rhythm.cli import commands
 from rhythm.system import openmp
-from rhythm.system.openmp import VARIABLES, SpinWatch, choose_waiting, crowds, waited, worker_waiting
-
-IDLE = """
-import json, time, torch
-from rhythm.system.openmp import Crowd, SpinWatch, uses_libgomp
-
-def idle():
-    "Milliseconds of CPU time of a wait of 20 ms after parallel work, the mean of 20."
-    spent = 0.0
-    for _ in range(20):
-        torch.ones(1 << 20).mul_(2)
-        before = time.process_time()
-        time.sleep(0.02)
-        spent += time.process_time() - before
-    return 50 * spent
-"""
+from rhythm.system.openmp import VARIABLES, ThreadWatch, choose_waiting, waited, worker_waiting
 
 
-def run(code: str, **environment: str) -> object:
-    """What it prints as JSON, with the two threads that a team needs and no choice about their waits."""
+class Looks:
+    """Seconds since the start of which a share was waited or used, by one share for each look."""
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self._shares = shares
+        self._total, self._then = 0.0, time.monotonic()
+        self.count = -1
+
+    def __call__(self) -> float:
+        now = time.monotonic()
+        if 0 <= self.count < len(self._shares):
+            self._total += self._shares[self.count] * (now - self._then)
+        self._then = now
+        self.count += 1
+        return self._total
+
+
+def watch_through(
+    waits: Sequence[float], others: Sequence[float], monkeypatch: pytest.MonkeyPatch, *, team: int = 4
+) -> list[tuple[int, int]]:
+    """The changes that a watch makes on four processors with these shares at its looks: (look, threads)."""
+    changes: list[tuple[int, int]] = []
+    wait = Looks(waits)
+    monkeypatch.setattr(openmp, "processors", lambda: 4)
+    monkeypatch.setattr(openmp, "_torch_threads", lambda: team)
+    monkeypatch.setattr(openmp, "set_threads_of_the_main_thread", lambda n: changes.append((wait.count, n)))
+    with ThreadWatch(wait, Looks(others), interval=0.03):
+        end = time.monotonic() + 20
+        while wait.count <= len(waits):
+            assert time.monotonic() < end, "the watch has ended"
+            time.sleep(0.01)
+    return changes
+
+
+def test_a_core_that_others_use_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads on four processors: two cores are taken at the third look, one given back ten looks later, and all
+    when the watch ends.
+    """
+    waits = [0.0, 0.5, 0.5, *[0.0] * 16]
+    others = [0.0, 2.0, 2.0, *[2.0] * 5, *[1.0] * 11]
+    assert watch_through(waits, others, monkeypatch) == [(3, 2), (12, 3), (20, 4)]
+
+
+@pytest.mark.parametrize(
+    ("waits", "others"),
+    [
+        pytest.param([0.5, 0.0] * 5, [2.0] * 10, id="one look"),
+        pytest.param([0.07] * 10, [2.0] * 10, id="a short wait"),
+        pytest.param([0.5] * 10, [0.1] * 10, id="a wait for nobody"),
+    ],
+)
+def test_threads_stay(waits: list[float], others: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watch_through(waits, others, monkeypatch) == []
+
+
+def test_one_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watch_through([0.6] * 4, [3.9] * 4, monkeypatch)[0] == (2, 1)
+
+
+def test_a_team_smaller_than_the_machine_leaves_only_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watch_through([0.6] * 4, [1.0] * 4, monkeypatch, team=2) == []
+    assert watch_through([0.6] * 4, [3.0] * 4, monkeypatch, team=2)[0] == (2, 1)
+
+
+def run(code: str) -> object:
+    """What it prints as JSON, in a process of its own in which nobody has chosen a number of threads."""
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [sys.executable, "-c", f"{IDLE}\ntorch.set_num_threads(2)\n{code}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=kept | environment, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_crowd_ends_spinning_while_it_is_there() -> None:
+def test_beside_a_busy_process_the_main_thread_has_fewer_threads() -> None:
+    """On two cores: two threads, one beside a process that computes, two after it and after the watch."""
     code = """
-import os
+import json, os, subprocess, sys, time
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-first = torch.get_num_threads()
-plain = idle()
-crowd = Crowd()
-crowded = idle()
-crowd.leave()
-print(json.dumps([uses_libgomp(), plain, crowded, idle(), torch.get_num_threads() - first]))
+import torch
+from rhythm.system.openmp import ThreadWatch
+if len(os.sched_getaffinity(0)) < 2:
+    print(json.dumps(None)), sys.exit()
+torch.set_num_threads(2)
+numbers = torch.randn(256, 256)
+
+def until(threads, seconds=60):
+    end = time.monotonic() + seconds
+    while torch.get_num_threads() != threads and time.monotonic() < end:
+        numbers @ numbers
+    return torch.get_num_threads()
+
+with ThreadWatch(interval=0.1):
+    seen = [torch.get_num_threads()]
+    others = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(2)]
+    seen.append(until(1))
+    for other in others:
+        other.kill(), other.wait()
+print(json.dumps([*seen, until(2, 5)]))
 """
-    libgomp, plain, crowded, after, more = run(code)  # type: ignore[misc]
-    assert libgomp
-    assert plain > 1
-    assert after > 1
-    assert crowded < 0.2 * min(plain, after)
-    assert more == 0, "the number of threads decides how sums are made"
+    assert run(code) in ([2, 1, 2], None)  # None: one core is all there is
 
 
-def test_the_watch_follows_the_wait_of_the_main_thread() -> None:
-    """A made-up wait: none, half the time, none."""
+def test_what_others_use_is_counted_and_what_this_process_uses_is_not() -> None:
     code = """
-share, total, then = 0.0, 0.0, time.monotonic()
-def waited():
-    global total, then
-    now = time.monotonic()
-    total, then = total + share * (now - then), now
-    return total
-def until(crowded):
-    end = time.monotonic() + 20
-    while watch.crowded != crowded and time.monotonic() < end:
-        time.sleep(0.01)
-    return [watch.crowded, idle()]
-with SpinWatch(waited, interval=0.05) as watch:
-    time.sleep(0.4)
-    readings = [[watch.crowded, idle()]]
-    share = 0.5
-    readings.append(until(True))
-    share = 0.0
-    readings.append(until(False))
-    share = 0.5
-    until(True)
-print(json.dumps([*readings, [watch.crowded, idle()]]))
+import json, os, subprocess, sys, time
+from rhythm.system.openmp import used_by_others
+core = sorted(os.sched_getaffinity(0))[:1]
+os.sched_setaffinity(0, core)
+
+def used(program):
+    other = subprocess.Popen([sys.executable, "-S", "-c", program])
+    time.sleep(0.3)
+    before, own, end = used_by_others(), time.process_time(), time.monotonic() + 1
+    while time.monotonic() < end: pass
+    other.kill(), other.wait()
+    return used_by_others() - before, time.process_time() - own
+
+print(json.dumps([used("while True: pass"), used("import os; os.nice(19)\\nwhile True: pass")]))
 """
-    (calm, spun), (busy, slept), (calm_again, spun_again), (ended, at_the_end) = run(code)  # type: ignore[misc]
-    assert [calm, busy, calm_again, ended] == [False, True, False, False]
-    assert min(spun, spun_again, at_the_end) > 1
-    assert slept < 0.2 * min(spun, spun_again, at_the_end)
-
-
-@pytest.mark.parametrize("shares", [(0.5, 0.0) * 10, (0.07,) * 20])
-def test_one_look_or_a_short_wait_changes_nothing(shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openmp, "Crowd", lambda: pytest.fail("no reason to crowd"))
-    wait = Wait(shares)
-    with SpinWatch(wait, interval=0.03) as watch:
-        wait.over()
-    assert not watch.crowded
-
-
-def test_a_crowd_stays_longer_each_time_it_is_called_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the wait is while it is there: 8 looks, 16, 32, 40 at most; and 8 again after a calm time."""
-    came, left = [], []
-
-    class Noted:
-        def __init__(self) -> None:
-            came.append(wait.looks)
-
-        def leave(self) -> None:
-            left.append(wait.looks)
-
-    shares = [
-        0.5,
-        0.5,
-        *[0.0] * 8,
-        0.5,
-        0.5,
-        *[0.5] * 16,
-        0.0,
-        0.5,
-        0.5,
-        *[0.0] * 32,
-        0.5,
-        0.5,
-        *[0.0] * 40,
-        *[0.0] * 4,
-    ]
-    wait = Wait([*shares, 0.5, 0.5, *[0.5] * 8, 0.0])
-    monkeypatch.setattr(openmp, "uses_libgomp", lambda: True)
-    monkeypatch.setattr(openmp, "Crowd", Noted)
-    with SpinWatch(wait, interval=0.02):
-        wait.over()
-    assert came == [2, 12, 31, 65, 111]
-    assert [end - start for start, end in zip(came, left, strict=True)] == [8, 16, 32, 40, 8]
-
-
-class Wait:
-    """Seconds waited, by a share of the time for each look."""
-
-    def __init__(self, shares: tuple[float, ...] | list[float]) -> None:
-        self._shares = shares
-        self._total, self._then = 0.0, time.monotonic()
-        self.looks = -1
-
-    def __call__(self) -> float:
-        now = time.monotonic()
-        if 0 <= self.looks < len(self._shares):
-            self._total += self._shares[self.looks] * (now - self._then)
-        self._then = now
-        self.looks += 1
-        return self._total
-
-    def over(self) -> None:
-        end = time.monotonic() + 20
-        while self.looks <= len(self._shares):
-            assert time.monotonic() < end, "the watch has ended"
-            time.sleep(0.01)
+    measured: list[list[float]] = run(code)  # type: ignore[assignment]
+    (usual, own), (nice, _) = measured
+    assert own > 0.1
+    assert usual + own > 0.8, "one core's second is ours and the other's"
+    assert usual > 0.1
+    assert nice < usual
 
 
 def test_a_system_that_does_not_say_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openmp, "_SCHEDSTAT", openmp._SCHEDSTAT.with_name("none"))
     assert waited() is None
-    with SpinWatch(interval=0.01) as watch:
+    with ThreadWatch(interval=0.01) as watch:
         watch._thread.join(10)
         assert not watch._thread.is_alive()
-    assert not watch.crowded
+    assert watch.threads is None
 
 
 def test_waited_counts_what_the_main_thread_waits() -> None:
     """Beside a process on the same core, a thread that computes for 0.3 s waits about as long."""
     code = """
-import subprocess, sys
+import json, subprocess, sys, time
 from rhythm.system.openmp import waited
 os_core = sorted(__import__("os").sched_getaffinity(0))[:1]
 __import__("os").sched_setaffinity(0, os_core)
@@ -182,13 +166,6 @@ print(json.dumps(waited() - before))
 other.kill()
 """
     assert run(code) > 0.1  # type: ignore[operator]
-
-
-def test_crowds() -> None:
-    """More threads than processors: 2 + 1 > 2; of half the processors (two threads a core) 4 + 3 + 3 > 8."""
-    assert [crowds(*case) for case in [(2, 2), (8, 8), (4, 8), (64, 128), (3, 2)]] == [1, 1, 2, 2, 1]
-    assert crowds(1, 2) == 0
-    assert crowds(2, 64) == 0, "62 teams to keep two threads from spinning"
 
 
 def test_what_the_user_has_set_stays() -> None:
@@ -223,7 +200,7 @@ def test_commands_watch_while_they_run(
         import threading
 
         names = [thread.name for thread in threading.enumerate()]
-        seen.append(("spin-watch" in names, os.environ.get("KMP_BLOCKTIME")))
+        seen.append(("thread-watch" in names, os.environ.get("KMP_BLOCKTIME")))
         return 7
 
     monkeypatch.setattr("rhythm.cli.train.main", main)
