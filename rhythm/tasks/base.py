@@ -57,19 +57,22 @@ FAMILIES: dict[str, str] = {"reasoning_gym": "rhythm.tasks.reasoning_gym"}
 """First part of names such as `reasoning_gym:chain_sum`, and the module whose attribute the second part is."""
 
 
+FaultKind = Literal["late", "raised", "memory", "invalid"]
+
+
 @dataclass(frozen=True)
 class Reward:
     """The reward of one response.
 
     score: what GRPO maximizes; correct: counted by accuracy; format_ok: the answer could be read. fault: set, with a
-    score of 0, where the reward function missed its deadline ("late"), raised, or returned anything but a Reward with
-    a finite score ("invalid").
+    score of 0, where the reward function missed its deadline ("late"), raised, ran out of memory, or returned anything
+    but a Reward with a finite score ("invalid").
     """
 
     score: float
     correct: bool
     format_ok: bool
-    fault: Literal["late", "raised", "invalid"] | None = None
+    fault: FaultKind | None = None
 
 
 class Task(Protocol[Instance]):

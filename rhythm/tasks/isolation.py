@@ -1,4 +1,4 @@
-"""Computes a task's rewards in processes of their own, which are killed when a reward takes too long.
+"""Computes a task's rewards in processes of their own, with a deadline for each reward and a limit of their memory.
 
 with rhythm.tasks.isolated("countdown", {"numbers": 3}, seconds=5, workers=2) as task:
     instance = task.train[0]
@@ -35,6 +35,13 @@ class RewardConfig(BaseModel, extra="forbid", frozen=True):
     start_seconds: float = Field(
         default=START_SECONDS, gt=0, allow_inf_nan=False, description="deadline for starting such a process"
     )
+    memory_gib: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="memory that such a process, and each that it starts, may allocate, in GiB (Linux); a response on "
+        "which it needs more scores 0; null: as much as there is",
+    )
 
 
 def isolated(
@@ -44,6 +51,7 @@ def isolated(
     seconds: float = 10.0,
     workers: int = 1,
     start_seconds: float = START_SECONDS,
+    memory_gib: float | None = None,
 ) -> IsolatedTask:
     """The task `name` with `options`, as load_task gives it, its rewards computed in `workers` processes: to be used in
     a with statement, which starts and ends them.
@@ -51,19 +59,22 @@ def isolated(
     Args:
         seconds: deadline of one reward; past it the score is 0 and the Reward's fault "late".
         start_seconds: deadline for a process to start.
+        memory_gib: memory that a process may allocate, on Linux; where it needs more, the score is 0 and the Reward's
+            fault "memory". None: no limit.
 
-    Raises ValueError for an unknown task, options it doesn't allow, a deadline that isn't positive, workers < 1.
+    Raises ValueError for an unknown task, options it doesn't allow, a deadline or limit that isn't positive,
+    workers < 1.
     """
-    config = RewardConfig(seconds=seconds, workers=workers, start_seconds=start_seconds)
+    config = RewardConfig(seconds=seconds, workers=workers, start_seconds=start_seconds, memory_gib=memory_gib)
     return IsolatedTask(load_task(name, options), name, options or {}, **config.model_dump())
 
 
 class IsolatedTask:
     """A task whose rewards are computed by copies of it in child processes.
 
-    A reward that raises, misses its deadline or isn't a valid Reward becomes a score of 0 with its `fault` set. After a
-    missed deadline the child is killed and a new one started. On Linux the children end with this process, even if this
-    one is killed.
+    A reward that raises, misses its deadline, runs out of memory or isn't a valid Reward becomes a score of 0 with its
+    `fault` set. After a missed deadline, or out of memory, the child is killed and a new one started. On Linux the
+    children end with this process, even if this one is killed.
     """
 
     config_class: ClassVar[type[BaseModel]] = BaseModel  # unused: this task wraps one that is already built
@@ -77,6 +88,7 @@ class IsolatedTask:
         seconds: float,
         start_seconds: float,
         workers: int = 1,
+        memory_gib: float | None = None,
     ) -> None:
         """
         Args:
@@ -85,10 +97,12 @@ class IsolatedTask:
             seconds: deadline of one reward.
             start_seconds: deadline for a child to start.
             workers: children, which score different responses at the same time.
+            memory_gib: memory that a child may allocate; None: no limit.
         """
         self._task = task
         self._processes = [
-            RewardProcess(name, options, seconds=seconds, start_seconds=start_seconds) for _ in range(workers)
+            RewardProcess(name, options, seconds=seconds, start_seconds=start_seconds, memory_gib=memory_gib)
+            for _ in range(workers)
         ]
         self._idle: queue.SimpleQueue[RewardProcess] = queue.SimpleQueue()
         for process in self._processes:

@@ -42,15 +42,23 @@ _FIRST_TO_KILL = "1000"  # oom_score_adj: a reward that takes all memory ends th
 
 
 class RewardProcess:
-    """A process with a task, killed when a reward takes too long, and started again for the next one.
+    """A process with a task, killed when a reward takes too long or all its memory, and started again for the next one.
 
     Asked by one thread at a time; `close` may be called by another.
     """
 
-    def __init__(self, name: str, options: Mapping[str, object], *, seconds: float, start_seconds: float) -> None:
-        """`seconds`: deadline of one reward; `start_seconds`: of the start."""
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, object],
+        *,
+        seconds: float,
+        start_seconds: float,
+        memory_gib: float | None = None,
+    ) -> None:
+        """`seconds`: deadline of one reward; `start_seconds`: of the start; `memory_gib`: limit of its memory."""
         self._name, self._options = name, dict(options)
-        self._seconds, self._start_seconds = seconds, start_seconds
+        self._seconds, self._start_seconds, self._memory_gib = seconds, start_seconds, memory_gib
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._ready = False
@@ -76,7 +84,7 @@ class RewardProcess:
             )
         self._connection = Connection(ours.detach())
         self._ready = False
-        self._connection.send((self._name, self._options))
+        self._connection.send((self._name, self._options, self._memory_gib))
 
     def rewards(self, pairs: Sequence[tuple[Any, str]]) -> list[Reward | Fault]:
         """Of each (instance, response). Raises RewardWorkerError where no process can be started."""
@@ -85,15 +93,19 @@ class RewardProcess:
             connection = self._ready_connection()
             answered = select.poll()  # Connection.poll makes a selector each time, which costs more than an answer
             answered.register(connection, select.POLLIN)
+            exhausted = False
             try:
                 connection.send(pairs[len(answers) :])
-                while len(answers) < len(pairs) and answered.poll(1000 * self._seconds):
-                    answers.append(connection.recv())
+                while not exhausted and len(answers) < len(pairs) and answered.poll(1000 * self._seconds):
+                    answers.append(answer := connection.recv())
+                    exhausted = isinstance(answer, Fault) and answer.kind == "memory"
             except (EOFError, BrokenPipeError, ConnectionResetError):  # the reward function ended its process
                 answers.append(Fault("raised", "its process ended"))
                 self._discard()
             else:
-                if len(answers) < len(pairs):
+                if exhausted:  # what filled its memory may still be there
+                    self._discard()
+                elif len(answers) < len(pairs):
                     answers.append(Fault("late", f"given up after {self._seconds:g} s"))
                     self._discard()
         return answers
@@ -133,16 +145,18 @@ class RewardProcess:
 
 
 def serve(fd: int) -> None:
-    """Runs in the process. Reads the task's name and options, then lists of (instance, response); sends None once it
-    is ready, or a Fault, then a Reward or a Fault per response.
+    """Runs in the process. Reads the task's name, its options and a limit of memory, then lists of (instance,
+    response); sends None once it is ready, or a Fault, then a Reward or a Fault per response.
     """
     connection = Connection(fd)
     signal_at_parents_end(signal.SIGKILL)
     if sys.platform == "linux":
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_KILL, encoding="ascii")
     try:
-        name, options = connection.recv()
+        name, options, memory_gib = connection.recv()
         try:
+            if memory_gib is not None:
+                _limit_memory(int(memory_gib * 2**30))
             task = load_for_rewards(name, options)
         except BaseException:
             connection.send(Fault("raised", traceback.format_exc()))
@@ -157,3 +171,12 @@ def serve(fd: int) -> None:
                 connection.send(answer)  # holds only plain values, so pickling can't fail
     except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody asks any more
         return
+
+
+def _limit_memory(size: int) -> None:
+    """Let this process, and each that it starts, allocate `size` bytes; what needs more raises MemoryError."""
+    if sys.platform == "linux":
+        import resource
+
+        # Not RLIMIT_AS, which counts what libraries map and never touch.
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))

@@ -5,16 +5,23 @@ from __future__ import annotations
 import logging
 import reprlib
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsFloat
+from typing import Any, SupportsFloat
 
-from rhythm.tasks.base import Reward, Task
+from rhythm.tasks.base import FaultKind, Reward, Task
 
 log = logging.getLogger(__name__)
 
 LARGEST_SCORE = 3.4028234663852886e38  # the largest float32, the type in which advantages are computed
 
-_HAPPENED = {"late": "took too long", "raised": "raised", "invalid": "is not valid"}
+FAULTS: Mapping[FaultKind, str] = {
+    "late": "took too long",
+    "raised": "raised",
+    "memory": "ran out of memory",
+    "invalid": "is not valid",
+}
+"""Kind of fault → what the log says that the reward did."""
 
 
 class RewardWorkerError(RuntimeError):
@@ -25,7 +32,7 @@ class RewardWorkerError(RuntimeError):
 class Fault:
     """Why a response has no valid reward; `why` is a message for people."""
 
-    kind: Literal["late", "raised", "invalid"]
+    kind: FaultKind
     why: str
 
 
@@ -38,7 +45,7 @@ def check_reward(returned: object) -> Reward | Fault:
     try:
         score = float(returned.score) if isinstance(returned.score, SupportsFloat) else None
         flags = [bool(flag) if flag in (True, False) else None for flag in (returned.correct, returned.format_ok)]
-        fault = returned.fault if returned.fault in (None, *_HAPPENED) else None
+        fault = returned.fault if returned.fault in (None, *FAULTS) else None
     except Exception as error:  # the values may be of any type, whose methods may raise
         return Fault("invalid", f"reward returned a Reward that can't be read: {type(error).__name__}: {error}")
     if score is None or not abs(score) <= LARGEST_SCORE:  # NaN compares false
@@ -54,7 +61,7 @@ def check_reward(returned: object) -> Reward | Fault:
 
 
 def call_reward(task: Task[Any], instance: Any, response: str) -> Reward | Fault:
-    """The task's reward, checked, or the fault if it raised or returned something invalid.
+    """The task's reward, checked, or the fault if it raised, ran out of memory or returned something invalid.
 
     Raises KeyboardInterrupt and RewardWorkerError.
     """
@@ -62,6 +69,8 @@ def call_reward(task: Task[Any], instance: Any, response: str) -> Reward | Fault
         returned = task.reward(instance, response)
     except (KeyboardInterrupt, RewardWorkerError):
         raise
+    except MemoryError as error:  # without its traceback, for which there may be no memory either
+        return Fault("memory", repr(error))
     except (Exception, SystemExit):
         return Fault("raised", traceback.format_exc())
     return check_reward(returned)
@@ -73,7 +82,7 @@ def reward_or_zero(answer: Reward | Fault, prompt: str, response: str) -> Reward
         return answer
     log.warning(
         "a reward %s: its score is 0; prompt %.200r, response %.200r: %s",
-        _HAPPENED[answer.kind],
+        FAULTS[answer.kind],
         prompt,
         response,
         answer.why,

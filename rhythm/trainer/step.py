@@ -34,6 +34,7 @@ from rhythm.engines.interfaces import (
 from rhythm.seeds import derive_seed, generator
 from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tasks import Task
+from rhythm.tasks.scoring import FAULTS
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.drawing import Drawn, draw, zero_variance_share
 from rhythm.trainer.metrics import Record, Stopwatch
@@ -280,9 +281,7 @@ def _rollout_metrics(drawn: Drawn, credited: TokenCredit) -> Record:
         "reward": float(scored.scores.double().mean()),
         "train_accuracy": scored.accuracy,
         "format_share": scored.format_share,
-        "rewards_late": float(sum(reward.fault == "late" for reward in scored.rewards)),
-        "rewards_raised": float(sum(reward.fault == "raised" for reward in scored.rewards)),
-        "rewards_invalid": float(sum(reward.fault == "invalid" for reward in scored.rewards)),
+        **{f"rewards_{kind}": float(sum(reward.fault == kind for reward in scored.rewards)) for kind in FAULTS},
         "zero_variance_share": zero_variance_share(drawn.rewards, rollout.group),
         "finished_share": float(rollout.finished.double().mean()),
         "response_length": float(rollout.response_lens.double().mean()),

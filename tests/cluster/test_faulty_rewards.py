@@ -1,4 +1,6 @@
-"""A run whose reward hangs on some responses, raises on others or returns nothing goes on, and counts them."""
+"""A run whose reward hangs on some responses, raises or eats memory on others or returns nothing goes on, and counts
+them.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,8 @@ class Faulty(Countdown):
             raise RuntimeError("no reward for this")
         if instance == self.train[2]:
             return None
+        if instance == self.train[3]:
+            return [bytearray(1 << 24) for _ in range(1000)]
         return super().reward(instance, response)
 """
 
@@ -32,7 +36,12 @@ def test_faulty_rewards_are_counted(small_cluster: Path, launch: Callable[..., A
     # What no process of the run takes for the installed module, the workers of Ray included.
     for name in ("torch", "transformers", "pickle"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write(__file__)\n")
-    engines = ("cluster.infer.engine=transformers", "cluster.train.engine=torch", "reward.seconds=0.5")
+    engines = (
+        "cluster.infer.engine=transformers",
+        "cluster.train.engine=torch",
+        "reward.seconds=0.5",
+        "reward.memory_gib=0.5",
+    )
     # A step that sees every one of the sixty training instances once.
     sizes = ("steps=1", "batch.prompts_per_batch=60", "batch.responses_per_prompt=2", "evaluation.samples=0")
     launched = launch(
@@ -40,7 +49,8 @@ def test_faulty_rewards_are_counted(small_cluster: Path, launch: Callable[..., A
     )
     output = launched.finish()
     row = json.loads((tmp_path / "faulty" / "metrics.jsonl").read_text().splitlines()[1])
-    assert (row["rewards_late"], row["rewards_raised"], row["rewards_invalid"]) == (2, 2, 2)
+    faults = [row[f"rewards_{kind}"] for kind in ("late", "raised", "memory", "invalid")]
+    assert faults == [2, 2, 2, 2]
     assert "given up after 0.5 s" in output
     assert "RuntimeError: no reward for this" in output
     assert "reward returned None" in output

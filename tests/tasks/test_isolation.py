@@ -71,6 +71,10 @@ class Awkward:
             raise SystemExit(3)
         if response == "die":
             os._exit(1)
+        if response == "eat":
+            kept = []
+            while True:
+                kept.append(bytearray(1 << 24))
         if response == "interrupt":
             raise KeyboardInterrupt
         if response == "lambda":
@@ -97,7 +101,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def isolated(directory: Path) -> Iterator[IsolatedTask]:
     task = load_task("awkward:Awkward")
-    with IsolatedTask(task, "awkward:Awkward", {}, seconds=1.0, start_seconds=60) as isolated_task:
+    with IsolatedTask(task, "awkward:Awkward", {}, seconds=1.0, start_seconds=60, memory_gib=0.25) as isolated_task:
         yield isolated_task
 
 
@@ -115,6 +119,7 @@ FAULTS = {
     "exit": "raised",
     "interrupt": "raised",
     "die": "raised",
+    "eat": "memory",
 }
 
 
