@@ -21,9 +21,10 @@ if not torch.cuda.is_available():
 
 
 class _Helpers(MetaPathFinder):
-    """`import tensors` and the other `names` from any test, without this folder on sys.path.
+    """`import tensors`, the other `names` and `benchmarks` from any test, without this folder and the repository's root
+    on sys.path.
 
-    On sys.path it would make tests/kernels importable as `kernels`, which is another package's name.
+    There they would make tests/kernels or kernels/ importable as `kernels`, which is another package's name.
     """
 
     names = (
@@ -40,6 +41,9 @@ class _Helpers(MetaPathFinder):
     )
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        if fullname == "benchmarks":
+            root = Path(__file__).parents[1] / "benchmarks"
+            return importlib.util.spec_from_file_location(fullname, root / "__init__.py")
         if fullname not in self.names:
             return None
         return importlib.util.spec_from_file_location(fullname, Path(__file__).with_name(f"{fullname}.py"))

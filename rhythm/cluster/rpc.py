@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, TaskUns
 from rhythm.cluster.errors import RemoteError
 from rhythm.cluster.roles import Role
 from rhythm.cluster.specs import Part, Reply
+from rhythm.engines.interfaces import EngineLostError
 
 GRACE_SECONDS = 10.0
 """Seconds to wait, after an exception in one of several processes that work together, for the death of another,
@@ -59,7 +60,9 @@ class Worker:
 
 @dataclass
 class Outcome:
-    """The outcome of one call per worker. lost: workers that died or missed the deadline → reason."""
+    """The outcome of one call per worker. lost: workers that died, missed the deadline or lost their engine →
+    reason.
+    """
 
     replies: dict[Worker, Reply] = field(default_factory=dict)
     lost: dict[Worker, str] = field(default_factory=dict)
@@ -95,6 +98,9 @@ def collect(
         except (RayActorError, TaskUnschedulableError) as error:
             outcome.lost[worker] = f"died: {_short(error)}"
         except RayTaskError as error:
+            if isinstance(error.cause, EngineLostError):
+                outcome.lost[worker] = f"lost its engine: {error.cause}"
+                continue
             errors.append((worker, _told(worker, error)))
             if together:
                 end = min(end, time.monotonic() + GRACE_SECONDS)

@@ -112,7 +112,7 @@ class ClusterWeightSync:
 
     def _all(self, calls: Mapping[Worker, tuple[Any, ...]], end: float) -> Outcome:
         pending = {worker: worker.submit(*call) for worker, call in calls.items()}
-        outcome = collect(pending, _left(end), "push")
+        outcome = collect(pending, _left(end), "push", together=True)
         for worker, reply in outcome.replies.items():
             self._rates.worked(worker.role, reply.seconds)
         lost_ranks = {worker: why for worker, why in outcome.lost.items() if worker in self._train.ranks}

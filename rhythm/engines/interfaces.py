@@ -156,6 +156,10 @@ class NonFiniteError(ArithmeticError):
         self.batch = batch
 
 
+class EngineLostError(RuntimeError):
+    """A process that an engine consists of has died, so the engine can't be used any more; another can be started."""
+
+
 class Infer(Protocol):
     """Generates responses."""
 

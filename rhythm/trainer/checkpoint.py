@@ -4,13 +4,15 @@ skipped.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -73,7 +75,7 @@ def save_checkpoint(
     with naming(directory):
         aside.mkdir()
         try:
-            with naming(aside):
+            with naming(aside), _staying(aside):
                 write(aside)
             (aside / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
             sums = {str(path.relative_to(aside)): _sha256(path) for path in _files(aside)}
@@ -92,6 +94,21 @@ def save_checkpoint(
         if not (keep_best and _step(path) == state.best_step):
             remove(path)
     return final
+
+
+@contextmanager
+def _staying(directory: Path) -> Iterator[None]:
+    """Context for filling `directory`. Raises FileNotFoundError if it was removed meanwhile: libraries create one that
+    is missing, so that what they write after that would look complete.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)  # while it is open its inode belongs to no other directory
+    try:
+        yield
+    finally:
+        made = os.fstat(descriptor)
+        os.close(descriptor)
+        if not directory.exists() or not os.path.samestat(made, directory.stat()):
+            raise FileNotFoundError(errno.ENOENT, "removed while the checkpoint was written", str(directory))
 
 
 def latest_checkpoint(directory: Path) -> tuple[Path, RunState] | None:

@@ -1,10 +1,8 @@
-"""Makes `benchmarks` importable without the repository's root on sys.path, where kernels/ would be as well."""
+"""Shared by the tests of the benchmarks."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-
-if "benchmarks" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks"] = package
-    spec.loader.exec_module(package)
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from benchmarks.whole_runs import Launched
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.environment import prepare_ray_environment
 
@@ -58,86 +58,23 @@ def small_cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Launched:
-    """rhythm-train in a separate process, and the processes that it started."""
-
-    def __init__(self, config: Path, *arguments: str, cwd: Path | None = None) -> None:
-        self.log = config.parent / f"log-{time.monotonic_ns()}.txt"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [Path(sys.executable).with_name("rhythm-train"), str(config), *arguments],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=cwd,
-            )
-        self._seen: dict[int, psutil.Process] = {}
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def processes(self, title: str = "") -> list[psutil.Process]:
-        """Its processes whose title begins so, the oldest first."""
-        if self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                self._seen[child.pid] = child
-        alive = []
-        for process in self._seen.values():
-            try:
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    command = process.cmdline()
-                    if not title or (command and command[0].startswith(title)):
-                        alive.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return sorted(alive, key=lambda process: process.create_time())
-
-    def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
-        deadline = time.monotonic() + seconds
-        while not happened():
-            assert self.process.poll() is None, f"ended early: {self.output}"
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.02)
-        self.processes()
-
-    def finish(self, code: int = 0, seconds: float = 300) -> str:
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        assert self.process.returncode == code, self.output
-        return self.output
-
-    def nothing_left(self, seconds: float = 20) -> bool:
-        """Whether all its processes end within `seconds`."""
-        deadline = time.monotonic() + seconds
-        while self.processes():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 8 MiB. Needs root."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=True, timeout=30)
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True, timeout=30)
 
 
 @pytest.fixture(scope="module")
 def launch(request: pytest.FixtureRequest) -> Callable[..., Launched]:
     """launch(config, "key=value", …): what is still running at the end of the module is killed."""
 
-    def start(config: Path, *arguments: str, cwd: Path | None = None) -> Launched:
-        launched = Launched(config, *arguments, cwd=cwd)
-
-        def stop() -> None:
-            children = launched.processes()
-            launched.process.kill()
-            launched.process.wait()
-            for child in children:
-                try:
-                    child.kill()
-                except psutil.NoSuchProcess:
-                    continue
-
-        request.addfinalizer(stop)
+    def start(config: Path, *arguments: str, **named: Any) -> Launched:
+        launched = Launched(config, *arguments, **named)
+        request.addfinalizer(launched.stop)
         return launched
 
     return start

@@ -4,7 +4,9 @@ and what is killed is started again with the right weights.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,10 +33,13 @@ from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.tap.signals_config import SignalsConfig
-from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
+from rhythm.tiny import model as tiny_model
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
+from rhythm.trainer.checkpoint import RunState, find_damage, save_checkpoint
 
 if TYPE_CHECKING:  # they import Ray, whose environment has to be prepared first
     from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
+    from rhythm.cluster.rpc import Worker
     from rhythm.cluster.session import Session
     from rhythm.cluster.utilization import Rates
     from rhythm.cluster.weight_sync import ClusterWeightSync
@@ -86,7 +91,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
     tokenizer = build_tokenizer()
     tiny = TinyModelConfig(layers=6, hidden_size=32, mlp_size=48, query_heads=2, key_heads=1, head_size=16)
-    save_checkpoint(build_model(tiny, tokenizer), tokenizer, directory)
+    tiny_model.save_checkpoint(build_model(tiny, tokenizer), tokenizer, directory)
     return directory
 
 
@@ -165,6 +170,38 @@ def cluster(running: Cluster) -> Cluster:
     return running
 
 
+@pytest.fixture
+def before_each_call(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Worker, str], None]], None]:
+    """before_each_call(watch): watch(process, method) comes before every call to a process of the cluster."""
+    from rhythm.cluster.rpc import Worker
+
+    def begin(watch: Callable[[Worker, str], None]) -> None:
+        for name in ("submit", "stream"):
+            inner = getattr(Worker, name)
+
+            def watched(worker: Worker, method: str, *arguments: Any, inner: Callable[..., Any] = inner) -> Any:
+                watch(worker, method)
+                return inner(worker, method, *arguments)
+
+            monkeypatch.setattr(Worker, name, watched)
+
+    return begin
+
+
+def kill_before(victim: Worker, worker: Worker, method: str, number: int) -> Callable[[Worker, str], None]:
+    """For before_each_call: `victim` is dead when `worker` is asked for `method` for the `number`th time."""
+    asked: list[str] = []
+
+    def watch(whose: Worker, what: str) -> None:
+        if whose is worker and what == method:
+            asked.append(what)
+            if len(asked) == number:
+                os.kill(victim.pid, signal.SIGKILL)
+                assert not psutil.wait_procs([psutil.Process(victim.pid)], timeout=10)[1]
+
+    return watch
+
+
 def equal(a: Rollout, b: Rollout) -> bool:
     names = ("input_ids", "response_mask", "group", "finished", "prompt_lens")
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names) and torch.allclose(
@@ -205,20 +242,19 @@ def test_a_push_reaches_every_replica(cluster: Cluster) -> None:
     assert cluster.push() == version + 1
 
 
-def test_roles_on_the_same_gpus_take_turns(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roles_on_the_same_gpus_take_turns(
+    cluster: Cluster,
+    before_each_call: Callable[[Callable[[Worker, str], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The calls of two steps, one with a pass of the trainer after the push, replayed on a GPU of 80 GiB."""
-    from rhythm.cluster.rpc import Worker
-
     calls: list[tuple[Role, str]] = []
-    for name in ("submit", "stream"):
-        inner = getattr(Worker, name)
 
-        def watched(worker: Worker, method: str, *arguments: Any, inner: Callable[..., Any] = inner) -> Any:
-            if worker.role is not Role.ATTN and calls[-1:] != [(worker.role, method)]:
-                calls.append((worker.role, method))
-            return inner(worker, method, *arguments)
+    def watch(worker: Worker, method: str) -> None:
+        if worker.role is not Role.ATTN and calls[-1:] != [(worker.role, method)]:
+            calls.append((worker.role, method))
 
-        monkeypatch.setattr(Worker, name, watched)
+    before_each_call(watch)
     monkeypatch.setattr(cluster.infer, "_takes_turns", True)
     monkeypatch.setattr(cluster.train, "before_work", cluster.infer.leave_gpu)
     first = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=8)
@@ -249,6 +285,25 @@ def test_roles_on_the_same_gpus_take_turns(cluster: Cluster, monkeypatch: pytest
     assert max(moment.total for moment in moments) == peak(config, WORK, KNOWN["qwen3-4b"]).total < 80 * GIB
     late = [name for name in named if name != "leave_gpu"]
     assert max(moment.total for moment in replay(late, config, WORK, KNOWN["qwen3-4b"])) > 80 * GIB
+
+
+def test_a_replica_lost_while_it_goes_to_sleep_leaves_none_awake(
+    cluster: Cluster,
+    before_each_call: Callable[[Callable[[Worker, str], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one started in its place has to be sent weights, which wakes the other."""
+    honest = cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=8)
+    last: dict[Worker, str] = {}
+    monkeypatch.setattr(cluster.infer, "_takes_turns", True)
+    before_each_call(last.__setitem__)
+    lost, kept = cluster.infer.workers[1], cluster.infer.workers[0]
+    before_each_call(kill_before(lost, lost, "sleep", 1))
+    cluster.infer.leave_gpu()
+    assert cluster.rates.restarts[Role.INFER] == 1
+    assert cluster.infer.workers[0] is kept
+    assert [last[worker] for worker in cluster.infer.workers] == ["sleep", "sleep"]
+    assert equal(cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=8), honest)
 
 
 def test_signals_and_shared_head_groups_are_those_of_one_engine(cluster: Cluster) -> None:
@@ -309,12 +364,18 @@ def test_a_replica_lost_mid_rollout_is_started_again_with_the_weights_of_the_ver
     assert equal(actual, honest)
 
 
-def test_a_replica_lost_before_a_push_gets_the_new_weights(cluster: Cluster) -> None:
+def test_a_replica_lost_in_the_middle_of_a_push_leaves_none_with_half_of_it(
+    cluster: Cluster, before_each_call: Callable[[Callable[[Worker, str], None]], None]
+) -> None:
     rollout = cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=6)
     cluster.train.step(cluster.batch(rollout))
-    os.kill(cluster.attn.workers[0].pid, signal.SIGKILL)
-    cluster.push()
-    assert cluster.rates.restarts[Role.ATTN] == 1
+    receivers = [*cluster.infer.workers, *cluster.attn.workers]
+    lost = cluster.attn.workers[0]
+    before_each_call(kill_before(lost, lost, "receive", 3))
+    version = cluster.push()
+    assert cluster.rates.restarts == {Role.ATTN: 1}
+    assert not {*receivers} & {*cluster.infer.workers, *cluster.attn.workers}
+    assert cluster.infer.version == cluster.attn.version == version
     actual = cluster.attn.signals(rollout)
     alone = ObserveAttn(cluster.model(), TAP, micro_batch_size=4).signals(rollout)
     assert torch.allclose(actual.waad, alone.waad, atol=1e-6, equal_nan=True)
@@ -345,11 +406,38 @@ def test_restarts_have_an_end(cluster: Cluster) -> None:
         cluster.infer.generate(PROMPTS, 2, SAMPLING, seed=0)
 
 
-def test_a_lost_trainer_is_an_error_of_its_own_and_another_takes_its_place(cluster: Cluster) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk needs root")
+def test_no_room_for_a_checkpoint(cluster: Cluster, small_disk: Path) -> None:
+    """A disk that is full: the checkpoint before stays, and with room the next one is whole."""
+    checkpoints = small_disk / "checkpoints"
+    save_checkpoint(checkpoints, RunState(step=2), cluster.train.save, keep=2)
+    before = cluster.train.weights()
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+    cluster.train.step(cluster.batch(cluster.infer.generate(PROMPTS, 4, SAMPLING, seed=7)))
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_checkpoint(checkpoints, RunState(step=4), cluster.train.save, keep=2)
+    assert caught.value.errno == errno.ENOSPC
+    assert str(caught.value.filename).startswith(str(checkpoints))
+    assert [path.name for path in checkpoints.iterdir()] == ["step_000002"]
+    ballast.unlink()
+    stepped = cluster.train.weights()
+    saved = save_checkpoint(checkpoints, RunState(step=4), cluster.train.save, keep=2)
+    for path, weights in ((checkpoints / "step_000002", before), (saved, stepped)):
+        assert find_damage(path) is None
+        cluster.train.load(path)
+        assert all(torch.equal(weights[name], now) for name, now in cluster.train.weights().items())
+    assert any(not torch.equal(before[name], now) for name, now in stepped.items())
+
+
+def test_a_trainer_lost_in_a_push_is_an_error_of_its_own_and_another_takes_its_place(
+    cluster: Cluster, before_each_call: Callable[[Callable[[Worker, str], None]], None]
+) -> None:
+    """The replicas raise, since the bucket that they are to receive is gone with it."""
     (lost,) = cluster.train.ranks
-    os.kill(lost.pid, signal.SIGKILL)
-    with pytest.raises(TrainLostError, match=r"actor_train\.weights: actor_train\[0\] died"):
-        cluster.train.weights()
+    before_each_call(kill_before(lost, cluster.infer.workers[0], "receive", 2))
+    with pytest.raises(TrainLostError, match=r"push: actor_train\[0\] died"):
+        cluster.push()
     cluster.train = start_train(cluster.session, cluster.rates, cluster.checkpoint)
     cluster.weight_sync = start_weight_sync(cluster.train, cluster.infer, cluster.attn, cluster.rates)
     cluster.push()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,24 @@ def test_no_room_for_a_checkpoint(when: str, checkpoints: Path, monkeypatch: pyt
     monkeypatch.undo()
     assert {path.name for path in checkpoints.iterdir()} == {"step_000002", "step_000004"}
     assert latest_checkpoint(checkpoints) == (checkpoints / "step_000004", RunState(step=4))
+
+
+@pytest.mark.parametrize("then", ["raises", "makes it again"])
+def test_a_checkpoint_that_is_removed_while_it_is_written(then: str, checkpoints: Path) -> None:
+    def removed(directory: Path) -> None:
+        write(directory)
+        shutil.rmtree(checkpoints)
+        if then == "raises":
+            raise RuntimeError("Parent directory does not exist")
+        directory.mkdir(parents=True)
+        write(directory)
+
+    with pytest.raises(FileNotFoundError, match="removed while the checkpoint was written") as caught:
+        save_checkpoint(checkpoints, RunState(step=6), removed, keep=2)
+    assert caught.value.filename == str(checkpoints / ".writing-step_000006")
+    assert latest_checkpoint(checkpoints) is None
+    save_checkpoint(checkpoints, RunState(step=8), write, keep=2)
+    assert latest_checkpoint(checkpoints) == (checkpoints / "step_000008", RunState(step=8))
 
 
 # --- metrics.jsonl

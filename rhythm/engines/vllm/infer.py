@@ -6,16 +6,17 @@ Shape suffixes: B responses, T positions of input_ids, right-padded.
 from __future__ import annotations
 
 import ipaddress
+import multiprocessing.connection
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from rhythm.engines.batches import assemble, concatenate
-from rhythm.engines.interfaces import Rollout, SamplingConfig
+from rhythm.engines.interfaces import EngineLostError, Rollout, SamplingConfig
 from rhythm.engines.transfer import PushManifest, TransferKind, buckets, make_sender
 from rhythm.engines.vllm.config import VllmConfig
 from rhythm.seeds import derive_seed
@@ -23,6 +24,10 @@ from rhythm.seeds import derive_seed
 WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
 LOCAL_BUCKET_BYTES = 64 << 20
 """Bytes of shared memory that `update_weights` uses at a time."""
+DEATH_SECONDS = 5.0
+"""Seconds to wait, after an error of an engine with several workers, for the death of one, which may be its cause."""
+
+T = TypeVar("T")
 
 
 def prepare_vllm_environment(bind_address: str = "127.0.0.1") -> None:
@@ -59,6 +64,9 @@ class VllmInfer:
 
     An engine that sleeps has neither weights nor a KV cache. A push gives it weights and no more; `wake` after it gives
     it the KV cache, so that both need not be there while the trainer sends.
+
+    Every method raises EngineLostError if a tensor parallel worker has died. On Linux the workers end with the thread
+    that started the engine, whatever they are doing.
     """
 
     def __init__(
@@ -122,6 +130,8 @@ class VllmInfer:
             seed=seed,
             **parallel,
         )
+        if parallel:
+            self._on_workers("end_with_parent")
         self._max_length = max_length
         self._end_ids = list(end_ids)
         self._pad_id = pad_id
@@ -258,7 +268,7 @@ class VllmInfer:
         once all processes have connected.
         """
         self._must_be("serving", "asleep", "loaded")
-        self._llm.collective_rpc("open_transfer", args=(kind, dict(info)))
+        self._on_workers("open_transfer", kind, dict(info))
 
     def start_push(self) -> None:
         """Begin a push of weights; until `finish_push` the engine can't generate. One that sleeps gets memory for them,
@@ -267,8 +277,8 @@ class VllmInfer:
         self._must_be("serving", "asleep", "loaded")
         sleeps, self._state = self._state == "asleep", "lost"
         if sleeps and not self._on_cpu:
-            self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("start_weight_update")
+            self._watched(self._llm.wake_up, tags=["weights"])
+        self._on_workers("start_weight_update")
         self._manifest = self._manifest.fresh()
         self._state = "receiving"
 
@@ -280,7 +290,7 @@ class VllmInfer:
         self._must_be("receiving")
         self._state = "lost"
         self._manifest.enter(info["names"], info["shapes"])
-        self._llm.collective_rpc("receive_bucket", args=(dict(info),))
+        self._on_workers("receive_bucket", dict(info))
         self._state = "receiving"
 
     def finish_push(self, version: int) -> None:
@@ -292,8 +302,8 @@ class VllmInfer:
         self._state = "lost"
         self._must_not_fall(version)
         self._manifest.must_be_complete()
-        self._llm.collective_rpc("finish_weight_update")
-        self._llm.collective_rpc("repack_heads")
+        self._on_workers("finish_weight_update")
+        self._on_workers("repack_heads")
         self._reset_prefix_cache()
         self._version = version
         self._state = "serving" if self._has_cache else "loaded"
@@ -304,7 +314,7 @@ class VllmInfer:
         """
         self._must_be("serving", "loaded", "asleep")
         if not self._on_cpu and self._state != "asleep":
-            self._llm.sleep(level=2)
+            self._watched(self._llm.sleep, level=2)
         self._state, self._has_cache = "asleep", False
 
     def wake(self) -> None:
@@ -313,7 +323,7 @@ class VllmInfer:
         """
         self._must_be("serving", "loaded")
         if not self._on_cpu and self._state == "loaded":
-            self._llm.wake_up(tags=["kv_cache"])
+            self._watched(self._llm.wake_up, tags=["kv_cache"])
         self._state, self._has_cache = "serving", True
 
     def close(self) -> None:
@@ -347,7 +357,7 @@ class VllmInfer:
                 )
                 engine.add_request(str(place), {"prompt_token_ids": list(prompt)}, sampling)
             while running:
-                for output in engine.step():
+                for output in self._watched(engine.step):
                     running.remove(output.request_id)
                     yield int(output.request_id), output
         finally:
@@ -369,8 +379,29 @@ class VllmInfer:
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}: must be above 0")
         if temperature != self._temperature:
-            self._llm.collective_rpc("scale_logits", args=(1 / temperature,))
+            self._on_workers("scale_logits", 1 / temperature)
             self._temperature = temperature
+
+    def _on_workers(self, method: str, *arguments: Any) -> None:
+        """Call a method of every worker, one of vLLM's or of WorkerExtension."""
+        self._watched(self._llm.collective_rpc, method, args=arguments)
+
+    def _watched(self, method: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call a method of vLLM's that uses the workers. Raises EngineLostError if one of them died."""
+        try:
+            return method(*arguments, **named)
+        except Exception as error:
+            if dead := self._dead_workers():
+                self._state = "lost"
+                raise EngineLostError(f"vLLM's worker processes ended: {', '.join(dead)}") from error
+            raise
+
+    def _dead_workers(self) -> list[str]:
+        """Names and exit codes of workers that ended. When one dies vLLM ends the others."""
+        processes = [worker.proc for worker in getattr(self._llm.llm_engine.model_executor, "workers", None) or ()]
+        if processes:
+            multiprocessing.connection.wait([process.sentinel for process in processes], DEATH_SECONDS)
+        return [f"{process.name} ({process.exitcode})" for process in processes if not process.is_alive()]
 
     def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

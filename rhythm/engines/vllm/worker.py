@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from rhythm.engines.transfer import SEGMENT_PREFIX
+from rhythm.system.parent import signal_at_parents_end
 
 SEGMENTS = Path("/dev/shm")
 SEGMENT_NAME = re.compile(re.escape(SEGMENT_PREFIX) + "[0-9a-f]{32}")
@@ -98,6 +100,12 @@ def read_segment(info: SharedMemoryUpdateInfo, device: torch.device) -> Iterator
 
 class WorkerExtension:
     """Methods added to vLLM's worker class, called by collective_rpc."""
+
+    def end_with_parent(self) -> None:
+        """Have this process killed when the one that started it ends. vLLM only asks it to end, which it doesn't hear
+        while it waits for another worker.
+        """
+        signal_at_parents_end(signal.SIGKILL)
 
     def open_transfer(self: Any, kind: str, info: dict[str, Any]) -> None:
         """Receive weights by this kind of transfer from now on."""

@@ -275,21 +275,6 @@ def test_untied_head_and_a_push_that_fails(
         engine.score(rollout)
 
 
-@pytest.mark.slow
-def test_a_push_reaches_every_tensor_parallel_worker(
-    start: Callable[..., VllmInfer],
-    load: Callable[[Path], Any],
-    make_checkpoint: Callable[..., Path],
-    make_rollout: Callable[..., Rollout],
-    logprobs: Callable[..., Tensor],
-) -> None:
-    engine, rollout = start(make_checkpoint(), tensor_parallel_size=2), make_rollout()
-    other = load(make_checkpoint(seed=1))
-    engine.update_weights(other.state_dict(), version=1)
-    assert_equal(engine.score(rollout, 0.7), logprobs(other, rollout, 0.7), rollout)
-    engine.close()
-
-
 def test_assembled_by_hand() -> None:
     rollout = assemble(
         [[5, 6], [7]], [[8], [9, 2, 1]], [[-0.5], [-1.0, -2.0, -3.0]], group=[0, 1], finished=[False, True], pad_id=0
