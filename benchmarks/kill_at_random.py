@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import random
 import re
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +50,7 @@ KINDS = {
 """Kind of process → how its command line begins."""
 
 _PR_SET_CHILD_SUBREAPER = 36
+_commands: set[int] = set()  # started, not adopted: subprocess reaps them
 
 
 @dataclass
@@ -131,7 +134,9 @@ class Trials:
         return [f"{what} differ" for what, same in equal.items() if not same]
 
     def _launch(self, name: str, *arguments: str) -> Launched:
-        return Launched(self._config, f"name={name}", *self._overrides, *arguments)
+        launched = Launched(self._config, f"name={name}", *self._overrides, *arguments)
+        _commands.add(launched.process.pid)
+        return launched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,8 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(20)))
     parser.add_argument("--no-record", action="store_true", help="only print")
     options = parser.parse_intermixed_args(arguments)
+    where, about = machine(), {"software": software(), "commit": commit(), "overrides": options.overrides}
     # What loses its parent becomes a child of this process, so that all that runs is among its descendants.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    threading.Thread(target=_reap, daemon=True).start()
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="kill-at-random-") as scratch:
         trials = Trials(Path(scratch), options.overrides)
@@ -152,10 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed = sum(not outcome.faults for outcome in outcomes)
     print(f"{passed} of {len(outcomes)} ended as the uninterrupted run did")
     if not options.no_record:
-        where = machine()
         path = record_path("cpu", where).with_name("kill_at_random.json")
-        what = {"machine": where, "software": software(), "commit": commit(), "overrides": options.overrides}
-        write_record(path, {**what, "seconds": trials.seconds, "trials": [asdict(outcome) for outcome in outcomes]})
+        results = {"seconds": trials.seconds, "trials": [asdict(outcome) for outcome in outcomes]}
+        write_record(path, {"machine": where, **about, **results})
         print(path.relative_to(ROOT))
     return 0 if passed == len(outcomes) else 1
 
@@ -189,12 +195,22 @@ def _kind(process: psutil.Process) -> str:
     return next((kind for kind, begins in KINDS.items() if re.match(begins, line, re.DOTALL)), OTHER)
 
 
+def _reap() -> None:
+    """Reap adopted processes when they end, as init would: Ray's take a zombie for a process that runs."""
+    while True:
+        for process in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess, ChildProcessError):
+                if process.status() == psutil.STATUS_ZOMBIE and process.pid not in _commands:
+                    os.waitpid(process.pid, os.WNOHANG)
+        time.sleep(0.5)
+
+
 def _descendants() -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if _runs(process)]
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Whether it has not ended; one that was adopted stays a zombie."""
+    """Whether it has not ended."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -213,9 +229,9 @@ def _after_their_end() -> list[psutil.Process]:
 
 
 def _name(process: psutil.Process) -> str:
-    """Its command line, or its name when it has ended."""
+    """The beginning of its command line."""
     try:
-        return " ".join(process.cmdline()) or process.name()
+        return " ".join(process.cmdline()).strip()[:400]
     except psutil.Error:
         return f"process {process.pid}"
 

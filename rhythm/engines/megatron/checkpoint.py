@@ -6,6 +6,7 @@ Weights are also written in transformers' format, so that other tools can read a
 from __future__ import annotations
 
 import pickle
+import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -30,6 +32,9 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_
 def save_state(directory: Path, model: Any, optimizer: Any, gradient_steps: int) -> None:
     """Write the distributed checkpoint into `directory`, which is created. A collective: all ranks must call it."""
     directory.mkdir(parents=True, exist_ok=True)
+    # Megatron would start a process for this queue, which outlives a killed rank and keeps its shared memory. As the
+    # writing is waited for, this process alone uses it.
+    filesystem_async._results_queue = queue.Queue()
     state = _sharded_state(model, optimizer, loading=False)
     dist_checkpointing.save({**state, _STEPS: gradient_steps}, str(directory), content_metadata=_METADATA)
 

@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -94,6 +95,7 @@ def _everything(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[
     directory.mkdir(exist_ok=True)
     engine.leave_gpu(offload=True)
     engine.save(directory)
+    results["left_by_saving"] = [process.cmdline() for process in psutil.Process().children()]
     engine.step(spec["batches"][-1])
     results["last_weights"] = engine.weights()
     engine.leave_gpu(offload=True)

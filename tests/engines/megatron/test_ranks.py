@@ -142,7 +142,9 @@ def test_infinity_stops_every_rank_and_changes_no_weight(ranks: Any) -> None:
 
 
 def test_a_saved_run_continues_bit_for_bit(ranks: Any, case: Case) -> None:
+    """No process that saving started is left: it would outlive a rank that is killed."""
     for results in ranks[1]:
+        assert results["left_by_saving"] == []
         assert_weights(results["last_weights_again"], results["last_weights"], atol=0.0)
         assert_weights(results["last_weights"], case.results["last_weights"], atol=3e-4)
 
