@@ -6,6 +6,7 @@ It imports the task's module and what that imports, but not torch, which comes a
 from __future__ import annotations
 
 import json
+import resource
 import select
 import signal
 import socket
@@ -38,6 +39,7 @@ package.__getattr__ = load
 from rhythm.tasks.reward_process import serve
 serve(fd)
 """
+_NO_MEMORY = Fault("memory", "MemoryError()")
 _FIRST_TO_KILL = "1000"  # oom_score_adj: a reward that takes all memory ends this process, not the run
 
 
@@ -166,17 +168,22 @@ def serve(fd: int) -> None:
             for instance, response in connection.recv():
                 try:
                     answer = call_reward(task, instance, response)
+                except MemoryError:  # not even enough to say so
+                    answer = _NO_MEMORY
                 except BaseException:  # also KeyboardInterrupt and the like: no reward function may end the run
                     answer = Fault("raised", traceback.format_exc())
+                if isinstance(answer, Fault) and answer.kind == "memory":
+                    _limit_memory(None)  # for sending it; the process is killed next
                 connection.send(answer)  # holds only plain values, so pickling can't fail
     except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody asks any more
         return
 
 
-def _limit_memory(size: int) -> None:
-    """Let this process, and each that it starts, allocate `size` bytes; what needs more raises MemoryError."""
+def _limit_memory(size: int | None) -> None:
+    """Let this process, and each that it starts, allocate `size` bytes, or what it might when it started for None; what
+    needs more raises MemoryError.
+    """
     if sys.platform == "linux":
-        import resource
-
         # Not RLIMIT_AS, which counts what libraries map and never touch.
-        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (most if size is None else size, most))

@@ -72,9 +72,14 @@ class Awkward:
         if response == "die":
             os._exit(1)
         if response == "eat":
-            kept = []
-            while True:
-                kept.append(bytearray(1 << 24))
+            size = 1 << 24
+            while True:  # to the last byte, and it stays
+                try:
+                    self.train.append(bytearray(size))
+                except MemoryError:
+                    if size == 64:
+                        raise
+                    size //= 2
         if response == "interrupt":
             raise KeyboardInterrupt
         if response == "lambda":
