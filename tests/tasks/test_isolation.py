@@ -133,7 +133,9 @@ def test_a_fault_is_a_score_of_zero_and_the_run_goes_on(
     response: str, fault: str, isolated: IsolatedTask, caplog: pytest.LogCaptureFixture
 ) -> None:
     isolated.reward("a", "a")  # the child has started
+    children = isolated.pids
     assert isolated.reward("a", response) == Reward(0.0, correct=False, format_ok=False, fault=fault)
+    assert (isolated.pids == children) == (response in ("raise", "exit", "interrupt"))
     assert f"prompt 'a?', response {response!r}" in caplog.text
     assert ("KeyError: 'no such key'" in caplog.text) == (response == "raise")
     assert isolated.reward("b", "b").score == 1.0
