@@ -181,6 +181,15 @@ def _whole_pass(
     return tap.signals(), None
 
 
+def in_rows(tap: AttentionTap) -> dict[str, Tensor]:
+    """WAAD and FAI of a pass that a tap has read, "waad" and "fai" [B, T] on the CPU; [B, n of the longest] of packed
+    sequences.
+    """
+    signals = tap.signals()
+    named = (("waad", signals.waad), ("fai", signals.fai))
+    return {name: tap.batch.in_rows(value, torch.nan).cpu() for name, value in named}
+
+
 def sum_over(group: distributed.ProcessGroup | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Adds up a tensor over a group's ranks, for `batch_credit_weights`; None: as it is."""
 

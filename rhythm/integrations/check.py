@@ -65,6 +65,23 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "nemo_rl.distributed.ray_actor_environment_registry": ("'ACTOR_ENVIRONMENT_REGISTRY'",),
     },
+    "openrlhf": {
+        "openrlhf.cli.train_ppo_ray": ("'PolicyModelActor'", "'PPOTrainer'"),
+        "openrlhf.models.actor": ("'packing_samples'",),
+        "openrlhf.trainer.ppo_trainer": (
+            "BasePPOTrainer.train_step(self, rollout_samples, global_step)",
+            "'experience_maker'",
+            "PPOTrainer",
+        ),
+        "openrlhf.trainer.ppo_trainer_async": ("TrainingActor",),
+        "openrlhf.trainer.ppo_utils.experience": ("'attention_mask'", "'action_mask'", "'advantages'"),
+        "openrlhf.trainer.ppo_utils.experience_maker": (
+            "RemoteExperienceMaker.make_experience_batch(self, rollout_samples)",
+        ),
+        "openrlhf.trainer.ray.launcher": ("RayActorGroup.async_run_method(self, method_name)",),
+        "openrlhf.trainer.ray.ppo_actor": ("PolicyModelActor.forward(self, sequences, action_mask, attention_mask)",),
+        "openrlhf.utils.deepspeed.deepspeed": ("DeepspeedStrategy._unwrap_model(self, model)",),
+    },
     "trl": {
         "trl.trainer.grpo_trainer": (
             "GRPOTrainer._generate_and_score_completions(self, inputs)",

@@ -74,7 +74,7 @@ def test_what_is_not_installed_or_not_known(capsys: pytest.CaptureFixture[str]) 
     assert check.main(["nemo_rl"]) == 2
     assert "nemo_rl is not installed" in capsys.readouterr().err
     assert check.main(["torch"]) == 2
-    assert "usage: python -m rhythm.integrations.check {slime,verl,roll,nemo_rl,trl}" in capsys.readouterr().err
+    assert "usage: python -m rhythm.integrations.check {slime,verl,roll,nemo_rl,openrlhf,trl}" in capsys.readouterr().err
 
 
 def test_every_adapter_has_its_seams() -> None:
@@ -91,4 +91,4 @@ def test_what_an_adapter_overrides_is_among_its_seams() -> None:
         known = {seam.partition("(")[0].split(".")[-1] for wanted in seams.values() for seam in wanted}
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and "super()." in ast.unparse(node) and not node.name.startswith("__"):
-                assert node.name in known | {"worker_class", "policy_class", "get_reference_policy_logprobs"}, trainer
+                assert node.name in known | {"get_reference_policy_logprobs"} or node.name.endswith("_class"), trainer
