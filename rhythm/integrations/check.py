@@ -82,6 +82,18 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
         "openrlhf.trainer.ray.ppo_actor": ("PolicyModelActor.forward(self, sequences, action_mask, attention_mask)",),
         "openrlhf.utils.deepspeed.deepspeed": ("DeepspeedStrategy._unwrap_model(self, model)",),
     },
+    "prime_rl": {
+        "prime_rl.configs.trainer": ("CustomLossConfig", "DefaultLossConfig", "IPOLossConfig"),
+        "prime_rl.trainer.model": (
+            "forward(model, input_ids, position_ids, seq_lens, labels, seq_lens_are_pre_shard)",
+        ),
+        "prime_rl.trainer.models.layers.attn": ("FlashAttention._compute_attention(self, q, k, v)",),
+        "prime_rl.trainer.rl.loss": (
+            "compute_loss(advantages, loss_mask, rl_weights)",
+            "setup_rl_loss_fn(loss_config)",
+        ),
+        "prime_rl.trainer.rl.train": ("'forward'", "'compute_loss'", "'setup_rl_loss_fn'"),
+    },
     "trl": {
         "trl.trainer.grpo_trainer": (
             "GRPOTrainer._generate_and_score_completions(self, inputs)",
@@ -92,7 +104,7 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Trainer → module → what must be in it; in quotes: a name or a string anywhere in its source."""
 
-DISTRIBUTIONS = {"nemo_rl": "nemo-rl"}  # where it isn't the package's name
+DISTRIBUTIONS = {"nemo_rl": "nemo-rl", "prime_rl": "prime-rl"}  # where it isn't the package's name
 
 
 def missing_seams(seams: Mapping[str, Sequence[str]]) -> Iterator[str]:
