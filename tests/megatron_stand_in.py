@@ -4,7 +4,8 @@ gets (query, key, value, attention_mask, *, attn_mask_type, attention_bias, pack
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,12 @@ def packed_params(bounds: list[int], **changes: Any) -> Any:
         "cu_seqlens_q_padded": None,
     }
     return SimpleNamespace(**(fields | changes))
+
+
+def pack(rows: Sequence[Tensor], multiple: int) -> tuple[Tensor, list[int]]:
+    """Rows one after the other, [1, T], each padded with zeros to a multiple; where each begins, and the last ends."""
+    padded = [nn.functional.pad(row, (0, -len(row) % multiple)) for row in rows]
+    return torch.cat(padded)[None], [*accumulate(map(len, padded), initial=0)]
 
 
 class CoreAttention(nn.Module):

@@ -36,6 +36,11 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
             "FSDPEngineWithLMHead.forward_step(self, micro_batch, loss_function, forward_only)",
             "FSDPEngineWithLMHead.prepare_model_outputs",
         ),
+        "verl.workers.engine.megatron.transformer_impl": (
+            "MegatronEngine.forward_backward_batch(self, data, loss_function, forward_only)",
+            "MegatronEngineWithLMHead.forward_step(self, batch_iter, model)",
+        ),
+        "verl.models.mcore.model_forward": ("'packed_seq_params'",),
         "verl.utils.tensordict_utils": ("get_non_tensor_data(data, key, default)",),
         "transfer_queue.interface": ("kv_batch_get(keys, partition_id, select_fields)", "kv_batch_put(keys, fields)"),
     },
@@ -63,6 +68,10 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
         "nemo_rl.models.policy.workers.dtensor_policy_worker_v2": (
             "DTensorPolicyWorkerV2Impl.get_logprobs(self, data, micro_batch_size)",
         ),
+        "nemo_rl.models.policy.workers.megatron_policy_worker": (
+            "MegatronPolicyWorkerImpl.get_logprobs(self, data, micro_batch_size)",
+        ),
+        "nemo_rl.models.megatron.data": ("_pack_sequences_for_megatron(input_ids, seq_lengths)",),
         "nemo_rl.distributed.ray_actor_environment_registry": ("'ACTOR_ENVIRONMENT_REGISTRY'",),
     },
     "openrlhf": {

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rhythm.integrations.adapter import response_mask
+from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.megatron import MegatronTap, attach
 from rhythm.tap.megatron_layers import MicroBatch
 from rhythm.tap.signals_config import SignalsConfig
@@ -43,28 +44,44 @@ def response_signals(
         counts: whether the loss counts it.
     """
     lens = [len(row) for row in tokens]
-    signals = tap.signals(response_mask(lens, response_lens, counts), [_name(row) for row in tokens])
+    signals = tap.signals(response_mask(lens, response_lens, counts), [name_of(row) for row in tokens])
     return {
         name: [row[n - r : n] for row, n, r in zip(value, lens, response_lens, strict=True)]
         for name, value in (("waad", signals.waad), ("fai", signals.fai))
     }
 
 
-def _name(tokens: Tensor) -> str:
+def name_of(tokens: Tensor) -> str:
+    """Of a row, [n], by its tokens."""
     return blake2b(tokens.cpu().long().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def bounds(kwargs: dict[str, Any]) -> list[int]:
+    """Where each sequence of a packed forward pass begins in its row, and where the last one ends, with what pads it.
+
+    Raises:
+        UnsupportedAttention: packed rows without packed_seq_params.
+    """
+    packed = kwargs.get("packed_seq_params")
+    if packed is None:
+        raise UnsupportedAttention(
+            "a forward pass with neither packed_seq_params nor a 2D attention_mask, so without the lengths of sequences"
+        )
+    padded = getattr(packed, "cu_seqlens_q_padded", None)
+    where: list[int] = (packed.cu_seqlens_q if padded is None else padded).tolist()
+    return where
 
 
 def _located(shift: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
     """The rows of a forward pass. A response begins with the first token that counts."""
-    ids, counted, packed = kwargs["input_ids"].cpu(), kwargs["loss_mask"].cpu(), kwargs["packed_seq_params"]
+    ids, counted, mask = kwargs["input_ids"].cpu(), kwargs["loss_mask"].cpu(), kwargs.get("attention_mask")
     first: list[int] | None = None
-    if packed is None:
-        lens = kwargs["attention_mask"].sum(dim=-1).tolist()
+    if kwargs.get("packed_seq_params") is None and isinstance(mask, Tensor) and mask.ndim == 2:
+        lens = mask.sum(dim=-1).tolist()
         rows = [(ids[row, :n], counted[row, :n]) for row, n in enumerate(lens)]
     else:
-        lens = [end - start for start, end in pairwise(packed.cu_seqlens_q.tolist())]
-        padded = getattr(packed, "cu_seqlens_q_padded", None)
-        first = (packed.cu_seqlens_q if padded is None else padded).tolist()[:-1]
+        first = bounds(kwargs)[:-1]
+        lens = [end - start for start, end in pairwise(kwargs["packed_seq_params"].cu_seqlens_q.tolist())]
         rows = [
             (ids[0, start : start + n], counted[0, start : start + n]) for start, n in zip(first, lens, strict=True)
         ]
@@ -72,4 +89,4 @@ def _located(shift: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Micro
             del rows[-1], lens[-1], first[-1]
     places = [mask.nonzero().flatten().tolist() for _, mask in rows]
     prompts = [shift + found[0] if found else n for found, n in zip(places, lens, strict=True)]
-    return MicroBatch([_name(tokens) for tokens, _ in rows], lens, prompts, first)
+    return MicroBatch([name_of(tokens) for tokens, _ in rows], lens, prompts, first)

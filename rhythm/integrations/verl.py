@@ -3,15 +3,17 @@ r"""verl: γ from its pass of old log-probs, and advantages × γ, in its V1 tra
     VERL_USE_EXTERNAL_MODULES=rhythm.integrations.verl \
       python -m verl.trainer.main_ppo trainer.v1.trainer_mode=rhythm_sync …
 
-Importing this registers a trainer, and an engine for FSDP that is verl's own but for the pass of old log-probs of that
-trainer, in which it reads WAAD and FAI. They come to the trainer as two more outputs of the pass. What verl hands to
-both is written down in docs/trainers.md. Options: the environment variable RHYTHM_CREDIT.
+Importing this registers a trainer, and engines for FSDP and Megatron that are verl's own but for the pass of old
+log-probs of that trainer, in which they read WAAD and FAI. These come to the trainer as two more outputs of the pass.
+What verl hands over is written down in docs/trainers.md. Options: the environment variable RHYTHM_CREDIT.
 
 Shape suffixes: B responses of a micro-batch, N their tokens and those of their prompts, one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +23,16 @@ from torch import Tensor
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils
+from verl.workers import engine as engines
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from rhythm.integrations.adapter import ONE_RATIO, credit_of_process, gammas, require, shaped
+from rhythm.integrations.adapter import ONE_RATIO, credit_of_process, gammas, require, response_mask, shaped
+from rhythm.integrations.megatron_rows import bounds, name_of
 from rhythm.seeds import generator
 from rhythm.tap.attention_tap import AttentionTap
+from rhythm.tap.megatron import attach
+from rhythm.tap.megatron_layers import MicroBatch
 
 TRAINER_MODE = "rhythm_sync"
 WANTED = "rhythm_signals"  # in a batch's extra_info: of this pass
@@ -47,7 +53,7 @@ class RhythmFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             ValueError: Ulysses sequence parallelism, padding of packed rows, or fused kernels that hide the attention.
             UnsupportedAttention (a ValueError): see `rhythm.AttentionTap`.
         """
-        if not (forward_only and tensordict_utils.get_non_tensor_data(micro_batch, key=WANTED, default=False)):
+        if not (forward_only and _is_wanted(micro_batch)):
             return super().forward_step(micro_batch, loss_function, forward_only)
         ranks = self.ulysses_sequence_parallel_size
         require(ranks == 1, "ulysses_sequence_parallel_size", ranks, "1", "its ranks see parts of each sequence")
@@ -71,6 +77,72 @@ class RhythmFSDPEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return loss, output
 
 
+def megatron_engine_class(base: Any) -> Any:
+    """verl's Megatron engine, which also reads the signals of a pass that asks for them."""
+
+    class RhythmMegatronEngine(base):  # type: ignore[misc]
+        rhythm_reads = False
+        rhythm_micro: MicroBatch  # what the next forward pass of a chunk runs
+
+        def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
+            """As verl's, with SIGNALS among the outputs. They are collectives of the tensor and pipeline ranks.
+
+            Raises:
+                ValueError: context parallelism, or padded rows.
+                UnsupportedAttention (a ValueError): see `rhythm.tap.megatron.attach`.
+            """
+            if not (forward_only and _is_wanted(data)):
+                return super().forward_backward_batch(data, loss_function, forward_only)
+            ranks, packs = self.engine_config.context_parallel_size, self.engine_config.use_remove_padding
+            require(ranks == 1, "context_parallel_size", ranks, "1", "its ranks see parts of each sequence")
+            require(packs, "use_remove_padding", packs, "True", "padded rows don't say where their tokens end")
+            with attach(self.module, credit_of_process().signals, locate=self._located) as tap:
+                self.rhythm_reads = True
+                try:
+                    output = super().forward_backward_batch(data, loss_function, forward_only)
+                finally:
+                    self.rhythm_reads = False
+            batch = _micro_batch(data)
+            response_lens = [n - prompt for n, prompt in zip(batch.lens, batch.prompt_lens, strict=True)]
+            signals = tap.signals(response_mask(batch.lens, response_lens, [True] * len(batch.lens)), batch.rows)
+            if "model_output" in output:  # of the last stage
+                device = data["input_ids"].device
+                for name, value_BT in zip(SIGNALS, (signals.waad, signals.fai), strict=True):
+                    rows = [row_T[:n].to(device) for row_T, n in zip(value_BT, batch.lens, strict=True)]
+                    output["model_output"][name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+            return output
+
+        def forward_step(self, batch_iter: Iterator[TensorDict], model: Any, **options: Any) -> Any:
+            """As verl's."""
+            batch = next(batch_iter)
+            if self.rhythm_reads:
+                self.rhythm_micro = _micro_batch(batch)
+            return super().forward_step(iter([batch]), model, **options)
+
+        def _located(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
+            return replace(self.rhythm_micro, first=bounds(kwargs)[:-1])
+
+    return RhythmMegatronEngine
+
+
+def _micro_batch(data: TensorDict) -> MicroBatch:
+    """The rows of a batch, named by their tokens: verl orders and cuts it as it likes."""
+    lens = data["input_ids"].offsets().diff().tolist()
+    response_lens = data["responses"].offsets().diff().tolist()
+    prompt_lens = [n - of_response for n, of_response in zip(lens, response_lens, strict=True)]
+    return MicroBatch([name_of(row) for row in data["input_ids"].unbind()], lens, prompt_lens)
+
+
+def _is_wanted(data: TensorDict) -> bool:
+    return bool(tensordict_utils.get_non_tensor_data(data, key=WANTED, default=False))
+
+
+if getattr(engines, "MegatronEngineWithLMHead", None) is not None:  # None where Megatron is not installed
+    EngineRegistry.register(model_type="language_model", backend="megatron", device="cuda", vendor=["nvidia", "amd"])(
+        megatron_engine_class(engines.MegatronEngineWithLMHead)
+    )
+
+
 @register_trainer(TRAINER_MODE)
 class RhythmTrainer(PPOTrainerSync):  # type: ignore[misc]
     """verl's synchronous trainer, whose advantages are multiplied by γ after its own estimator and normalization."""
@@ -79,10 +151,11 @@ class RhythmTrainer(PPOTrainerSync):  # type: ignore[misc]
         """Raises ValueError for configurations that token credit doesn't go with, by name."""
         actor = config.actor_rollout_ref.actor
         mode = actor.policy_loss.get("loss_mode", "vanilla")
-        require("gspo" not in mode, "actor.policy_loss.loss_mode", mode, "one with a ratio per token", ONE_RATIO)
+        of_tokens = "gspo" not in mode and mode != "geo_mean"
+        require(of_tokens, "actor.policy_loss.loss_mode", mode, "one with a ratio per token", ONE_RATIO)
         require(
-            actor.strategy in ("fsdp", "fsdp2"), "actor.strategy", actor.strategy, "fsdp or fsdp2", "of verl's engines "
-            "these are read"
+            actor.strategy in ("fsdp", "fsdp2", "megatron"), "actor.strategy", actor.strategy,
+            "fsdp, fsdp2 or megatron", "of verl's engines these are read"
         )  # fmt: skip
         correction = config.algorithm.get("rollout_correction", None)
         bypass = bool(correction and correction.get("bypass_mode", False))

@@ -74,7 +74,10 @@ def test_what_is_not_installed_or_not_known(capsys: pytest.CaptureFixture[str]) 
     assert check.main(["nemo_rl"]) == 2
     assert "nemo_rl is not installed" in capsys.readouterr().err
     assert check.main(["torch"]) == 2
-    assert "usage: python -m rhythm.integrations.check {slime,verl,roll,nemo_rl,openrlhf,prime_rl,trl}" in capsys.readouterr().err
+    assert (
+        "usage: python -m rhythm.integrations.check {slime,verl,roll,nemo_rl,openrlhf,prime_rl,trl}"
+        in capsys.readouterr().err
+    )
 
 
 def test_every_adapter_has_its_seams() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_stand_in import VOCABULARY, Model, packed_params
+from megatron_stand_in import VOCABULARY, Model, pack, packed_params
 from torch import Tensor
 
 from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.integrations.adapter import credit_of_process
+from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.megatron import attach
 from rhythm.tap.megatron_layers import MicroBatch
 from rhythm.tap.signals_config import SignalsConfig
@@ -26,18 +27,13 @@ LENS, PROMPTS, T = [19, 11, 24, 15], [6, 3, 8, 5], 26
 SIGNALS = SignalsConfig(layers=(1, 2), window=4, horizon=(2, 6), backend="reference")
 
 
-def packed_rows(x_BT: Tensor, lens: list[int], padded: list[int]) -> Tensor:
-    """[1, T]: the rows without their padding, each padded to a multiple again."""
-    rows = [torch.nn.functional.pad(row[:n], (0, width - n)) for row, n, width in zip(x_BT, lens, padded, strict=True)]
-    return torch.cat(rows)[None]
-
-
 class Strategy:
     """ROLL's Megatron strategy, as far as a worker calls it: micro-batches of two rows, padded or packed."""
 
     def __init__(self, chunk: Model, packs: bool) -> None:
         self.model, self.packs = SimpleNamespace(get_models=lambda: [chunk]), packs
         self.trained: list[Tensor] = []
+        self.drops_lengths = False
 
     def get_data_input(self, batch: Any) -> Any:
         return batch
@@ -50,12 +46,12 @@ class Strategy:
             packed = None
             if self.packs:
                 lens = mask.sum(dim=1).tolist()
-                padded = [-(-n // 4) * 4 for n in lens]
-                bounds, stored = ([0, *torch.tensor(x).cumsum(0).tolist()] for x in (lens, padded))
+                (ids, stored), (loss_mask, _) = (
+                    pack([row[:n] for row, n in zip(x, lens, strict=True)], 4) for x in (ids, loss_mask)
+                )
+                bounds = [0, *torch.tensor(lens).cumsum(0).tolist()]
                 packed = packed_params(bounds, cu_seqlens_q_padded=torch.tensor(stored, dtype=torch.int32))
-                ids, loss_mask = (packed_rows(x, lens, padded) for x in (ids, loss_mask))
-                mask = None
-            chunk.eval()
+                packed, mask = None if self.drops_lengths else packed, None
             chunk(input_ids=ids, attention_mask=mask, position_ids=None, packed_seq_params=packed, loss_mask=loss_mask)
 
     def train_step(self, batch: Any) -> None:
@@ -114,7 +110,7 @@ def batch() -> Any:
 
 @pytest.mark.parametrize("packs", [False, True])
 def test_advantages_are_multiplied_once_before_the_first_gradient_step(adapter: Any, packs: bool) -> None:
-    model = Model()
+    model = Model().eval()
     strategy, data = Strategy(model, packs), batch()
     plain = data.batch["advantages"].clone()
     ids, response = data.batch["input_ids"], data.batch["response_mask"].bool()
@@ -145,6 +141,15 @@ def test_refused_by_name(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker.pipeline_config.importance_sampling = "seq"
     with pytest.raises(ValueError, match=r"importance_sampling is 'seq'.*one ratio"):
         worker.train_step(batch())
+    without_lengths = Strategy(Model(), True)
+    without_lengths.drops_lengths = True
+    for strategy, message in (
+        (Strategy(Model(context_parallel_size=2), True), "context parallelism, whose 2 ranks see parts"),
+        (Strategy(Model(attention_dropout=0.1).train(), True), "attention dropout of 0.1 in train mode"),
+        (without_lengths, "neither packed_seq_params nor a 2D attention_mask, so without the lengths"),
+    ):
+        with pytest.raises(UnsupportedAttention, match=message):
+            adapter.RhythmActorWorker(strategy).train_step(batch())
     monkeypatch.setenv("RHYTHM_CREDIT", "credit: {strategy: entropy}")
     credit_of_process.cache_clear()
     with pytest.raises(ValueError, match="strategy of RHYTHM_CREDIT is 'entropy'"):
