@@ -27,12 +27,12 @@ SIZES: dict[str, Any] = {
 GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
 
 
-def signals_by_maps(model: Any, row_T: Tensor, prompt_len: int, signals: SignalsConfig) -> RhythmSignals:
+def signals_by_maps(model: Any, row_T: Tensor, prompt_len: int, signals: SignalsConfig, **inputs: Any) -> RhythmSignals:
     """The signals of one row alone, from the attention maps that transformers returns under eager attention."""
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     with torch.no_grad():
-        output = eager(row_T[None], output_attentions=True, use_cache=False)
+        output = eager(row_T[None], output_attentions=True, use_cache=False, **inputs)
     maps_nTT = torch.cat([output.attentions[layer][0] for layer in signals.layers_of(len(output.attentions))])
     span_n, waad_nT, fai_nT = reference.sequence_statistics(
         maps_nTT, prompt_len=prompt_len, window=signals.window, horizon=signals.horizon

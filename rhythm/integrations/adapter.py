@@ -143,16 +143,21 @@ def read_rows(
     prompt_lens_B: Tensor,
     rows: int,
     sharded: nn.Module | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> tuple[RhythmSignals | None, Tensor | None]:
     """What the strategy reads of a transformers model, as `RhythmCredit.read`, by passes over `rows` rows at a time.
 
-    sharded: the module to call in place of the model that it wraps, where parameters are gathered by the hooks of
-    FSDP or ZeRO-3: a pass then runs to its end, and all ranks must make as many.
+    Args:
+        sharded: the module to call in place of the model that it wraps, where parameters are gathered by the hooks of
+            FSDP or ZeRO-3: a pass then runs to its end, and all ranks must make as many.
+        inputs: more of the forward pass, as in `observe`, of all rows: with images there is one pass for all of them.
     """
+    if inputs:
+        rows = len(input_ids_BT)
     parts = [
-        credit.read(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens)
+        credit.read(model, input_ids, attention_mask=mask, prompt_lens=prompt_lens, inputs=inputs)
         if sharded is None
-        else _whole_pass(credit, model, sharded, input_ids, mask, prompt_lens)
+        else _whole_pass(credit, model, sharded, input_ids, mask, prompt_lens, inputs or {})
         for input_ids, mask, prompt_lens in zip(
             *(torch.split(x, rows) for x in (input_ids_BT, mask_BT, prompt_lens_B)), strict=True
         )
@@ -164,12 +169,18 @@ def read_rows(
 
 @torch.no_grad()
 def _whole_pass(
-    credit: RhythmCredit, model: nn.Module, sharded: nn.Module, input_ids: Tensor, mask: Tensor, prompt_lens: Tensor
+    credit: RhythmCredit,
+    model: nn.Module,
+    sharded: nn.Module,
+    input_ids: Tensor,
+    mask: Tensor,
+    prompt_lens: Tensor,
+    inputs: Mapping[str, Any],
 ) -> tuple[RhythmSignals | None, Tensor | None]:
     where: dict[str, Any] = {"attention_mask": mask, "prompt_lens": prompt_lens}
     reads = credit.config.reads
     if "entropy" in reads:
-        entropy = response_entropy(sharded, input_ids, **where)
+        entropy = response_entropy(sharded, input_ids, **where, inputs=inputs)
         if "attention" not in reads:
             return None, entropy
         raise ValueError("a strategy that reads both attention and entropy is not supported on sharded parameters")
@@ -177,7 +188,8 @@ def _whole_pass(
         return None, None
     tap = AttentionTap(model, signals=credit.signals, groups=credit.groups, **where)
     with tap:
-        sharded(input_ids, attention_mask=mask.long(), position_ids=tap.batch.positions, use_cache=False)
+        positions = {} if inputs else {"position_ids": tap.batch.positions}
+        sharded(input_ids, attention_mask=mask.long(), use_cache=False, **positions, **inputs)
     return tap.signals(), None
 
 

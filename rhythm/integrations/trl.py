@@ -27,22 +27,25 @@ from rhythm.tap.rhythm_credit import RhythmCredit
 with needs("rhythm.integrations.trl"):
     from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]  # exported lazily
 
-REFUSED_INPUTS = {  # in what TRL makes of a batch
-    "mm_token_type_ids": "images",
-    "pixel_values": "images",
-    "token_type_ids": "images",
-    "tool_mask": "tools or an environment: responses with tokens that the model did not write",
-}
+IMAGE_INPUTS = (  # of the model's, in what TRL makes of a batch
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 
 class RhythmGRPOTrainer(GRPOTrainer):
     """GRPOTrainer that multiplies advantages by γ, token by token (eq. 12).
 
     A forward pass of the policy, without gradients and no further than the last sampled layer (to its end where FSDP or
-    ZeRO-3 shards parameters), gives the signals of
-    each generated batch, `per_device_train_batch_size` (or `…_eval_…`) rows at a time; γ is computed from them
-    once and used by all optimizer steps on that batch. Everything else is TRL's; with `credit=None` the results are
-    TRL's, bit for bit.
+    ZeRO-3 shards parameters), gives the signals of each generated batch, `per_device_train_batch_size` (or `…_eval_…`)
+    rows at a time, or all at once if there are images in the prompts; γ is computed from them once and used by all
+    optimizer steps on that batch. Everything else is TRL's; with `credit=None` the results are TRL's, bit for bit.
 
     Logged beside TRL's metrics, over the completion tokens of all processes: rhythm/gamma_mean, rhythm/bonus_mass (the
     mean of γ − 1), rhythm/amplified_fraction (tokens with γ > 1) and, where the strategy reads attention,
@@ -55,7 +58,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
     Raises:
         ValueError: on construction: a credit of another type; `importance_sampling_level="sequence"`, whose gradient
             gives all tokens of a response the same advantage; the strategy "entropy" at a temperature other than 1.
-            In training: images, tools or environments, whose tokens are not all text that the model wrote.
+            In training: tools or environments, whose responses the model did not write alone.
         UnsupportedAttention (a ValueError): in training: see `observe`.
     """
 
@@ -81,14 +84,17 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     def _token_advantages(self, credit: RhythmCredit, output: dict[str, Any]) -> Tensor:
         """[B, C] fp32: advantages × γ on completion tokens, 0 on padding."""
-        for name, feature in REFUSED_INPUTS.items():
-            if output.get(name) is not None:
-                raise ValueError(f"the batch holds {name} ({feature}); credit must be None with these")
+        if output.get("tool_mask") is not None:
+            raise ValueError(
+                "the batch holds tool_mask (tools or an environment: responses with tokens that the model did not "
+                "write); credit must be None with these"
+            )
+        images = {name: output[name] for name in IMAGE_INPUTS if output.get(name) is not None}
         completion_BC = output["completion_mask"].bool()
         input_ids_BT = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         response_BT = torch.cat([torch.zeros_like(output["prompt_mask"]).bool(), completion_BC], dim=1)
         mask_BT = torch.cat([output["prompt_mask"].bool(), completion_BC], dim=1)
-        signals, entropy_BT = self._read(credit, input_ids_BT, mask_BT, output["prompt_mask"].sum(dim=1))
+        signals, entropy_BT = self._read(credit, input_ids_BT, mask_BT, output["prompt_mask"].sum(dim=1), images)
         gamma_BT = batch_credit_weights(
             signals,
             response_BT,
@@ -102,7 +108,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         return token_advantages(output["advantages"], gamma_BC, completion_BC, credit.config.apply_to)
 
     def _read(
-        self, credit: RhythmCredit, input_ids_BT: Tensor, mask_BT: Tensor, prompt_lens_B: Tensor
+        self, credit: RhythmCredit, input_ids_BT: Tensor, mask_BT: Tensor, prompt_lens_B: Tensor, images: dict[str, Any]
     ) -> tuple[RhythmSignals | None, Tensor | None]:
         """What the strategy reads of the whole batch, as in RhythmCredit.read; by passes over micro-batches of it."""
         args = self.args
@@ -112,7 +118,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         sharded = self.model if _is_sharded(self) else None
         with evaluating(model), self.accelerator.autocast():
-            return read_rows(credit, model, input_ids_BT, mask_BT, prompt_lens_B, rows, sharded)
+            return read_rows(credit, model, input_ids_BT, mask_BT, prompt_lens_B, rows, sharded, images)
 
     def _log_credit(self, gamma_t: Tensor, waad_t: Tensor | None) -> None:
         """Means over the completion tokens of all processes, in TRL's own record of metrics. `waad_t`: None where the

@@ -166,11 +166,14 @@ class MaskReader:
         checks: what collects the checks of masks' values. None: each is read at once, and so are the windows of 4D
             masks. Else nothing here waits for the device: the window of a 4D mask is the one that the layer's
             arguments or configuration name, and that the mask has no other is one of the checks.
+        prompts: whether the tokens of prompts must see what those of responses do. Not where only rows of responses
+            are read: the images in a prompt may see themselves whole.
     """
 
-    def __init__(self, batch: PaddedBatch, checks: DeferredChecks | None = None) -> None:
+    def __init__(self, batch: PaddedBatch, checks: DeferredChecks | None = None, *, prompts: bool = True) -> None:
         self.batch = batch
         self._checks = checks
+        self._prompts = prompts
         self._elsewhere: dict[torch.device, PaddedBatch] = {}
         # The mask is kept with its window: an id is only good as long as its object lives.
         self._windows: dict[tuple[int, int | None, int | None], tuple[object, int | None]] = {}
@@ -250,7 +253,8 @@ class MaskReader:
             window = _window_seen(visible, batch)
         else:
             window = named if named is not None and named < batch.host.longest else None
-        _check_mask(call, mask, visible, batch, window, chunk, self._checks or ImmediateChecks())
+        rows_BT = batch.real if self._prompts else batch.response
+        _check_mask(call, mask, visible, batch, rows_BT, window, chunk, self._checks or ImmediateChecks())
         return window
 
 
@@ -336,11 +340,14 @@ def _check_mask(
     mask: Tensor,
     visible: Tensor,
     batch: PaddedBatch,
+    rows_BT: Tensor,
     window: int | None,
     chunk: int | None,
     checks: DeferredChecks,
 ) -> None:
-    """Refuses a mask other than the causal one of the batch, with the window or the chunks if there are some."""
+    """Refuses a mask other than the causal one of the batch, with the window or the chunks if there are some, in these
+    rows.
+    """
     if mask.is_floating_point():
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         checks.refuse_if(~(visible | hidden).all(), call.refusal("a position bias (in the mask)"))
@@ -358,7 +365,7 @@ def _check_mask(
         if chunk is not None:
             chunk_BT = batch.positions // chunk
             visible_RT = visible_RT & (chunk_BT[:, None, rows, None] == chunk_BT[:, None, None])
-        key_B11T, query_B1R1 = batch.real[:, None, None, :], batch.real[:, None, rows, None]
+        key_B11T, query_B1R1 = batch.real[:, None, None, :], rows_BT[:, None, rows, None]
         seen_BHRT = visible[:, :, rows] & query_B1R1
         ahead = ahead | (seen_BHRT & key_B11T & (distance_RT < 0)).any()
         other = other | (seen_BHRT != (visible_RT & key_B11T & query_B1R1)).any()

@@ -72,7 +72,8 @@ class AttentionTap:
     dropout in train mode, layers without attention, packed rows, masks other than the causal or
     sliding-window mask of attention_mask (the window being the one that the layer's arguments or configuration
     name), arguments of the attention function that are not known, and any attention whose output is not that of
-    the map we assume (some rows are computed and compared).
+    the map we assume (some rows are computed and compared). Only the rows of responses are read, and only they are
+    checked: a prompt may hold images, whose tokens may see ahead.
 
     Args:
         model: any causal transformers model whose attention goes through transformers' attention interface;
@@ -124,9 +125,10 @@ class AttentionTap:
             attention_mask = torch.ones_like(response_mask)
         if cu_seqlens is not None:
             batch = PaddedBatch.from_cu_seqlens(cu_seqlens, prompt_lens, response_mask)
-            self._masks = MaskReader(batch, self._checks)
+            self._masks = MaskReader(batch, self._checks, prompts=False)
         elif attention_mask is not None:
-            self._masks = MaskReader(PaddedBatch.from_mask(attention_mask, prompt_lens, response_mask), self._checks)
+            batch = PaddedBatch.from_mask(attention_mask, prompt_lens, response_mask)
+            self._masks = MaskReader(batch, self._checks, prompts=False)
         else:
             assert prompt_lens is not None
             # Read here, because the first of the layers should not have to.
@@ -222,7 +224,7 @@ class AttentionTap:
         if self._masks is None:
             B, _, T, _ = call.query.shape
             batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)
-            self._masks = MaskReader(batch, self._checks)
+            self._masks = MaskReader(batch, self._checks, prompts=False)
         form = attention_form(call, self._masks, chunks=True)
         result = call.run()
         # Autocast around the forward pass would take the statistics to low precision as well.

@@ -260,10 +260,10 @@ def attach(
     """Hooks the sampled layers' core_attention of a Megatron model, whatever class it has, and reads queries and keys
     after norm and RoPE off its arguments.
 
-    No module is replaced and no weight copied; the forward pass gives the same, bit for bit. A layer's first, middle
-    and last rows are computed and compared with what core_attention gave, as `AttentionTap` does. Works with tensor,
-    pipeline and data parallelism, padded and packed rows, micro-batches in any order, and recomputation. Each rank
-    reads its heads of its layers; `MegatronTap.signals` brings them together.
+    No module is replaced and no weight copied; the forward pass gives the same, bit for bit. The first, middle and last
+    row of a layer's responses are computed and compared with what core_attention gave, as `AttentionTap` does. Works
+    with tensor, pipeline and data parallelism, padded and packed rows, micro-batches in any order, and recomputation.
+    Each rank reads its heads of its layers; `MegatronTap.signals` brings them together.
 
     Args:
         model: the chunks of the model on this rank, wrapped or not: what Megatron's schedules take.

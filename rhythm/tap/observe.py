@@ -5,7 +5,7 @@ Shape suffixes: B sequences, T positions of input_ids, V vocabulary, C positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def observe(
     groups: HeadGroups | None = None,
     entropy: bool = False,
     cu_seqlens: Tensor | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> RhythmSignals:
     """WAAD and FAI of every response token (paper eqs. 9 and 10, over the heads of eqs. 7 and 8).
 
@@ -56,6 +57,8 @@ def observe(
         entropy: also the entropy of the distribution each token was drawn from; runs the whole model.
         cu_seqlens: int32 or int64 [B + 1], from 0 to T: input_ids is one row [1, T] of B packed sequences, without an
             attention_mask; prompt_lens is then [B] and response_mask [1, T]. position_ids start again with each.
+        inputs: more of the forward pass, such as pixel_values and image_grid_thw for images in the prompts.
+            position_ids are then those that the model makes, unless they are among them.
 
     Returns:
         RhythmSignals at the positions of input_ids, on their device; NaN outside the responses.
@@ -71,6 +74,7 @@ def observe(
         prompt_lens,
         response_mask,
         cu_seqlens,
+        inputs,
         signals=signals,
         groups=groups,
         stop=not entropy,
@@ -93,7 +97,16 @@ def observe_heads(
     signals.quantile and signals.grouping are not used.
     """
     tap, _ = _watched(
-        model, input_ids, attention_mask, prompt_lens, response_mask, None, signals=signals, groups=None, stop=True
+        model,
+        input_ids,
+        attention_mask,
+        prompt_lens,
+        response_mask,
+        None,
+        None,
+        signals=signals,
+        groups=None,
+        stop=True,
     )
     return tap.statistics()
 
@@ -106,6 +119,7 @@ def response_entropy(
     prompt_lens: Tensor | Sequence[int] | None = None,
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """[B, T] fp32, nats, of the distribution each response token was drawn from; NaN elsewhere.
 
@@ -118,7 +132,7 @@ def response_entropy(
     else:
         batch = PaddedBatch.from_cu_seqlens(cu_seqlens, prompt_lens, response_BT, input_ids.device)
     with torch.no_grad():
-        output = _forward(model, input_ids, _inputs(batch, None if attention_mask is None else mask_BT))
+        output = _forward(model, input_ids, _inputs(batch, None if attention_mask is None else mask_BT, inputs))
         return _entropies(_logits(model, output), batch)
 
 
@@ -129,6 +143,7 @@ def _watched(
     prompt_lens: Tensor | Sequence[int] | None,
     response_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    more: Mapping[str, Any] | None,
     *,
     signals: SignalsConfig,
     groups: HeadGroups | None,
@@ -146,7 +161,7 @@ def _watched(
         stop=stop,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(input_ids.device),
     )
-    inputs = _inputs(tap.batch, None if attention_mask is None else mask_BT)
+    inputs = _inputs(tap.batch, None if attention_mask is None else mask_BT, more)
     output = None
     with torch.no_grad(), tap:
         output = _forward(model, input_ids, inputs)
@@ -181,12 +196,12 @@ def _checked(
     return mask_BT, None if response_mask is None else response_mask.to(input_ids.device)
 
 
-def _inputs(batch: PaddedBatch, mask_BT: Tensor | None) -> dict[str, Any]:
+def _inputs(batch: PaddedBatch, mask_BT: Tensor | None, more: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of the forward pass, beside input_ids."""
     inputs: dict[str, Any] = {"attention_mask": None if mask_BT is None else mask_BT.long(), "use_cache": False}
-    if batch.host.starts_late:
+    if batch.host.starts_late and not more:
         inputs["position_ids"] = batch.positions
-    return inputs
+    return inputs | dict(more or {})
 
 
 def _forward(model: nn.Module, input_ids: Tensor, inputs: dict[str, Any]) -> object:

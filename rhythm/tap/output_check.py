@@ -28,8 +28,8 @@ def check_output(
     output: Tensor,
     checks: DeferredChecks | None = None,
 ) -> None:
-    """Computes the first, middle and last row of up to CHECKED_SEQUENCES sequences in this form and compares with the
-    model's.
+    """Computes the first, middle and last row of up to CHECKED_SEQUENCES responses in this form and compares with the
+    model's; of a sequence without a response, the last.
 
     Args:
         batch: on the call's device.
@@ -44,16 +44,17 @@ def check_output(
     if output.shape[:3] != (B, T, H):
         raise call.refusal(f"an attention output of shape {list(output.shape)}, not [{B}, {T}, {H}, …]")
     query, key, value, real_BT, first, lens = call.query, call.key, call.value, batch.real, batch.first, batch.lens
-    position_BT = batch.positions
+    prompts, position_BT = batch.prompt_lens, batch.positions
     if len(lens) > CHECKED_SEQUENCES:
         some = torch.linspace(0, len(lens) - 1, CHECKED_SEQUENCES, device=lens.device).round().long()
-        first, lens = first[some], lens[some]
+        first, lens, prompts = first[some], lens[some], prompts[some]
         if not batch.one_row:
             query, key, value, output = (x[some] for x in (query, key, value, output))
             real_BT, position_BT = real_BT[some], position_BT[some]
     B = len(query)  # rows that are looked at, with P probes in each: three of each sequence
+    begin = torch.minimum(prompts, lens - 1)
     row_B1 = torch.arange(B, device=output.device)[:, None]
-    step_BP = torch.stack([torch.zeros_like(lens), lens // 2, lens - 1], dim=1)
+    step_BP = torch.stack([begin, (begin + lens) // 2, lens - 1], dim=1)
     probed_BP = (first[:, None] + step_BP.clamp(min=0)).clamp(max=T - 1).view(B, -1)
 
     # Eager attention rounds its scores to the model's type, so the probe does too.

@@ -5,7 +5,7 @@ Shape suffixes: B responses, T positions of input_ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +69,7 @@ class RhythmCredit:
         prompt_lens: Tensor | Sequence[int] | None = None,
         response_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> tuple[RhythmSignals | None, Tensor | None]:
         """(signals, entropy [B, T]) as far as the strategy reads them: a forward pass that `observe` watches, a plain
         one for the entropy alone, or none. Arguments as in `observe`.
@@ -78,6 +79,7 @@ class RhythmCredit:
             "prompt_lens": prompt_lens,
             "response_mask": response_mask,
             "cu_seqlens": cu_seqlens,
+            "inputs": inputs,
         }
         if "attention" in self.config.reads:
             signals = self.observe(model, input_ids, **where)
@@ -95,6 +97,7 @@ class RhythmCredit:
         prompt_lens: Tensor | Sequence[int] | None = None,
         response_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> RhythmSignals:
         """`observe` with the options of this object; calibrates the groups if that is still to be done."""
         signals = observe(
@@ -107,6 +110,7 @@ class RhythmCredit:
             groups=self.groups,
             entropy="entropy" in self.config.reads,
             cu_seqlens=cu_seqlens,
+            inputs=inputs,
         )
         if self.groups is None and self.signals.grouping == "calibrated":
             self.groups = HeadGroups(local=signals.groups.local[:1], global_=signals.groups.global_[:1])
@@ -120,6 +124,7 @@ class RhythmCredit:
         response_mask: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """γ of every token.
 
@@ -130,6 +135,7 @@ class RhythmCredit:
             response_mask: [B, T], 1 on the response: the last tokens of each row, in one run; may be empty.
             cu_seqlens: int32 or int64 [B + 1], as in `observe`, for one row [1, T] of packed sequences;
                 attention_mask is then None, and γ [1, T].
+            inputs: more of the forward pass, such as pixel_values, as in `observe`.
 
         Returns:
             γ [B, T], fp32, detached; 1 outside the responses.
@@ -142,7 +148,7 @@ class RhythmCredit:
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_shape("attention_mask", mask_BT, shape)
         check_shape("response_mask", response_mask, shape)
-        where: dict[str, Any] = {"response_mask": response_mask, "cu_seqlens": cu_seqlens}
+        where: dict[str, Any] = {"response_mask": response_mask, "cu_seqlens": cu_seqlens, "inputs": inputs}
         signals, entropy_BT = self.read(model, input_ids, attention_mask=attention_mask, **where)
         if cu_seqlens is not None:
             batch = PaddedBatch.from_cu_seqlens(cu_seqlens, None, response_mask, input_ids.device)

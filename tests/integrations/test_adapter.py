@@ -54,10 +54,11 @@ def test_fsdp_gives_the_signals_of_the_whole_model() -> None:
     fully_shard(sharded, mesh=mesh)
     for _ in range(2):  # a pass leaves nothing half done
         credit = RhythmCredit(strategy="coupled", signals=SIGNALS)
-        signals, _ = read_rows(credit, sharded, ids, mask, PROMPTS, 2, sharded)
-        assert signals is not None
-        torch.testing.assert_close(signals.waad, expected.waad, rtol=0, atol=1e-5, equal_nan=True)
-        torch.testing.assert_close(signals.fai, expected.fai, rtol=0, atol=1e-6, equal_nan=True)
+        for inputs in (None, {"logits_to_keep": 1}):  # with more of them, the positions are the model's
+            signals, _ = read_rows(credit, sharded, ids, mask, PROMPTS, 2, sharded, inputs)
+            assert signals is not None
+            torch.testing.assert_close(signals.waad, expected.waad, rtol=0, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(signals.fai, expected.fai, rtol=0, atol=1e-6, equal_nan=True)
         _, found = read_rows(RhythmCredit(strategy="entropy"), sharded, ids, mask, PROMPTS, 2, sharded)
         torch.testing.assert_close(found, entropy, rtol=0, atol=1e-5, equal_nan=True)
     none = read_rows(RhythmCredit(CreditConfig(strategy="random")), sharded, ids, mask, PROMPTS, 2, sharded)

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
+from PIL import Image
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
@@ -23,7 +25,7 @@ from rhythm.integrations import trl as trl_adapter
 from rhythm.integrations.trl import RhythmGRPOTrainer
 from rhythm.tap.rhythm_credit import RhythmCredit
 from rhythm.tap.signals_config import SignalsConfig
-from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
+from rhythm.tiny.model import BOS, EOS, PAD, UNKNOWN, TinyModelConfig, build_model, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 MODEL = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
@@ -327,14 +329,98 @@ def test_what_can_not_be_right_is_refused(tmp_path: Path, changes: Any, credit: 
         made(tmp_path, credit=None, config=changes)
 
 
-@pytest.mark.parametrize("name", ["pixel_values", "tool_mask"])
-def test_batches_that_are_not_all_text_of_the_models_own_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_responses_that_are_not_all_of_the_models_own_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = made(tmp_path, credit=CreditConfig())
-    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda *_: {name: torch.ones(1)})
-    with pytest.raises(ValueError, match=f"the batch holds {name} .*; credit must be None with these"):
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda *_: {"tool_mask": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"the batch holds tool_mask .*; credit must be None with these"):
         trainer._generate_and_score_completions([])
+
+
+def gemma3() -> tuple[Any, Any]:
+    """A random vision-language model whose images see themselves whole, and its processor."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZER.backend_tokenizer,
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"},
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+    )
+    template = (
+        "{% for message in messages %}{% for part in message.content %}"
+        "{{ '<start>' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
+    )
+    images = transformers.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    processor = transformers.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,
+        "layer_types": ["full_attention"] * 3,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        mm_tokens_per_image=4,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config), processor
+
+
+def test_prompts_with_images(tmp_path: Path) -> None:
+    model, processor = gemma3()
+    pictures = [Image.fromarray(torch.randint(0, 256, (28, 28, 3)).byte().numpy()) for _ in PROMPTS]
+    examples = [
+        {"prompt": [{"role": "user", "content": text}], "image": picture}
+        for text, picture in zip(PROMPTS, pictures, strict=True)
+        for _ in range(GROUP)
+    ]
+
+    def of_messages(completions: list[Any], **_: Any) -> list[float]:
+        return reward([message[0]["content"] for message in completions])
+
+    trainer = RhythmGRPOTrainer(
+        model,
+        of_messages,
+        config(tmp_path, max_completion_length=20),
+        Dataset.from_list([{"prompt": "unused"}]),
+        processing_class=processor,
+        credit=RhythmCredit(strategy="coupled", signals=SIGNALS),
+    )
+    outputs = []
+    for credit in (trainer.credit, None):
+        trainer.credit = credit
+        torch.manual_seed(3)
+        outputs.append(trainer._generate_and_score_completions(examples))
+    shaped, plain = outputs
+    assert shaped["completion_ids"].equal(plain["completion_ids"])
+    assert shaped["pixel_values"].shape == (ROWS, 3, 28, 28)
+    for row, advantage in enumerate(plain["advantages"]):
+        prompt, completion = (
+            plain[f"{part}_ids"][row][plain[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
+        )
+        ids, P = torch.cat([prompt, completion])[None], len(prompt)
+        kinds = (ids == model.config.image_token_id).int()
+        inputs = {"pixel_values": plain["pixel_values"][row][None], "token_type_ids": kinds}
+        signals = rhythm.observe(model.eval(), ids, prompt_lens=[P], signals=SIGNALS, inputs=inputs)
+        gamma = rhythm.credit_weights(signals.waad[0, P:], signals.fai[0, P:], strategy="coupled")
+        expected = advantage * (gamma if advantage >= 0 else 1)
+        got = shaped["advantages"][row][: len(completion)]
+        torch.testing.assert_close(got, expected.expand(len(completion)), rtol=1e-5, atol=1e-6)
+    assert (shaped["advantages"] != plain["advantages"][:, None]).any()
 
 
 def test_sharded_parameters_are_read_in_whole_passes(

@@ -18,7 +18,7 @@ from rhythm.tap.observe import observe
 from rhythm.tap.output_check import CHECKED_SEQUENCES
 from rhythm.tap.signals_config import SignalsConfig
 
-T = 20
+T, PROMPT = 20, 2
 
 
 def llama() -> Any:
@@ -76,7 +76,7 @@ def with_one_head_cut(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
 ) -> Any:
     output, _ = plain(module, query, key, value, mask, scaling)
-    output[:, T // 2, 3] = 0
+    output[:, (PROMPT + T) // 2, 3] = 0  # the middle of the response
     return output, None
 
 
@@ -105,7 +105,7 @@ def observed_with(function: Callable[..., Any], model: Any, lens: tuple[int, ...
     AttentionInterface.register("test_custom", function)
     model.set_attn_implementation("test_custom")
     mask = torch.arange(T) < torch.tensor(lens)[:, None]
-    prompt_lens = [2] * len(lens)
+    prompt_lens = [PROMPT] * len(lens)
     signals = SignalsConfig(layers=[0])
     return observe(model, tokens(len(lens), T), attention_mask=mask, prompt_lens=prompt_lens, signals=signals)
 
