@@ -1,9 +1,9 @@
 """How the rhythm changes with the length of the context: the same responses in contexts of 256 … 8192 tokens.
 
-A response longer than a length is cut to its first tokens, as the model had written it by then. A shorter one stays as
-it is, and other problems of the analysis with their responses are put before its prompt, whole transcripts but for the
-first, which is cut at its end. So signals, heads and peaks are always of tokens that the model wrote in answer to their
-own prompt; what is not real about an extended one is that it was written without what is now before it.
+A response that is too long for a length is cut to its first tokens, as the model had written it by then. A shorter one
+stays as it is, and other transcripts of the analysis (prompt and response) are put before its prompt, all of them whole
+but the first, whose end is cut off. Signals, heads and peaks are therefore always those of tokens that the model wrote
+in answer to their own prompt. What is artificial about an extended context: the model wrote the response without it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rhythm.analysis.table2 import table2
 
 
 class LengthsConfig(BaseModel, extra="forbid", frozen=True):
-    """The lengths of context, and what is measured at each."""
+    """The lengths of context, and the responses measured at each."""
 
     tokens: tuple[int, ...] = Field(
         default=(256, 512, 1024, 2048, 4096, 8192),

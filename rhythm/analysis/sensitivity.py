@@ -1,7 +1,7 @@
 """How γ depends on its settings: recomputed for a grid of them from the kept statistics of single heads.
 
-γ is that of training (`rhythm.credit`), before `mass` and `mean_preserving`: those change how much credit there is, not
-where it goes.
+γ is computed as in training (`rhythm.credit`), but without `mass` and `mean_preserving`, which change how much credit
+there is and not where it goes.
 
 Shape suffixes: R responses, B of them at a time, T positions (padding on the right), n heads.
 """
@@ -41,8 +41,8 @@ class SettingResult:
         jaccard: |A ∩ B| / |A ∪ B| of the tokens with γ > 1 by this setting and by the analysis' own.
         chosen: fraction of the tokens with γ > 1.
         mass: mean of γ − 1 over the tokens.
-        moved: fraction of the credit that is elsewhere: half the sum of the absolute differences of γ − 1, each divided
-            by its own sum.
+        moved: fraction of the credit that is on other tokens: with γ − 1 of either setting divided by its sum, half the
+            sum of the absolute differences.
         position: mean place of the credit in the response, 0 at its beginning and 1 at its end.
         first, middle, last: fraction of the credit in each third of the response.
     """

@@ -1,4 +1,4 @@
-"""Moves what only a gradient step needs to host memory, while another process uses the GPU."""
+"""Keeps optimizer states and master weights in host memory while another process uses the GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 
 class Offloaded:
-    """The states of optimizers, and with them master weights, in host memory until `restore`.
+    """Optimizer states and master weights, in host memory from construction until `restore`.
 
-    While they are there, the optimizers must not step, nor their states be saved.
+    Until then the optimizers must not step, and their states must not be saved.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer], masters: Iterable[Tensor] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What the adapters of trainers do alike: options, which rows are responses, γ, and advantages × γ.
+"""What the adapters for trainers share: options, which rows are responses, γ, and advantages × γ.
 
 Shape suffixes: B responses, T positions.
 """

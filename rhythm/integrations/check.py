@@ -3,8 +3,8 @@
 Exits with 0 if all are there, 1 if one is missing, 2 if the trainer is not installed. Sources are read, not imported:
 many trainers need CUDA at import.
 
-A seam is a class or function in a module, named "Class.method(argument, …)"; the arguments are those that the adapter
-passes or takes, and a class may have them through a base class in the same module.
+A seam is a class or function in a module, written "Class.method(argument, …)" with the arguments that the adapter
+passes or receives. A method may be inherited from a base class in the same module.
 """
 
 from __future__ import annotations

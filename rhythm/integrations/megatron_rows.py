@@ -1,4 +1,4 @@
-"""Rows of a batch that a Megatron trainer packs, orders and cuts as it likes: they are found again by their tokens.
+"""Recognizes the rows of a batch by their tokens, however a Megatron trainer packs, orders and splits them.
 
 Shape suffixes: B sequences of a forward pass, S positions of a padded row, T of a packed one.
 """
@@ -25,7 +25,7 @@ def attach_by_tokens(chunks: Sequence[nn.Module], signals: SignalsConfig, shift:
     (1 on tokens).
 
     Args:
-        shift: how many positions before a token its place in loss_mask is.
+        shift: how many positions before a token its entry in loss_mask stands.
     """
     return attach(chunks, signals, locate=partial(_located, shift))
 

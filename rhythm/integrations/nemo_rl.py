@@ -3,8 +3,8 @@
     python -m rhythm.integrations.nemo_rl examples/run_grpo.py --config examples/configs/grpo_math_1B.yaml
 
 runs NeMo-RL's own script with two of its names replaced: the policy, whose workers add WAAD and FAI to the log-probs
-they return, and the maker of the advantage estimator. What NeMo-RL hands over is written down in docs/trainers.md.
-Options: the environment variable RHYTHM_CREDIT.
+they return, and the function that makes the advantage estimator. What NeMo-RL hands over is written down in
+docs/trainers.md. Options: the environment variable RHYTHM_CREDIT.
 
 Shape suffixes: B responses, S positions, padded on the right.
 """

@@ -1,4 +1,4 @@
-"""The names of what the ops give on request (also=), and the checks of them."""
+"""The names of the values per row that ops return on request (`also=`), and their checks."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ def attention_bands(
 ) -> tuple[Tensor, Tensor]:
     """(WAAD for each window, FAI for each horizon) of causal attention whose lse is known (paper eqs. 9, 10).
 
-    The same as `attention_statistics(q, k, lse=lse, span=False, …)` for one window and horizon after the other, but
-    products near the diagonal are made once, O(T·max(window, H_hi)·D), by the C++ kernels; other backends make one pass
-    for each pair.
+    The same as `attention_statistics(q, k, lse=lse, span=False, …)` for one window and horizon after the other. The C++
+    kernels compute the products near the diagonal once for all of them, O(T·max(window, H_hi)·D); other backends make
+    one pass for each window and horizon, the i-th of both together.
 
     Args:
         q, k, cu_seqlens, prompt_lens, scale, backend, softcap, sliding_window, sinks, cu_seqlens_k: as in

@@ -1,7 +1,7 @@
 """The statistics as ops under torch.ops.rhythm, with fakes, and the run of a checked request by a backend.
 
-The public functions (statistics.py) turn Python's values into these ops' arguments. An op's results are flat, as a
-backend gives them.
+The public functions (statistics.py) turn Python's values into these ops' arguments. An op returns what a backend does,
+with the tokens of all sequences on one axis.
 
 Shape suffixes: B sequences, T tokens of all sequences on one axis (that of the keys), H query heads, A answers.
 """
@@ -27,13 +27,13 @@ MORE = ("also", "first", "prompt_rows")
 
 
 def own_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Without the caller's autocast, which would take fp32 products of the plain torch parts to low precision."""
+    """Disables the caller's autocast, which would compute the fp32 products of plain torch code in low precision."""
     kind = q.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def run(request: Request, backend: str) -> BackendResult:
-    """What the backend called `backend` gives; span from sampled rows where the request asks for them."""
+    """The result of the backend named `backend`, with span from sampled rows if the request asks for them."""
     chosen = backends.choose(backend, request)
     sampled = request.span_rows is not None and request.lse_HT is not None
     with own_precision(request.q):

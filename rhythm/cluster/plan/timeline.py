@@ -1,7 +1,7 @@
 """What a GPU holds at every moment of a step in which trainer and vLLM take turns on it.
 
-`replay` follows the calls that the roles get, in their order; `STEP` are those of a step. A test records the calls of a
-real run and has them replayed.
+`replay` takes the calls made to the two roles, in order; `STEP` lists those of one step. A test records the calls of a
+real run and replays them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEP = (
 """From one rollout to the next. A call that is repeated, as `step` is, changes nothing the second time."""
 
 TRAINING = {"log_probs", "reference_log_probs", "step", "tapped_step", "save", "load"}
-"""Calls of actor_train after which torch has cached all that training takes, until `leave_gpu` gives it back."""
+"""Calls of actor_train after which torch's cache holds all the memory that training takes, until `leave_gpu`."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The answers asked for by name, and column sums, by plain torch in blocks of rows: for backends without their own.
+"""Answers on request (`also=`) and column sums in plain torch, by blocks of rows, for backends without their own.
 
-Memory is O(Hq · N) of the longest sequence, and the lengths are read on the host. The products are made once more, in
-fp32 (fp64 for fp64 q).
+Memory is O(Hq · N) for the longest sequence of N tokens. Sequence lengths are read on the host, and q·k is computed a
+second time, in fp32 (fp64 for fp64 q).
 
 Shape suffixes: T tokens of all sequences, S those that have a query, N tokens of one sequence, R rows of a block, C
 keys that are needed, H query heads, G key heads, D head size, A answers.
@@ -20,12 +20,12 @@ from rhythm.ops.arguments import Request
 from rhythm.ops.reference import column_sums, masked_scores, row_answers, row_lse, visible_keys
 
 SCORES_AT_ONCE = 1 << 24
-"""A limit on memory: 64 MB of fp32, and a few times that for what is made of them."""
+"""A limit on memory: 64 MB of fp32 scores, and a few times that for intermediate results."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """How the rows that reach a key are put together.
+    """How the weights of the rows that reach a key are combined.
 
     Attributes:
         reduce: "sum" or "max".
@@ -55,7 +55,7 @@ class _Block:
 
     @property
     def places(self) -> slice:
-        """Of the rows on the token axis."""
+        """Where the rows lie on the token axis."""
         first = self.start + int(self.row_R[0])
         return slice(first, first + len(self.row_R))
 
