@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does again and again: the kernels' tests take less than a third of the time.
+"""Triton's interpreter without what it does again and again: the kernels' tests take a fraction of the time.
 
 What it computes and refuses is the same. tests/kernels/test_interpreter.py.
 """
@@ -18,32 +18,30 @@ OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def make_faster() -> None:
-    _swap_once_a_launch()
+    _swap_once()
     TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow
     interpreter._get_np_dtype = _scalars_remembered(interpreter._get_np_dtype)
+    TritonSemantic.computation_type_impl = cache(TritonSemantic.computation_type_impl)
+    TritonSemantic.broadcast_impl_value = _equal_shapes_first(TritonSemantic.broadcast_impl_value)
+    tl.dtype.__eq__ = _itself_first(tl.dtype.__eq__)
+    tl.block_type.__init__ = _types_remembered(tl.block_type.__init__)
+    tl.tensor.__init__ = _shapes_remembered(tl.tensor.__init__)
 
 
-def _swap_once_a_launch() -> None:
-    """The interpreter swaps the functions of `tl` for its own at every launch and again, without need, at every call
-    of a device function.
+def _swap_once() -> None:
+    """The interpreter swaps the functions of `tl` for its own at every launch, and again at every call of a device
+    function. Here they stay: nothing is compiled in a process that interprets.
     """
-    swap, swapped = interpreter._patch_lang, set()
+    swap, scopes = interpreter._patch_lang, {}
 
-    def once_a_launch(function: Callable[..., object]) -> Any:
-        if function in swapped:
-            return None  # only a launch wants the scope
-        swapped.add(function)
-        scope = swap(function)
-        restore = scope.restore
+    def swapped(function: Callable[..., object]) -> Any:
+        visible = frozenset(name for name, value in function.__globals__.items() if value is tl or value is tl.core)
+        if visible not in scopes:
+            scopes[visible] = swap(function)
+            scopes[visible].restore = lambda: None
+        return scopes[visible]
 
-        def end() -> None:  # of the launch
-            swapped.clear()
-            restore()
-
-        scope.restore = end
-        return scope
-
-    interpreter._patch_lang = once_a_launch
+    interpreter._patch_lang = swapped
 
 
 def _refuse_overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable[..., Any]) -> None:
@@ -63,3 +61,51 @@ def _scalars_remembered(numpy_type: Callable[[tl.dtype], np.dtype]) -> Callable[
     """Triton's builds a table of all types at every call."""
     of_scalar = cache(numpy_type)
     return lambda kind: numpy_type(kind) if isinstance(kind, tl.pointer_type) else of_scalar(kind.scalar)
+
+
+def _equal_shapes_first(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """Blocks of the same shape need no broadcast."""
+
+    def quick(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> Any:
+        same = lhs.type.is_block() and rhs.type.is_block() and [*lhs.type.shape] == [*rhs.type.shape]
+        return (lhs, rhs) if same else broadcast(self, lhs, rhs)
+
+    return quick
+
+
+def _itself_first(equal: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda self, other: self is other or equal(self, other)
+
+
+def _types_remembered(make: Callable[..., None]) -> Callable[..., None]:
+    """Triton's checks the shape and writes the name of the type at every operation. Equal types share their fields,
+    which nothing changes.
+    """
+    made: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def remembered(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+        key = (id(element_ty), *[s.value if isinstance(s, tl.constexpr) else s for s in shape])
+        if key in made:
+            self.__dict__ = made[key]
+            return
+        make(self, element_ty, shape)
+        if len(made) > 1000:  # every launch brings pointer types of its own
+            made.clear()
+        made[key] = self.__dict__  # in which the element type stays, so that its id is no other's
+
+    return remembered
+
+
+def _shapes_remembered(make: Callable[..., None]) -> Callable[..., None]:
+    """All fields of a tensor but its handle are those of its type."""
+
+    def remembered(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        known = type.__dict__.get("of_tensors")
+        if known is None:
+            make(self, handle, type)
+            type.of_tensors = {name: value for name, value in vars(self).items() if name not in ("handle", "type")}
+            return
+        self.__dict__.update(known)
+        self.handle, self.type = handle, type
+
+    return remembered

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import json
+import os
+import select
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +107,37 @@ def make_case(checkpoint: Path) -> Case:
 def run_ranks(scratch: Path, timeout: float = 400, **spec: Any) -> list[dict[str, Any]]:
     """Run a scenario of ranks.py; returns each rank's results."""
     torch.save(spec, scratch / "spec.pt")
-    script = Path(__file__).parent / "engines" / "megatron" / "ranks.py"
-    command = [sys.executable, "-W", "ignore", str(script), str(scratch / "spec.pt"), str(scratch / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
+    server = _ranks()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    request = {"spec": str(scratch / "spec.pt"), "out": str(scratch / "out"), "environment": dict(os.environ)}
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answered, _, _ = select.select([server.stdout], [], [], timeout)
+    code = server.stdout.readline().strip() if answered else f"not ended within {timeout:.0f} s"
+    if not code.isdigit():
+        _ranks.cache_clear()
+        _end(server)
+    log = scratch / "out.log"
+    assert code == "0", f"{code}: {log.read_text()[-6000:] if log.exists() else 'not started'}"
     return [torch.load(scratch / f"out.{rank}", weights_only=False) for rank in range(spec["parallel"].ranks)]
+
+
+@cache
+def _ranks() -> subprocess.Popen[str]:
+    """The process of ranks.py, which this one shares among its tests."""
+    script = Path(__file__).parent / "engines" / "megatron" / "ranks.py"
+    command = [sys.executable, "-W", "ignore", str(script)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """With the ranks of a scenario that hangs."""
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.communicate()
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, atol: float) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -83,8 +81,7 @@ def test_long_signatures_are_wrapped_at_the_outer_commas(signatures: ModuleType)
 def test_write_renews_the_listing_and_nothing_else(signatures: ModuleType, tmp_path: Path) -> None:
     doc = tmp_path / "signatures.md"
     doc.write_text(f"before\n{signatures.BEGIN}old\n{signatures.END}after\n", encoding="utf-8")
-    command = [sys.executable, str(ROOT / "docs" / "signatures.py"), "--write", "--doc", str(doc)]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    signatures.main(["--write", "--doc", str(doc)])
     assert doc.read_text(encoding="utf-8") == f"before\n{signatures.BEGIN}{signatures.listing()}{signatures.END}after\n"
     with pytest.raises(ValueError, match="the document must hold"):
         signatures.with_listing("no listing here")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,16 @@ from rhythm.cli.doctor import Finding, diagnose, is_healthy, main, relative_erro
 from rhythm.ops import backends
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
+def interpreter_trouble() -> Iterator[Callable[[], str | None]]:
+    """The doctor's own, which starts a process that imports torch and Triton; it is asked once for all tests."""
+    real = doctor._interpreter_trouble
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "_interpreter_trouble", cache(real))
+        yield real
+
+
+@pytest.fixture(scope="module")
 def findings() -> dict[str, Finding]:
     return {finding.name: finding for finding in diagnose()}
 
@@ -170,10 +181,12 @@ def test_packages_are_found_without_being_imported(tmp_path: Path, monkeypatch: 
     assert doctor._package("s", "unpacked_here", "").found == unpacked
 
 
-def test_interpreter_trouble_is_the_last_line_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_trouble_is_the_last_line_of_the_probe(
+    interpreter_trouble: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback …\nImportError: no libtriton\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
-    assert doctor._interpreter_trouble() == "ImportError: no libtriton"
+    assert interpreter_trouble() == "ImportError: no libtriton"
     silent = subprocess.CompletedProcess([], -11, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: silent)
-    assert doctor._interpreter_trouble() == "a kernel in the interpreter ended with exit code -11"
+    assert interpreter_trouble() == "a kernel in the interpreter ended with exit code -11"

@@ -1,7 +1,8 @@
-"""rhythm-eval in real processes: killed and continued, refused, and what its files say."""
+"""rhythm-eval: killed in real processes and continued, refused, and what its files say."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rhythm.cli.eval import main
 from rhythm.evaluation.config import EvaluationConfig, MachineConfig
@@ -40,17 +43,29 @@ def start(checkpoint: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str]) -> None:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    return output
+
+
+def evaluate(checkpoint: Path, out: Path, *words: str) -> str:
+    """What `start` does to its end, in this process, which has loaded everything; returns its standard output."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as shown:
+            patch.syspath_prepend(HERE)
+            assert main(arguments(checkpoint, out, *words)) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return shown.getvalue()
 
 
 @pytest.fixture(scope="module")
 def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same evaluation, never interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert "pass@3" in finish(start(checkpoint, out))
+    assert "pass@3" in evaluate(checkpoint, out)
     return out
 
 
@@ -119,16 +134,14 @@ def test_killed_again_and_again_and_continued_equals_uninterrupted(
     same_results(out, whole)
 
 
-def test_half_a_line_and_half_a_batch_are_generated_again(
-    checkpoint: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_line_and_half_a_batch_are_generated_again(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
     """What a kill in the middle of a write leaves: three whole batches, part of one, and a line cut off."""
     out = tmp_path / "out"
     (out / "responses").mkdir(parents=True)
     (out / "settings.json").write_bytes((whole / "settings.json").read_bytes())
     written = (whole / "responses" / "Words.jsonl").read_bytes().splitlines(keepends=True)
     (out / "responses" / "Words.jsonl").write_bytes(b"".join(written[:27]) + written[27][:30])
-    finish(start(checkpoint, out))
+    evaluate(checkpoint, out)
     same_results(out, whole)
 
 
@@ -136,7 +149,7 @@ def test_half_a_line_and_half_a_batch_are_generated_again(
 def test_vllm_answers_as_transformers_does(checkpoint: Path, tmp_path: Path) -> None:
     """Greedily: the same responses, but for ties that rounding decides."""
     words = ("sampling.temperature=0", "tasks=['words:Words']")
-    finish(start(checkpoint, tmp_path / "transformers", *words))
+    evaluate(checkpoint, tmp_path / "transformers", *words)
     finish(
         start(checkpoint, tmp_path / "vllm", *words, "engine=vllm", "vllm.kv_cache_gib=0.0625", "vllm.max_num_seqs=16")
     )
@@ -147,9 +160,9 @@ def test_vllm_answers_as_transformers_does(checkpoint: Path, tmp_path: Path) -> 
 
 def test_the_seed_and_the_batch_size_decide(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
     """Another seed gives other responses; other batches give the same ones."""
-    finish(start(checkpoint, tmp_path / "other", "seed=1"))
+    evaluate(checkpoint, tmp_path / "other", "seed=1")
     assert [r["response"] for r in rows(tmp_path / "other", "Words")] != [r["response"] for r in rows(whole, "Words")]
-    finish(start(checkpoint, tmp_path / "at-once", "sampling.rows_at_once=72"))
+    evaluate(checkpoint, tmp_path / "at-once", "sampling.rows_at_once=72")
     assert sorted((r["problem"], r["sample"], r["response"]) for r in rows(tmp_path / "at-once", "Words")) == sorted(
         (r["problem"], r["sample"], r["response"]) for r in rows(whole, "Words")
     )

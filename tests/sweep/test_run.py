@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rhythm.cli.sweep import main
 from rhythm.system.directory_lock import lock_directory
 
 ROOT = Path(__file__).parents[2]
@@ -61,9 +64,10 @@ def start(path: Path) -> subprocess.Popen[str]:
 
 
 def sweep(path: Path) -> tuple[int, str, str]:
-    with start(path) as process:
-        out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
+    """What `start` does to its end, in this process: (exit code, standard output, standard error)."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main([str(path)])
+    return code, out.getvalue(), err.getvalue()
 
 
 def rows(directory: Path, name: str = "runs.csv") -> list[dict[str, str]]:

@@ -1,18 +1,22 @@
-"""A run that is killed and resumed ends like an uninterrupted one; with real processes and signals."""
+"""A run that is killed and resumed ends like an uninterrupted one; what is killed are real processes."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rhythm.cli.train import main
@@ -31,10 +35,20 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
+def finish(config: Path, *arguments: str) -> str:
+    """What `start` does to its end, in this process, which has loaded everything; returns its output."""
+    root, threads = logging.getLogger(), torch.get_num_threads()
+    handlers, level = root.handlers[:], root.level
+    torch.set_num_threads(1)
+    try:
+        with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
+            code = main([str(config), *arguments])
+    finally:
+        torch.set_num_threads(threads)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    assert code == 0, said.getvalue()
+    return said.getvalue()
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -61,7 +75,7 @@ def weights_digest(run: Path, step: int) -> str:
 @pytest.fixture(scope="module")
 def whole_run(small_config_file: Path) -> Path:
     """The same run, never interrupted."""
-    finish(start(small_config_file, "name=whole"))
+    finish(small_config_file, "name=whole")
     return small_config_file.parent / "runs" / "whole"
 
 
@@ -91,7 +105,9 @@ def test_killed_again_and_again_and_resumed_equals_uninterrupted(small_config_fi
         assert not (run / "checkpoints" / "step_000006").exists(), moment
         resume = ["--resume"]
 
-    finish(start(small_config_file, "name=killed", *resume))
+    process = start(small_config_file, "name=killed", *resume)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     assert metrics(run) == metrics(whole_run)
     assert weights_digest(run, 6) == weights_digest(whole_run, 6)
     assert not list((run / "checkpoints").glob(".writing-*"))
@@ -112,20 +128,20 @@ def test_a_signal_saves_and_leaves(small_config_file: Path, whole_run: Path) -> 
         assert f"stopped by {number.name} after step" in output
         assert "--resume" in output
         resume = ["--resume"]
-    finish(start(small_config_file, "name=signals", *resume))
+    finish(small_config_file, "name=signals", *resume)
     assert metrics(run) == metrics(whole_run)
     assert weights_digest(run, 6) == weights_digest(whole_run, 6)
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_passed_over(small_config_file: Path, whole_run: Path) -> None:
-    finish(start(small_config_file, "name=damaged", "steps=4"))
+    finish(small_config_file, "name=damaged", "steps=4")
     run = whole_run.parent / "damaged"
     newest = next((run / "checkpoints" / "step_000004").rglob("*.safetensors"))
     content = bytearray(newest.read_bytes())
     content[-5] ^= 1
     newest.write_bytes(content)
-    output = finish(start(small_config_file, "name=damaged", "--resume"))
+    output = finish(small_config_file, "name=damaged", "--resume")
     assert "step_000004 is damaged" in output
     assert newest.name in output
     assert "continuing after step 2" in output

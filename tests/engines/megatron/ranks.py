@@ -1,13 +1,16 @@
-"""Runs a scenario of test_ranks.py on all ranks of a layout: `python ranks.py SPEC OUT`, both files of torch.save.
+"""Runs scenarios of test_ranks.py, one for each line of stdin: {"spec": file of torch.save, "out": where results go,
+"environment": variables}. Rank r leaves OUT.r, all of them write to OUT.log, and a line of stdout is the exit code.
 
-A script, not a module of tests: the ranks are forked from a process that has imported torch and Megatron-core, which
-takes longer than most scenarios, and has started no thread yet.
+A script, not a module of tests: every scenario's ranks are forked from this process, which has imported torch and
+Megatron-core once, longer work than most scenarios, and has started no thread.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import importlib.util
+import json
+import os
 import socket
 import sys
 import traceback
@@ -35,7 +38,35 @@ from rhythm.tap.megatron_layers import MicroBatch
 from rhythm.tap.signals_config import SignalsConfig
 
 
-def main(spec_path: str, out_path: str) -> None:
+def serve() -> None:
+    """A process for each scenario, so that none sees what another has left."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                _in_environment(request["environment"], f"{request['out']}.log")
+                run(request["spec"], request["out"])
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(process, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _in_environment(variables: dict[str, str], log: str) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def run(spec_path: str, out_path: str) -> None:
     """Fork the ranks of the layout and wait for them."""
     spec = torch.load(spec_path, weights_only=False)
     with socket.socket() as free:
@@ -256,4 +287,4 @@ def _watch_logits(engine: MegatronTrain) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs the extra triton")
 
 import triton
 
-from rhythm.kernels.inspect.compile_ahead import MULTIPROCESSORS
+from rhythm.kernels.inspect.compile_ahead import MULTIPROCESSORS, main
 
 pytestmark = pytest.mark.triton
 
@@ -163,19 +163,20 @@ def test_programs_per_multiprocessor() -> None:
         (("--head-sizes", "96"), "--head-sizes names '96'; allowed are 16, 32"),
     ],
 )
-def test_bad_options(options: tuple[str, ...], message: str) -> None:
-    run = compile_ahead(*options)
-    assert run.returncode == 2
-    assert message in run.stderr
+def test_bad_options(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(options)
+    assert message in capsys.readouterr().err
 
 
-def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-m", "rhythm.kernels.inspect.compile_ahead"]
-    run = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 2
-    assert "TRITON_INTERPRET=1 is set" in run.stderr
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
 
 
 @pytest.mark.slow
