@@ -105,14 +105,12 @@ class Trials:
         if metrics(run)[:written] != metrics(self._whole)[:written]:
             outcome.faults.append("steps that were written are lost")
         while outcome.exit_codes[-1] and len(outcome.exit_codes) < 4:
-            left = _descendants()  # these may end while the resumed run starts
             resumed = self._launch(name, "--resume")
             _wait(resumed, outcome)
             began = re.search(r"continuing after step (\d+)", resumed.output)
             outcome.resumed_after.append(int(began[1]) if began else 0)
             if outcome.resumed_after[-1] < newest:
                 outcome.faults.append(f"resumed after step {outcome.resumed_after[-1]}, there was {newest}")
-            outcome.faults += [f"still running: {_name(process)}" for process in left if _runs(process)]
         outcome.faults += self._differences(run)
         outcome.faults += [f"still running: {_name(process)}" for process in _after_their_end()]
         outcome.faults += [f"still there: {path}" for path in sorted(memory) if path.exists()]
