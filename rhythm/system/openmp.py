@@ -87,7 +87,7 @@ def used_by_others() -> float | None:
     one, since the machine started and but for a constant; None where the system doesn't say.
     """
     try:
-        rows = (line.split() for line in _STAT.read_text().splitlines())
+        rows = (line.split() for line in _STAT.read_text(encoding="utf-8").splitlines())
         own = time.process_time()
         usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         total = 0
