@@ -1,13 +1,12 @@
 """Triton kernels of rhythm, installed as ``rhythm.kernels``.
 
-They compute what csrc/ computes on CPUs: a row sweep (lse, span, WAAD, and the attention output where V is given), a
-column sweep (FAI) and the bands (WAAD and FAI for a lse that came from outside). Each file reads top-down: kernel, then
+They compute what csrc/ computes on CPUs: a row sweep (lse and span, and the attention output where V is given) and the
+bands (WAAD and FAI, after the row sweep or for a lse that came from outside). Each file reads top-down: kernel, then
 launcher. `python -m rhythm.kernels.inspect.compile_ahead` compiles them without a GPU.
 """
 
 from rhythm.kernels.arguments import Forms
 from rhythm.kernels.bands import bands
-from rhythm.kernels.column_sweep import column_sweep
 from rhythm.kernels.mean_span import mean_span
 from rhythm.kernels.results import undefined_results
 from rhythm.kernels.row_sweep import row_sweep
@@ -17,6 +16,6 @@ from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.values import mend_output
 
 __all__ = [
-    "Forms", "Sequences", "Softmax", "bands", "column_sweep", "mean_span", "mend_output", "row_sweep", "sampled_span",
+    "Forms", "Sequences", "Softmax", "bands", "mean_span", "mend_output", "row_sweep", "sampled_span",
     "undefined_results",
 ]  # fmt: skip

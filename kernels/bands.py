@@ -1,4 +1,4 @@
-"""WAAD and FAI for a lse that came from outside, in one launch that visits only tiles near the diagonal.
+"""WAAD and FAI, given each row's softmax or its lse, in one launch that visits only tiles near the diagonal.
 
 Programs come in pairs for the same tokens, so that both find what they read in the cache: one owns a block of keys
 (FAI, column_sweep.py), the other a block of rows (WAAD).
@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rhythm.kernels.arguments import PLAIN, Forms
-from rhythm.kernels.column_sweep import column_arguments, column_key, column_sweep_kernel, tile_arguments
+from rhythm.kernels.column_sweep import column_arguments, column_key, column_program, tile_arguments, weights
 from rhythm.kernels.launch import launch, run_with_tile
-from rhythm.kernels.scores import capped_products
 from rhythm.kernels.sequences import Sequences, locate
+from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tile_tables import Tile
 from rhythm.kernels.tiles import LOG2_E, head_base, load_q, load_rows, query_base, tma_compatible
 from rhythm.kernels.tuning import Sample
@@ -24,7 +24,7 @@ from rhythm.kernels.tuning import Sample
 
 @triton.jit
 def window_program(
-    program, programs, head, q, k, lengths, lse, waad, lse_out, strides, sequences, tokens, scale, window,
+    program, programs, head, q, k, lengths, lse, parts, waad, lse_out, strides, sequences, tokens, scale, window,
     rows, sliding_window, cap_scale, sinks,
     ROWS: tl.constexpr, KEYS: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
@@ -45,9 +45,9 @@ def window_program(
         q_base = query_base(q, strides.q, sequence, first_row, missing, head, rows, form)
         k_base = head_base(k, strides.k, sequence, start, head // form.group, form)
         row_M = first + tl.arange(0, ROWS)
-        at_M = head.to(tl.int64) * tokens + start + row_M
+        of_head = head.to(tl.int64) * tokens + start
+        parts_base = None if parts is None else parts + 2 * of_head
         q_MD = load_q(q_base, strides.q, first, length, ROWS, form)
-        lse_M = tl.load(lse + at_M, mask=row_M < length, other=float("inf"))
         window_sum_M = tl.zeros([ROWS], tl.float32)
         RELOAD: tl.constexpr = form.precision == "ieee" and q_MD.dtype == tl.float32  # as in row_sweep.py
         for key in tl.range(
@@ -58,39 +58,43 @@ def window_program(
             k_ND = load_rows(k_base, strides.k, key, length, KEYS, True, form)
             place_N = (tl.arange(0, KEYS) + (key - first)).to(tl.float32)
             distance_MN = tl.arange(0, ROWS).to(tl.float32)[:, None] - place_N[None, :]
-            exponent_MN = capped_products(q_MD, k_ND, cap_scale, form) * scale - (lse_M * LOG2_E)[:, None]
+            p_MN = weights(q_MD, k_ND, lse + of_head, parts_base, first, length, scale, cap_scale, True, form)
             visible_MN = distance_MN >= 0
             if sliding_window is not None:
                 visible_MN = visible_MN & (distance_MN < sliding_window)
-            p_MN = tl.exp2(tl.where(visible_MN, exponent_MN, float("-inf")))
-            window_sum_M += tl.sum(p_MN * tl.maximum(top - distance_MN, (top - window).to(tl.float32)), 1)
+            below_MN = tl.maximum(top - distance_MN, (top - window).to(tl.float32))
+            window_sum_M += tl.sum(tl.where(visible_MN, p_MN * below_MN, 0.0), 1)
+        at_M = of_head + row_M
         held = top
         if sinks is not None:
+            lse_M = tl.load(lse + at_M, mask=row_M < length, other=float("inf"))
             held = top * (1 - tl.exp2((tl.load(sinks + head) - lse_M) * LOG2_E))
         tl.store(waad + at_M, held - window_sum_M, mask=row_M < length)
-        # A row whose lse is not finite has no weights: both are undefined, here as in the full sweep.
-        tl.store(lse_out + at_M, tl.where(window_sum_M == window_sum_M, lse_M, float("nan")), mask=row_M < length)
+        if lse_out is not None:
+            # A row whose lse is not finite has no weights: both are undefined, here as in the full sweep.
+            lse_M = tl.load(lse + at_M, mask=row_M < length, other=float("inf"))
+            tl.store(lse_out + at_M, tl.where(window_sum_M == window_sum_M, lse_M, float("nan")), mask=row_M < length)
 
 
 @triton.jit(do_not_specialize=["sequences", "tokens", "window", "horizon_lo", "horizon_hi", "rows", "sliding_window"])
 def bands_kernel(
-    q, k, q_tiles, lengths, lse, fai, waad, lse_out, strides, sequences, tokens, heads, scale, window, horizon_lo,
-    horizon_hi, rows, sliding_window, cap_scale, sinks, form: tl.constexpr, tile: tl.constexpr,
+    q, k, q_tiles, lengths, lse, parts, steep, fai, waad, lse_out, strides, sequences, tokens, heads, scale, window,
+    horizon_lo, horizon_hi, rows, sliding_window, cap_scale, sinks, form: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """Even programs own a block of keys, odd ones the block of rows of the same tokens."""
     # Ahead of the branch, so that both sides share them.
     program, head = tl.program_id(0) // (2 * heads), tl.program_id(0) // 2 % heads
     programs = tl.num_programs(0) // (2 * heads)
     if tl.program_id(0) % 2 == 0:
-        column_sweep_kernel(
-            q, k, q_tiles, lengths, lse, None, None, fai, strides, sequences, tokens, heads, scale, horizon_lo,
-            horizon_hi, rows, sliding_window, cap_scale, form, tile, 2,
+        column_program(
+            q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, heads, scale, horizon_lo,
+            horizon_hi, rows, sliding_window, cap_scale, form, tile,
         )  # fmt: skip
     else:
         KEYS: tl.constexpr = tile.keys if tile.keys < 32 else 32
         window_program(
-            program, programs, head, q, k, lengths, lse, waad, lse_out, strides, sequences, tokens, scale, window,
-            rows, sliding_window, cap_scale, sinks, tile.keys, KEYS, form,
+            program, programs, head, q, k, lengths, lse, parts, waad, lse_out, strides, sequences, tokens, scale,
+            window, rows, sliding_window, cap_scale, sinks, tile.keys, KEYS, form,
         )  # fmt: skip
 
 
@@ -101,26 +105,46 @@ def bands(
     sequences: Sequences,
     waad_HT: Tensor,
     fai_HT: Tensor,
-    lse_out_HT: Tensor,
+    lse_out_HT: Tensor | None,
     *,
     scale: float,
     window: int,
     horizon: tuple[int, int | None],
     forms: Forms = PLAIN,
+    softmax: Softmax | None = None,
 ) -> None:
-    """Fills WAAD and copies lse at the response rows, and fills FAI at the keys that these reach; each fp32 [Hq, T].
+    """Fills WAAD at the response rows and FAI at the keys that these reach, each fp32 [Hq, T]; lse_HT is read on
+    response rows only.
 
-    lse_HT is finite or NaN (results.py); where it is NaN, so is every result that the row contributes to.
+    lse_HT is finite or NaN (results.py); where it is NaN, so is every result that the row contributes to. It is copied
+    to lse_out_HT where one is given. softmax: the row sweep's, if lse_HT is the row sweep's own.
     """
     arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon, forms)
     arguments |= {"waad": waad_HT, "lse_out": lse_out_HT, "window": min(window, sequences.tokens), "sinks": forms.sinks}
+    arguments |= {
+        "parts": None if softmax is None else softmax.parts,
+        "steep": None if softmax is None else softmax.steep,
+    }
 
     def run(tile: Tile) -> None:
         programs = 2 * q.shape[-2] * sequences.blocks(tile.keys)
         launch(bands_kernel, programs, **arguments, **tile_arguments(q, tile, arguments))
 
     def on_sample(sample: Sample) -> None:
-        operands = sample.q, sample.k, sample.lse, sample.sequences
-        bands(*operands, *sample.results, scale=scale, window=window, horizon=horizon)
+        waad, fai, lse_out = sample.results
+        bands(
+            sample.q,
+            sample.k,
+            sample.lse,
+            sample.sequences,
+            waad,
+            fai,
+            None if lse_out_HT is None else lse_out,
+            scale=scale,
+            window=window,
+            horizon=horizon,
+            softmax=None if softmax is None else sample.softmax,
+        )
 
-    run_with_tile(column_key("bands", q, horizon), q, k, tma_compatible(q), run, on_sample)
+    key = column_key("bands" if softmax is None else "column", q, horizon)
+    run_with_tile(key, q, k, tma_compatible(q), run, on_sample)

@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm.kernels.arguments import PLAIN, Forms, common_arguments
-from rhythm.kernels.launch import launch, options, run_with_tile
+from rhythm.kernels.arguments import Forms, common_arguments
+from rhythm.kernels.launch import options
 from rhythm.kernels.scores import capped_products
 from rhythm.kernels.sequences import Sequences, locate
-from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tile_tables import KernelKey, Tile
 from rhythm.kernels.tiles import (
     LOG2_E,
@@ -29,10 +28,8 @@ from rhythm.kernels.tiles import (
     padded_size,
     query_base,
     signed,
-    tma_compatible,
     tma_descriptor,
 )
-from rhythm.kernels.tuning import Sample
 
 
 @triton.jit
@@ -40,17 +37,14 @@ def weights(q_MD, k_ND, lse, parts, row, end, scale, cap_scale, EXACT: tl.conste
     """[M, N] attention weights of the rows from `row` on; undefined from row `end` on.
 
     lse and parts point at the sequence's first row. With parts (softmax.py) the weights are exact, however large scores
-    are, where EXACT; without them (None) they follow lse.
+    are, where EXACT; else they follow lse.
     """
     row_M = row + tl.arange(0, q_MD.shape[0])
     score_MN = capped_products(q_MD, k_ND, cap_scale, form)
-    if parts is not None:
+    if EXACT and parts is not None:
         largest_M = tl.load(parts + 2 * row_M, mask=row_M < end, other=0.0)
         log2_sum_M = tl.load(parts + 2 * row_M + 1, mask=row_M < end, other=0.0)
-        if EXACT:
-            return tl.exp2((score_MN - largest_M[:, None]) * scale - log2_sum_M[:, None])
-        else:
-            return tl.exp2(score_MN * scale - (largest_M * scale + log2_sum_M)[:, None])
+        return tl.exp2((score_MN - largest_M[:, None]) * scale - log2_sum_M[:, None])
     else:
         lse_M = tl.load(lse + row_M, mask=row_M < end, other=float("inf"))
         return tl.exp2(score_MN * scale - (lse_M * LOG2_E)[:, None])
@@ -80,21 +74,20 @@ def add_edge(
     return total
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens", "horizon_lo", "horizon_hi", "rows", "sliding_window"])
-def column_sweep_kernel(
+@triton.jit
+def column_program(
     q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, heads, scale, horizon_lo, horizon_hi,
-    rows, sliding_window, cap_scale, form: tl.constexpr, tile: tl.constexpr, EVERY: tl.constexpr,
+    rows, sliding_window, cap_scale, form: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """FAI of one block of keys of one head. The first keys run first, since with open horizons they have most rows.
 
     With the row sweep's parts and steep (softmax.py, else None) the loop without masks takes no rows if scores are
-    steep. EVERY: only every EVERY-th program runs this kernel (2 within bands_kernel). rows … cap_scale may be None
-    (arguments.py).
+    steep. Every second program of bands_kernel runs it. rows … cap_scale may be None (arguments.py).
     """
     ROWS: tl.constexpr = tile.rows
     KEYS: tl.constexpr = tile.keys
-    programs = tl.num_programs(0) // (EVERY * heads)
-    program, head = tl.program_id(0) // (EVERY * heads), tl.program_id(0) // EVERY % heads
+    programs = tl.num_programs(0) // (2 * heads)
+    program, head = tl.program_id(0) // (2 * heads), tl.program_id(0) // 2 % heads
     sequence, first, start, length, prompt, first_row, missing = locate(
         programs - 1 - program, programs, lengths, sequences, tokens, rows, "token", KEYS
     )
@@ -143,50 +136,6 @@ def column_sweep_kernel(
         tl.store(fai + of_head + key_N, total_N / count_N.to(tl.float32), mask=(key_N < length) & (count_N > 0))
 
 
-def column_sweep(
-    q: Tensor,
-    k: Tensor,
-    lse_HT: Tensor,
-    sequences: Sequences,
-    fai_HT: Tensor,
-    *,
-    scale: float,
-    horizon: tuple[int, int | None],
-    forms: Forms = PLAIN,
-    softmax: Softmax | None = None,
-) -> None:
-    """Fills FAI, fp32 [Hq, T], where a response row is within the horizon; lse_HT is read on response rows only.
-
-    softmax: the row sweep's, if lse_HT is the row sweep's own.
-    """
-    arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon, forms)
-
-    def run(tile: Tile) -> None:
-        launch(
-            column_sweep_kernel,
-            q.shape[-2] * sequences.blocks(tile.keys),
-            parts=None if softmax is None else softmax.parts,
-            steep=None if softmax is None else softmax.steep,
-            EVERY=1,
-            **arguments,
-            **tile_arguments(q, tile, arguments),
-        )
-
-    def on_sample(sample: Sample) -> None:
-        column_sweep(
-            sample.q,
-            sample.k,
-            sample.lse,
-            sample.sequences,
-            sample.results[0],
-            scale=scale,
-            horizon=horizon,
-            softmax=None if softmax is None else sample.softmax,
-        )
-
-    run_with_tile(column_key("column", q, horizon), q, k, tma_compatible(q), run, on_sample)
-
-
 def column_arguments(
     q: Tensor,
     k: Tensor,
@@ -197,7 +146,7 @@ def column_arguments(
     horizon: tuple[int, int | None],
     forms: Forms,
 ) -> dict[str, Any]:
-    """Arguments by name of column_sweep_kernel that don't depend on the tile, without parts and steep."""
+    """Arguments by name of column_program that don't depend on the tile, without parts and steep."""
     return common_arguments(q, k, sequences, scale, forms) | {
         "lse": lse_HT,
         "fai": fai_HT,
@@ -207,14 +156,10 @@ def column_arguments(
 
 
 def tile_arguments(q: Tensor, tile: Tile, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, and launch options, that depend on the tile. Windows and softcaps need more registers than the
-    tile's limit allows without spills.
-    """
-    if arguments["sliding_window"] is not None or arguments["cap_scale"] is not None:
-        tile = tile._replace(max_registers=None)
-    return {"q_tiles": tma_descriptor(q, tile.rows) if tile.tma else None, "tile": tile, **options(tile)}
+    """Arguments by name, and launch options, that depend on the tile."""
+    return {"q_tiles": tma_descriptor(q, tile.rows) if tile.tma else None, "tile": tile, **options(tile, arguments)}
 
 
 def column_key(kernel: str, q: Tensor, horizon: tuple[int, int | None]) -> KernelKey:
-    """kernel: "column" or "bands"."""
+    """kernel: "column" (the bands after a row sweep) or "bands" (for a given lse)."""
     return KernelKey(kernel if horizon[1] is None else f"{kernel}_band", q.element_size(), padded_size(q.shape[-1]))

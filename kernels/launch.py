@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -46,9 +47,13 @@ def run_with_tile(
     return [run(tuned(key, q, k, tiles, run_on_sample) if len(tiles) > 1 and autotuning() else tiles[0])]
 
 
-def options(tile: Tile) -> dict[str, Any]:
-    """Triton's launch options for a tile; AMD's compiler rejects maxnreg, even as None."""
-    limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+def options(tile: Tile, arguments: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Triton's launch options for a tile; AMD's compiler rejects maxnreg, even as None.
+
+    Windows and softcaps (in the kernel's arguments) need more registers than the tile's limit allows without spills.
+    """
+    plain = arguments.get("sliding_window") is None and arguments.get("cap_scale") is None
+    limit = {"maxnreg": tile.max_registers} if tile.max_registers is not None and plain else {}
     return {"num_warps": tile.warps, "num_stages": tile.stages, **limit}
 
 

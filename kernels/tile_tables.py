@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-# "bands" is columns and the window for a given lse; "_band" means that the horizon is finite.
+# "column" is the bands after a row sweep, "bands" for a given lse; "_band" means that the horizon is finite.
 KERNELS = ("row", "row_values", "column", "column_band", "bands", "bands_band", "sampled")
 
 
@@ -64,7 +64,7 @@ BAND = {
 }
 # Full fp32 products take registers, not tensor cores: small tiles of many warps.
 FLOATS = {
-    "row": {"float128": [Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)], "float256": [Tile(16, 16, 8, 1)]},
+    "row": {"float128": [Tile(32, 64, 8, 1)], "float256": [Tile(16, 16, 8, 1)]},
     "row_values": {"float128": [Tile(32, 32, 8, 1)], "float256": [Tile(16, 16, 8, 1)]},
     "column": {"float128": [Tile(32, 64, 8, 1), Tile(32, 32, 4, 1)], "float256": [Tile(32, 16, 8, 1)]},
 }
@@ -74,7 +74,7 @@ AMPERE = {
         "half256": [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)],
     },
     "row_values": {
-        "half128": [Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)],
+        "half128": [Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)],
         "half256": [Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)],
     },
     "column": {
@@ -83,12 +83,12 @@ AMPERE = {
     },
 }
 # Two programs of 128 registers per thread and about 100 kB share a multiprocessor: while one waits for its product, the
-# other computes exponentials. With values there is room for one. Without a limit Triton 3.6 takes 138 registers for
-# the first tile of columns; limited to 128 it spills none.
+# other computes exponentials. With values there is room for one. Without a limit Triton takes 150 to 160 registers for
+# the first tiles of rows and columns; limited to 128 it spills none.
 HOPPER = {
     "row": {
         "half128": [
-            Tile(128, 128, 8, 2, TMA),
+            Tile(128, 128, 8, 2, TMA, 128),
             Tile(128, 128, 8, 2),
             Tile(128, 128, 8, 3, TMA),
             Tile(64, 128, 4, 2, TMA),
@@ -111,11 +111,26 @@ HOPPER = {
         "half256": [Tile(64, 128, 8, 2, TMA), Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)],
     },
 }
+# 128 registers spill here, and two programs share a multiprocessor with 64 keys.
 BLACKWELL = HOPPER | {
+    "row": {
+        "half128": [
+            Tile(128, 64, 4, 3, TMA),
+            Tile(256, 64, 8, 3, TMA),
+            Tile(128, 128, 8, 2, TMA),
+            Tile(128, 128, 8, 2),
+            Tile(64, 128, 4, 2, TMA),
+        ],
+        "half256": HOPPER["row"]["half256"],
+    },
+    "row_values": {
+        "half128": [Tile(128, 128, 8, 2, TMA), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3, TMA)],
+        "half256": HOPPER["row_values"]["half256"],
+    },
     "column": {
-        "half128": [Tile(64, 128, 8, 3, TMA), Tile(64, 128, 8, 3), Tile(64, 64, 4, 3, TMA)],  # 128 registers spill here
+        "half128": [Tile(64, 128, 8, 3, TMA), Tile(64, 128, 8, 3), Tile(64, 64, 4, 3, TMA)],
         "half256": HOPPER["column"]["half256"],
-    }
+    },
 }
 # Small tiles, so that short sequences reach every loop.
 INTERPRETER = {
@@ -166,10 +181,13 @@ def needed_memory(tile: Tile, key: KernelKey) -> int:
 
 
 def candidates(table: str, key: KernelKey, memory: int, tma: bool) -> list[Tile]:
-    """The tiles of the table that fit into `memory` bytes; without `tma` all of them load by threads.
+    """The tiles of the table that fit into `memory` bytes; without `tma` all of them load by threads, which takes more
+    registers than their limits allow.
 
     If none fits: the smallest, with one stage.
     """
-    tiles = [tile if tma else tile._replace(tma=False) for tile in TABLES[table][key.kernel][key.group]]
+    tiles = TABLES[table][key.kernel][key.group]
+    if not tma:
+        tiles = [tile._replace(tma=False, max_registers=None) for tile in tiles]
     fitting = [tile for tile in dict.fromkeys(tiles) if needed_memory(tile, key) <= memory]
     return fitting or [min(tiles, key=lambda tile: needed_memory(tile, key))._replace(stages=1)]

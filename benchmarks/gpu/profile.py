@@ -41,7 +41,7 @@ COUNTED = (
     Counted("statistics", "row_sweep"),
     Counted("bands", "bands"),
     Counted("sdpa_cudnn", "."),
-    Counted("with_output", "row_sweep"),
+    Counted("with_output", "row_values"),
 )
 
 

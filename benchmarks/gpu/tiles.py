@@ -25,7 +25,8 @@ SAME, SAME_OUT = 1e-3, 1e-2
 
 def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
     """For each kernel of the tile tables, an op that runs it."""
-    from rhythm.kernels import Sequences, column_sweep
+    from rhythm.kernels import Sequences, Softmax, bands
+    from rhythm.kernels.tiles import LOG2_E
 
     q, k, v, lse = inputs.q, inputs.k, inputs.v, inputs.lse
     sequences = Sequences(None, inputs.prompt_lens, inputs.shape.tokens, 1)
@@ -41,9 +42,12 @@ def ops(inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
 
     def columns(horizon: tuple[int, int | None]) -> Outputs:
         """Only the launcher: in the op it runs after the row sweep, which can't be left out."""
-        fai = torch.full_like(lse, torch.nan)
-        column_sweep(q, k, lse, sequences, fai, scale=inputs.scale, horizon=horizon)
-        return {"fai": fai}
+        waad, fai = (torch.full_like(lse, torch.nan) for _ in range(2))
+        parts = torch.stack([torch.zeros_like(lse), lse * LOG2_E.value], dim=-1)
+        softmax = Softmax(parts, torch.zeros(1, dtype=torch.int32, device=lse.device))
+        near: dict[str, Any] = {"scale": inputs.scale, "window": WINDOW, "horizon": horizon, "softmax": softmax}
+        bands(q, k, lse, sequences, waad, fai, None, **near)
+        return {"waad": waad, "fai": fai}
 
     return {
         "row": swept(HORIZON),

@@ -32,7 +32,6 @@ from triton.runtime.driver import driver
 from rhythm.kernels import (
     Forms,
     bands,
-    column_sweep,
     mean_span,
     row_sweep,
     sampled_span,
@@ -203,15 +202,15 @@ def _table(arch: str, kernel: str, dtype: str, head_size: int) -> list[Tile]:
 def jit_functions() -> list[Any]:
     """The kernels as Triton's functions."""
     from rhythm.kernels.bands import bands_kernel
-    from rhythm.kernels.column_sweep import column_sweep_kernel
     from rhythm.kernels.mean_span import mean_span_kernel
     from rhythm.kernels.results import results_kernel
     from rhythm.kernels.row_sweep import row_sweep_kernel
+    from rhythm.kernels.row_values import row_values_kernel
     from rhythm.kernels.sampled_span import sampled_span_kernel
     from rhythm.kernels.values import mend_output_kernel
 
     return [
-        row_sweep_kernel, column_sweep_kernel, bands_kernel, mean_span_kernel, sampled_span_kernel, results_kernel,
+        row_sweep_kernel, row_values_kernel, bands_kernel, mean_span_kernel, sampled_span_kernel, results_kernel,
         mend_output_kernel,
     ]  # fmt: skip
 
@@ -231,7 +230,7 @@ def _launch(kernel: str, dtype: torch.dtype, head_size: int, form: str) -> None:
     attention: dict[str, Any] = {"scale": head_size**-0.5, "forms": FORMS[form]}
     if kernel in ("row", "row_values"):
         v = None if kernel == "row" else empty(*k.shape, dtype=dtype)
-        row_sweep(q, k, v, sequences, one, two, window=10, softmax=softmax, **attention)
+        row_sweep(q, k, v, sequences, one, softmax=softmax, **attention)
     elif kernel == "sampled":
         sampled_span(q, k, one, sequences, count=256, **attention)
     elif kernel == "mean_span":
@@ -241,10 +240,9 @@ def _launch(kernel: str, dtype: torch.dtype, head_size: int, form: str) -> None:
         undefined_results(sequences.count, QUERY_HEADS, TOKENS, q.device, None)
     else:
         horizon = (10, 50) if kernel.endswith("_band") else (10, None)
-        if kernel.startswith("column"):
-            column_sweep(q, k, one, sequences, two, horizon=horizon, softmax=softmax, **attention)
-        else:
-            bands(q, k, one, sequences, two, three, empty(*one.shape), window=10, horizon=horizon, **attention)
+        given = kernel.startswith("bands")
+        lse_out, parts = (empty(*one.shape), None) if given else (None, softmax)
+        bands(q, k, one, sequences, two, three, lse_out, window=10, horizon=horizon, softmax=parts, **attention)
 
 
 def _report(

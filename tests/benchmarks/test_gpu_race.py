@@ -188,7 +188,7 @@ def test_profiles(recorded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     ncu.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     part = race.counters_part("rehearsal", Budget(1000))
-    assert list(part.facts["ncu"]) == ["statistics, row_sweep", "bands, bands", "with_output, row_sweep"]
+    assert list(part.facts["ncu"]) == ["statistics, row_sweep", "bands, bands", "with_output, row_values"]
     (said,) = part.facts["ncu"]["bands, bands"]
     assert "--clock-control none" in said
     assert "-k regex:bands " in said

@@ -6,6 +6,7 @@ Comparisons with the reference's lse given stop where fp32 can't hold an answer 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from corner_cases import CASES, FORM_CASES, Case, assert_agrees, by_name
 pytest.importorskip("triton", reason="needs the extra triton")
 
 from rhythm import attention_statistics
-from rhythm.kernels import Sequences, column_sweep, row_sweep, undefined_results
+from rhythm.kernels import Sequences, bands, row_sweep, undefined_results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -38,8 +39,9 @@ def test_steep_scores_are_noted_and_keep_the_attention_of_later_rows(factor: flo
     got = undefined_results(1, 1, tokens, q.device, None)
     assert got.softmax is not None
     sequences = Sequences(None, None, tokens, 1)
-    row_sweep(q, k, None, sequences, got.waad, got.lse, scale=4.0, window=10, softmax=got.softmax)
-    column_sweep(q, k, got.lse, sequences, got.fai, scale=4.0, horizon=(0, None), softmax=got.softmax)
+    row_sweep(q, k, None, sequences, got.lse, scale=4.0, softmax=got.softmax)
+    near: dict[str, Any] = {"scale": 4.0, "window": 10, "horizon": (0, None), "softmax": got.softmax}
+    bands(q, k, got.lse, sequences, got.waad, got.fai, None, **near)
     assert got.softmax.steep.tolist() == [steep]
     assert got.softmax.parts[0, 5:, 1].tolist() == pytest.approx([1.0] * (tokens - 5), abs=1e-4)  # log2 of two keys
     expected = torch.tensor([(1 + (tokens - 1) / 2) / tokens, 1 / 2] + [0.0] * (tokens - 2))

@@ -34,7 +34,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("torch launched a kernel of its own")
 
-    for module in ("results", "row_sweep", "mean_span", "column_sweep", "bands", "values"):
+    for module in ("results", "row_sweep", "mean_span", "bands", "values"):
         monkeypatch.setattr(sys.modules[f"rhythm.kernels.{module}"], "launch", recorded)
     monkeypatch.setattr(torch, "full", refuse)
     monkeypatch.setattr(torch.Tensor, "new_full", refuse)
@@ -45,14 +45,14 @@ def test_what_an_op_launches(launches: list[str]) -> None:
     q = torch.ones(20, 2, 16, device=DEVICE)
     lse = torch.arange(1.0, 21, device=DEVICE).log().expand(2, 20).contiguous()
     attention_statistics(q, q, backend="triton")
-    assert launches == ["results_kernel", "row_sweep_kernel", "mean_span_kernel", "column_sweep_kernel"]
+    assert launches == ["results_kernel", "row_sweep_kernel", "mean_span_kernel", "bands_kernel"]
     launches.clear()
     attention_statistics(q, q, lse=lse, span=False, backend="triton")
     assert launches == ["results_kernel", "bands_kernel"]
     launches.clear()
     attention_with_statistics(q, q, q, backend="triton")
     assert launches == [
-        "results_kernel", "row_sweep_kernel", "mean_span_kernel", "mend_output_kernel", "column_sweep_kernel",
+        "results_kernel", "row_values_kernel", "mean_span_kernel", "mend_output_kernel", "bands_kernel",
     ]  # fmt: skip
 
 

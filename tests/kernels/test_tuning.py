@@ -42,7 +42,7 @@ def test_needed_memory() -> None:
 
 def test_candidates_fit_and_load_as_they_can() -> None:
     first, *_ = TABLES["sm_90"]["row"]["half128"]
-    assert candidates("sm_90", ROW, 227 * KB, tma=True)[0] == first == Tile(128, 128, 8, 2, True)
+    assert candidates("sm_90", ROW, 227 * KB, tma=True)[0] == first == Tile(128, 128, 8, 2, True, 128)
     without = candidates("sm_90", ROW, 227 * KB, tma=False)
     assert not any(tile.tma for tile in without)
     assert len(without) == len(set(without)) < len(TABLES["sm_90"]["row"]["half128"])

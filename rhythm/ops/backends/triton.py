@@ -69,11 +69,12 @@ class TritonBackend(Backend):
         return "its interpreter is for tests" if interpreted() else None
 
     def run(self, request: Request) -> BackendResult:
-        from rhythm.kernels import bands, column_sweep, mean_span, mend_output, row_sweep, undefined_results
+        from rhythm.kernels import bands, mean_span, mend_output, row_sweep, undefined_results
 
         q, k, v, sequences = request.q, request.k, request.v, request.sequences
-        window, horizon, out_SHD = request.window, request.horizon, None
+        out_SHD = None
         attention: dict[str, Any] = {"scale": request.scale, "forms": _forms(request)}
+        near = attention | {"window": request.window, "horizon": request.horizon}
         with _on(q.device):
             got = undefined_results(sequences.count, q.shape[-2], sequences.tokens, q.device, request.lse_HT)
             if _nothing_to_do(request):
@@ -81,16 +82,15 @@ class TritonBackend(Backend):
             given = got.given_lse
             if request.span or given is None:
                 sums, out_SHD = row_sweep(
-                    q, k, v, sequences, got.waad, got.lse, window=window, given_lse_HT=given, softmax=got.softmax,
-                    **attention,
-                )  # fmt: skip
+                    q, k, v, sequences, got.lse, given_lse_HT=given, softmax=got.softmax, **attention
+                )
                 mean_span(sums, sequences, got.span)
                 if v is not None and out_SHD is not None:
                     mend_output(q, k, v, sequences, out_SHD, **attention)
             if given is None:
-                column_sweep(q, k, got.lse, sequences, got.fai, horizon=horizon, softmax=got.softmax, **attention)
-            else:  # these go by the lse from outside, and take the place of what the row sweep wrote
-                bands(q, k, given, sequences, got.waad, got.fai, got.lse, window=window, horizon=horizon, **attention)
+                bands(q, k, got.lse, sequences, got.waad, got.fai, None, softmax=got.softmax, **near)
+            else:  # they go by the lse from outside, which takes the place of what the row sweep wrote
+                bands(q, k, given, sequences, got.waad, got.fai, got.lse, **near)
         return BackendResult(got.span, got.waad, got.fai, got.lse, out_SHD)
 
     def sampled_span(self, request: Request, lse_HT: Tensor, count: int) -> Tensor:

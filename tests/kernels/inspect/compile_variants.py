@@ -20,7 +20,6 @@ from rhythm.kernels import (
     Sequences,
     Softmax,
     bands,
-    column_sweep,
     mean_span,
     mend_output,
     row_sweep,
@@ -107,14 +106,15 @@ def launches(
         q.shape[:-2].numel(),
     )
     attention: dict[str, Any] = {"scale": scale, "forms": forms}
+    near = attention | {"window": window, "horizon": horizon}
     a, b, c, d = (empty(heads[0], total) for _ in range(4))
     softmax = Softmax.empty(heads[0], total, q.device)
     sums = BlockSums(empty(sequences.blocks(64), heads[0], dtype=torch.float64), 64, from_prompt=True)
     return [
-        lambda: row_sweep(q, k, None, sequences, a, b, window=window, softmax=softmax, **attention),
-        lambda: row_sweep(q, k, v, sequences, a, b, window=window, softmax=softmax, **attention),
-        lambda: column_sweep(q, k, a, sequences, b, horizon=horizon, softmax=softmax, **attention),
-        lambda: bands(q, k, a, sequences, b, c, d, window=window, horizon=horizon, **attention),
+        lambda: row_sweep(q, k, None, sequences, a, softmax=softmax, **attention),
+        lambda: row_sweep(q, k, v, sequences, a, softmax=softmax, **attention),
+        lambda: bands(q, k, a, sequences, b, c, None, softmax=softmax, **near),
+        lambda: bands(q, k, a, sequences, b, c, d, **near),
         lambda: mend_output(q, k, v, sequences, empty(total, heads[0], size, dtype=dtype), **attention),
         lambda: mean_span(sums, sequences, empty(sequences.count, heads[0])),
         lambda: sampled_span(q, k, a, sequences, count=rows, **attention),

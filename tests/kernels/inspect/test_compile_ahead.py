@@ -83,7 +83,7 @@ def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any
     (row,) = [k for k in hopper if key(k)[1:-1] == ("row", "plain", "bf16", 128)]
     (windowed,) = [k for k in hopper if key(k)[1:-1] == ("row", "window", "bf16", 128)]
     assert windowed["per_score"]["all"] <= 1.02 * row["per_score"]["all"]  # the loop within the window has no masks
-    assert row["per_score"]["all"] <= 8
+    assert row["per_score"]["all"] <= 5.4  # no maxima, no rescaling
     assert 1 <= row["per_score"]["exp2"] <= 1.05
     assert row["registers"] <= 128
     assert 2 * row["shared"] <= 227 * 1024  # two programs share a multiprocessor
@@ -198,9 +198,9 @@ def test_other_lengths_windows_and_horizons_compile_nothing_anew(batches: str) -
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.splitlines() == [
-        "row_sweep_kernel: 2",  # with values and without
-        "column_sweep_kernel: 1",
-        "bands_kernel: 1",
+        "row_sweep_kernel: 1",
+        "row_values_kernel: 1",
+        "bands_kernel: 2",  # after a row sweep and for a given lse
         "mean_span_kernel: 1",
         "sampled_span_kernel: 1",
         "results_kernel: 1",
