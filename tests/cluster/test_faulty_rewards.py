@@ -26,7 +26,7 @@ class Faulty(Countdown):
         if instance == self.train[2]:
             return None
         if instance == self.train[3]:
-            return [bytearray(1 << 24) for _ in range(1000)]
+            return bytearray(1 << 34)
         return super().reward(instance, response)
 """
 
