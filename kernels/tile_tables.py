@@ -83,7 +83,7 @@ AMPERE = {
     },
 }
 # Two programs of 128 registers per thread and about 100 kB share a multiprocessor: while one waits for its product, the
-# other computes exponentials. With values there is room for one. Without a limit Triton takes 150 to 160 registers for
+# other computes exponentials. With values there is room for one. Without a limit Triton takes 132 to 160 registers for
 # the first tiles of rows and columns; limited to 128 it spills none.
 HOPPER = {
     "row": {

@@ -14,6 +14,7 @@ from rhythm.credit.heads import select_heads
 from rhythm.credit.signals import RhythmSignals, aggregate
 from rhythm.ops import reference
 from rhythm.tap.signals_config import SignalsConfig
+from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 # Of any of transformers' configurations. Weights are drawn ten times wider than by default: a fresh model's attention
 # is nearly uniform, and wider weights tell right from wrong.
@@ -25,6 +26,21 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 GQA: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+
+
+def widened(model: Any) -> Any:
+    """The model with weights large enough for attention far from uniform, and responses that differ."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
+    return model
+
+
+def tiny_model() -> Any:
+    """A Qwen3 of three layers with such weights, the same each time, for the tests of trainers' adapters."""
+    torch.manual_seed(0)
+    shape = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
+    return widened(build_model(shape, build_tokenizer()))
 
 
 def signals_by_maps(model: Any, row_T: Tensor, prompt_len: int, signals: SignalsConfig, **inputs: Any) -> RhythmSignals:

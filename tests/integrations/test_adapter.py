@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny_model
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +18,6 @@ from rhythm.integrations.adapter import read_rows
 from rhythm.tap.observe import response_entropy
 from rhythm.tap.rhythm_credit import RhythmCredit
 from rhythm.tap.signals_config import SignalsConfig
-from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 SIGNALS = SignalsConfig(layers=2, window=4, horizon=(2, 8), backend="reference")
 PROMPTS = torch.tensor([5, 3, 7])
@@ -31,13 +31,7 @@ def _group() -> Iterator[None]:
 
 
 def model() -> Any:
-    torch.manual_seed(0)
-    shape = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
-    made = build_model(shape, build_tokenizer()).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
-    return made
+    return tiny_model().eval()
 
 
 @pytest.mark.usefixtures("_group")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron_stand_in import VOCABULARY, Model, pack, packed_params
+from models import tiny_model
 from torch import Tensor
 
 import rhythm
@@ -20,7 +21,6 @@ from rhythm.integrations.adapter import credit_of_process
 from rhythm.tap.megatron import attach
 from rhythm.tap.megatron_layers import MicroBatch
 from rhythm.tap.signals_config import SignalsConfig
-from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 LENS, PROMPTS, S = [19, 11, 24, 15, 20], [6, 3, 8, 5, 7], 26
 SIGNALS = {"layers": 2, "window": 4, "horizon": [2, 8], "backend": "reference"}
@@ -98,13 +98,7 @@ def _options(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def model() -> Any:
-    torch.manual_seed(0)
-    shape = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
-    made = build_model(shape, build_tokenizer()).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
-    return made
+    return tiny_model().eval()
 
 
 def batch(vocabulary: int = 100) -> dict[str, Tensor]:

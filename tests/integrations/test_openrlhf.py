@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny_model
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -19,7 +20,6 @@ from rhythm.credit.gamma import batch_credit_weights
 from rhythm.integrations import openrlhf
 from rhythm.integrations.adapter import credit_of_process
 from rhythm.tap.signals_config import SignalsConfig
-from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.cluster]
@@ -113,13 +113,7 @@ def _options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def model() -> Any:
-    torch.manual_seed(0)
-    shape = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
-    made = build_model(shape, build_tokenizer()).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
-    return made
+    return tiny_model().eval()
 
 
 def samples() -> list[Any]:

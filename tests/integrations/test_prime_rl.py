@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
@@ -23,7 +24,6 @@ from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.integrations.adapter import credit_of_process
 from rhythm.tap.signals_config import SignalsConfig
-from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 # The third sequence has no response, the fifth is not for the loss of RL; PADDING goes to the last one.
 LENS, PROMPTS, PADDING = [19, 11, 9, 24, 15, 20], [6, 3, 9, 8, 5, 7], 4
@@ -137,13 +137,7 @@ def adapter(script: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    torch.manual_seed(0)
-    shape = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
-    made = build_model(shape, build_tokenizer())
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
-    return made
+    return tiny_model()
 
 
 def in_prime(plain: Any, recomputes: bool = False) -> Any:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
+from models import widened
 from PIL import Image
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
@@ -58,12 +59,7 @@ def config(output_dir: Path, **changes: Any) -> GRPOConfig:
 
 
 def tiny() -> Any:
-    model = build_model(MODEL, TOKENIZER)
-    # Weights large enough for attention far from uniform, and responses that differ.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
-    return model
+    return widened(build_model(MODEL, TOKENIZER))
 
 
 def recording(trainer: type[GRPOTrainer]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny_model
 from torch import Tensor, distributed
 
 import rhythm
@@ -18,7 +19,6 @@ from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.integrations.adapter import credit_of_process
 from rhythm.tap.signals_config import SignalsConfig
-from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 pytest.importorskip("verl", reason="verl 0.9 is not installed")
 os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
@@ -164,12 +164,7 @@ def expected(model: Any, step: int, plain: list[Tensor]) -> list[Tensor]:
 @pytest.mark.usefixtures("_queue")
 @pytest.mark.parametrize("remove_padding", [True, False], ids=["packed", "padded"])
 def test_two_steps_of_verl_have_the_advantages_of_observe(remove_padding: bool) -> None:
-    torch.manual_seed(0)
-    shape = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
-    model = build_model(shape, build_tokenizer())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
+    model = tiny_model()
     trainer = trainer_of(engine_of(model), remove_padding)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     before = None

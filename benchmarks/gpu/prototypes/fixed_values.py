@@ -18,17 +18,8 @@ from benchmarks.gpu.prototypes.sums import load_tile, online_softmax_step, overf
 from benchmarks.implementations import Outputs
 from benchmarks.shapes import Inputs
 from rhythm.kernels.launch import launch
+from rhythm.kernels.online import moments
 from rhythm.kernels.tiles import upcast
-
-
-@triton.jit
-def pair_moments(p_MN):
-    """(Σ_j p, Σ_j p·j): with j = 2i or 2i + 1, sums of neighbors serve both. Fewer registers than with groups of 8."""
-    HALF: tl.constexpr = p_MN.shape[1] // 2
-    even_M, odd_M = tl.split(tl.reshape(p_MN, [p_MN.shape[0], HALF, 2]))
-    place = (2 * tl.arange(0, HALF)).to(tl.float32)[None, :]
-    pair_M = even_M + odd_M
-    return tl.sum(pair_M, 1), tl.sum(pair_M * place + odd_M, 1)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -59,7 +50,7 @@ def fixed_values_kernel(
         v_ND = load_tile(v_tiles, key, head // GROUP, KEYS, D, UPCAST)
         score_MN = tl.dot(q_MD, tl.trans(k_ND))
         p_MN = tl.exp2(score_MN * scale - reference_M[:, None])
-        tile_sum_M, tile_place_M = pair_moments(p_MN)
+        tile_sum_M, tile_place_M = moments(p_MN)  # fewer registers than sums' groups of 8
         sum_M += tile_sum_M
         distance_sum_M += tile_sum_M * (first - key).to(tl.float32) - tile_place_M
         out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD)

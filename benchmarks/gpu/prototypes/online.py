@@ -1,4 +1,4 @@
-"""The control: the online softmax as in rhythm's row sweep, without WAAD, in plain Triton.
+"""The control: the online softmax, as in rhythm's row sweep with the output, in plain Triton.
 
 The gain of a fixed reference is the difference to this. The same kernel recomputes the blocks that another prototype
 flagged (`redo`); programs of other blocks return immediately.
