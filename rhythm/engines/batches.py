@@ -86,12 +86,14 @@ def assemble(
 
 
 def micro_batches(
-    rollout: Rollout, size: int, max_tokens: int | None = None, *, padded: bool = True
+    rollout: Rollout, size: int, max_tokens: int | None = None, *, padded: bool = True, by_prompt: bool = False
 ) -> Iterator[tuple[Tensor, int]]:
-    """(row indices, width) per micro-batch, as `split_rows` plans them. `size`: rows of each at most."""
-    lens_B = rollout.lens
-    for index_n in split_rows(lens_B, size, max_tokens, padded=padded):
-        yield index_n, int(lens_B[index_n[0]])
+    """(row indices, width) per micro-batch, as `split_rows` plans them. `size`: rows of each at most; `by_prompt`:
+    rows of a prompt come together.
+    """
+    lens_B, group_B = rollout.lens, rollout.group if by_prompt else None
+    for index_n in split_rows(lens_B, size, max_tokens, padded=padded, group_B=group_B):
+        yield index_n, int(lens_B[index_n].max())
 
 
 def _map_tensors(items: D, function: Callable[[Tensor], Tensor]) -> D:

@@ -134,6 +134,7 @@ def _build(
             temperature=config.sampling.temperature,
             micro_batch_size=config.batch.micro_batch_size,
             max_tokens=config.batch.max_tokens,
+            share_prompts=config.batch.share_prompts,
             precision=config.model.precision,
             reference=config.loss.kl_coef > 0,
             bucket_bytes=cluster.push_bucket_mib << 20,

@@ -54,6 +54,16 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
         description="tokens per forward and backward pass at most, prompts and responses together, instead of "
         "micro_batch_size responses, which are then packed without padding; null: micro_batch_size",
     )
+    share_prompts: bool = Field(
+        default=False,
+        description="whether the prompt of several responses in a micro-batch goes through the model once, with the "
+        "responses packed behind it (engine torch only)",
+    )
+    shuffle: Literal["responses", "prompts"] = Field(
+        default="responses",
+        description="what is shuffled into mini-batches: single responses, or prompts with all of their responses, so "
+        "that share_prompts finds them together",
+    )
     old_logprobs: Literal["trainer", "rollout"] = Field(
         default="trainer",
         description="signals.source training: old log-probs of all mini-batches but the first, whose own forward pass "
@@ -93,6 +103,11 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
         if self.max_tokens is None and self.mini_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size is {self.micro_batch_size}: must divide mini_batch_size = {self.mini_batch_size}"
+            )
+        if self.shuffle == "prompts" and self.mini_batch_size % self.responses_per_prompt:
+            raise ValueError(
+                f"mini_batch_size is {self.mini_batch_size}: must be a multiple of responses_per_prompt = "
+                f"{self.responses_per_prompt} where shuffle is prompts"
             )
         return self
 
@@ -197,6 +212,12 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
                 f"profile_steps is {list(self.profile_steps)}: must be empty with a cluster: "
                 "its engines run in other processes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_prompts_in_torch(self) -> TrainConfig:
+        if self.batch.share_prompts and self.cluster is not None and self.cluster.train.engine == "megatron":
+            raise ValueError("batch.share_prompts is true: must be false with cluster.train.engine = megatron")
         return self
 
     @model_validator(mode="after")

@@ -31,7 +31,13 @@ _FREE = (
     "warm_start.cache_dir",
     "cluster.",
 )
-_FREE_SIZES = ("batch.micro_batch_size", "batch.max_tokens", "optimizer.token_chunk", "model.device")
+_FREE_SIZES = (
+    "batch.micro_batch_size",
+    "batch.max_tokens",
+    "batch.share_prompts",
+    "optimizer.token_chunk",
+    "model.device",
+)
 _NOT_FREE = ("cluster.train.engine",)  # each trainer reads only its own checkpoints
 
 

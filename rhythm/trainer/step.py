@@ -240,13 +240,18 @@ def _turnover(held: HeadGroups | None, chosen: HeadGroups) -> Record:
 
 
 def mini_batches(batch: TrainBatch, config: TrainConfig, step: int) -> Iterator[TrainBatch]:
-    """The batch's rows, shuffled by (seed, step) and split into the mini-batches of the gradient steps."""
+    """The batch's rows, or its prompts with their rows, shuffled by (seed, step) and split into the mini-batches of the
+    gradient steps.
+    """
     return (take_rows(batch, index) for index in _mini_batch_rows(batch.rollout, config, step))
 
 
 def _mini_batch_rows(rollout: Rollout, config: TrainConfig, step: int) -> tuple[Tensor, ...]:
-    order = torch.randperm(len(rollout.prompt_lens), generator=generator(config.seed, "mini-batches", step))
-    return torch.split(order, config.batch.mini_batch_size)
+    rows = torch.arange(len(rollout.prompt_lens))
+    # Rows of a prompt are adjacent.
+    units = rows.view(-1, config.batch.responses_per_prompt if config.batch.shuffle == "prompts" else 1)
+    order = torch.randperm(len(units), generator=generator(config.seed, "mini-batches", step))
+    return torch.split(units[order].flatten(), config.batch.mini_batch_size)
 
 
 def _loss_mask(rollout: Rollout, config: TrainConfig) -> Tensor:

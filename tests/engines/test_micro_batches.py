@@ -58,6 +58,14 @@ def test_a_row_longer_than_the_budget_is_refused() -> None:
     assert len(split_rows(torch.tensor([3, 8]), rows=2, max_tokens=8)) == 2
 
 
+def test_rows_of_a_prompt_come_together() -> None:
+    lens, group = torch.tensor([9, 2, 5, 7, 4]), torch.tensor([3, 0, 3, 0, 1])
+    assert [part.tolist() for part in split_rows(lens, rows=2, group_B=group)] == [[1, 3], [4, 0], [2]]
+    assert [part.tolist() for part in split_rows(lens, rows=1, max_tokens=15, group_B=group)] == [[1, 3, 4], [0, 2]]
+    with pytest.raises(ValueError, match="max_tokens is 8: a row has 9 tokens"):
+        split_rows(lens, rows=1, max_tokens=8, group_B=group)
+
+
 def test_no_rows_make_no_micro_batches() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert split_rows(none, rows=3) == split_rows(none, rows=3, max_tokens=5) == []

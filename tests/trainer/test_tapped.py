@@ -71,11 +71,12 @@ def test_one_gradient_step_is_as_inline_without_its_pass(
 
 
 @pytest.mark.parametrize("source", ["inline", "separate", "training"])
-def test_a_budget_of_tokens_trains_the_same(small_config: Configure, tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize("packed", ["batch.max_tokens=100", "batch.share_prompts=true"])
+def test_packed_micro_batches_train_the_same(small_config: Configure, tmp_path: Path, source: str, packed: str) -> None:
     shared = (f"runs_dir={tmp_path}", "steps=2", f"signals.source={source}", "batch.mini_batch_size=16", *EVALUATION)
     by_rows, expected = records_and_weights(small_config(*shared, "name=rows"))
-    packed, weights = records_and_weights(small_config(*shared, "name=packed", "batch.max_tokens=100"))
-    for left, right in zip(by_rows[1:], packed[1:], strict=True):
+    again, weights = records_and_weights(small_config(*shared, "name=packed", packed))
+    for left, right in zip(by_rows[1:], again[1:], strict=True):
         for key in ("loss", "grad_norm", "gamma_mean", "entropy", "waad_mean", "approx_kl", "clip_share", "reward"):
             assert right[key] == (None if left[key] is None else pytest.approx(left[key], rel=1e-4, abs=1e-6)), key
     for name, tensor in expected.items():

@@ -1,15 +1,17 @@
 """Forward passes over rows packed into one, without padding: only attention pads them, and it alone sees rows at all.
 
+A prompt that several rows share may be packed once. Its tokens see nothing of the responses, so that their states are
+the same in every row, and gradients of all rows add up in them.
+
 Each attention call of the model is passed on for the padded rows, to the model's own attention function with the masks
 that transformers makes for them, so that sliding windows and capped scores stay what they are.
 
-Shape suffixes: B rows, W width of the longest, T tokens of all of them, N response tokens; H heads, D head size,
-C hidden size.
+Shape suffixes: B rows, W width of the longest, T packed tokens, N response tokens; H heads, D head size, C hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,17 +26,21 @@ _KINDS = {"full_attention", "sliding_attention"}
 _PROBE_LENS = (7, 3, 5)
 
 
-def packed_states(model: Any, rollout: Rollout, tap: AttentionTap | None = None) -> Tensor:
+def packed_states(
+    model: Any, rollout: Rollout, tap: AttentionTap | None = None, *, share_prompts: bool = False
+) -> Tensor:
     """Last hidden states [N, C] at the positions that predict the response tokens, row after row; differentiable.
 
     `tap`: reads the attention of the padded rows. Not to be entered: a model has one interception at a time.
+    `share_prompts`: the prompt of rows with the same `rollout.group` is packed once.
 
-    Raises UnsupportedAttention for a model that `packing_refusal` refuses, where a call shows it.
+    Raises UnsupportedAttention for a model that `packing_refusal` refuses, where a call shows it, and ValueError if
+    prompts to be shared differ.
     """
-    real_BW = rollout.attention_mask
-    hidden_TC = _hidden_states(model, rollout.input_ids, real_BW, tap)
+    tokens = _shared_prompts(rollout) if share_prompts else _own_tokens(rollout.attention_mask)
+    hidden_TC = _hidden_states(model, rollout.input_ids, tokens, tap)
     # The token at t was sampled from the model's output at t − 1, which exists since every row has a prompt.
-    return hidden_TC[rollout.response_mask[real_BW].nonzero()[:, 0] - 1]
+    return hidden_TC[tokens.token_BW[:, :-1][rollout.response_mask[:, 1:]]]
 
 
 def packing_refusal(model: Any) -> str | None:
@@ -56,7 +62,7 @@ def packing_refusal(model: Any) -> str | None:
         with torch.no_grad():
             model.eval()
             padded = model.base_model(input_ids=ids_BW, attention_mask=real_BW.long(), use_cache=False)
-            packed_TC = _hidden_states(model, ids_BW, real_BW, None)
+            packed_TC = _hidden_states(model, ids_BW, _own_tokens(real_BW), None)
     except UnsupportedAttention as error:
         return str(error)
     finally:
@@ -66,13 +72,47 @@ def packing_refusal(model: Any) -> str | None:
     return None
 
 
-def _hidden_states(model: Any, ids_BW: Tensor, real_BW: Tensor, tap: AttentionTap | None) -> Tensor:
-    """Last hidden states [T, C] of the rows' tokens, row after row."""
-    position_BW = torch.arange(real_BW.shape[1], device=real_BW.device).expand_as(real_BW)
-    rows = _PaddedAttention(model, real_BW, tap)
+@dataclass(frozen=True)
+class _PackedTokens:
+    """Where the padded rows' tokens are in the packed row.
+
+    kept_BW: bool, the positions whose tokens are packed, row after row. token_BW: int64, the packed token of each
+    position; on padding one that the row's tokens don't see, as attention is causal.
+    """
+
+    kept_BW: Tensor
+    token_BW: Tensor
+
+
+def _own_tokens(real_BW: Tensor) -> _PackedTokens:
+    """Each row's own. `real_BW`: bool, True on the tokens of right-padded rows."""
+    return _PackedTokens(real_BW, (real_BW.flatten().cumsum(0) - 1).view(real_BW.shape))
+
+
+def _shared_prompts(rollout: Rollout) -> _PackedTokens:
+    """The prompt of the first row of each group, and every response.
+
+    Raises ValueError if prompts of a group differ.
+    """
+    same_BB = rollout.group[:, None] == rollout.group
+    first_B = same_BB.int().argmax(dim=1)  # the first of equals
+    is_first_B = first_B == torch.arange(len(first_B), device=first_B.device)
+    # By length: the mask leaves out responses that the loss doesn't count.
+    prompt_BW = torch.arange(rollout.input_ids.shape[1], device=first_B.device) < rollout.prompt_lens[:, None]
+    if (prompt_BW != prompt_BW[first_B]).any() or (rollout.input_ids != rollout.input_ids[first_B])[prompt_BW].any():
+        raise ValueError("rollout.group: rows of the same group have different prompts")
+    own = _own_tokens(rollout.attention_mask & (~prompt_BW | is_first_B[:, None]))
+    return replace(own, token_BW=torch.where(prompt_BW, own.token_BW[first_B], own.token_BW))
+
+
+def _hidden_states(model: Any, ids_BW: Tensor, tokens: _PackedTokens, tap: AttentionTap | None) -> Tensor:
+    """Last hidden states [T, C] of the packed tokens."""
+    kept_BW = tokens.kept_BW
+    position_BW = torch.arange(kept_BW.shape[1], device=kept_BW.device).expand_as(kept_BW)
+    rows = _PaddedAttention(model, tokens, tap)
     with intercept_attention(text_config(model), rows.receive, masks=False):
         output = model.base_model(
-            input_ids=ids_BW[real_BW][None], position_ids=position_BW[real_BW][None], use_cache=False
+            input_ids=ids_BW[kept_BW][None], position_ids=position_BW[kept_BW][None], use_cache=False
         )
     hidden_1TC: Tensor = output.last_hidden_state
     return hidden_1TC[0]
@@ -81,16 +121,13 @@ def _hidden_states(model: Any, ids_BW: Tensor, real_BW: Tensor, tap: AttentionTa
 class _PaddedAttention:
     """Pads what a packed forward pass passes to attention, and packs what comes back."""
 
-    def __init__(self, model: Any, real_BW: Tensor, tap: AttentionTap | None) -> None:
-        """`real_BW`: bool, True on the tokens of right-padded rows."""
+    def __init__(self, model: Any, tokens: _PackedTokens, tap: AttentionTap | None) -> None:
         self._config = text_config(model)
         self._kinds = layer_kinds(self._config)
-        self._shape = real_BW.shape
+        self._shape = tokens.kept_BW.shape
         self._tap = tap
-        real_P = real_BW.flatten()
-        self._place_T = real_P.nonzero()[:, 0]
-        # Padding repeats the token before it. Nothing sees that: attention is causal, and its rows are left out.
-        self._token_P = real_P.cumsum(0) - 1
+        self._place_T = tokens.kept_BW.flatten().nonzero()[:, 0]
+        self._token_P = tokens.token_BW.flatten()
         self._masks = _masks(self._config, self._shape, model.dtype, model.device)
 
     def receive(self, call: AttentionCall) -> Output:

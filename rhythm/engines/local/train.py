@@ -72,8 +72,8 @@ class TorchTrain:
     """A causal transformers model in float32 and its optimizer, on one device.
 
     Rows are sorted by length before they are split into micro-batches, and each micro-batch is trimmed to its longest
-    row. With `max_tokens` the rows of a micro-batch are packed into one; where a model's rows can't be, they are padded
-    and the padding counts.
+    row. With `max_tokens` or `share_prompts` the rows of a micro-batch are packed into one, with the latter a prompt of
+    several rows once; where a model's rows can't be packed, they are padded and the padding counts.
     """
 
     def __init__(
@@ -86,11 +86,13 @@ class TorchTrain:
         temperature: float,
         micro_batch_size: int,
         max_tokens: int | None = None,
+        share_prompts: bool = False,
         precision: torch.dtype = torch.float32,
         reference: Any | None = None,
     ) -> None:
-        """`max_tokens`: tokens of a micro-batch at most, instead of micro_batch_size rows. `reference`: a frozen model
-        for the KL term. `precision`: dtype of autocast; float32 for none.
+        """`max_tokens`: tokens of a micro-batch at most, instead of micro_batch_size rows. `share_prompts`: rows of a
+        prompt come together in micro-batches. `reference`: a frozen model for the KL term. `precision`: dtype of
+        autocast; float32 for none.
 
         Raises ValueError if the model's logits aren't the product of its last hidden state and its output embedding, or
         the output embedding is not a plain linear layer.
@@ -104,7 +106,8 @@ class TorchTrain:
         self._loss = loss
         self._temperature = temperature
         self._micro_batch_size, self._max_tokens = micro_batch_size, max_tokens
-        self._packs = max_tokens is not None and _packs(model)
+        self._packs = (max_tokens is not None or share_prompts) and _packs(model)
+        self._share_prompts = share_prompts and self._packs
         self._precision = precision
         self._reference = reference
         if reference is not None:
@@ -290,7 +293,9 @@ class TorchTrain:
                 rollout,
                 temperature=self._temperature,
                 chunk=self._config.token_chunk,
-                states=partial(packed_states, tap=open_tap) if self._packs else padded_states,
+                states=partial(packed_states, tap=open_tap, share_prompts=self._share_prompts)
+                if self._packs
+                else padded_states,
             )
         if open_tap is None:
             return log_probs, None
@@ -298,13 +303,19 @@ class TorchTrain:
             return log_probs, open_tap.statistics()
 
     def _micro_batches(self, rollout: Rollout) -> Iterator[tuple[Tensor, int]]:
-        return micro_batches(rollout, self._micro_batch_size, self._max_tokens, padded=not self._packs)
+        return micro_batches(
+            rollout,
+            self._micro_batch_size,
+            self._max_tokens,
+            padded=not self._packs,
+            by_prompt=self._share_prompts,
+        )
 
 
 def _packs(model: Any) -> bool:
     """Whether the model's rows can be packed; the log says why not."""
     if refusal := packing_refusal(model):
         log.warning(
-            "batch.max_tokens: rows are padded, and the padding counts, because they can't be packed: %s", refusal
+            "batch: rows are padded, and the padding counts in max_tokens, because they can't be packed: %s", refusal
         )
     return refusal is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import models
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.logprobs import padded_states
 from rhythm.engines.local.packed import packed_states, packing_refusal
@@ -93,6 +95,19 @@ def test_states_and_gradients_are_those_of_padded_rows(
     expected = states_and_gradients(model, padded_states, rollout)
     actual = states_and_gradients(model, packed_states, rollout)
     assert len(actual) == len(expected) > 10
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("build", [qwen3, mistral, gemma2, gpt2])
+def test_a_prompt_packed_once_has_the_gradients_of_all_its_rows(
+    build: Callable[[], Any], make_rollout: Callable[..., Rollout]
+) -> None:
+    model, rollout = made(build), make_rollout((5, 5, 7, 7), (4, 9, 1, 6))
+    rollout.input_ids[1, :5], rollout.input_ids[3, :7] = rollout.input_ids[0, :5], rollout.input_ids[2, :7]
+    mixed = take_rows(rollout, torch.tensor([2, 0, 3, 1]))
+    expected = states_and_gradients(model, padded_states, mixed)
+    actual = states_and_gradients(model, partial(packed_states, share_prompts=True), mixed)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 

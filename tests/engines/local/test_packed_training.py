@@ -1,4 +1,6 @@
-"""Micro-batches by a budget of tokens: packed or padded, the step, the log-probs and the signals stay the same."""
+"""Micro-batches by a budget of tokens, and prompts that go through the model once: the step, the log-probs and the
+signals stay the same.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,22 @@ from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 from rhythm.tap.signals_config import SignalsConfig
 
 TAP = SignalsConfig(horizon=(2, 6))
-LENS = ((4, 7, 1, 5, 3, 2), (12, 3, 20, 1, 9, 9))
-BUDGETS = [24, 40, 1000]  # of 76 tokens: four micro-batches, two, one
+LENS = ((4, 4, 7, 7, 2, 2), (12, 3, 20, 1, 9, 9))
+BUDGETS = [28, 48, 1000]  # of 80 tokens: three micro-batches, two, one
+PACKED = [  # and the tokens that go through the model in each pass: 67 where no prompt does twice
+    ({"max_tokens": 28}, [27, 27, 26]),
+    ({"max_tokens": 48}, [43, 37]),
+    ({"max_tokens": 1000}, [80]),
+    ({"share_prompts": True}, [19, 28, 20]),
+    ({"share_prompts": True, "max_tokens": 48}, [19, 27, 28]),
+    ({"share_prompts": True, "max_tokens": 1000}, [67]),
+]
+OPTIONS = [options for options, _ in PACKED]
+Options = dict[str, Any]
 Parts = list[tuple[int, int]]
 
 
-def make(model: Any, tokenizer: Any, max_tokens: int | None = None, loss: LossConfig | None = None) -> TorchTrain:
+def make(model: Any, tokenizer: Any, loss: LossConfig | None = None, **packed: Any) -> TorchTrain:
     return TorchTrain(
         model,
         tokenizer,
@@ -37,8 +49,8 @@ def make(model: Any, tokenizer: Any, max_tokens: int | None = None, loss: LossCo
         loss=loss or LossConfig(),
         temperature=0.8,
         micro_batch_size=2,
-        max_tokens=max_tokens,
         reference=copy.deepcopy(model),
+        **packed,
     )
 
 
@@ -53,7 +65,11 @@ def watched(model: Any) -> Parts:
 
 @pytest.fixture
 def rollout(make_rollout: Callable[..., Rollout]) -> Rollout:
-    return make_rollout(*LENS)
+    """Two responses to each prompt, whatever the order of their lengths."""
+    rollout = make_rollout(*LENS)
+    prompt_BT = torch.arange(rollout.input_ids.shape[1]) < rollout.prompt_lens[:, None]
+    first_B = 2 * rollout.group
+    return replace(rollout, input_ids=torch.where(prompt_BT, rollout.input_ids[first_B], rollout.input_ids))
 
 
 def make_batch(rollout: Rollout, old: Tensor, reference: Tensor | None = None) -> TrainBatch:
@@ -64,35 +80,33 @@ def make_batch(rollout: Rollout, old: Tensor, reference: Tensor | None = None) -
 
 
 @pytest.mark.parametrize("normalization", ["sequence", "token", "dr_grpo"])
-@pytest.mark.parametrize("max_tokens", BUDGETS)
+@pytest.mark.parametrize(("packed", "tokens"), PACKED)
 def test_a_step_is_that_of_micro_batches_by_rows(
-    model: Any, tokenizer: Any, rollout: Rollout, max_tokens: int, normalization: Any
+    model: Any, tokenizer: Any, rollout: Rollout, packed: Options, tokens: list[int], normalization: Any
 ) -> None:
     loss = LossConfig(normalization=normalization, max_tokens=20, kl_coef=0.1, entropy_coef=0.01)
     packed_model = copy.deepcopy(model)
-    by_rows, packed = make(model, tokenizer, loss=loss), make(packed_model, tokenizer, max_tokens, loss)
+    by_rows, engine = make(model, tokenizer, loss), make(packed_model, tokenizer, loss, **packed)
     batch = make_batch(rollout, by_rows.log_probs(rollout)[0].logprobs, by_rows.reference_log_probs(rollout))
     passes = watched(packed_model)
-    expected, actual = by_rows.step(batch), packed.step(batch)
-    assert len(passes) == -(-int(rollout.lens.sum()) // max_tokens)
-    assert all(rows == 1 and tokens <= max_tokens for rows, tokens in passes)
-    assert sum(tokens for _, tokens in passes) == int(rollout.lens.sum())
+    expected, actual = by_rows.step(batch), engine.step(batch)
+    assert passes == [(1, of) for of in tokens]
     assert 0 < expected.clip_share < 1
     for name, value in vars(expected).items():
         assert getattr(actual, name) == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert_same(packed_model.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("max_tokens", BUDGETS)
+@pytest.mark.parametrize("packed", OPTIONS)
 def test_log_probs_are_those_of_micro_batches_by_rows(
-    model: Any, tokenizer: Any, rollout: Rollout, max_tokens: int
+    model: Any, tokenizer: Any, rollout: Rollout, packed: Options
 ) -> None:
-    by_rows, packed = make(model, tokenizer), make(copy.deepcopy(model), tokenizer, max_tokens)
-    expected, actual = by_rows.log_probs(rollout)[0], packed.log_probs(rollout)[0]
+    by_rows, engine = make(model, tokenizer), make(copy.deepcopy(model), tokenizer, **packed)
+    expected, actual = by_rows.log_probs(rollout)[0], engine.log_probs(rollout)[0]
     torch.testing.assert_close(actual.logprobs, expected.logprobs, equal_nan=True, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(actual.entropy, expected.entropy, equal_nan=True, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        packed.reference_log_probs(rollout), expected.logprobs, equal_nan=True, rtol=1e-4, atol=1e-5
+        engine.reference_log_probs(rollout), expected.logprobs, equal_nan=True, rtol=1e-4, atol=1e-5
     )
 
 
@@ -109,14 +123,14 @@ def assert_same_signals(actual: RhythmSignals | None, expected: RhythmSignals | 
     assert gamma.equal(batch_credit_weights(expected, mask, credit))
 
 
-@pytest.mark.parametrize("max_tokens", BUDGETS)
+@pytest.mark.parametrize("packed", OPTIONS)
 @pytest.mark.parametrize("grouping", ["sequence", "batch", "calibrated"])
-def test_inline_signals_and_gamma(model: Any, tokenizer: Any, rollout: Rollout, grouping: Any, max_tokens: int) -> None:
+def test_inline_signals_and_gamma(model: Any, tokenizer: Any, rollout: Rollout, grouping: Any, packed: Options) -> None:
     tap = TAP.model_copy(update={"grouping": grouping})
     expected = make(model, tokenizer).log_probs(rollout, tap)[1]
-    packed = make(copy.deepcopy(model), tokenizer, max_tokens)
-    assert_same_signals(packed.log_probs(rollout, tap)[1], expected, rollout.response_mask)
-    assert packed.statistics_seconds > 0
+    engine = make(copy.deepcopy(model), tokenizer, **packed)
+    assert_same_signals(engine.log_probs(rollout, tap)[1], expected, rollout.response_mask)
+    assert engine.statistics_seconds > 0
 
 
 @pytest.mark.parametrize("max_tokens", BUDGETS)
@@ -130,12 +144,12 @@ def test_signals_of_a_pass_of_their_own(model: Any, rollout: Rollout, max_tokens
     assert_same_signals(actual, expected, rollout.response_mask)
 
 
-@pytest.mark.parametrize("max_tokens", BUDGETS)
-def test_gamma_of_the_training_pass(model: Any, tokenizer: Any, rollout: Rollout, max_tokens: int) -> None:
+@pytest.mark.parametrize("packed", OPTIONS)
+def test_gamma_of_the_training_pass(model: Any, tokenizer: Any, rollout: Rollout, packed: Options) -> None:
     """tap → γ → loss in one pass over packed rows, against signals of the pass before it."""
     credit = CreditConfig(strategy="coupled")
     packed_model = copy.deepcopy(model)
-    by_rows, packed = make(model, tokenizer), make(packed_model, tokenizer, max_tokens)
+    by_rows, engine = make(model, tokenizer), make(packed_model, tokenizer, **packed)
     log_probs, signals = by_rows.log_probs(rollout, TAP)
     batch = make_batch(rollout, log_probs.logprobs)
     gamma = batch_credit_weights(signals, rollout.response_mask, credit, entropy=log_probs.entropy)
@@ -144,7 +158,7 @@ def test_gamma_of_the_training_pass(model: Any, tokenizer: Any, rollout: Rollout
     def shape(micro: TrainBatch, entropy: Tensor, own: RhythmSignals | None) -> Tensor:
         return micro.advantages * batch_credit_weights(own, micro.rollout.response_mask, credit, entropy=entropy)
 
-    taken = packed.tapped_step(batch, TAP, shape)
+    taken = engine.tapped_step(batch, TAP, shape)
     assert_same_signals(taken.signals, signals, rollout.response_mask)
     torch.testing.assert_close(taken.log_probs.logprobs, log_probs.logprobs, equal_nan=True, rtol=1e-4, atol=1e-5)
     assert taken.metrics.loss == pytest.approx(expected.loss, abs=1e-5)
@@ -159,7 +173,7 @@ def test_a_model_whose_rows_mix_is_padded_and_the_padding_counts(
     by_rows = make(copy.deepcopy(model), tokenizer)
     with caplog.at_level(logging.WARNING):
         padded = make(model, tokenizer, max_tokens=40)
-    assert "batch.max_tokens: rows are padded" in caplog.text
+    assert "rows are padded, and the padding counts in max_tokens" in caplog.text
     passes = watched(model)
     assert padded.step(make_batch(rollout, by_rows.log_probs(rollout)[0].logprobs)).loss == pytest.approx(
         by_rows.step(make_batch(rollout, by_rows.log_probs(rollout)[0].logprobs)).loss, abs=1e-5
@@ -169,5 +183,26 @@ def test_a_model_whose_rows_mix_is_padded_and_the_padding_counts(
 
 
 def test_a_row_beyond_the_budget_is_refused(model: Any, tokenizer: Any, rollout: Rollout) -> None:
-    with pytest.raises(ValueError, match="max_tokens is 20: a row has 21 tokens"):
+    with pytest.raises(ValueError, match="max_tokens is 20: a row has 27 tokens"):
         make(model, tokenizer, max_tokens=20).log_probs(rollout)
+
+
+def test_prompts_are_shared_where_the_loss_leaves_out_responses(model: Any, tokenizer: Any, rollout: Rollout) -> None:
+    counted = (
+        rollout.response_mask & (torch.arange(6) % 3 > 0)[:, None]
+    )  # not the first of one prompt, nor the last of another
+    batch = make_batch(replace(rollout, response_mask=counted), torch.full(rollout.input_ids.shape, -3.0))
+    by_rows, engine = make(copy.deepcopy(model), tokenizer), make(model, tokenizer, share_prompts=True)
+    expected, actual = by_rows.step(batch), engine.step(batch)
+    assert actual.grad_norm > 0
+    assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+
+
+def test_rows_of_a_group_with_other_prompts_are_refused(model: Any, tokenizer: Any, rollout: Rollout) -> None:
+    rollout.input_ids[1, 2] += 1
+    with pytest.raises(ValueError, match=r"rollout\.group: rows of the same group have different prompts"):
+        make(model, tokenizer, share_prompts=True).log_probs(rollout)
+    rollout.input_ids[1, 2] -= 1
+    rollout.prompt_lens[1] -= 1
+    with pytest.raises(ValueError, match="different prompts"):
+        make(model, tokenizer, share_prompts=True).log_probs(rollout)
