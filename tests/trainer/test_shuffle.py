@@ -37,7 +37,7 @@ def test_every_response_is_in_one_mini_batch_of_each_step(
     steps = [drawn(batch, config, step) for step in range(6)]
     for parts in steps:
         assert [len(part) for part in parts] == [8, 8]
-        assert sorted(sum(parts, [])) == list(range(16))
+        assert sorted(row for part in parts for row in part) == list(range(16))
     assert len({str(parts) for parts in steps}) > 3
     assert drawn(batch, config, 3) == steps[3]
 
