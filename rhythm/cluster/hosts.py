@@ -361,6 +361,7 @@ def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[E
         temperature=spec.temperature,
         micro_batch_size=spec.micro_batch_size,
         max_tokens=spec.max_tokens,
+        log_prob_micro_batch_size=spec.log_prob_micro_batch_size,
         share_prompts=spec.share_prompts,
         precision=getattr(torch, spec.precision),
         reference=_load_model(spec, torch.float32) if spec.reference else None,

@@ -54,6 +54,7 @@ class TrainSpec:
     collective_seconds: float
     trust_remote_code: bool = False
     max_tokens: int | None = None
+    log_prob_micro_batch_size: int | None = None
     share_prompts: bool = False
 
 

@@ -134,6 +134,7 @@ def _build(
             temperature=config.sampling.temperature,
             micro_batch_size=config.batch.micro_batch_size,
             max_tokens=config.batch.max_tokens,
+            log_prob_micro_batch_size=config.batch.log_prob_micro_batch_size,
             share_prompts=config.batch.share_prompts,
             precision=config.model.precision,
             reference=config.loss.kl_coef > 0,

@@ -48,6 +48,12 @@ class BatchConfig(BaseModel, extra="forbid", frozen=True):
     micro_batch_size: int = Field(
         default=8, ge=1, description="responses per forward and backward pass; limits memory, not the result"
     )
+    log_prob_micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="responses per forward pass without gradients, which keeps little in memory: old log-probs and "
+        "signals (engine torch only); null: micro_batch_size",
+    )
     max_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -215,9 +221,14 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
     @model_validator(mode="after")
-    def _shares_prompts_in_torch(self) -> TrainConfig:
-        if self.batch.share_prompts and self.cluster is not None and self.cluster.train.engine == "megatron":
-            raise ValueError("batch.share_prompts is true: must be false with cluster.train.engine = megatron")
+    def _in_torch_alone(self) -> TrainConfig:
+        if self.cluster is None or self.cluster.train.engine != "megatron":
+            return self
+        where = "with cluster.train.engine = megatron"
+        if self.batch.share_prompts:
+            raise ValueError(f"batch.share_prompts is true: must be false {where}")
+        if (rows := self.batch.log_prob_micro_batch_size) is not None:
+            raise ValueError(f"batch.log_prob_micro_batch_size is {rows}: must be null {where}")
         return self
 
     @model_validator(mode="after")

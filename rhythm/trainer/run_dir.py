@@ -33,6 +33,7 @@ _FREE = (
 )
 _FREE_SIZES = (
     "batch.micro_batch_size",
+    "batch.log_prob_micro_batch_size",
     "batch.max_tokens",
     "batch.share_prompts",
     "optimizer.token_chunk",

@@ -252,6 +252,7 @@ def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path
         temperature=config.sampling.temperature,
         micro_batch_size=config.batch.micro_batch_size,
         max_tokens=config.batch.max_tokens,
+        log_prob_micro_batch_size=config.batch.log_prob_micro_batch_size,
         share_prompts=config.batch.share_prompts,
         precision=precision,
         reference=load_model(checkpoint, config.model) if config.loss.kl_coef else None,

@@ -65,6 +65,10 @@ def test_the_responses_of_a_prompt_stay_together(small_config: Callable[..., Tra
             ("batch.share_prompts=true", "cluster.gpus=8"),
             "batch.share_prompts is true: must be false with cluster.train.engine = megatron",
         ),
+        (
+            ("batch.log_prob_micro_batch_size=64", "cluster.gpus=8"),
+            "batch.log_prob_micro_batch_size is 64: must be null with cluster.train.engine = megatron",
+        ),
     ],
 )
 def test_what_does_not_go_together(

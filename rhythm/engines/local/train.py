@@ -85,12 +85,14 @@ class TorchTrain:
         loss: LossConfig,
         temperature: float,
         micro_batch_size: int,
+        log_prob_micro_batch_size: int | None = None,
         max_tokens: int | None = None,
         share_prompts: bool = False,
         precision: torch.dtype = torch.float32,
         reference: Any | None = None,
     ) -> None:
-        """`max_tokens`: tokens of a micro-batch at most, instead of micro_batch_size rows. `share_prompts`: rows of a
+        """`log_prob_micro_batch_size`: rows of a micro-batch in passes without gradients; None: micro_batch_size.
+        `max_tokens`: tokens of a micro-batch at most, instead of these numbers of rows. `share_prompts`: rows of a
         prompt come together in micro-batches. `reference`: a frozen model for the KL term. `precision`: dtype of
         autocast; float32 for none.
 
@@ -106,6 +108,7 @@ class TorchTrain:
         self._loss = loss
         self._temperature = temperature
         self._micro_batch_size, self._max_tokens = micro_batch_size, max_tokens
+        self._log_prob_micro_batch_size = log_prob_micro_batch_size or micro_batch_size
         self._packs = (max_tokens is not None or share_prompts) and _packs(model)
         self._share_prompts = share_prompts and self._packs
         self._precision = precision
@@ -177,7 +180,7 @@ class TorchTrain:
         self._optimizer.zero_grad(set_to_none=True)
         totals = BatchTotals.of(batch.rollout.response_mask)
         sums = torch.zeros(5, dtype=torch.float64)
-        for index, width in self._micro_batches(batch.rollout):
+        for index, width in self._micro_batches(batch.rollout, self._micro_batch_size):
             sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch, index, reader)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
         if not math.isfinite(grad_norm):
@@ -265,7 +268,7 @@ class TorchTrain:
         """
         logprobs_BT = torch.full(rollout.input_ids.shape, torch.nan, device=rollout.input_ids.device)
         entropy_BT = torch.full_like(logprobs_BT, torch.nan)
-        for index, width in self._micro_batches(rollout):
+        for index, width in self._micro_batches(rollout, self._log_prob_micro_batch_size):
             micro = trim(take_rows(rollout, index), width)
             with autocast(model, self._precision):
                 part, statistics = self._forward(model, micro, tap, watch)
@@ -302,10 +305,10 @@ class TorchTrain:
         with open_tap.watch:
             return log_probs, open_tap.statistics()
 
-    def _micro_batches(self, rollout: Rollout) -> Iterator[tuple[Tensor, int]]:
+    def _micro_batches(self, rollout: Rollout, rows: int) -> Iterator[tuple[Tensor, int]]:
         return micro_batches(
             rollout,
-            self._micro_batch_size,
+            rows,
             self._max_tokens,
             padded=not self._packs,
             by_prompt=self._share_prompts,

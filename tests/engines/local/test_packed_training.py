@@ -110,6 +110,16 @@ def test_log_probs_are_those_of_micro_batches_by_rows(
     )
 
 
+def test_passes_without_gradients_have_micro_batches_of_their_own(model: Any, tokenizer: Any, rollout: Rollout) -> None:
+    engine = make(model, tokenizer, log_prob_micro_batch_size=4)
+    passes = watched(model)
+    old = engine.log_probs(rollout)[0].logprobs
+    assert [rows for rows, _ in passes] == [4, 2]
+    passes.clear()
+    engine.step(make_batch(rollout, old))
+    assert [rows for rows, _ in passes] == [2, 2, 2]
+
+
 def assert_same_signals(actual: RhythmSignals | None, expected: RhythmSignals | None, mask: Tensor) -> None:
     assert actual is not None
     assert expected is not None
