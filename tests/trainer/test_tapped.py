@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from rhythm.engines.local import packed as packing
 from rhythm.engines.local.train import TorchTrain
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import run
@@ -72,10 +73,20 @@ def test_one_gradient_step_is_as_inline_without_its_pass(
 
 @pytest.mark.parametrize("source", ["inline", "separate", "training"])
 @pytest.mark.parametrize("packed", ["batch.max_tokens=100", "batch.share_prompts=true"])
-def test_packed_micro_batches_train_the_same(small_config: Configure, tmp_path: Path, source: str, packed: str) -> None:
+def test_packed_micro_batches_train_the_same(
+    small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, packed: str
+) -> None:
+    shared_prompts: list[bool] = []
+
+    def packed_states(*arguments: Any, share_prompts: bool, **options: Any) -> torch.Tensor:
+        shared_prompts.append(share_prompts)
+        return packing.packed_states(*arguments, share_prompts=share_prompts, **options)
+
+    monkeypatch.setattr("rhythm.engines.local.train.packed_states", packed_states)
     shared = (f"runs_dir={tmp_path}", "steps=2", f"signals.source={source}", "batch.mini_batch_size=16", *EVALUATION)
     by_rows, expected = records_and_weights(small_config(*shared, "name=rows"))
     again, weights = records_and_weights(small_config(*shared, "name=packed", packed))
+    assert {*shared_prompts} == {packed == "batch.share_prompts=true"}
     for left, right in zip(by_rows[1:], again[1:], strict=True):
         for key in ("loss", "grad_norm", "gamma_mean", "entropy", "waad_mean", "approx_kl", "clip_share", "reward"):
             assert right[key] == (None if left[key] is None else pytest.approx(left[key], rel=1e-4, abs=1e-6)), key
