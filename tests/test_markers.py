@@ -1,4 +1,4 @@
-"""The later parts of `make test` collect only files in which their marker is written: none is missed, and no test hides it."""
+"""The later parts of `make test` collect only files in which their marker is written: none is missed."""
 
 from __future__ import annotations
 
