@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,15 @@ optimizer: {lr: 1.0e-3, warmup_steps: 2}
 evaluation: {every_steps: 2, samples: 2}
 checkpoint: {every_steps: 2, keep: 2}
 """
+
+
+@pytest.fixture(scope="module")
+def without_curves() -> Iterator[None]:
+    """Runs of this module leave a report without its curves, which take longer to draw than a small run to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rhythm.reports.run.draw_curves", lambda *_: [])
+        patch.setattr("rhythm.reports.run.draw_seconds", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

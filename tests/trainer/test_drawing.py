@@ -18,6 +18,8 @@ from rhythm.trainer.drawing import draw, replace_groups, tied_groups
 from rhythm.trainer.loop import run
 from rhythm.trainer.rollout import ScoredRollout
 
+pytestmark = pytest.mark.usefixtures("without_curves")
+
 Configure = Callable[..., TrainConfig]
 TIMES = ("seconds_", "tokens_per_second", "attention_share")
 

@@ -17,6 +17,8 @@ from rhythm.tasks import Reward
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import NonFiniteRunError, run
 
+pytestmark = pytest.mark.usefixtures("without_curves")
+
 Configure = Callable[..., TrainConfig]
 
 

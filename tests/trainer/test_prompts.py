@@ -18,6 +18,8 @@ from rhythm.tasks.prompts import ChatPrompt, PromptConfig, encode_prompt
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 from rhythm.trainer.prompts import fit_prompts
 
+pytestmark = pytest.mark.usefixtures("without_curves")
+
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[>]{% endif %}"
 )

@@ -17,6 +17,8 @@ from rhythm.engines.local.train import TorchTrain
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import run
 
+pytestmark = pytest.mark.usefixtures("without_curves")
+
 Configure = Callable[..., TrainConfig]
 EVALUATED = 9
 EVALUATION = ("evaluation.samples=0", f"evaluation.instances={EVALUATED}")

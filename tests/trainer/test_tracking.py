@@ -15,6 +15,8 @@ from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import run
 from rhythm.trainer.metrics import MetricsLog
 
+pytestmark = pytest.mark.usefixtures("without_curves")
+
 
 def records(path: Path) -> Iterator[bytes]:
     """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format, in blocks of 32 KiB."""

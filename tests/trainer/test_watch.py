@@ -23,6 +23,8 @@ from rhythm.trainer.rollout import ScoredRollout
 from rhythm.trainer.step import Engines
 from rhythm.trainer.watch import watch_rhythm
 
+pytestmark = pytest.mark.usefixtures("without_curves")
+
 Configure = Callable[..., TrainConfig]
 NAN = math.nan
 TEXTS = {0: "", 1: "12", 2: " +", 3: "so", 4: "x2", 5: "…)", 6: " "}
