@@ -60,13 +60,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever asks for Chromium is a test of the marker `browser`. Tests of Triton's kernels run without coverage:
-    its tracer would see each of the millions of Python calls that the interpreter makes.
+    its tracer would see each of the millions of Python calls that the interpreter makes. COVERED_TESTS, if not empty:
+    the folders of tests/ whose tests alone run with it.
 
     `make test` finds the files of `slow`, `cluster` and `timing` by their text, to collect no others: a test with such
     a marker in a file without those words would never run, and is an error.
     """
+    covered = [Path(__file__).parent / folder for folder in os.environ.get("COVERED_TESTS", "").split()]
     texts: dict[Path, str] = {}
     for item in items:
+        if covered and not set(covered) & set(item.path.parents):
+            item.add_marker("no_cover")
         for name in ("slow", "cluster", "timing"):
             if item.get_closest_marker(name):
                 text = texts.setdefault(item.path, item.path.read_text(encoding="utf-8"))

@@ -1,4 +1,6 @@
-"""The later parts of `make test` collect only files in which their marker is written: none is missed."""
+"""The later parts of `make test` collect only files in which their marker is written: none is missed. On Python 3.11
+lines are counted in some folders alone.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,26 @@ def test_each_part_gets_all_files_with_its_markers() -> None:
         assert given
 
 
+def collected(request: pytest.FixtureRequest, *markers: str) -> pytest.Item:
+    """A test of this file with these markers, as the tests' shared configuration leaves it."""
+    item = pytest.Function.from_parent(request.node.parent, name="test_hidden", callobj=lambda: None)
+    for name in markers:
+        item.add_marker(name)
+    shared = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    shared.pytest_collection_modifyitems([item])
+    return item
+
+
 @pytest.mark.parametrize("name", ["slow", "cluster", "timing"])
 def test_a_marker_that_a_file_does_not_show_is_an_error(name: str, request: pytest.FixtureRequest) -> None:
-    shared = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
-    item = pytest.Function.from_parent(request.node.parent, name="test_hidden", callobj=lambda: None)
-    shared.pytest_collection_modifyitems([item])
-    item.add_marker(name)
+    collected(request)
     with pytest.raises(pytest.UsageError, match=f"test_hidden is marked {name}, but its file does not say mark.{name}"):
-        shared.pytest_collection_modifyitems([item])
+        collected(request, name)
+
+
+@pytest.mark.parametrize(("folders", "counts"), [("", True), ("ops", False), (". ops", True), ("ops credit", False)])
+def test_lines_are_counted_in_the_folders_asked_for(
+    folders: str, counts: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COVERED_TESTS", folders)
+    assert (collected(request).get_closest_marker("no_cover") is None) == counts

@@ -106,9 +106,9 @@ def read_page(path: Path) -> Page:
     return page
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Page:
-    return read_page(write_report(write_run(tmp_path / "first")))
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return read_page(write_report(write_run(tmp_path_factory.mktemp("page") / "first")))
 
 
 def test_headlines_are_those_of_the_metrics() -> None:
