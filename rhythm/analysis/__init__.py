@@ -13,7 +13,8 @@ from rhythm.system.extras import needs
 with needs("rhythm.analysis"):
     from rhythm.analysis.config import AnalysisConfig
     from rhythm.analysis.problems import RowError, read_problems
-    from rhythm.analysis.results import Analysis, ResponseResult, read_analysis
+    from rhythm.analysis.response import ResponseResult
+    from rhythm.analysis.results import Analysis, read_analysis
     from rhythm.analysis.run import analyze
 
 __all__ = ["Analysis", "AnalysisConfig", "ResponseResult", "RowError", "analyze", "read_analysis", "read_problems"]

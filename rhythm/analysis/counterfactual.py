@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rhythm.analysis.content_words import STOP_WORDS, WORD_PATTERN, content_words, jaccard
 from rhythm.analysis.continuations import Branch, Prefill, continue_greedily, prefill
-from rhythm.analysis.results import Trial
+from rhythm.analysis.response import Trial
 from rhythm.checkpoints import model_end_tokens
 from rhythm.shapes import check_shape
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from rhythm.analysis.page_data import SIGNALS
 from rhythm.analysis.problems import is_correct
-from rhythm.analysis.results import Analysis, AttentionMap, Heads, Interval, ResponseResult, Table1, Table2Row
+from rhythm.analysis.response import AttentionMap, ResponseResult
+from rhythm.analysis.results import Analysis, Heads, Interval, Table1, Table2Row
 from rhythm.analysis.rows import table1_frame, table2_frame
 from rhythm.reports.format import format_number, format_p_value, format_percent, save_figure, token_strengths
 from rhythm.system.writing import replace_file

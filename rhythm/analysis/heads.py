@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 
 from rhythm.analysis.bootstrap import bootstrap, ratio
-from rhythm.analysis.results import Head, HeadMap, Heads, Overlap, ResponseHeads, SetSummary
+from rhythm.analysis.response import Head, HeadMap, ResponseHeads
+from rhythm.analysis.results import Heads, Overlap, SetSummary
 
 SetName = Literal["local", "global", "receiver", "receiver_sentence"]
 FIELDS: dict[SetName, str] = {

@@ -25,7 +25,8 @@ from torch import Tensor
 from rhythm.analysis.attention import ObservedAttention
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.forward import Observer
-from rhythm.analysis.results import Analysis, ResponseResult
+from rhythm.analysis.response import ResponseResult
+from rhythm.analysis.results import Analysis
 from rhythm.ops.statistics import attention_statistics
 from rhythm.system.writing import replace_file
 

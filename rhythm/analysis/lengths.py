@@ -22,19 +22,8 @@ from rhythm.analysis.forward import Observer
 from rhythm.analysis.heads import summarize_heads
 from rhythm.analysis.kept_heads import prompt_ids_of
 from rhythm.analysis.observation import observe_response
-from rhythm.analysis.results import (
-    Analysis,
-    Anchor,
-    Head,
-    Interval,
-    Number,
-    Peaks,
-    ResponseHeads,
-    Table2Row,
-    Tokens,
-    read_json,
-    write_json,
-)
+from rhythm.analysis.response import Anchor, Head, Number, Peaks, ResponseHeads, Tokens
+from rhythm.analysis.results import Analysis, Interval, Table2Row, read_json, write_json
 from rhythm.analysis.table2 import table2
 
 

@@ -18,7 +18,7 @@ from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.forward import LayerHeads, Observer, Pass
 from rhythm.analysis.maps import MeanMap, mean_map
 from rhythm.analysis.receivers import choose_receivers, receiver_count
-from rhythm.analysis.results import Anchor, Attender, AttentionMap, Head, HeadMap, Maps, Peaks, ResponseHeads, Tokens
+from rhythm.analysis.response import Anchor, Attender, AttentionMap, Head, HeadMap, Maps, Peaks, ResponseHeads, Tokens
 from rhythm.analysis.text import sentence_numbers, token_texts
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups, select_heads

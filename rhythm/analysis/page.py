@@ -18,7 +18,8 @@ from rhythm.analysis.content_words import content_words
 from rhythm.analysis.counterfactual import CounterfactualConfig
 from rhythm.analysis.lengths_output import lengths_data, read_lengths
 from rhythm.analysis.page_data import SETS, SIGNALS, heads_data, response_data
-from rhythm.analysis.results import Analysis, Heads, Interval, ResponseResult, Table1, Table2Row, Trial
+from rhythm.analysis.response import ResponseResult, Trial
+from rhythm.analysis.results import Analysis, Heads, Interval, Table1, Table2Row
 from rhythm.analysis.sensitivity_output import read_sensitivity, sensitivity_data
 from rhythm.reports.format import format_number, format_p_value, format_percent, template_environment
 from rhythm.system.writing import replace_file

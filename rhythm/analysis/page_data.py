@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rhythm.analysis.results import AttentionMap, HeadMap, Heads, ResponseResult
+from rhythm.analysis.response import AttentionMap, HeadMap, ResponseResult
+from rhythm.analysis.results import Heads
 from rhythm.reports.format import format_number, format_percent, token_scale
 
 MAX_TOKENS = 3000  # shown per response

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from rhythm.analysis.results import Analysis, Heads, Numbers, ResponseResult, Table1, Table2Row
+from rhythm.analysis.response import Numbers, ResponseResult
+from rhythm.analysis.results import Analysis, Heads, Table1, Table2Row
 
 if TYPE_CHECKING:
     import pandas as pd

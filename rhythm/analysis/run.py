@@ -31,7 +31,8 @@ from rhythm.analysis.observation import observe_response
 from rhythm.analysis.page import write_page
 from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
 from rhythm.analysis.progress import AnalysisProgress, finishing
-from rhythm.analysis.results import Analysis, ResponseResult, read_json, response_path, write_json
+from rhythm.analysis.response import ResponseResult
+from rhythm.analysis.results import Analysis, read_json, response_path, write_json
 from rhythm.analysis.summary import summarize
 from rhythm.checkpoints import model_end_tokens
 from rhythm.engines.interfaces import Infer

@@ -21,7 +21,8 @@ from torch import Tensor
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.grid import SensitivityConfig, Setting, own_values, text_of
 from rhythm.analysis.kept_heads import HeadKeeper, KeptHeads
-from rhythm.analysis.results import Analysis, Number
+from rhythm.analysis.response import Number
+from rhythm.analysis.results import Analysis
 from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 from rhythm.credit.heads import HeadGroups, select_heads

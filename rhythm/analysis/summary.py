@@ -9,7 +9,8 @@ from typing import Any
 
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.heads import summarize_heads
-from rhythm.analysis.results import Analysis, ResponseResult, read_json, response_path, write_json
+from rhythm.analysis.response import ResponseResult
+from rhythm.analysis.results import Analysis, read_json, response_path, write_json
 from rhythm.analysis.rows import head_rows, response_row, table1_row, table2_rows, token_rows, trial_rows
 from rhythm.analysis.table1 import table1
 from rhythm.analysis.table2 import table2

@@ -9,7 +9,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from rhythm.analysis.bootstrap import bootstrap, ratio
-from rhythm.analysis.results import Table1, Trial
+from rhythm.analysis.response import Trial
+from rhythm.analysis.results import Table1
 
 GROUPS = ("top", "bottom", "matched")
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from rhythm.analysis.bootstrap import bootstrap, ratio
 from rhythm.analysis.config import Table2Config
-from rhythm.analysis.results import Peaks, Table2Row, Tokens
+from rhythm.analysis.response import Peaks, Tokens
+from rhythm.analysis.results import Table2Row
 from rhythm.credit.peaks import Coupling, coupling, within_reach
 
 Key = Literal["entropy", "cooccurrence", "follows"]

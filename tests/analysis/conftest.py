@@ -12,25 +12,27 @@ from pathlib import Path
 import pytest
 
 from rhythm.analysis.config import AnalysisConfig
-from rhythm.analysis.results import (
-    Analysis,
+from rhythm.analysis.response import (
     Anchor,
     Attender,
     AttentionMap,
     Head,
     HeadMap,
-    Heads,
-    Interval,
     Maps,
-    Overlap,
     Peaks,
     ResponseHeads,
     ResponseResult,
+    Tokens,
+    Trial,
+)
+from rhythm.analysis.results import (
+    Analysis,
+    Heads,
+    Interval,
+    Overlap,
     SetSummary,
     Table1,
     Table2Row,
-    Tokens,
-    Trial,
     response_path,
     write_json,
 )

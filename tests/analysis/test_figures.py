@@ -27,7 +27,8 @@ from rhythm.analysis.figures import (
     tokens_figure,
     write_figures,
 )
-from rhythm.analysis.results import Analysis, ResponseResult
+from rhythm.analysis.response import ResponseResult
+from rhythm.analysis.results import Analysis
 
 Invented = Callable[..., Analysis]
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from rhythm.analysis.heads import summarize_heads
-from rhythm.analysis.results import Head, Heads, ResponseHeads
+from rhythm.analysis.response import Head, ResponseHeads
+from rhythm.analysis.results import Heads
 
 nan = float("nan")
 

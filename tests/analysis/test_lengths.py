@@ -17,7 +17,8 @@ from rhythm.analysis.extend import extend_analysis
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.lengths import AtLength, LengthsConfig, Transcript, length_row, measure_lengths, sequence_of
 from rhythm.analysis.lengths_output import lengths_markdown, read_lengths
-from rhythm.analysis.results import Anchor, Head, Peaks, ResponseHeads, Tokens, read_json
+from rhythm.analysis.response import Anchor, Head, Peaks, ResponseHeads, Tokens
+from rhythm.analysis.results import read_json
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 
 CONFIG = AnalysisConfig.model_validate(

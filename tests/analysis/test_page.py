@@ -21,7 +21,8 @@ from selenium.webdriver.support.select import Select
 from rhythm.analysis import page_data
 from rhythm.analysis.page import LiftBar, examples, format_lift, lift_bars, write_page
 from rhythm.analysis.page_data import pixels
-from rhythm.analysis.results import Analysis, Interval, ResponseResult
+from rhythm.analysis.response import ResponseResult
+from rhythm.analysis.results import Analysis, Interval
 from rhythm.reports.format import format_number
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"

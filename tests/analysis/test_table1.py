@@ -6,7 +6,8 @@ from typing import Literal
 
 import pytest
 
-from rhythm.analysis.results import Table1, Trial
+from rhythm.analysis.response import Trial
+from rhythm.analysis.results import Table1
 from rhythm.analysis.table1 import table1
 
 

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import kstest
 
 from rhythm.analysis.config import Table2Config
-from rhythm.analysis.results import Peaks, Table2Row, Tokens
+from rhythm.analysis.response import Peaks, Tokens
+from rhythm.analysis.results import Table2Row
 from rhythm.analysis.table2 import couplings, permuted_sums, table2
 from rhythm.credit.peaks import Coupling, PeaksConfig, find_peaks
 
