@@ -38,7 +38,8 @@ from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.transfer import Bucket, WeightSender, buckets, make_sender
-from rhythm.engines.vllm.infer import VllmInfer, prepare_vllm_environment
+from rhythm.engines.vllm.environment import prepare_vllm_environment
+from rhythm.engines.vllm.infer import VllmInfer
 from rhythm.system.ports import free_port
 from rhythm.tap.signals_config import SignalsConfig
 

@@ -5,7 +5,6 @@ Shape suffixes: B responses, T positions of input_ids, right-padded.
 
 from __future__ import annotations
 
-import ipaddress
 import multiprocessing.connection
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from rhythm.engines.batches import assemble, concatenate
 from rhythm.engines.interfaces import EngineLostError, Rollout, SamplingConfig
 from rhythm.engines.transfer import PushManifest, TransferKind, buckets, make_sender
 from rhythm.engines.vllm.config import VllmConfig
+from rhythm.engines.vllm.environment import prepare_vllm_environment
 from rhythm.seeds import derive_seed
 
 WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
@@ -28,28 +28,6 @@ DEATH_SECONDS = 5.0
 """Seconds to wait, after an error of an engine with several workers, for the death of one, which may be its cause."""
 
 T = TypeVar("T")
-
-
-def prepare_vllm_environment(bind_address: str = "127.0.0.1") -> None:
-    """Set the environment variables that vLLM reads. Call it before anything imports vLLM.
-
-    `bind_address`: where its workers listen for each other. Variables that are already set are kept, except the bind
-    address and the one that would let vLLM unpickle messages.
-    """
-    os.environ["VLLM_HOST_IP"] = bind_address
-    os.environ["VLLM_LOOPBACK_IP"] = bind_address
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
-    # Run the engine in this process, so that weight transfers and errors need no further process in between.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    kept = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    kept["PYTHONSAFEPATH"] = "1"  # its processes don't import from the working directory first
-    if ipaddress.ip_address(bind_address).is_loopback:
-        kept |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    if not torch.cuda.is_available():
-        # Don't bind threads: all replicas on a machine would be bound to the same cores.
-        kept |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    for name, value in kept.items():
-        os.environ.setdefault(name, value)
 
 
 class VllmInfer:

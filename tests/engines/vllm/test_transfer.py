@@ -19,7 +19,7 @@ from rhythm.engines.transfer import (
     make_sender,
     merged,
 )
-from rhythm.engines.vllm.infer import prepare_vllm_environment
+from rhythm.engines.vllm.environment import prepare_vllm_environment
 
 SEGMENTS = Path("/dev/shm")
 
