@@ -15,9 +15,10 @@ WORK = Workload(
     mini_batch_size=32,
     micro_batch_size=4,
     max_new_tokens=896,
-    token_chunk=4096,
+    token_chunk=1024,
     value_bytes=2,
     steps=500,
     reference=False,
     separate_attn=False,
+    sampled_layers=5,
 )

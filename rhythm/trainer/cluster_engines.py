@@ -7,6 +7,7 @@ configuration names.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -66,7 +67,20 @@ def workload(config: TrainConfig) -> Workload:
         reference=config.loss.kl_coef > 0,
         separate_attn=config.signals.source == "separate",
         tapped=config.signals.source == "training",
+        sampled_layers=_sampled_layers(config),
     )
+
+
+def _sampled_layers(config: TrainConfig) -> int:
+    """The number of layers whose attention actor_train reads; of a model with fewer, all of them."""
+    layers = config.signals.layers
+    if config.signals.source == "separate" or "attention" not in config.credit.reads:
+        return 0
+    if layers == "all":
+        return sys.maxsize
+    if layers is None:
+        return 5
+    return layers if isinstance(layers, int) else len(layers)
 
 
 def plan(config: TrainConfig, cluster: ClusterConfig) -> str:

@@ -56,7 +56,8 @@ class Workload:
 
     value_bytes: bytes per weight in the forward pass, 2 or 4; reference: whether a frozen copy is kept for the KL term;
     separate_attn: whether signals come from actor_attn; max_tokens: of a micro-batch, instead of micro_batch_size
-        responses; tapped: whether signals come from actor_train's gradient steps.
+        responses; tapped: whether signals come from actor_train's gradient steps; sampled_layers: layers from which
+        actor_train reads signals, in its steps or in the pass over log-probs.
     """
 
     prompts_per_batch: int
@@ -71,6 +72,7 @@ class Workload:
     separate_attn: bool
     max_tokens: int | None = None
     tapped: bool = False
+    sampled_layers: int = 0
 
     @property
     def batch_size(self) -> int:

@@ -1,7 +1,8 @@
 """Estimates the memory that a run's roles need per GPU, and checks that it fits.
 
-Counted are weights, gradients, optimizer, activations and KV cache. CUDA, NCCL and fragmentation take about 2 GiB per
-process in addition. The estimates have not been compared with a run on GPUs.
+Counted are weights, gradients, optimizer, activations (rhythm.cluster.plan.activations) and KV cache. CUDA, NCCL and
+fragmentation take about 2 GiB per process in addition. The estimates agree with the tensors that Megatron allocates on
+a CPU (`python -m benchmarks.memory`); they have not been compared with a run on GPUs.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.plan.activations import Activations, activations
 from rhythm.cluster.plan.dimensions import Dimensions, Workload
-from rhythm.engines.head import SLICE
 
 GIB = 2**30
 
@@ -20,15 +21,15 @@ class TrainMemory:
     """Bytes on the rank of actor_train that needs the most memory.
 
     weights: in the dtype of the forward pass; gradients: fp32; optimizer: fp32 master weights and AdamW's two moments;
-    reference: a frozen copy for the KL term; activations: of one micro-batch, of batch.max_tokens or of sequences of
-    cluster.max_length.
+    reference: a frozen copy for the KL term; activations: what passes and optimizer steps take besides, for
+    micro-batches of batch.max_tokens or of sequences of cluster.max_length.
     """
 
     weights: int
     gradients: int
     optimizer: int
     reference: int
-    activations: int
+    activations: Activations
 
     @property
     def resident(self) -> int:
@@ -38,7 +39,7 @@ class TrainMemory:
     @property
     def total(self) -> int:
         """Bytes while it trains."""
-        return self.resident + self.activations
+        return self.resident + max(self.activations.step, self.activations.log_probs)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def train_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> T
         gradients=parameters * 4,
         optimizer=parameters * (8 + master) // shared_by,
         reference=parameters * work.value_bytes * work.reference,
-        activations=_activations(cluster, work, model, layers),
+        activations=activations(cluster, work, model, layers, parameters),
     )
 
 
@@ -128,25 +129,6 @@ def memory_faults(cluster: ClusterConfig, work: Workload, model: Dimensions) -> 
 def gib(size: int) -> str:
     """Bytes as GiB or MiB with one decimal."""
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
-
-
-def _activations(cluster: ClusterConfig, work: Workload, model: Dimensions, layers: int) -> int:
-    """Estimate of what the backward pass needs: all activations of a micro-batch, or with recomputation each layer's
-    input and all activations of one layer, times the number of pipeline stages, which is the number of micro-batches in
-    flight. In addition: two fp32 copies and one in the dtype of the forward pass of a chunk of the logits, and the
-    gradient of the output embedding."""
-    train = cluster.train
-    tokens = work.max_tokens or work.micro_batch_size * cluster.max_length
-    width = model.hidden_size
-    # Values per token and layer: inputs and outputs of two norms and two residuals at full width; Q, K, V, the
-    # attention output and the MLP's three intermediate results, which are split among the tensor ranks.
-    heads = (2 * model.query_heads + 2 * model.key_heads) * model.head_size
-    one_layer = 6 * width + (heads + 3 * model.mlp_size) // train.tensor
-    kept = layers * width + one_layer if train.recompute else layers * one_layer
-    entries = model.vocabulary // train.tensor
-    logits = (2 * 4 + work.value_bytes) * min(work.token_chunk, tokens) * min(entries, SLICE)
-    head = entries * width * work.value_bytes
-    return kept * tokens * work.value_bytes * train.pipeline + logits + head
 
 
 def _share(cluster: ClusterConfig) -> str:

@@ -58,7 +58,8 @@ def _memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterat
         f"  memory        actor_train {gib(train.total)} per {per}: weights {gib(train.weights)}, gradients "
         f"{gib(train.gradients)}, optimizer {gib(train.optimizer)}, "
         + (f"reference {gib(train.reference)}, " if train.reference else "")
-        + f"activations ~{gib(train.activations)}"
+        + f"activations ~{gib(train.activations.gradients)}; log-probs ~{gib(train.activations.log_probs)}, "
+        f"optimizer's step ~{gib(train.activations.update)}"
     )
     cache = f", KV cache {gib(infer.kv_cache)} = {infer.tokens:,} tokens" if infer.kv_cache else ""
     yield f"                actor_infer {gib(infer.total)}: weights {gib(infer.weights)}{cache}"

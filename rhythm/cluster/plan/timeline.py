@@ -19,8 +19,12 @@ STEP = (
 )  # fmt: skip
 """From one rollout to the next. A call that is repeated, as `step` is, changes nothing the second time."""
 
-TRAINING = {"log_probs", "reference_log_probs", "step", "tapped_step", "save", "load"}
-"""Calls of actor_train after which torch's cache holds all the memory that training takes, until `leave_gpu`."""
+PASSES = {"log_probs", "reference_log_probs"}
+"""Calls of actor_train that need its weights and no gradients. What they take stays in torch's cache until `leave_gpu`,
+as it does for TRAINING."""
+
+TRAINING = {"step", "tapped_step", "save", "load"}
+"""Calls of actor_train that need all that it has, with gradients and optimizer."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,17 @@ def replay(calls: Iterable[str], cluster: ClusterConfig, work: Workload, model: 
     memory, vllm = train_memory(cluster, work, model), infer_memory(cluster, work, model)
     away = memory.weights + memory.reference if cluster.train.offload else memory.resident
     bucket = max(cluster.push_bucket_mib << 20, model.embedding_parameters * work.value_bytes)
-    train, weights, cache, sent = away, vllm.weights, vllm.kv_cache, 0
+    train = held = away
+    weights, cache, sent = vllm.weights, vllm.kv_cache, 0
     for call in calls:
         if call == "sleep":
             weights = cache = 0
+        elif call in PASSES:
+            train = max(train, held + memory.activations.log_probs)
         elif call in TRAINING:
-            train = memory.total
+            train, held = memory.total, memory.resident
         elif call == "leave_gpu":
-            train = away
+            train = held = away
         elif call == "start_push":
             weights = vllm.weights
         elif call == "stage":

@@ -61,7 +61,7 @@ class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
         gt=0,
         description="gradients with a larger norm are scaled down to it; .inf: no limit",
     )
-    token_chunk: int = Field(default=4096, ge=1, description="tokens whose logits are in memory at once")
+    token_chunk: int = Field(default=1024, ge=1, description="tokens whose logits are in memory at once")
 
     def learning_rate(self, gradient_step: int) -> float:
         """Learning rate of gradient step 0, 1, …: rises linearly to `lr` at step warmup_steps, then constant."""

@@ -10,6 +10,7 @@ import pytest
 from rhythm.cli.config_file import load_config
 from rhythm.cli.train import main
 from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.plan.activations import Activations
 from rhythm.cluster.plan.dimensions import KNOWN, Dimensions, Workload
 from rhythm.cluster.plan.memory import (
     InferMemory,
@@ -20,7 +21,7 @@ from rhythm.cluster.plan.memory import (
     train_memory,
 )
 from rhythm.cluster.plan.summary import push_kind
-from rhythm.trainer.cluster_engines import plan
+from rhythm.trainer.cluster_engines import plan, workload
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -69,10 +70,22 @@ def test_memory_of_a_small_model_by_hand() -> None:
         gradients=824 * 4,
         optimizer=824 * 12,
         reference=824 * 2,
-        # 2 · 32 tokens, 2 bytes, two micro-batches alive: two layers' inputs and one layer of 6 · 8 +
-        # (12 · 4 + 3 · 16) / 2 values; two copies in fp32 and one in bfloat16 of logits of 16 tokens × 10 entries / 2
-        # ranks; the gradient of these entries' rows of the output embedding.
-        activations=(2 * 8 + 6 * 8 + 48) * 64 * 2 * 2 + (2 * 4 + 2) * 16 * 5 + 5 * 8 * 2,
+        activations=Activations(
+            kept=2 * 8 * 64 * 2 * 2,  # two layers' inputs of 2 · 32 tokens, of two micro-batches in flight
+            # A layer keeps 4 · 8 values at full width, (18 · 4 + 5 · 16) / 2 of the ranks' parts and 4 · 4 cosines and
+            # sines, and in fp32 two scales and two heads' log-sum-exps. Its backward pass takes two gradients of the
+            # MLP's width and one of the layer's.
+            layer=(2 * (2 * 8 + 8 + 32 + 76 + 16) + 4 * 4) * 64,
+            # Logits and their gradients of 16 tokens × 10 entries / 2 ranks; their part of the head's gradient twice in
+            # fp32 and once in bfloat16; hidden states and gradients.
+            head=(4 + 2) * 16 * 5 + (2 * 4 + 2) * 5 * 8 + 64 * 8 * (3 * 2 + 4),
+            head_gradient=0,
+            end=5 * 8 * 2,
+            scores=64 * 2 * (5 * 8 + 4 * 8),
+            statistics=0,
+            update=824 * 4,
+            tapped=False,
+        ),
     )
     memory = infer_memory(cluster, WORK, SMALL)
     assert memory == InferMemory(weights=3304, kv_cache=2**30, token=2 * 4 * 1 * 4 * 2)
@@ -88,7 +101,48 @@ def test_a_budget_of_tokens_sets_the_activations() -> None:
     cluster = ClusterConfig.model_validate({"gpus": 8, "max_length": 32, "train": {"data": 4}})
     by_rows = train_memory(cluster, replace(WORK, micro_batch_size=3), SMALL).activations
     assert train_memory(cluster, replace(WORK, max_tokens=96), SMALL).activations == by_rows
-    assert train_memory(cluster, replace(WORK, max_tokens=97), SMALL).activations > by_rows
+    assert train_memory(cluster, replace(WORK, max_tokens=97), SMALL).activations.gradients > by_rows.gradients
+
+
+def test_statistics_are_kept_of_a_whole_pass_or_of_a_micro_batch() -> None:
+    cluster = ClusterConfig.model_validate({"gpus": 8, "max_length": 32, "train": {"data": 4, "tensor": 2}})
+    work = replace(WORK, sampled_layers=3)
+    inline = train_memory(cluster, work, SMALL).activations
+    # Three layers of four heads, half of them per rank; 16 responses of 32 tokens on four data ranks.
+    assert inline.statistics == 8 * 6 * 4 * 32
+    assert inline.log_probs == inline.scores + inline.statistics
+    tapped = train_memory(cluster, replace(work, tapped=True), SMALL).activations
+    assert tapped.statistics == 8 * 6 * 2 * 32
+    assert tapped.log_probs == inline.scores
+    assert tapped.gradients == inline.gradients + tapped.statistics
+    assert train_memory(cluster, replace(work, sampled_layers=9), SMALL).activations.statistics == 8 * 8 * 4 * 32
+
+
+def test_a_tied_head_keeps_its_gradient_to_the_end() -> None:
+    cluster = ClusterConfig.model_validate({"gpus": 8, "max_length": 32, "train": {"data": 8}})
+    own = train_memory(cluster, WORK, SMALL).activations
+    tied = train_memory(cluster, WORK, replace(SMALL, tied=True)).activations
+    assert (own.head_gradient, own.end) == (0, 2 * 80)
+    assert (tied.head_gradient, tied.end) == (2 * 80, 3 * 2 * 80)
+    assert tied.kept == own.kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ([], 5),
+        (["signals.layers=3"], 3),
+        (["signals.layers=[2, 9]"], 2),
+        (["signals.layers=all"], 36),
+        (["credit.strategy=entropy"], 0),
+        (["signals.source=separate"], 0),
+    ],
+)
+def test_the_plan_knows_which_layers_are_read(changes: list[str], layers: int) -> None:
+    config = load_config(CONFIGS / "qwen3_4b_8gpu.yaml", changes)
+    assert config.cluster is not None
+    memory = train_memory(config.cluster, workload(config), KNOWN["qwen3-4b"])
+    assert memory.activations.statistics == layers * 32 * 8 * 64 * 1024
 
 
 def test_float32_needs_no_copy_in_the_optimizer_and_data_ranks_share_it() -> None:
@@ -119,14 +173,16 @@ def test_the_way_of_weights_follows_the_placement() -> None:
                 "actor_train   megatron, tensor 1 × pipeline 1 × data 8 = 8 ranks on node 0 GPUs 0–7",
                 "actor_infer   vllm, 8 replicas × tensor 1 on node 0 GPUs 0–7",
                 "actor_attn    inline",
-                "weights 7.5 GiB, gradients 15.0 GiB, optimizer 5.6 GiB",
+                "weights 7.5 GiB, gradients 15.0 GiB, optimizer 5.6 GiB, activations ~22.7 GiB",
+                "; log-probs ~0.5 GiB, optimizer's step ~1.9 GiB",
                 "in turns, at most 68.1 GiB of 80 GiB, during generate",
-                "log_probs 44.2 GiB + 0.0 MiB",
+                "log_probs 28.6 GiB + 0.0 MiB",
+                "step 50.8 GiB + 0.0 MiB",
                 "start_push 28.1 GiB + 7.5 GiB",
                 "512 / 32 = 16 gradient steps, each 8 data ranks × 1 micro-batches × 4 responses",
                 "500 steps, 8,000 gradient steps",
                 "by ipc: 7.5 GiB in buckets of 1024 MiB",
-                "\n  memory        actor_train 44.2 GiB per GPU: weights",
+                "\n  memory        actor_train 50.8 GiB per GPU: weights",
                 "\n                actor_infer 40.0 GiB: weights",
                 "\n  checkpoint    59.9 GiB on disk each",
             ],

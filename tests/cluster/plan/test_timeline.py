@@ -23,12 +23,12 @@ def test_moments_of_a_step_by_hand(offload: bool) -> None:
     config = cluster(offload=offload)
     train, vllm = train_memory(config, WORK, MODEL), infer_memory(config, WORK, MODEL)
     away = train.weights + train.reference + (0 if offload else train.gradients + train.optimizer)
-    everything = away + train.activations + (train.gradients + train.optimizer if offload else 0)
+    everything = train.resident + train.activations.step
     bucket = 2 * (1 << 30)  # larger than the embedding, 0.78 GB
     assert timeline(config, WORK, MODEL) == [
         Moment("generate", away, vllm.weights + vllm.kv_cache),
         Moment("sleep", away, 0),
-        Moment("log_probs", everything, 0),
+        Moment("log_probs", away + train.activations.log_probs, 0),
         Moment("step", everything, 0),
         Moment("leave_gpu", away, 0),
         Moment("start_push", away, vllm.weights),

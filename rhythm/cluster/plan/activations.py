@@ -1,0 +1,122 @@
+"""Estimates the memory that a rank of actor_train takes for a while: for a micro-batch, and for the optimizer's step.
+
+The terms are those of Megatron's `local` layers in bfloat16, whose RMSNorms, attention and output head are CUDA's
+kernels. `python -m benchmarks.memory` counts the tensors of every term and compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rhythm.cluster.config import ClusterConfig
+from rhythm.cluster.plan.dimensions import Dimensions, Workload
+from rhythm.engines.head import SLICE
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on a rank of the first pipeline stage.
+
+    kept: what the layers of a micro-batch keep for the backward pass, of as many micro-batches as are in flight.
+    layer: in addition, while a layer's backward pass runs: gradients, and with recomputation what the layer keeps.
+    head: in addition, while the output head's does: logits of a chunk, gradients of hidden states and head.
+    head_gradient: the part of `head` that lives until the backward pass ends, as the embedding is the same weights.
+    end: at the end of the backward pass, when the gradients of head and embedding are added.
+    scores: the pass over log-probs, without gradients.
+    statistics: attention statistics, until the signals are computed from them.
+    update: the optimizer's step, whose intermediate result is as large as one of AdamW's moments.
+    """
+
+    kept: int
+    layer: int
+    head: int
+    head_gradient: int
+    end: int
+    scores: int
+    statistics: int
+    update: int
+    tapped: bool
+
+    @property
+    def gradients(self) -> int:
+        """Bytes that forward and backward passes take."""
+        passes = max(self.kept + self.head, self.kept + self.head_gradient + self.layer, self.end)
+        return passes + self.statistics * self.tapped
+
+    @property
+    def step(self) -> int:
+        """Bytes that a gradient step takes: its passes, or the optimizer after them."""
+        return max(self.gradients, self.update)
+
+    @property
+    def log_probs(self) -> int:
+        """Bytes that the pass over log-probs takes."""
+        return self.scores + self.statistics * (not self.tapped)
+
+
+def activations(cluster: ClusterConfig, work: Workload, model: Dimensions, layers: int, parameters: int) -> Activations:
+    """`layers` and `parameters`: those of the rank. All response tokens count as if prompts were empty."""
+    train = cluster.train
+    size, width = work.value_bytes, model.hidden_size
+    tokens = work.max_tokens or work.micro_batch_size * cluster.max_length
+    head = width * model.vocabulary // train.tensor * size
+    saved = saved_per_token(model, train.tensor, size)
+    mlp = model.mlp_size // train.tensor * size
+    kept = size * width if train.recompute else saved
+    return Activations(
+        kept=layers * kept * tokens * train.pipeline,
+        layer=(2 * mlp + width * size + (saved if train.recompute else 0)) * tokens,
+        head=head_bytes(model, work, tokens, train.tensor) + head,
+        head_gradient=head * model.tied,
+        end=head * (3 if model.tied else 1),
+        scores=max(tokens * (5 * mlp + 4 * width * size), logits_bytes(model, work, tokens, train.tensor)),
+        statistics=_statistics(cluster, work, model, layers, tokens),
+        update=FP32 * parameters // (train.data if train.distributed_optimizer else 1),
+        tapped=work.tapped,
+    )
+
+
+def saved_per_token(model: Dimensions, tensor: int, size: int) -> int:
+    """Bytes per token that a layer keeps for its backward pass, with `tensor` ranks and values of `size` bytes.
+
+    At full width, on every rank: inputs and outputs of two norms. Split among the ranks: queries, keys and values
+    together as they are projected, queries as their norm takes them (a copy), queries and keys with rotary positions,
+    the attention's output, and of the MLP two projections, SiLU of the one, a copy of the other, and their product. For
+    queries and keys the cosines and sines of their positions, on every rank. In fp32 a scale per norm, and the
+    attention's log-sum-exp.
+    """
+    heads = (3 + model.qk_norm) * model.query_heads + 3 * model.key_heads
+    split = heads * model.head_size + 5 * model.mlp_size
+    values = 4 * model.hidden_size + split // tensor + 4 * model.head_size
+    norms = (model.query_heads + model.key_heads) * model.qk_norm
+    return size * values + FP32 * (2 + (norms + model.query_heads) // tensor)
+
+
+def logits_bytes(model: Dimensions, work: Workload, tokens: int, tensor: int) -> int:
+    """Bytes that log-probs take without gradients: logits of a chunk and a slice of the vocabulary and their
+    exponentials, and hidden states with and without their norm, and those of the responses.
+    """
+    entries = min(SLICE, model.vocabulary // tensor)
+    return 2 * FP32 * min(work.token_chunk, tokens) * entries + 3 * tokens * model.hidden_size * work.value_bytes
+
+
+def head_bytes(model: Dimensions, work: Workload, tokens: int, tensor: int) -> int:
+    """Bytes that the backward pass of the log-probs takes, apart from the gradient of the head: of a chunk and a slice
+    of the vocabulary the logits and their gradients, the slice's part of the head's gradient twice in fp32; hidden
+    states with and without their norm, those of the responses, and their gradients, also in fp32.
+    """
+    size, width = work.value_bytes, model.hidden_size
+    entries = min(SLICE, model.vocabulary // tensor)
+    logits = (FP32 + size) * min(work.token_chunk, tokens) * entries
+    return logits + 2 * FP32 * entries * width + tokens * width * (3 * size + FP32)
+
+
+def _statistics(cluster: ClusterConfig, work: Workload, model: Dimensions, layers: int, tokens: int) -> int:
+    """8 bytes per token and head: in the pass over log-probs of all its rows, in gradient steps of the micro-batches in
+    flight.
+    """
+    heads = min(work.sampled_layers, layers) * model.query_heads // cluster.train.tensor
+    rows = -(-work.batch_size // cluster.train.data)
+    return 2 * FP32 * heads * (tokens * cluster.train.pipeline if work.tapped else rows * cluster.max_length)
