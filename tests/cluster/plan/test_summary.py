@@ -21,6 +21,7 @@ from rhythm.cluster.plan.memory import (
     train_memory,
 )
 from rhythm.cluster.plan.summary import push_kind
+from rhythm.cluster.plan.timeline import peak
 from rhythm.trainer.cluster_engines import plan, workload
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -139,7 +140,7 @@ def test_a_tied_head_keeps_its_gradient_to_the_end() -> None:
     ],
 )
 def test_the_plan_knows_which_layers_are_read(changes: list[str], layers: int) -> None:
-    config = load_config(CONFIGS / "qwen3_4b_8gpu.yaml", changes)
+    config = load_config(CONFIGS / "qwen3_4b_countdown_1k.yaml", changes)
     assert config.cluster is not None
     memory = train_memory(config.cluster, workload(config), KNOWN["qwen3-4b"])
     assert memory.activations.statistics == layers * 32 * 8 * 64 * 1024
@@ -167,7 +168,7 @@ def test_the_way_of_weights_follows_the_placement() -> None:
     ("name", "lines"),
     [
         (
-            "qwen3_4b_8gpu",
+            "qwen3_4b_countdown_1k",
             [
                 "model         4.02 B parameters, 36 layers, 32 query and 8 key heads of 128 (known by name",
                 "actor_train   megatron, tensor 1 × pipeline 1 × data 8 = 8 ranks on node 0 GPUs 0–7",
@@ -188,14 +189,23 @@ def test_the_way_of_weights_follows_the_placement() -> None:
             ],
         ),
         (
-            "qwen3_8b_16gpu",
+            "qwen3_8b_math_1k",
             [
                 "model         8.19 B parameters",
-                "actor_train   megatron, tensor 2 × pipeline 1 × data 4 = 8 ranks on node 0 GPUs 0–7",
-                "actor_infer   vllm, 8 replicas × tensor 1 on node 1 GPUs 0–7",
-                "512 / 32 = 16 gradient steps, each 4 data ranks × 4 micro-batches × 2 responses",
-                "up to 4,194,304 tokens per step, 600 steps, 9,600 gradient steps",
-                "by nccl: 15.3 GiB in buckets of 2048 MiB",
+                "actor_train   megatron, tensor 2 × pipeline 1 × data 8 = 16 ranks on node 0 GPUs 0–7, node 1 GPUs 0–7",
+                "actor_infer   vllm, 16 replicas × tensor 1 on node 0 GPUs 0–7, node 1 GPUs 0–7",
+                "in turns, at most 68.6 GiB of 80 GiB, during generate",
+                "512 / 32 = 16 gradient steps, each 8 data ranks × 1 micro-batches × 4 responses",
+                "600 steps, 9,600 gradient steps",
+                "by ipc: 15.3 GiB in buckets of 2048 MiB",
+            ],
+        ),
+        (
+            "qwen3_4b_math_8k",
+            [
+                "activations ~6.6 GiB; log-probs ~2.4 GiB, optimizer's step ~1.9 GiB",
+                "each 8 data ranks × as few micro-batches as 16,384 tokens in each allow",
+                "up to 4,194,304 tokens per step, 500 steps",
             ],
         ),
         (
@@ -216,22 +226,61 @@ def test_the_plans_of_the_shipped_configurations(name: str, lines: list[str]) ->
         assert line in shown, line
 
 
-@pytest.mark.parametrize("name", ["qwen3_4b_8gpu", "qwen3_8b_16gpu"])
+PAPER = {
+    # model, task, longest prompt and response, GPUs, steps
+    "qwen3_4b_countdown_1k": ("Qwen3-4B-Base", "countdown", 1024, 8, 500),
+    "qwen3_4b_qa_1k": ("Qwen3-4B-Base", "crossthink_qa", 1024, 8, 500),
+    "qwen3_4b_math_1k": ("Qwen3-4B-Base", "dapo_math_17k", 1024, 8, 500),
+    "qwen3_4b_math_8k": ("Qwen3-4B-Base", "dapo_math_17k", 8192, 8, 500),
+    "qwen3_8b_qa_1k": ("Qwen3-8B-Base", "crossthink_qa", 1024, 16, 600),
+    "qwen3_8b_math_1k": ("Qwen3-8B-Base", "dapo_math_17k", 1024, 16, 600),
+}
+
+
+def test_every_large_configuration_is_listed() -> None:
+    assert {path.stem for path in CONFIGS.glob("qwen3_*.yaml")} == PAPER.keys()
+    guide = (CONFIGS.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
+    for name in PAPER:
+        assert f"rhythm-train configs/{name}.yaml --dry-run" in guide
+
+
+@pytest.mark.parametrize("name", PAPER)
 def test_the_papers_numbers(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
+    model, task, length, gpus, steps = PAPER[name]
+    assert config.cluster is not None
+    assert (str(config.model.path), config.task.name, config.steps) == (model, task, steps)
+    assert (config.cluster.max_length, config.cluster.gpus) == (length, gpus)
     assert (config.batch.batch_size, config.batch.mini_batch_size, config.batch.gradient_steps) == (512, 32, 16)
     assert config.optimizer.lr == 1e-6
     assert config.sampling.temperature == 1
     assert (config.loss.kl_coef, config.loss.entropy_coef) == (0, 0)
+    assert (config.credit.strategy, config.credit.top_fraction) == ("coupled", 0.4)
+    assert (config.signals.window, config.signals.horizon) == (10, (10, 50))
+    evaluated = {each.name: each.samples for each in config.evaluation.tasks}
+    math = {"aime24": 16, "aime25": 16, "amc23": None, "math500": None, "olympiadbench": None}
+    assert evaluated == (math if task == "dapo_math_17k" else {})
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_large_run_is_planned_without_its_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With room for CUDA's contexts, about 2 GiB in each of two processes, and no GPU left idle."""
+    monkeypatch.chdir(tmp_path)
+    assert main([str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "known by name: there is no directory" in shown
+    assert "\n#                 generate 28." in shown  # the timeline
+    assert " idle " not in shown
+    config = load_config(CONFIGS / f"{name}.yaml")
     assert config.cluster is not None
-    assert config.cluster.max_length == {"qwen3_4b_8gpu": 1024, "qwen3_8b_16gpu": 8192}[name]
-    assert (
-        config.sampling.max_new_tokens == config.cluster.max_length - {1024: 128, 8192: 256}[config.cluster.max_length]
-    )
+    most = peak(config.cluster, workload(config), KNOWN[PAPER[name][0].lower().removesuffix("-base")])
+    assert most.total < (config.cluster.gpu_memory_gib - 2 * 2) * 2**30
 
 
 def test_the_dry_run_prints_the_plan_or_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(CONFIGS / "qwen3_4b_8gpu.yaml")
+    path = str(CONFIGS / "qwen3_4b_countdown_1k.yaml")
     assert main([path, "--dry-run"]) == 0
     assert "#   actor_infer   vllm, 8 replicas" in capsys.readouterr().out
     assert main([path, "batch.max_tokens=4096", "signals.source=training", "--dry-run"]) == 0
