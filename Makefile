@@ -1,4 +1,4 @@
-# make train | make test | make test-{fast,slow,browser,cluster,real} | make real-model | make werror | make sanitize | make lowest | make lint | make docs | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
+# make train | make test | make test-{fast,slow,browser,cluster,real} | make real-model | make werror | make sanitize | make arm64 | make lowest | make lint | make docs | make bench | make gpu (= gpu-check, gpu-race, gpu-record)    (TORCH=cuda on a GPU machine, PYTHON=… for another interpreter)
 PYTHON ?= python3
 TORCH  ?= cpu
 VENV   ?= .venv
@@ -25,7 +25,7 @@ endef
 RUN_PYTHON ?= $(BIN)/python
 
 # Those whose recipes `make lint` checks.
-TARGETS := install cluster train test test-fast test-slow test-browser test-cluster real-model test-real werror sanitize lowest wheel-test lint-workflows docs bench gpu-check gpu-race gpu-record compile-ahead clean
+TARGETS := install cluster train test test-fast test-slow test-browser test-cluster real-model test-real werror sanitize arm64 lowest wheel-test lint-workflows docs bench gpu-check gpu-race gpu-record compile-ahead clean
 .PHONY: lint gpu gpu-tree $(TARGETS)
 
 install: $(STAMP)
@@ -166,6 +166,24 @@ sanitize: install
 	mkdir -p build/scratch && cd build/scratch && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ../sanitize-venv/bin/python -m pytest \
 	  -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider -q -m "not slow" ../../tests/ops
+
+# The C++ kernels of arm64 from a cross compiler, which pass the ops' tests in an emulator. The tests of the portable kernels and
+# the longest of them take minutes there. On an arm64 machine: make arm64 ARM64_CXX=g++ QEMU=env
+ARM64_CXX := aarch64-linux-gnu-g++
+QEMU := $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static || echo qemu-aarch64)
+ARM64_SERVER := build/arm64/kernel_server
+ARM64_TESTS := statistics forms also bands column_scores row_weights corner_cases backends
+
+arm64: install $(ARM64_SERVER)
+	command -v $(QEMU) || { echo "there is no $(QEMU); on Debian and Ubuntu: apt-get install qemu-user" >&2; exit 1; }
+	$(SHARED) -q -m "$(FAST) and not triton" -k "not portable and not other_python_threads" \
+	  --kernels "$(QEMU) $(ARM64_SERVER)" $(ARM64_TESTS:%=tests/ops/test_%.py)
+
+$(ARM64_SERVER): tests/ops/kernel_server.cpp $(wildcard csrc/*)
+	command -v $(ARM64_CXX) || { echo "there is no $(ARM64_CXX); on Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu" >&2; exit 1; }
+	mkdir -p build/arm64
+	$(ARM64_CXX) -std=c++17 -O3 -fno-math-errno -fno-strict-aliasing -Wall -Wextra -Wpedantic -Wshadow -Werror -static -pthread \
+	  csrc/dispatch.cpp csrc/isa_*.cpp $< -o $@
 
 # The site, in build/site; links, anchors and generated pages are checked. RHYTHM_REPOSITORY, or Repository in pyproject's
 # project.urls: the address that source files are linked to.

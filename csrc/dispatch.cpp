@@ -38,6 +38,7 @@ constexpr Isa isas[] = {
     {"avx512_bf16", avx512_bf16_kernels, has_avx512_bf16},
     {"avx512", avx512_kernels, has_avx512},
     {"avx2", avx2_kernels, has_avx2},
+    {"neon", neon_kernels, always},  // every arm64 processor has it
     {"portable", portable_kernels, always},
 };
 

@@ -123,5 +123,6 @@ const Kernels* portable_kernels(DType);
 const Kernels* avx2_kernels(DType);
 const Kernels* avx512_kernels(DType);
 const Kernels* avx512_bf16_kernels(DType);
+const Kernels* neon_kernels(DType);
 
 }  // namespace rhythm

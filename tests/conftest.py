@@ -32,6 +32,7 @@ class _Helpers(MetaPathFinder):
         "forms",
         "in_browser",
         "interpreter",
+        "kernels_elsewhere",
         "megatron_case",
         "megatron_stand_in",
         "models",
@@ -56,6 +57,19 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     from interpreter import make_faster
 
     make_faster()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", metavar="COMMAND", help="starts the CPU kernels to test (tests/kernels_elsewhere.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if command := config.getoption("--kernels"):
+        from kernels_elsewhere import KernelServer, put_in_place
+
+        server = KernelServer(command)
+        config.add_cleanup(server.close)
+        put_in_place(server)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
