@@ -171,6 +171,7 @@ sanitize: install
 # the longest of them take minutes there. On an arm64 machine: make arm64 ARM64_CXX=g++ QEMU=env
 ARM64_CXX := aarch64-linux-gnu-g++
 QEMU := $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static || echo qemu-aarch64)
+ARM64_COMPILE = $(ARM64_CXX) -std=c++17 -O3 -fno-math-errno -fno-strict-aliasing -Wall -Wextra -Wpedantic -Wshadow -Werror
 ARM64_SERVER := build/arm64/kernel_server
 ARM64_TESTS := statistics forms also bands column_scores row_weights corner_cases backends
 
@@ -182,8 +183,9 @@ arm64: install $(ARM64_SERVER)
 $(ARM64_SERVER): tests/ops/kernel_server.cpp $(wildcard csrc/*)
 	command -v $(ARM64_CXX) || { echo "there is no $(ARM64_CXX); on Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu" >&2; exit 1; }
 	mkdir -p build/arm64
-	$(ARM64_CXX) -std=c++17 -O3 -fno-math-errno -fno-strict-aliasing -Wall -Wextra -Wpedantic -Wshadow -Werror -static -pthread \
-	  csrc/dispatch.cpp csrc/isa_*.cpp $< -o $@
+	$(ARM64_COMPILE) -march=armv8.2-a+bf16 -c csrc/isa_neon_bf16.cpp -o build/arm64/isa_neon_bf16.o
+	$(ARM64_COMPILE) -static -pthread csrc/dispatch.cpp $(filter-out csrc/isa_neon_bf16.cpp,$(wildcard csrc/isa_*.cpp)) \
+	  build/arm64/isa_neon_bf16.o $< -o $@
 
 # The site, in build/site; links, anchors and generated pages are checked. RHYTHM_REPOSITORY, or Repository in pyproject's
 # project.urls: the address that source files are linked to.

@@ -1,5 +1,9 @@
 #include "dispatch.hpp"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -34,10 +38,17 @@ bool has_avx512() { return false; }
 bool has_avx512_bf16() { return false; }
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+bool has_neon_bf16() { return getauxval(AT_HWCAP2) & (1u << 14); }  // HWCAP2_BF16, which older headers lack
+#else
+bool has_neon_bf16() { return false; }
+#endif
+
 constexpr Isa isas[] = {
     {"avx512_bf16", avx512_bf16_kernels, has_avx512_bf16},
     {"avx512", avx512_kernels, has_avx512},
     {"avx2", avx2_kernels, has_avx2},
+    {"neon_bf16", neon_bf16_kernels, has_neon_bf16},
     {"neon", neon_kernels, always},  // every arm64 processor has it
     {"portable", portable_kernels, always},
 };

@@ -7,22 +7,12 @@
 namespace rhythm {
 namespace {
 
-// Two bf16 per word; vdpbf16ps multiplies them and adds both products to an fp32 sum.
-struct Bf16Words {
-  static constexpr int per_word = 2;
+// vdpbf16ps multiplies pairs and adds both products to an fp32 sum.
+struct Bf16Words : Bf16Pairs {
   template <class S>
   static __m512 dot(__m512 acc, __m512 a, __m512 b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
   }
-  using Element = uint16_t;
-  template <class T>
-  static Element encode(T x, uint32_t sign) {
-    BFloat16 y;
-    from_float(to_float(x), y);
-    return encode(y, sign);
-  }
-  static Element encode(BFloat16 x, uint32_t sign) { return static_cast<Element>(x.bits ^ (sign >> 16)); }
-  static float decode(Element x) { return to_float(BFloat16{x}); }
   template <class S>
   static void put_vector(__m512 x, float* row, int64_t j) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row) + j, (__m256i)_mm512_cvtneps_pbh(x));

@@ -124,5 +124,6 @@ const Kernels* avx2_kernels(DType);
 const Kernels* avx512_kernels(DType);
 const Kernels* avx512_bf16_kernels(DType);
 const Kernels* neon_kernels(DType);
+const Kernels* neon_bf16_kernels(DType);
 
 }  // namespace rhythm

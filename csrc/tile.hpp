@@ -47,6 +47,20 @@ struct Fp32Words {
   }
 };
 
+// Two bf16 per word, without the instructions for them.
+struct Bf16Pairs {
+  static constexpr int per_word = 2;
+  using Element = uint16_t;
+  template <class T>
+  static Element encode(T x, uint32_t sign) {
+    BFloat16 y;
+    from_float(to_float(x), y);
+    return encode(y, sign);
+  }
+  static Element encode(BFloat16 x, uint32_t sign) { return static_cast<Element>(x.bits ^ (sign >> 16)); }
+  static float decode(Element x) { return to_float(BFloat16{x}); }
+};
+
 template <class S>
 constexpr int panel_of = 2 * S::lanes;
 

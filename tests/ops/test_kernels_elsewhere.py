@@ -21,6 +21,7 @@ from rhythm.ops.backends import cpu
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+SERVER = ROOT / "build/arm64/kernel_server"
 PRESENT = EMULATOR is not None and shutil.which("aarch64-linux-gnu-g++") is not None
 
 pytestmark = [
@@ -31,18 +32,24 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def arm64() -> Iterator[KernelServer]:
-    subprocess.run(["make", "build/arm64/kernel_server"], cwd=ROOT, check=True)
-    server = KernelServer(f"{EMULATOR} {ROOT / 'build/arm64/kernel_server'}")
+    subprocess.run(["make", SERVER.relative_to(ROOT)], cwd=ROOT, check=True)
+    server = KernelServer(f"{EMULATOR} {SERVER}")
     yield server
     server.close()
 
 
 def test_the_emulated_processor_chooses_its_kernels(arm64: KernelServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert arm64.available_isas() == ["neon", "portable"]
-    assert arm64.selected_isa() == "neon"
+    assert arm64.available_isas() == ["neon_bf16", "neon", "portable"]
+    assert arm64.selected_isa() == "neon_bf16"
     monkeypatch.setenv("RHYTHM_CPU_ISA", "avx2")
-    with pytest.raises(RuntimeError, match="RHYTHM_CPU_ISA is 'avx2'; this machine runs neon, portable"):
+    with pytest.raises(RuntimeError, match="RHYTHM_CPU_ISA is 'avx2'; this machine runs neon_bf16, neon, portable"):
         arm64.selected_isa()
+
+
+def test_a_processor_without_bf16_is_not_given_it(arm64: KernelServer) -> None:
+    server = KernelServer(f"{EMULATOR} -cpu cortex-a72 {SERVER}")
+    assert server.available_isas() == ["neon", "portable"]
+    server.close()
 
 
 @pytest.mark.parametrize("isa", ["neon", "portable"])
@@ -55,9 +62,13 @@ def test_the_kernels_of_arm64_agree_with_the_reference(
     assert finding.reason is None, finding
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [*(("neon", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)), ("neon_bf16", torch.bfloat16)],
+    ids=str,
+)
 def test_every_argument_reaches_the_kernels_of_arm64(
-    arm64: KernelServer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    arm64: KernelServer, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As from this processor's portable kernels, which differ in rounding only."""
     q, k, v = (x[:, :, ::2] for x in random_qkv(150, 4, 2, 34, dtype))  # with strides
@@ -89,7 +100,7 @@ def test_every_argument_reaches_the_kernels_of_arm64(
 
     monkeypatch.setenv("RHYTHM_CPU_ISA", "portable")
     here = results()
-    monkeypatch.setenv("RHYTHM_CPU_ISA", "neon")
+    monkeypatch.setenv("RHYTHM_CPU_ISA", isa)
     monkeypatch.setattr(cpu, "_C", arm64)
     for actual, expected in zip(results(), here, strict=True):
         assert not expected.isnan().all()
