@@ -64,12 +64,15 @@ COVER = COVERAGE_CORE=$(CORE) COVERED_TESTS="$(COVERED)"
 # Files with a test of these markers, as collecting all of them takes each process a quarter of a minute; tests/conftest.py sees to
 # it that none is missed.
 MARKED = $(sort $(shell grep -rlE --include='test_*.py' 'mark\.($(1))' tests))
+# Begins first, so that no process is left with it at the end.
+LONGEST := tests/cluster/test_run.py
 SAY_COVERAGE = echo "Lines of rhythm/ (without kernels) that $(if $(COVERED),the tests of $(COVERED) alone ran (COVERAGE=1 counts all),the fast \
 tests ran), those of the Triton kernels aside: $$($(BIN)/coverage report --format=total) %"
 
 test: cluster
 	$(COVER) $(SHARED) --dist worksteal -m "$(FAST)" --cov --cov-report=
-	$(SHARED) $(ENGINES) --dist loadfile -m "(slow or cluster) and not timing" $(call MARKED,slow|cluster)
+	$(SHARED) $(ENGINES) --dist loadfile --no-loadscope-reorder -m "(slow or cluster) and not timing" \
+	  $(LONGEST) $(filter-out $(LONGEST),$(call MARKED,slow|cluster))
 	$(BIN)/pytest -m timing $(call MARKED,timing)
 	@$(SAY_COVERAGE)
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def recipe(target: str) -> list[str]:
     """The lines that make would run for a target."""
     command = ["make", "--dry-run", "--no-print-directory", target]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return said.replace("\\\n", " ").splitlines()
 
 
 def test_each_part_gets_all_files_with_its_markers() -> None:
@@ -30,7 +31,9 @@ def test_each_part_gets_all_files_with_its_markers() -> None:
     }
     for expression, (target, markers) in parts.items():
         (line,) = [line for line in recipe(target) if f'-m "{expression}"' in line or f"-m {expression} " in line]
-        given = {word for word in line.split() if word.startswith("tests/")}
+        files = [word for word in line.split() if word.startswith("tests/")]
+        given = set(files)
+        assert len(files) == len(given), "a file twice"
         assert given == {name for name, text in texts.items() if re.search(rf"mark\.({markers})", text)}, expression
         assert given
 
