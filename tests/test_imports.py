@@ -227,9 +227,9 @@ ORDERS = [
 
 
 def test_observe_is_the_function_in_every_order_of_imports(tmp_path: Path) -> None:
-    """Each order in a copy of one process, since loading torch is what takes the time."""
+    """Each order in a copy of one process, since loading torch and transformers is what takes the time."""
     code = f"""
-import os, sys, torch
+import os, sys, pydantic, torch, transformers.masking_utils, transformers.modeling_utils
 
 def check(first):
     exec(first, {{}})
