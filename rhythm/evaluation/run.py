@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,18 +133,25 @@ class _Work:
         return sum(map(len, self.batches))
 
     def finish(self, reward: RewardConfig, progress: EvaluationProgress) -> None:
-        """Generate and score the missing responses, batch by batch."""
+        """Generate and score the missing responses, batch by batch: one is scored while the next is generated."""
         if not self._open:
             return
         name, options = self.plan.task.name, self.plan.task.options.model_dump()
         with IsolatedTask(self._task, name, options, **reward.model_dump()) as isolated:
+            scored: Callable[[], list[ResponseRow]] = list
             for batch in self._open:
-                rows = self._answer(batch, isolated)
-                append_rows(self._path, rows)
-                self.kept += rows
-                progress.add(len(rows))
+                following = self._answer(batch, isolated)
+                self._keep(scored(), progress)
+                scored = following
+            self._keep(scored(), progress)
 
-    def _answer(self, batch: Batch, task: IsolatedTask) -> list[ResponseRow]:
+    def _keep(self, rows: list[ResponseRow], progress: EvaluationProgress) -> None:
+        append_rows(self._path, rows)
+        self.kept += rows
+        progress.add(len(rows))
+
+    def _answer(self, batch: Batch, task: IsolatedTask) -> Callable[[], list[ResponseRow]]:
+        """Generate a batch and begin to score it; what this returns waits for the scores."""
         seeds = [
             derive_seed(self._config.seed, "evaluation", self.plan.title, asked.problem, asked.sample)
             for asked in batch
@@ -153,26 +160,26 @@ class _Work:
         generated = self._answerer.infer.generate_each([asked.ids for asked in batch], sampling, seeds)
         rollout = cut_at_stop(generated, tokenizer, sampling.stop)
         texts = response_texts(rollout, tokenizer)
-        rewards = task.rewards([task.test[asked.problem] for asked in batch], texts)
-        rows = []
+        rewards = task.start_rewards([task.test[asked.problem] for asked in batch], texts)
         lens, ends = rollout.response_lens.tolist(), rollout.finished.tolist()
-        for asked, seed, text, reward, tokens, finished in zip(batch, seeds, texts, rewards, lens, ends, strict=True):
-            rows.append(
-                ResponseRow(
-                    problem=asked.problem,
-                    sample=asked.sample,
-                    seed=seed,
-                    prompt=asked.prompt,
-                    response=text,
-                    tokens=tokens,
-                    finished=finished,
-                    score=reward.score,
-                    correct=reward.correct,
-                    format_ok=reward.format_ok,
-                    fault=reward.fault,
-                )
+        return lambda: [
+            ResponseRow(
+                problem=asked.problem,
+                sample=asked.sample,
+                seed=seed,
+                prompt=asked.prompt,
+                response=text,
+                tokens=tokens,
+                finished=finished,
+                score=reward.score,
+                correct=reward.correct,
+                format_ok=reward.format_ok,
+                fault=reward.fault,
             )
-        return rows
+            for asked, seed, text, reward, tokens, finished in zip(
+                batch, seeds, texts, rewards(), lens, ends, strict=True
+            )
+        ]
 
     def scores(self) -> TaskScores:
         """The scores of the finished task."""

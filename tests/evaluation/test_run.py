@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from rhythm.cli.eval import main
+from rhythm.engines.local.infer import GenerateInfer
 from rhythm.evaluation.config import EvaluationConfig, MachineConfig
 from rhythm.evaluation.run import default_directory, evaluate_checkpoint
 from rhythm.seeds import derive_seed
+from rhythm.tasks.isolation import IsolatedTask
 
 HERE = Path(__file__).parent
 
@@ -166,6 +168,28 @@ def test_the_seed_and_the_batch_size_decide(checkpoint: Path, whole: Path, tmp_p
     assert sorted((r["problem"], r["sample"], r["response"]) for r in rows(tmp_path / "at-once", "Words")) == sorted(
         (r["problem"], r["sample"], r["response"]) for r in rows(whole, "Words")
     )
+
+
+def test_a_batch_is_scored_while_the_next_is_generated(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    generate, start = GenerateInfer.generate_each, IsolatedTask.start_rewards
+
+    def generate_each(self: GenerateInfer, *given: Any) -> Any:
+        seen.append("generate")
+        return generate(self, *given)
+
+    def start_rewards(self: IsolatedTask, *given: Any) -> Callable[[], Any]:
+        seen.append("score")
+        rewards = start(self, *given)
+        return lambda: (seen.append("wait"), rewards())[1]
+
+    monkeypatch.setattr(GenerateInfer, "generate_each", generate_each)
+    monkeypatch.setattr(IsolatedTask, "start_rewards", start_rewards)
+    evaluate(checkpoint, tmp_path / "out", "tasks=[{name: 'words:Words', samples: 2, problems: 12}]")
+    assert seen == ["generate", "score", "generate", "score", "wait", "generate", "score", "wait", "wait"]
+    assert len(rows(tmp_path / "out", "Words")) == 24
 
 
 def test_another_evaluation_is_not_continued(
