@@ -38,7 +38,9 @@ class _Helpers(MetaPathFinder):
         "models",
         "paper_sets",
         "paper_workload",
+        "registered_attention",
         "tensors",
+        "trl_training",
     )
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
