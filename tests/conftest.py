@@ -28,6 +28,7 @@ class _Helpers(MetaPathFinder):
     """
 
     names = (
+        "cluster_case",
         "corner_cases",
         "forms",
         "in_browser",

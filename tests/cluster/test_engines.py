@@ -11,15 +11,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 import torch
+from cluster_case import PROMPTS, SAMPLING, TAP, Cluster, start_train, start_weight_sync
 from paper_workload import WORK
-from transformers import AutoModelForCausalLM
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.errors import LostError, RemoteError, TrainLostError
@@ -27,63 +27,16 @@ from rhythm.cluster.plan.dimensions import KNOWN
 from rhythm.cluster.plan.memory import GIB
 from rhythm.cluster.plan.timeline import peak, replay
 from rhythm.cluster.roles import Role
-from rhythm.credit.loss import LossConfig
-from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig, TrainBatch
+from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig
 from rhythm.engines.local.attn import ObserveAttn
-from rhythm.engines.local.infer import GenerateInfer
-from rhythm.engines.local.train import OptimizerConfig
-from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tiny import model as tiny_model
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
 from rhythm.trainer.checkpoint import RunState, find_damage, save_checkpoint
 
 if TYPE_CHECKING:  # they import Ray, whose environment has to be prepared first
-    from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
     from rhythm.cluster.rpc import Worker
-    from rhythm.cluster.session import Session
-    from rhythm.cluster.utilization import Rates
-    from rhythm.cluster.weight_sync import ClusterWeightSync
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-TAP = SignalsConfig(horizon=(1, 6), grouping="batch")
-SAMPLING = SamplingConfig(max_new_tokens=10)
-PROMPTS = [[1, 10, 20], [1, 30], [1, 40, 41, 42], [1, 50, 51]]
-
-
-@dataclass
-class Cluster:
-    """The roles, what pushes between them, the checkpoint they started from, and its tokens."""
-
-    session: Session
-    rates: Rates
-    train: ClusterTrain
-    infer: ClusterInfer
-    attn: ClusterAttn
-    weight_sync: ClusterWeightSync
-    checkpoint: Path
-    end_ids: tuple[int, ...]
-    pad_id: int
-
-    def push(self) -> int:
-        """The trainer's weights to every replica, as the next version, which is returned."""
-        version = max(self.infer.version, self.attn.version) + 1
-        self.weight_sync.sync(version)
-        return version
-
-    def model(self) -> Any:
-        """The trainer's weights as of now, in this process."""
-        model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
-        model.load_state_dict(self.train.weights())
-        return model
-
-    def local_infer(self) -> GenerateInfer:
-        return GenerateInfer(self.model(), end_ids=self.end_ids, pad_id=self.pad_id)
-
-    def batch(self, rollout: Rollout) -> TrainBatch:
-        actual, _ = self.train.log_probs(rollout)
-        advantages = torch.linspace(-1, 1, len(rollout.lens))[:, None].expand(rollout.input_ids.shape)
-        return TrainBatch(rollout, actual.logprobs, advantages * rollout.response_mask)
 
 
 @pytest.fixture(scope="module")
@@ -93,32 +46,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = TinyModelConfig(layers=6, hidden_size=32, mlp_size=48, query_heads=2, key_heads=1, head_size=16)
     tiny_model.save_checkpoint(build_model(tiny, tokenizer), tokenizer, directory)
     return directory
-
-
-def start_train(session: Session, rates: Rates, checkpoint: Path) -> ClusterTrain:
-    from rhythm.cluster.engines import ClusterTrain
-    from rhythm.cluster.specs import TrainSpec
-
-    spec = TrainSpec(
-        role=session.config.train,
-        checkpoint=checkpoint,
-        optimizer=OptimizerConfig(lr=1e-2),
-        loss=LossConfig(),
-        temperature=1.0,
-        micro_batch_size=4,
-        precision="float32",
-        reference=False,
-        bucket_bytes=20_000,  # many buckets
-        collective_seconds=60,
-    )
-    return ClusterTrain(session, spec, rates)
-
-
-def start_weight_sync(train: ClusterTrain, infer: ClusterInfer, attn: ClusterAttn, rates: Rates) -> ClusterWeightSync:
-    from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
-
-    receivers = [WeightReceiver("object_store", infer), WeightReceiver("object_store", attn)]
-    return ClusterWeightSync(train, receivers, rates=rates, gpus_of_replica=1, seconds=200)
 
 
 @pytest.fixture(scope="module")
