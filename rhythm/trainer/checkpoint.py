@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
 _ASIDE = ".writing-"
+_HASHED_AT_ONCE = 8  # files, of gigabytes each for a large model; hashlib lets other threads run meanwhile
 _NAME = re.compile(r"step_[0-9]{6,18}")
 
 
@@ -78,7 +80,10 @@ def save_checkpoint(
             with naming(aside), _staying(aside):
                 write(aside)
             (aside / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
-            sums = {str(path.relative_to(aside)): _sha256(path) for path in _files(aside)}
+            files = _files(aside)
+            names = [str(path.relative_to(aside)) for path in files]
+            with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+                sums = dict(zip(names, pool.map(_sha256, files), strict=True))
             (aside / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
             for path in [*_files(aside), *(p for p in aside.rglob("*") if p.is_dir()), aside]:
                 _sync(path)
@@ -143,11 +148,14 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"{CHECKSUMS} cannot be read"
     if not isinstance(sums, dict) or STATE not in sums:
         return f"{CHECKSUMS} does not list {STATE}"
-    for name, expected in sums.items():
+    for name in sums:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if _sha256(checkpoint / name) != expected:
-            return f"{name} does not match its checksum"
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        found = pool.map(_sha256, (checkpoint / name for name in sums))
+        for (name, expected), sha in zip(sums.items(), found, strict=True):
+            if sha != expected:
+                return f"{name} does not match its checksum"
     try:
         state = RunState.model_validate_json((checkpoint / STATE).read_bytes())
     except ValueError:

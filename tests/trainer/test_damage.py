@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,28 @@ def test_what_is_no_checkpoint_is_passed_over(checkpoints: Path, caplog: pytest.
     save_checkpoint(checkpoints, RunState(step=6), write, keep=2)
     assert find_damage(checkpoints / "step_000006") is None
     assert {path.name for path in checkpoints.iterdir()} == {"step_abc", "step_000004", "step_000006"}
+
+
+def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=60)  # passed only if two files are being hashed
+    digest = hashlib.file_digest
+
+    def meeting(file: Any, name: str) -> Any:
+        if file.name.endswith(".safetensors"):
+            both.wait()
+        return digest(file, name)
+
+    def fill(directory: Path) -> None:
+        for i in range(2):
+            (directory / f"{i}.safetensors").write_bytes(bytes([i]) * 1000)
+
+    monkeypatch.setattr(hashlib, "file_digest", meeting)
+    path = save_checkpoint(tmp_path, RunState(step=2), fill, keep=2)
+    sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+    assert sums["1.safetensors"] == hashlib.sha256(bytes([1]) * 1000).hexdigest()
+    assert find_damage(path) is None
+    (path / "1.safetensors").write_bytes(bytes([2]) * 1000)
+    assert find_damage(path) == "1.safetensors does not match its checksum"
 
 
 def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 DISTRIBUTED = "megatron"
 _STEPS = "gradient_steps"
 _EXTRA = "_extra_state"  # pickled objects of TransformerEngine's FP8 recipes, which are not written
-# Stores the optimizer's state in an order that doesn't depend on the number of ranks.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+# Stores the optimizer's state in an order that doesn't depend on the number of ranks. For that the first of the data
+# ranks gathers all of it in host memory; otherwise every rank would, beforehand on its GPU.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 def save_state(directory: Path, model: Any, optimizer: Any, gradient_steps: int) -> None:

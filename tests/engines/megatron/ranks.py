@@ -14,14 +14,18 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import multiprocessing
+from torch.utils._pytree import tree_leaves
 
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines import head
@@ -125,7 +129,8 @@ def _everything(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[
     directory = Path(spec["save_to"])
     directory.mkdir(exist_ok=True)
     engine.leave_gpu(offload=True)
-    engine.save(directory)
+    with _watch_gathering() as results["gathered_by_saving"]:
+        engine.save(directory)
     results["left_by_saving"] = [process.cmdline() for process in psutil.Process().children()]
     engine.step(spec["batches"][-1])
     results["last_weights"] = engine.weights()
@@ -271,6 +276,25 @@ def _refuses_infinity(engine: MegatronTrain, batch: TrainBatch) -> tuple[str, bo
     except NonFiniteError as error:
         return error.what, error.batch.rollout is batch.rollout
     return "nothing", False
+
+
+@contextmanager
+def _watch_gathering() -> Iterator[list[int]]:
+    """The numbers of values of the optimizer's whole state that this rank gets."""
+    counts: list[int] = []
+    gather = DistributedOptimizer.get_parameter_state_dp_zero
+
+    def counted(*args: Any, **options: Any) -> Any:
+        state = gather(*args, **options)
+        tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
+        counts.append(sum(x.numel() for x in tensors))
+        return state
+
+    DistributedOptimizer.get_parameter_state_dp_zero = counted
+    try:
+        yield counts
+    finally:
+        DistributedOptimizer.get_parameter_state_dp_zero = gather
 
 
 def _watch_logits(engine: MegatronTrain) -> list[int]:

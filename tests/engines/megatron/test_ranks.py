@@ -171,6 +171,14 @@ def test_a_checkpoint_loads_under_another_layout(name: str, other: str, layouts:
         assert_weights(results[f"loaded {layouts.saved(other)}"], case.results["last_weights"], atol=3e-4)
 
 
+def test_saving_gathers_the_optimizer_on_one_data_rank(layouts: Layouts, case: Case) -> None:
+    first, second = layouts.results("data")
+    parameters = sum(x.numel() for name, x in case.results["last_weights"].items() if name != "lm_head.weight")
+    (gathered,) = first["gathered_by_saving"]
+    assert 3 * parameters <= gathered < 3.1 * parameters  # weights and both moments, with padding
+    assert second["gathered_by_saving"] == [0]
+
+
 def test_the_saved_weights_are_an_ordinary_checkpoint(ranks: Any, layouts: Layouts) -> None:
     name, ranks_found = ranks
     model = AutoModelForCausalLM.from_pretrained(layouts.saved(name), local_files_only=True)
