@@ -44,6 +44,10 @@ from rhythm.tap.signals_config import SignalsConfig
 log = logging.getLogger(__name__)
 
 _OPTIMIZER_FILE = "optimizer.pt"
+CHECKED_EVERY = 16
+"""Of so many taps one compares the attention's outputs with the form that was read, the first among them: an output of
+another form is a matter of the model, not of a batch.
+"""
 
 
 class OptimizerConfig(BaseModel, extra="forbid", frozen=True):
@@ -115,7 +119,7 @@ class TorchTrain:
         self._reference = reference
         if reference is not None:
             use_onednn(reference)
-        self._gradient_steps = 0
+        self._gradient_steps = self._taps = 0
         self.statistics_seconds = 0.0
         self._offloaded: Offloaded | None = None
         self._optimizer = torch.optim.AdamW(
@@ -290,6 +294,8 @@ class TorchTrain:
                 model, attention_mask=rollout.attention_mask, prompt_lens=rollout.prompt_lens, signals=tap
             )
             open_tap.watch = watch or nullcontext()
+            open_tap.checks_output = self._taps % CHECKED_EVERY == 0
+            self._taps += 1
         with short_attention(model), nullcontext() if open_tap is None or self._packs else open_tap:
             log_probs = response_logprobs(
                 model,

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
+from rhythm.credit.heads import sampled_layers
 from rhythm.credit.loss import LossConfig
 from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.interfaces import Rollout, TrainBatch
 from rhythm.engines.local.attn import ObserveAttn
-from rhythm.engines.local.train import OptimizerConfig, TorchTrain
+from rhythm.engines.local.train import CHECKED_EVERY, OptimizerConfig, TorchTrain
 from rhythm.tap.signals_config import SignalsConfig
 
 TAP = SignalsConfig(horizon=(2, 6))
@@ -118,6 +119,20 @@ def test_passes_without_gradients_have_micro_batches_of_their_own(model: Any, to
     passes.clear()
     engine.step(make_batch(rollout, old))
     assert [rows for rows, _ in passes] == [2, 2, 2]
+
+
+def test_one_of_many_taps_checks_the_attentions_output(
+    model: Any, tokenizer: Any, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[int] = []
+    monkeypatch.setattr("rhythm.tap.attention_tap.check_output", lambda call, *_: checks.append(call.layer))
+    engine = make(model, tokenizer)  # three micro-batches to a pass
+    layers = sampled_layers(model.config.num_hidden_layers)
+    engine.log_probs(rollout, TAP)
+    assert checks == layers
+    for _ in range(CHECKED_EVERY // 3):
+        engine.log_probs(rollout, TAP)
+    assert checks == 2 * layers
 
 
 def assert_same_signals(actual: RhythmSignals | None, expected: RhythmSignals | None, mask: Tensor) -> None:
