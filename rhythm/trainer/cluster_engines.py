@@ -7,7 +7,6 @@ configuration names.
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -52,8 +51,9 @@ def model_dimensions(config: TrainConfig, *, known: bool = False) -> tuple[Dimen
     return KNOWN[name], f"known by name: there is no directory {path}"
 
 
-def workload(config: TrainConfig) -> Workload:
-    """The run settings used by the cluster's checks and plan."""
+def workload(config: TrainConfig, model: Dimensions) -> Workload:
+    """The run settings used by the cluster's checks and plan. Raises ValueError for layers that the model lacks."""
+    reads = config.signals.source != "separate" and "attention" in config.credit.reads
     return Workload(
         prompts_per_batch=config.batch.prompts_per_batch,
         responses_per_prompt=config.batch.responses_per_prompt,
@@ -67,27 +67,15 @@ def workload(config: TrainConfig) -> Workload:
         reference=config.loss.kl_coef > 0,
         separate_attn=config.signals.source == "separate",
         tapped=config.signals.source == "training",
-        sampled_layers=_sampled_layers(config),
+        sampled_layers=len(config.signals.layers_of(model.layers)) if reads else 0,
     )
-
-
-def _sampled_layers(config: TrainConfig) -> int:
-    """The number of layers whose attention actor_train reads; of a model with fewer, all of them."""
-    layers = config.signals.layers
-    if config.signals.source == "separate" or "attention" not in config.credit.reads:
-        return 0
-    if layers == "all":
-        return sys.maxsize
-    if layers is None:
-        return 5
-    return layers if isinstance(layers, int) else len(layers)
 
 
 def plan(config: TrainConfig, cluster: ClusterConfig) -> str:
     """The plan of a run. Raises ValueError naming the keys that would not work."""
     model, source = model_dimensions(config, known=True)
-    check(cluster, workload(config), model)
-    return describe_plan(cluster, workload(config), model, source)
+    check(cluster, workload(config, model), model)
+    return describe_plan(cluster, workload(config, model), model, source)
 
 
 def check_cluster(config: TrainConfig, cluster: ClusterConfig) -> None:
@@ -102,7 +90,8 @@ def check_cluster(config: TrainConfig, cluster: ClusterConfig) -> None:
             raise ValueError(missing(key, module, "cluster"))
     if config.model.path is not None:
         check_weights(config.model.path)
-    check(cluster, workload(config), model_dimensions(config)[0])
+    model, _ = model_dimensions(config)
+    check(cluster, workload(config, model), model)
     if cluster.ray_address is None and torch.cuda.device_count() < cluster.gpus:
         raise ValueError(f"cluster.gpus is {cluster.gpus}: this machine has {torch.cuda.device_count()}")
 

@@ -142,7 +142,7 @@ def test_a_tied_head_keeps_its_gradient_to_the_end() -> None:
 def test_the_plan_knows_which_layers_are_read(changes: list[str], layers: int) -> None:
     config = load_config(CONFIGS / "qwen3_4b_countdown_1k.yaml", changes)
     assert config.cluster is not None
-    memory = train_memory(config.cluster, workload(config), KNOWN["qwen3-4b"])
+    memory = train_memory(config.cluster, workload(config, KNOWN["qwen3-4b"]), KNOWN["qwen3-4b"])
     assert memory.activations.statistics == layers * 32 * 8 * 64 * 1024
 
 
@@ -275,7 +275,8 @@ def test_a_large_run_is_planned_without_its_model(
     assert " idle " not in shown
     config = load_config(CONFIGS / f"{name}.yaml")
     assert config.cluster is not None
-    most = peak(config.cluster, workload(config), KNOWN[PAPER[name][0].lower().removesuffix("-base")])
+    model = KNOWN[PAPER[name][0].lower().removesuffix("-base")]
+    most = peak(config.cluster, workload(config, model), model)
     assert most.total < (config.cluster.gpu_memory_gib - 2 * 2) * 2**30
 
 
