@@ -19,6 +19,7 @@ from rhythm.engines.interfaces import EngineLostError, Rollout, SamplingConfig
 from rhythm.engines.transfer import PushManifest, TransferKind, buckets, make_sender
 from rhythm.engines.vllm.config import VllmConfig
 from rhythm.engines.vllm.environment import prepare_vllm_environment
+from rhythm.engines.vllm.sampling import drawing, ended, request_params
 from rhythm.seeds import derive_seed
 
 WORKER_EXTENSION = "rhythm.engines.vllm.worker.WorkerExtension"
@@ -185,7 +186,7 @@ class VllmInfer:
         self._set_temperature(sampling.temperature or 1.0)
         # A prefix cached by an earlier call would change the order of sums, and thereby the rollout.
         self._reset_prefix_cache()
-        common = self._drawing(sampling)
+        common = drawing(sampling, self._end_ids)
         params = [
             {**common, "seed": seed, "max_tokens": min(sampling.max_new_tokens, self._max_length - len(prompt))}
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -199,7 +200,7 @@ class VllmInfer:
             [list(answer.token_ids) for answer in answers],
             [list(answer.logprobs.logprobs) for answer in answers],
             group=group,
-            finished=[_ended(answer, self._end_ids) for answer in answers],
+            finished=[ended(answer, self._end_ids) for answer in answers],
             pad_id=self._pad_id,
         )
 
@@ -317,23 +318,11 @@ class VllmInfer:
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Any]]:
         """(place, vLLM's output) of each prompt, in the order in which they end."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         engine = self._llm.llm_engine
         running = {str(place) for place in range(len(prompts))}
         try:
             for place, (prompt, options) in enumerate(zip(prompts, params, strict=True)):
-                sampling = SamplingParams(
-                    **options,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=bool(options.get("stop")),
-                    include_stop_str_in_output=True,
-                    ignore_eos=True,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                engine.add_request(str(place), {"prompt_token_ids": list(prompt)}, sampling)
+                engine.add_request(str(place), {"prompt_token_ids": list(prompt)}, request_params(options))
             while running:
                 for output in self._watched(engine.step):
                     running.remove(output.request_id)
@@ -341,17 +330,6 @@ class VllmInfer:
         finally:
             if running:  # the caller gave up
                 engine.abort_request(list(running))
-
-    def _drawing(self, sampling: SamplingConfig) -> dict[str, Any]:
-        """vLLM's sampling parameters, without the temperature, by which the logits are divided already."""
-        greedy = sampling.temperature == 0
-        return {
-            "temperature": 0.0 if greedy else 1.0,
-            "top_p": 1.0 if greedy else sampling.top_p,
-            "top_k": 0 if greedy else sampling.top_k,
-            "stop_token_ids": self._end_ids,
-            "stop": list(sampling.stop),
-        }
 
     def _set_temperature(self, temperature: float) -> None:
         if temperature <= 0:
@@ -394,8 +372,3 @@ class VllmInfer:
             raise ValueError(
                 f"version is {version}: must not be lower than {self._version}, the engine's current version"
             )
-
-
-def _ended(response: Any, end_ids: Sequence[int]) -> bool:
-    """Whether vLLM's response ended by itself: by an end token or a stop string."""
-    return response.token_ids[-1] in end_ids or isinstance(response.stop_reason, str)
