@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from benchmarks import shapes
 from benchmarks.registry import REGISTRY, select
 from benchmarks.shapes import HORIZON, WINDOW, Shape, make_inputs
 
@@ -49,7 +52,11 @@ def test_inputs_on_the_cpu_are_those_of_earlier_records() -> None:
 
 
 def test_inputs_are_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meta device has no memory to copy from the host to: q, k and v are drawn there, or not at all."""
+    """The meta device has no memory to copy from the host to: q, k and v are drawn there, or not at all.
+
+    Only the module sees the replacements: a first operation on that device imports modules of torch's that use the real
+    ones.
+    """
     drawn, randn, generator = [], torch.randn, torch.Generator
 
     def noting(*size: object, **options: object) -> torch.Tensor:
@@ -57,8 +64,12 @@ def test_inputs_are_drawn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
         options.pop("generator")
         return randn(*size, device=drawn[-1], **options)
 
-    monkeypatch.setattr(torch, "randn", noting)
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": drawn.append(device) or generator())
+    def noting_generator(device: str = "cpu") -> torch.Generator:
+        drawn.append(device)
+        return generator()
+
+    names = {**vars(torch), "randn": noting, "Generator": noting_generator}
+    monkeypatch.setattr(shapes, "torch", SimpleNamespace(**names))
     inputs = make_inputs(Shape(9), torch.bfloat16, "meta")
     assert drawn == 4 * ["meta"]
     assert inputs.q.device.type == "meta"
