@@ -88,7 +88,7 @@ def used_by_others() -> float | None:
     """
     try:
         rows = (line.split() for line in _STAT.read_text(encoding="utf-8").splitlines())
-        own = time.process_time()
+        own = time.process_time() if os.getpriority(os.PRIO_PROCESS, 0) <= 0 else 0.0  # a nice process isn't in the sum
         usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         total = 0
         for user, _nice, system, _idle, _iowait, interrupts, soft, stolen in (

@@ -118,6 +118,7 @@ print(json.dumps([*seen, until(2, 5)]))
     assert run(code) in ([2, 1, 2], None)  # None: one core is all there is
 
 
+@pytest.mark.timing
 def test_what_others_use_is_counted_and_what_this_process_uses_is_not() -> None:
     """A second of one core, on which this process computes beside another."""
     code = """
@@ -147,7 +148,9 @@ def test_nice_processes_and_other_processors_do_not_count(monkeypatch: pytest.Mo
         "cpu1 100 7000 20 7000 7000 3 4 5 70 0\n"
         "intr 1 2 3\nctxt 5\n"
     )
-    assert used_by_others() == pytest.approx(132 / os.sysconf("SC_CLK_TCK") - 0.5)
+    for priority, own in ((0, 0.5), (5, 0.0)):  # a nice process is not among those counted
+        monkeypatch.setattr(openmp.os, "getpriority", lambda which, who, priority=priority: priority)
+        assert used_by_others() == pytest.approx(132 / os.sysconf("SC_CLK_TCK") - own)
 
 
 def test_a_system_that_does_not_say_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +162,7 @@ def test_a_system_that_does_not_say_is_left_alone(monkeypatch: pytest.MonkeyPatc
     assert watch.threads is None
 
 
+@pytest.mark.timing
 def test_waited_counts_what_the_main_thread_waits() -> None:
     """Beside a process on the same core, a thread that computes for 0.3 s waits about as long."""
     code = """
