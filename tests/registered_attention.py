@@ -39,6 +39,9 @@ def config(kind: str, **changes: Any) -> Any:
         return transformers.Gemma2Config(**SIZES, **{"attn_logit_softcapping": 1.5, "sliding_window": 8} | changes)
     if kind == "gpt_oss":
         return transformers.GptOssConfig(**SIZES, sliding_window=8, num_local_experts=2, num_experts_per_tok=1)
+    if kind == "llama4":  # chunks in three layers of four
+        rest = {"num_local_experts": 2, "intermediate_size_mlp": 32, "pad_token_id": None, "attention_chunk_size": 7}
+        return transformers.Llama4TextConfig(**SIZES | rest | changes)
     if kind == "mistral":
         return transformers.MistralConfig(**SIZES, sliding_window=9, **changes)
     return transformers.Qwen3Config(**SIZES | changes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rhythm.analysis.maps import LayerAttention
-from rhythm.ops.reference import masked_scores, visible_keys
+from rhythm.ops.reference import masked_scores
 
 TILE_ELEMENTS = 2**24  # fp32 weights held at a time: 64 MB
 
@@ -34,7 +34,7 @@ class ObservedAttention(LayerAttention):
         group = self.query.shape[1] // self.key.shape[1]
         query_HRD = self.query[rows][:, heads].transpose(0, 1).float()
         key_HCD = self.key[columns][:, heads // group].transpose(0, 1).float()
-        visible_RC = visible_keys(rows, columns, self.sliding_window)
+        visible_RC = self.visible(rows, columns)
         # Masked before exp: a hidden score may be far above its row's lse.
         score_HRC = masked_scores(query_HRD, key_HCD, visible_RC, self.scale, self.softcap)
         return torch.exp(score_HRC - self.lse[heads][:, rows, None])

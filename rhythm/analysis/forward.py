@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor
 from rhythm.analysis.attention import ObservedAttention
 from rhythm.analysis.receivers import excess_kurtosis, received_between_sentences
 from rhythm.engines.local.logprobs import check_output_head
-from rhythm.ops.column_scores import column_scores
-from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
+from rhythm.tap.chunks import chunked_statistics
 from rhythm.tap.interception import (
     ATTENTION_LAYERS,
     Output,
@@ -118,8 +118,8 @@ class Observer:
             form = attention_form(call, masks)
             result = call.run()
             with torch.autocast(device.type, enabled=False):
-                check_output(call, form, masks.batch.to(call.query.device), result[0])
-                layers[call.layer] = self._layer(call, form, prompt_len, sentences)
+                check_output(call, form, masks.on(call.query.device), result[0])
+                layers[call.layer] = self._layer(call, form, masks.on(call.query.device), sentences)
             return result
 
         with intercept_attention(self.config, receive):
@@ -132,33 +132,34 @@ class Observer:
         entropy_M, logprob_M = _distributions(logits_of, ids_1N[0], prompt_len, self.config.vocab_size)
         return Pass(layers, entropy_M.cpu(), logprob_M.cpu())
 
-    def _layer(self, call: AttentionCall, form: AttentionForm, prompt_len: int, sentence_M: Tensor) -> LayerHeads:
+    def _layer(self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch, sentence_M: Tensor) -> LayerHeads:
         query_NHD, key_NGD = call.query[0].transpose(0, 1), call.key[0].transpose(0, 1)
-        lo, _ = self._signals.horizon
-        options: dict[str, Any] = {"window": self._signals.window, "horizon": self._signals.horizon}
-        backend, of_form = self._signals.backend, form.arguments(query_NHD.shape[0])
-        options |= {"also": ("entropy", "first_mass", "prompt_mass"), "first": SINK_KEYS}
-        got = attention_statistics(query_NHD, key_NGD, prompt_lens=[prompt_len], backend=backend, **options, **of_form)
+        (lo, _), (prompt_len,) = self._signals.horizon, batch.host.prompt_lens
+        of_form = form.arguments(query_NHD.shape[0])
+        statistics = partial(
+            chunked_statistics,
+            query_NHD,
+            key_NGD,
+            batch,
+            form.chunk,
+            window=self._signals.window,
+            backend=self._signals.backend,
+            **of_form,
+        )
+        also = ("entropy", "first_mass", "prompt_mass")
+        got = statistics(horizon=self._signals.horizon, also=also, first=SINK_KEYS)
         assert got.span is not None
         assert got.entropy is not None
         assert got.first_mass is not None
         assert got.prompt_mass is not None
         span_H, waad_HN, fai_HN, lse_HN = got.span[0], got.waad, got.fai, got.lse
-        received_HN = column_scores(
-            query_NHD,
-            key_NGD,
-            reduce="mean",
-            rows=(prompt_len, None),
-            horizon=(lo, None),
-            lse=lse_HN,
-            backend=backend,
-            **of_form,
-        )
+        received_HN = statistics(horizon=(lo, None), lse=lse_HN, span=False).fai
         attention = ObservedAttention(
             query=query_NHD,
             key=key_NGD,
             lse=lse_HN,
             **of_form,
+            chunk=form.chunk,
             prompt_len=prompt_len,
         )
         between_HS = received_between_sentences(attention, sentence_M, self._gap)

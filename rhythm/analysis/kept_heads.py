@@ -27,8 +27,9 @@ from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.response import ResponseResult
 from rhythm.analysis.results import Analysis
-from rhythm.ops.statistics import attention_statistics
 from rhythm.system.writing import replace_file
+from rhythm.tap.chunks import chunked_statistics
+from rhythm.tap.padding import PaddedBatch
 
 Horizon = tuple[int, int | None]
 
@@ -136,10 +137,12 @@ def prompt_ids_of(response: ResponseResult, tokenizer: Any, chat: bool) -> list[
 
 def _bands(attention: ObservedAttention, **options: Any) -> tuple[Tensor, Tensor]:
     """WAAD and FAI of the heads of a layer, [H, M], from the lse that is known. options: window, horizon, backend."""
-    got = attention_statistics(
+    batch = PaddedBatch.from_mask(torch.ones((1, len(attention.query)), dtype=torch.int64), [attention.prompt_len])
+    got = chunked_statistics(
         attention.query,
         attention.key,
-        prompt_lens=[attention.prompt_len],
+        batch.to(attention.query.device),
+        attention.chunk,
         lse=attention.lse,
         span=False,
         scale=attention.scale,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rhythm.ops.reference import attention_weights, masked_scores, row_lse, visible_keys
+from rhythm.ops.reference import masked_scores, row_lse, visible_keys
 
 MAX_CELLS = 192
 BAND_WIDTH = 24
@@ -34,6 +34,7 @@ class LayerAttention:
         scale: factor on the scores before softmax. sliding_window: keys at distance ≥ this are masked; None: none.
             softcap: scores become softcap · tanh(score / softcap); None: unchanged.
         sinks: [H], one more logit in the denominator of each row of a head; None: none.
+        chunk: keys of earlier chunks of so many tokens are masked; None: none.
     """
 
     query: Tensor
@@ -42,6 +43,14 @@ class LayerAttention:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    chunk: int | None = None
+
+    def visible(self, row_R: Tensor, column_C: Tensor) -> Tensor:
+        """bool [R, C]: which keys these rows see."""
+        visible_RC = visible_keys(row_R, column_C, self.sliding_window)
+        if self.chunk is not None:
+            visible_RC &= row_R[:, None] // self.chunk == column_C // self.chunk
+        return visible_RC
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ def mean_map(
     for layer, chosen in _by_layer(heads).items():
         for start in range(prompt_len, n, step):
             row_K = torch.arange(start, min(start + step, n), device=device)
-            weights_KN = _summed_rows(layers[layer], chosen, row_K, whole=n <= max_cells) / len(heads)
+            weights_KN = _summed_rows(layers[layer], chosen, row_K) / len(heads)
             pooled_KC = torch.zeros((len(row_K), weights_RC.shape[1]), device=device)
             pooled_KC.index_add_(1, column_N[: weights_KN.shape[1]], weights_KN)
             weights_RC.index_add_(0, (row_K - prompt_len) // cell, pooled_KC)
@@ -103,19 +112,14 @@ def mean_map(
     return MeanMap(weights_RC / rows_R[:, None], cell, prompt_columns, band_MW)
 
 
-def _summed_rows(layer: LayerAttention, heads: list[int], row_K: Tensor, *, whole: bool) -> Tensor:
-    """Sum over heads of these rows of their maps, fp32 [K, n]; n is N for the whole map, else the last row + 1."""
+def _summed_rows(layer: LayerAttention, heads: list[int], row_K: Tensor) -> Tensor:
+    """Sum over heads of these rows of their maps, fp32 [K, n] with n the last row + 1."""
     head_h = torch.tensor(heads, device=layer.query.device)
     group = layer.query.shape[1] // layer.key.shape[1]
     q_NhD, k_NhD = layer.query[:, head_h], layer.key[:, head_h // group]
     sinks_h = None if layer.sinks is None else layer.sinks[head_h]
-    if whole:
-        weights_hNN, _ = attention_weights(
-            q_NhD, k_NhD, layer.scale, sliding_window=layer.sliding_window, softcap=layer.softcap, sinks_H=sinks_h
-        )
-        return weights_hNN[:, row_K].float().sum(dim=0)
     end = int(row_K[-1]) + 1
-    visible_KN = visible_keys(row_K, torch.arange(end, device=row_K.device), layer.sliding_window)
+    visible_KN = layer.visible(row_K, torch.arange(end, device=row_K.device))
     q_hKD, k_hND = (x.float().transpose(0, 1) for x in (q_NhD[row_K], k_NhD[:end]))
     score_hKN = masked_scores(q_hKD, k_hND, visible_KN, layer.scale, layer.softcap)
     return torch.exp(score_hKN - row_lse(score_hKN, sinks_h)[..., None]).sum(dim=0)

@@ -21,19 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rhythm.integrations.short_masks import ShortMaskReader, is_short, sdpa_or_short_mask, whole_mask
 from rhythm.ops import arguments
 from rhythm.ops.answers import also_names, check_also
-from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
+from rhythm.ops.statistics import AttentionStatistics
 from rhythm.shapes import integer
 from rhythm.system.extras import needs
-from rhythm.tap.attention_form import AttentionCall, AttentionForm, MaskReader, UnsupportedAttention, attention_form
+from rhythm.tap.attention_form import AttentionCall, AttentionForm, UnsupportedAttention, attention_form
+from rhythm.tap.chunks import chunked_statistics, chunked_with_statistics
 from rhythm.tap.interception import Output, models_own
-from rhythm.tap.padding import PaddedBatch, whole_batch
+from rhythm.tap.padding import PaddedBatch
 
 with needs("rhythm.integrations.transformers"):
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 NAME = "rhythm"
 # Arguments that change the output, and that transformers' sdpa function accepts and ignores.
@@ -101,8 +102,8 @@ def collect_statistics(
     Where a layer's attention is plain and causal and no gradient is needed, its output and statistics come from
     `attention_with_statistics`, in one sweep, O(heads · T) memory, padding left out (its output is 0). Else the output
     is that of transformers' sdpa function, differentiable, and the statistics are computed beside it, detached: with
-    gradients, and where values have another head size or type than keys. Layers with a sliding window, capped scores or
-    sinks are computed alike, but their mask is transformers' own, [T, T].
+    gradients, and where values have another head size or type than keys. Layers with a sliding window, chunks, capped
+    scores or sinks are computed alike.
 
     Padding, left or right, is read off the model's own attention_mask. The context belongs to the thread (or task) that
     opened it. For the statistics of generated text, generate outside the context and run the whole text inside.
@@ -173,7 +174,15 @@ class _Collector:
     ) -> None:
         self.statistics = LayerStatistics()
         self._prompt_lens, self._layers, self._options, self._backend = prompt_lens, layers, options, backend
-        self._masks: MaskReader | None = None
+        self._masks: ShortMaskReader | None = None
+        # The short masks are kept with their whole ones: an id is only good as long as its object lives.
+        self._whole: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def whole(self, mask: Tensor) -> Tensor:
+        """bool [B, 1, T, T] of a short mask."""
+        if id(mask) not in self._whole:
+            self._whole[id(mask)] = (mask, whole_mask(mask))
+        return self._whole[id(mask)][1]
 
     def wants(self, layer: int | None) -> bool:
         return self._layers is None or layer in self._layers
@@ -190,7 +199,7 @@ class _Collector:
         if self._masks is None:
             real_BT = _tokens(call)
             nothing = torch.zeros(len(real_BT), dtype=torch.int64)
-            self._masks = _Masks(
+            self._masks = ShortMaskReader(
                 PaddedBatch.from_mask(real_BT, nothing if self._prompt_lens is None else self._prompt_lens)
             )
         form = attention_form(call, self._masks)
@@ -205,32 +214,19 @@ class _Collector:
     def _fused(self, layer: _Layer) -> tuple[Tensor, AttentionStatistics]:
         """(output [B, T, H, D], statistics) in one sweep."""
         call, batch = layer.call, layer.batch
-        out_THD, packed = attention_with_statistics(
-            layer.packed(call.query),
-            layer.packed(call.key),
-            layer.packed(call.value),
-            cu_seqlens=batch.cu_seqlens,
-            prompt_lens=batch.prompt_lens,
-            backend=self._backend,
-            **self._options,
-            **layer.form.arguments(batch.host.longest),
-        )
+        qkv = layer.packed(call.query), layer.packed(call.key), layer.packed(call.value)
+        out_THD, packed = chunked_with_statistics(*qkv, batch, layer.form.chunk, **self._options_of(layer))
         return batch.padded(out_THD, 0.0), _padded(packed, batch)
 
     def _beside(self, layer: _Layer) -> AttentionStatistics:
         """The statistics alone."""
-        call, form, batch = layer.call, layer.form, layer.batch
-        q_THD, k_TGD = layer.packed(call.query), layer.packed(call.key)
-        packed = attention_statistics(
-            q_THD,
-            k_TGD,
-            cu_seqlens=batch.cu_seqlens,
-            prompt_lens=batch.prompt_lens,
-            backend=self._backend,
-            **self._options,
-            **form.arguments(batch.host.longest),
-        )
-        return _padded(packed, batch)
+        call, batch = layer.call, layer.batch
+        qk = layer.packed(call.query), layer.packed(call.key)
+        return _padded(chunked_statistics(*qk, batch, layer.form.chunk, **self._options_of(layer)), batch)
+
+    def _options_of(self, layer: _Layer) -> dict[str, Any]:
+        """Of the op, but for lengths."""
+        return {"backend": self._backend, **self._options, **layer.form.arguments(layer.batch.host.longest)}
 
 
 _open: ContextVar[_Collector | None] = ContextVar("rhythm_collect_statistics", default=None)
@@ -274,9 +270,9 @@ def _attention(
 
 
 def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Output:
-    """transformers' sdpa function, which takes no mask of padding alone."""
-    if mask is not None and mask.ndim == 2:
-        mask = _causal(query, key) & mask[:, None, None]
+    """transformers' sdpa function, by whole masks."""
+    if is_short(mask):
+        mask = _whole(mask)
     output: Output = sdpa_attention_forward(module, query, key, value, mask, **options)
     return output
 
@@ -293,8 +289,8 @@ def _masked_for_eager(function: Callable[..., Output]) -> Callable[..., Output]:
             causal = options.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
             visible = _causal(query, key) if causal else torch.ones_like(_causal(query, key))
-        elif visible.ndim == 2:
-            visible = _causal(query, key) & visible[:, None, None]
+        elif is_short(visible):
+            visible = _whole(visible)
         if visible.dtype == torch.bool:
             least = torch.finfo(query.dtype).min
             visible = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, least)
@@ -311,54 +307,27 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
     return torch.ones((1, 1, rows, keys), dtype=torch.bool, device=query.device).tril(keys - rows)
 
 
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    mask_function: object = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    config: Any = None,
-    **options: Any,
-) -> Tensor | None:
-    """sdpa's mask; but the padding alone, bool [B, T], where the fused op will take it: [T, T] is what we avoid.
+def _whole(mask: Tensor) -> Tensor:
+    """bool [B, 1, T, T] of a short mask, made once for the layers that share it."""
+    collector = _open.get()
+    return whole_mask(mask) if collector is None else collector.whole(mask)
+
+
+def _mask(*sizes: Any, config: Any = None, **options: Any) -> Tensor | None:
+    """sdpa's mask; a short one where the fused op will take it: [T, T] is what we avoid.
 
     Only under our own name: an AttentionTap reads other names' masks, which must be whole.
     """
-    plain = mask_function is causal_mask_function and q_length == kv_length
     fused = _open.get() is not None and not torch.is_grad_enabled() and config._attn_implementation == NAME
-    # A model that asks for a mask in any case wants to change it.
-    if plain and fused and attention_mask is not None and options.get("allow_is_causal_skip", True):
-        return None if attention_mask.all() else attention_mask.bool()
-    full: Tensor | None = sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, mask_function=mask_function, attention_mask=attention_mask, **options
-    )
-    return full
-
-
-class _Masks(MaskReader):
-    """A MaskReader that also knows the padding masks that `_mask` gives."""
-
-    def window(self, call: AttentionCall) -> int | None:
-        mask = call.mask
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            return super().window(call)
-        if (id(mask), None, None) not in self._windows:
-            if not mask.equal(self.on(mask.device).real):
-                raise call.refusal("a padding mask other than that of the layers before")
-            self._windows[id(mask), None, None] = (mask, None)
-        # Read as if there were no padding: what is left is whether the layer is causal.
-        B, T = mask.shape
-        everything = whole_batch(B, T, torch.zeros(B, dtype=torch.int64), [0] * B, mask.device)
-        return MaskReader(everything).window(replace(call, mask=None))
+    return sdpa_or_short_mask(*sizes, short=fused, **options)
 
 
 def _tokens(call: AttentionCall) -> Tensor:
     """bool [B, T], true on tokens, as the mask tells: a token sees itself, and nothing sees padding."""
     B, _, T, _ = call.query.shape
     mask = call.mask
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask
+    if is_short(mask):
+        return mask.bool()
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-2:] == (T, T):
         itself_BT = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(B, T)
         return itself_BT == 0 if mask.is_floating_point() else itself_BT.bool()

@@ -258,11 +258,8 @@ class MaskReader:
         return window
 
 
-def attention_form(call: AttentionCall, masks: MaskReader, *, chunks: bool = False) -> AttentionForm:
+def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
     """The form of the attention that the call computes among the tokens of the batch.
-
-    Args:
-        chunks: whether the caller can deal with chunks; else they are refused.
 
     Raises:
         UnsupportedAttention: it has no such form, or an argument may change the scores in a way unknown here.
@@ -290,10 +287,8 @@ def attention_form(call: AttentionCall, masks: MaskReader, *, chunks: bool = Fal
         scale = call.query.shape[-1] ** -0.5
     if not isinstance(scale, int | float):
         raise call.refusal(f"a softmax scale that is not one number but a {type(scale).__name__}")
-    chunk = masks.chunk(call)
-    if chunk is not None and not chunks:
-        raise call.refusal(f"attention in chunks of {chunk} tokens, which observe and AttentionTap alone can read")
-    return AttentionForm(float(scale), masks.window(call), call.effective_option("softcap"), _sinks(call), chunk)
+    window, softcap = masks.window(call), call.effective_option("softcap")
+    return AttentionForm(float(scale), window, softcap, _sinks(call), masks.chunk(call))
 
 
 def _sinks(call: AttentionCall) -> Tensor | None:

@@ -228,7 +228,7 @@ class AttentionTap:
             B, _, T, _ = call.query.shape
             batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)
             self._masks = MaskReader(batch, self._checks, prompts=False)
-        form = attention_form(call, self._masks, chunks=True)
+        form = attention_form(call, self._masks)
         result = call.run()
         # Autocast around the forward pass would take the statistics to low precision as well.
         with self.watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):

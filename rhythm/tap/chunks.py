@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm.ops.statistics import AttentionStatistics, attention_statistics
+from rhythm.ops.statistics import AttentionStatistics, attention_statistics, attention_with_statistics
 from rhythm.tap.padding import PaddedBatch, copied
 
 
@@ -32,6 +32,18 @@ class _Cut:
     chunks: list[int]
     lens: list[int]
     prompt_lens: list[int]
+
+    @property
+    def rows(self) -> list[int]:
+        """Response rows of each chunk."""
+        return [length - prompt for length, prompt in zip(self.lens, self.prompt_lens, strict=True)]
+
+    def lengths(self, device: torch.device) -> dict[str, Any]:
+        """cu_seqlens and prompt_lens of the chunks, for the ops."""
+        return {
+            "cu_seqlens": copied(torch.tensor([0, *accumulate(self.lens)], dtype=torch.int32), device),
+            "prompt_lens": copied(torch.tensor(self.prompt_lens, dtype=torch.int64), device),
+        }
 
     @staticmethod
     def of(batch: PaddedBatch, chunk: int) -> _Cut:
@@ -49,32 +61,66 @@ def chunked_statistics(
     q_NHD: Tensor,
     k_NGD: Tensor,
     batch: PaddedBatch,
-    chunk: int,
+    chunk: int | None,
     *,
     horizon: tuple[int, int | None],
     **options: Any,
 ) -> AttentionStatistics:
-    """The statistics of attention in chunks of `chunk` tokens, counted from each sequence's first token.
+    """The statistics of attention in chunks of `chunk` tokens, counted from each sequence's first token; None: whole.
 
     Args:
         batch: on q's device; q and k are its tokens with the padding left out. Nothing here waits for the device.
         options: of `attention_statistics`, but for lengths and horizon.
     """
-    cut, device = _Cut.of(batch, chunk), q_NHD.device
-    bounds = copied(torch.tensor([0, *accumulate(cut.lens)], dtype=torch.int32), device)
-    prompt_lens_C = copied(torch.tensor(cut.prompt_lens, dtype=torch.int64), device)
-    got = attention_statistics(q_NHD, k_NGD, cu_seqlens=bounds, prompt_lens=prompt_lens_C, horizon=horizon, **options)
-    assert got.span is not None
+    if chunk is None:
+        return attention_statistics(q_NHD, k_NGD, **_lengths(batch), horizon=horizon, **options)
+    cut = _Cut.of(batch, chunk)
+    got = attention_statistics(q_NHD, k_NGD, **cut.lengths(q_NHD.device), horizon=horizon, **options)
+    return _of_sequences(got, cut, batch, chunk, horizon)
 
-    rows_C1 = (bounds.diff() - prompt_lens_C)[:, None]
-    sum_CH = torch.where(rows_C1 > 0, got.span * rows_C1, 0.0)
-    chunks_B = copied(torch.tensor(cut.chunks, dtype=torch.int64), device)
-    sum_BH = torch.segment_reduce(sum_CH, "sum", lengths=chunks_B, axis=0, unsafe=True)
-    span_BH = sum_BH / (batch.lens - batch.prompt_lens)[:, None]
+
+def chunked_with_statistics(
+    q_NHD: Tensor,
+    k_NGD: Tensor,
+    v_NGD: Tensor,
+    batch: PaddedBatch,
+    chunk: int | None,
+    *,
+    horizon: tuple[int, int | None],
+    **options: Any,
+) -> tuple[Tensor, AttentionStatistics]:
+    """(output [N, H, D], statistics) of the same attention; arguments as of `chunked_statistics`."""
+    if chunk is None:
+        return attention_with_statistics(q_NHD, k_NGD, v_NGD, **_lengths(batch), horizon=horizon, **options)
+    cut = _Cut.of(batch, chunk)
+    out_NHD, got = attention_with_statistics(
+        q_NHD, k_NGD, v_NGD, **cut.lengths(q_NHD.device), horizon=horizon, **options
+    )
+    return out_NHD, _of_sequences(got, cut, batch, chunk, horizon)
+
+
+def _lengths(batch: PaddedBatch) -> dict[str, Any]:
+    return {"cu_seqlens": batch.cu_seqlens, "prompt_lens": batch.prompt_lens}
+
+
+def _of_sequences(
+    got: AttentionStatistics, cut: _Cut, batch: PaddedBatch, chunk: int, horizon: tuple[int, int | None]
+) -> AttentionStatistics:
+    """The statistics of whole sequences, made of those of their chunks."""
+    span_BH = got.span
+    if span_BH is not None:
+        rows_C1 = copied(torch.tensor(cut.rows, dtype=torch.int64), span_BH.device)[:, None]
+        sum_CH = torch.where(rows_C1 > 0, span_BH * rows_C1, 0.0)
+        chunks_B = copied(torch.tensor(cut.chunks, dtype=torch.int64), span_BH.device)
+        sum_BH = torch.segment_reduce(sum_CH, "sum", lengths=chunks_B, axis=0, unsafe=True)
+        span_BH = sum_BH / (batch.lens - batch.prompt_lens)[:, None]
 
     whole_N, of_chunk_N = _rows_reached(batch, chunk, horizon)
     fai_HN = torch.where(of_chunk_N > 0, got.fai * of_chunk_N / whole_N, 0.0)
-    return replace(got, span=span_BH, fai=fai_HN.masked_fill(whole_N == 0, torch.nan))
+    first_HN = got.first_mass
+    if first_HN is not None:  # that of a sequence's first tokens, which its later chunks don't see
+        first_HN = torch.where(batch.packed(batch.positions) < chunk, first_HN, first_HN * 0)
+    return replace(got, span=span_BH, fai=fai_HN.masked_fill(whole_N == 0, torch.nan), first_mass=first_HN)
 
 
 def _rows_reached(batch: PaddedBatch, chunk: int, horizon: tuple[int, int | None]) -> tuple[Tensor, Tensor]:

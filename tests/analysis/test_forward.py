@@ -33,6 +33,9 @@ def build(kind: str) -> Any:
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES)).eval()
     if kind == "gemma3":
         return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, **window)).eval()
+    if kind == "llama4":  # chunks in three layers of four
+        rest = {"num_local_experts": 2, "intermediate_size_mlp": 32, "pad_token_id": None, "attention_chunk_size": 16}
+        return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**SIZES | rest)).eval()
     if kind == "gpt_oss":
         config = transformers.GptOssConfig(**SIZES, **window, num_local_experts=2, num_experts_per_tok=1)
         model = transformers.GptOssForCausalLM(config).eval()
@@ -42,7 +45,7 @@ def build(kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2", "gpt_oss", "llama4"])
 def test_signals_are_those_of_observe(kind: str) -> None:
     model = build(kind)
     seen = observe_response(
@@ -67,7 +70,7 @@ def test_signals_are_those_of_observe(kind: str) -> None:
     assert seen.tokens.logprob == pytest.approx(logprob, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2", "gpt_oss", "llama4"])
 def test_spans_and_kurtosis_of_every_layer(kind: str) -> None:
     model = build(kind)
     seen = Observer(model, CONFIG.signals).observe(IDS, PROMPT, [0] * (N - PROMPT))
@@ -82,15 +85,19 @@ def test_spans_and_kurtosis_of_every_layer(kind: str) -> None:
     assert sorted(seen.layers) == list(range(6))
     for call in calls:
         assert call.layer is not None
-        sliding = kind != "qwen3" and call.layer % 2 == 0
-        weights, _ = reference.attention_weights(
-            call.query[0].transpose(0, 1),
-            call.key[0].transpose(0, 1),
-            call.options["scaling"],
-            sliding_window=8 if sliding else None,
-            softcap=50.0 if kind == "gemma2" else None,
-            sinks_H=call.options.get("s_aux"),
-        )
+        sliding = kind not in ("qwen3", "llama4") and call.layer % 2 == 0
+        chunk = 16 if kind == "llama4" and call.layer % 4 != 3 else N
+        weights = torch.zeros(call.query.shape[1], N, N)
+        for start in range(0, N, chunk):
+            inside = slice(start, start + chunk)
+            weights[:, inside, inside], _ = reference.attention_weights(
+                call.query[0, :, inside].transpose(0, 1),
+                call.key[0, :, inside].transpose(0, 1),
+                call.options["scaling"],
+                sliding_window=8 if sliding else None,
+                softcap=50.0 if kind == "gemma2" else None,
+                sinks_H=call.options.get("s_aux"),
+            )
         span, _, received = reference.sequence_statistics(
             weights, prompt_len=PROMPT, window=10, horizon=(CONFIG.signals.horizon[0], None)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +47,20 @@ def test_a_response_that_fits_gets_the_map_itself() -> None:
     result = mean_map(layers, HEADS, prompt_len=7)
     assert (result.cell, result.prompt_columns) == (1, 7)
     torch.testing.assert_close(result.weights, by_definition(layers)[7:])
+
+
+def test_chunks_are_cut_from_the_map() -> None:
+    layers = layers_of(23)
+    layers[5] = replace(layers[5], chunk=6)
+    chunk_N = torch.arange(23) // 6
+    exact_NN = by_definition(layers)  # of layer 5 as if it were whole
+    x = layers[5]
+    whole = attention_weights(x.query, x.key, x.scale)[0][1]
+    cut = whole * (chunk_N[:, None] == chunk_N)
+    exact_NN += (cut / cut.sum(dim=1, keepdim=True) - whole) / len(HEADS)
+    for max_cells in (192, 23):
+        result = mean_map(layers, HEADS, prompt_len=7, max_cells=max_cells, block_rows=5)
+        torch.testing.assert_close(result.weights, exact_NN[7:])
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,15 @@ from registered_attention import (
 )
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask, sdpa_mask
+from transformers.masking_utils import (
+    chunked_causal_mask_function,
+    create_causal_mask,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 import rhythm
+from rhythm.integrations import short_masks
 from rhythm.integrations import transformers as integration
 from rhythm.integrations.transformers import LayerStatistics, collect_statistics, register
 from rhythm.ops.answers import ALSO
@@ -36,7 +42,7 @@ def registered() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("side", ["none", "right", "left"])
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3", "deepseek", "gemma2", "gpt_oss", "mistral"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3", "deepseek", "gemma2", "gpt_oss", "mistral", "llama4"])
 def test_logits_and_statistics(kind: str, side: str, grad: bool) -> None:
     input_ids, inputs = batch(side)
     model, eager = made(kind), made(kind, "eager")
@@ -89,22 +95,24 @@ def test_gradients_are_sdpas(checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_outside_the_context_it_is_sdpa_bit_for_bit(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integration, "attention_with_statistics", None)
+    monkeypatch.setattr(integration, "chunked_with_statistics", None)
     (input_ids, inputs), model, sdpa = batch(side), made(), made(implementation="sdpa")
     with torch.no_grad():
         assert model(input_ids, **inputs).logits.equal(sdpa(input_ids, **inputs).logits)
 
 
 @pytest.mark.parametrize("side", ["none", "right", "left"])
-def test_inside_it_is_one_sweep_and_no_square_mask(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gemma2", "gpt_oss", "mistral", "llama4"])
+def test_inside_it_is_one_sweep_and_no_square_mask(kind: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError
 
-    for name in ("sdpa_attention_forward", "sdpa_mask", "attention_statistics"):
+    for name in ("sdpa_attention_forward", "chunked_statistics", "whole_mask"):
         monkeypatch.setattr(integration, name, forbidden)
+    monkeypatch.setattr(short_masks, "sdpa_mask", forbidden)
     input_ids, inputs = batch(side)
     with torch.no_grad(), collect_statistics() as statistics:
-        made()(input_ids, **inputs)
+        made(kind)(input_ids, **inputs)
     assert len(statistics) == 4
 
 
@@ -128,6 +136,40 @@ def test_masks_are_made_once_where_sdpa_needs_them(monkeypatch: pytest.MonkeyPat
     with torch.no_grad(), collect_statistics(layers=[1]):
         model(input_ids, **inputs)
     assert masks == [None] * 3
+
+
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral", "llama4"])
+def test_layers_not_asked_for_have_their_window_or_chunks(kind: str, side: str) -> None:
+    """sdpa gets the whole mask that transformers would have made, once for the layers that share it."""
+    (input_ids, inputs), model = batch(side), made(kind)
+    with torch.no_grad():
+        expected = model(input_ids, **inputs).logits
+        with collect_statistics(layers=[]) as statistics:
+            logits = model(input_ids, **inputs).logits
+    real = inputs["attention_mask"].bool()
+    assert logits[real].equal(expected[real])
+    assert not statistics
+
+
+@pytest.mark.parametrize("T", [1, 6, 90])
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+def test_short_masks_say_what_the_whole_ones_say(side: str, T: int) -> None:
+    real = torch.ones((2, T), dtype=torch.bool)
+    if side != "none":
+        real[1, slice(T - T // 3, None) if side == "right" else slice(0, T // 3)] = False
+    first = (real.cumsum(dim=1) == 0).sum(dim=1)
+    for function in (sliding_window_causal_mask_function(5), chunked_causal_mask_function(5, first)):
+        sizes = {"batch_size": 2, "q_length": T, "kv_length": T, "mask_function": function, "attention_mask": real}
+        short = short_masks.sdpa_or_short_mask(**sizes, local_size=5, short=True)
+        assert short is not None
+        assert short.shape == (2, T)
+        assert short_masks.whole_mask(short).equal(sdpa_mask(**sizes, allow_is_causal_skip=False))
+    other = sliding_window_causal_mask_function(4)
+    kept = short_masks.sdpa_or_short_mask(2, T, T, mask_function=other, attention_mask=real, local_size=5, short=True)
+    if T > 5:
+        assert kept is not None
+        assert kept.shape == (2, 1, T, T)  # not what local_size says: transformers' own
 
 
 def test_a_model_that_wants_a_mask_gets_one() -> None:

@@ -12,7 +12,6 @@ from tensors import normal
 from torch import Tensor
 
 from rhythm import SignalsConfig, observe
-from rhythm.integrations.transformers import collect_statistics, register
 from rhythm.ops import reference
 from rhythm.tap.attention_form import MaskReader, UnsupportedAttention
 from rhythm.tap.chunks import chunked_statistics
@@ -22,15 +21,13 @@ from rhythm.tap.padding import PaddedBatch
 WINDOW, CHUNK = 4, 7
 
 
-def llama4(implementation: str = "sdpa") -> Any:
+def llama4() -> Any:
     torch.manual_seed(0)
     config = transformers.Llama4TextConfig(
         **models.SIZES, **models.GQA, num_hidden_layers=4, num_local_experts=2, intermediate_size_mlp=32,
         pad_token_id=None, attention_chunk_size=CHUNK,
     )  # fmt: skip
-    model = transformers.Llama4ForCausalLM(config).eval()
-    model.set_attn_implementation(implementation)
-    return model
+    return transformers.Llama4ForCausalLM(config).eval()
 
 
 def tokens(*shape: int) -> Tensor:
@@ -81,14 +78,3 @@ def test_packed_rows_have_chunks_of_the_row() -> None:
     model, signals = llama4(), SignalsConfig(layers=[1], window=WINDOW, horizon=(1, 9))
     with pytest.raises(UnsupportedAttention, match=r"a mask other than .* of the cu_seqlens given"):
         observe(model, tokens(1, 20), cu_seqlens=torch.tensor([0, 9, 20]), prompt_lens=[1, 2], signals=signals)
-
-
-def test_who_cannot_cut_sequences_refuses_them() -> None:
-    register()
-    model = llama4("rhythm")
-    with (
-        pytest.raises(UnsupportedAttention, match="attention in chunks of 7 tokens, which observe and AttentionTap"),
-        torch.no_grad(),
-        collect_statistics(prompt_lens=[3]),
-    ):
-        model(tokens(1, 20), use_cache=False)

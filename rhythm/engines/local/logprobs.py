@@ -31,6 +31,8 @@ def check_output_head(model: Any) -> None:
         value = getattr(model.config.get_text_config(), name, none)
         if value not in (None, none):
             raise ValueError(f"model: {type(model).__name__} has {name}={value}, which log-probs don't support")
+    if model.base_model is model:
+        raise ValueError(f"model: {type(model).__name__} names no base model, which would give its last hidden state")
     device = model.device
     ids = torch.arange(2, 6, device=device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():

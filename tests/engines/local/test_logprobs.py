@@ -12,6 +12,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
 )
 
 from rhythm.engines.interfaces import Rollout
@@ -80,6 +82,12 @@ def test_gradients_through_the_chunks(model: Any, make_rollout: Callable[..., Ro
 def test_scaled_and_capped_logits_are_refused(config: Any, cls: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_output_head(cls(config))
+
+
+def test_a_model_without_a_base_is_refused() -> None:
+    config = Llama4TextConfig(**SMALL, **HEADS, **NO_SPECIALS, num_local_experts=2, intermediate_size_mlp=32)
+    with pytest.raises(ValueError, match="model: Llama4ForCausalLM names no base model"):
+        check_output_head(Llama4ForCausalLM(config))
 
 
 def test_other_models_pass_and_agree(make_rollout: Callable[..., Rollout]) -> None:
