@@ -366,6 +366,7 @@ def _torch_train(spec: TrainSpec, rank: int, address: str, port: int) -> tuple[E
         share_prompts=spec.share_prompts,
         precision=getattr(torch, spec.precision),
         reference=_load_model(spec, torch.float32) if spec.reference else None,
+        gradient_checkpointing=spec.gradient_checkpointing,
     )
     return engine, model.device
 

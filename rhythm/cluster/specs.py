@@ -56,6 +56,7 @@ class TrainSpec:
     max_tokens: int | None = None
     log_prob_micro_batch_size: int | None = None
     share_prompts: bool = False
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def _build(
             max_tokens=config.batch.max_tokens,
             log_prob_micro_batch_size=config.batch.log_prob_micro_batch_size,
             share_prompts=config.batch.share_prompts,
+            gradient_checkpointing=config.model.gradient_checkpointing,
             precision=config.model.precision,
             reference=config.loss.kl_coef > 0,
             bucket_bytes=cluster.push_bucket_mib << 20,

@@ -36,6 +36,11 @@ class ModelConfig(BaseModel, extra="forbid", frozen=True):
         default="float32",
         description="dtype of the forward and backward pass; weights and optimizer stay float32",
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="keep only the layers' inputs for the backward pass, which computes the rest again: less memory, a "
+        "third more time; rows are padded then (engine torch only: Megatron has cluster.train.recompute)",
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code contained in the checkpoint")
 
 
@@ -227,6 +232,8 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
         where = "with cluster.train.engine = megatron"
         if self.batch.share_prompts:
             raise ValueError(f"batch.share_prompts is true: must be false {where}")
+        if self.model.gradient_checkpointing:
+            raise ValueError(f"model.gradient_checkpointing is true: {where} it is cluster.train.recompute")
         if (rows := self.batch.log_prob_micro_batch_size) is not None:
             raise ValueError(f"batch.log_prob_micro_batch_size is {rows}: must be null {where}")
         return self

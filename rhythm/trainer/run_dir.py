@@ -38,6 +38,7 @@ _FREE_SIZES = (
     "batch.share_prompts",
     "optimizer.token_chunk",
     "model.device",
+    "model.gradient_checkpointing",
 )
 _NOT_FREE = ("cluster.train.engine",)  # each trainer reads only its own checkpoints
 

@@ -256,6 +256,7 @@ def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path
         share_prompts=config.batch.share_prompts,
         precision=precision,
         reference=load_model(checkpoint, config.model) if config.loss.kl_coef else None,
+        gradient_checkpointing=config.model.gradient_checkpointing,
     )
     if config.signals.source != "separate":
         tapped = train if config.signals.source == "training" else None

@@ -69,6 +69,10 @@ def test_the_responses_of_a_prompt_stay_together(small_config: Callable[..., Tra
             ("batch.log_prob_micro_batch_size=64", "cluster.gpus=8"),
             "batch.log_prob_micro_batch_size is 64: must be null with cluster.train.engine = megatron",
         ),
+        (
+            ("model.gradient_checkpointing=true", "cluster.gpus=8"),
+            "model.gradient_checkpointing is true: with cluster.train.engine = megatron it is cluster.train.recompute",
+        ),
     ],
 )
 def test_what_does_not_go_together(

@@ -94,11 +94,13 @@ class TorchTrain:
         share_prompts: bool = False,
         precision: torch.dtype = torch.float32,
         reference: Any | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """`log_prob_micro_batch_size`: rows of a micro-batch in passes without gradients; None: micro_batch_size.
         `max_tokens`: tokens of a micro-batch at most, instead of these numbers of rows. `share_prompts`: rows of a
         prompt come together in micro-batches. `reference`: a frozen model for the KL term. `precision`: dtype of
-        autocast; float32 for none.
+        autocast; float32 for none. `gradient_checkpointing`: keep only the layers' inputs for the backward pass, which
+        computes the rest again; rows are then padded.
 
         Raises ValueError if the model's logits aren't the product of its last hidden state and its output embedding, or
         the output embedding is not a plain linear layer.
@@ -106,6 +108,8 @@ class TorchTrain:
         check_output_head(model)
         output_head(model)
         use_onednn(model)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self._model = model
         self._tokenizer = tokenizer
         self._config = optimizer

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,37 @@ def test_micro_batches_add_up(model: Any, make: Make, batch: TrainBatch, normali
     assert whole.grad_norm == pytest.approx(parts.grad_norm, rel=1e-4)
     assert whole.clip_share == pytest.approx(parts.clip_share, abs=1e-6)
     assert_same(state(one), state(many), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_gradient_checkpointing_keeps_less_and_gives_the_same(
+    tapped: bool, model: Any, make: Make, batch: TrainBatch
+) -> None:
+    """In a plain step, and in one whose forward pass is tapped: the pass that computes activations again is not."""
+    batch = replace(batch, old_logprobs=None) if tapped else batch
+    kept, signals, models = [], [], []
+    for checkpointing in (False, True):
+        models.append(copy.deepcopy(model))
+        train = make(models[-1], gradient_checkpointing=checkpointing)
+        saved: list[int] = []
+
+        def note(x: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            if tapped:
+                step = train.tapped_step(batch, TAP, lambda micro, entropy, signals: micro.advantages)
+                assert step.signals is not None
+                signals.append(step.signals)
+            else:
+                train.step(batch)
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 2
+    # Not bit for bit: rhythm's attention of short rows is not used where the backward pass computes it again.
+    assert_same(state(models[0]), state(models[1]), rtol=1e-4, atol=1e-6)
+    if tapped:
+        torch.testing.assert_close(signals[0].waad, signals[1].waad, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_log_probs_do_not_depend_on_micro_batches(model: Any, make: Make, make_rollout: Callable[..., Rollout]) -> None:
