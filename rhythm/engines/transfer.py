@@ -1,17 +1,17 @@
 """Sends weights from a trainer to vLLM (the sending side), and checks that a push contains all weights.
 
-Messages between processes are plain data: names, dtypes, shapes, offsets, and the name of a shared-memory segment or a
+Messages between processes are plain data: names, dtypes, shapes, offsets, and where a shared-memory segment is or a
 GPU memory handle. The receiving side of `shared_memory` is in `worker`; those of `nccl` and `ipc` are part of vLLM.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
+import mmap
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -24,7 +24,8 @@ TransferKind = Literal["shared_memory", "nccl", "ipc"]
 Bucket = Sequence[tuple[str, Tensor]]
 
 TIED_HEAD = "lm_head.weight"
-SEGMENT_PREFIX = "rhythm-weights-"
+SEGMENT_NAME = "rhythm-weights"
+"""Of the memory that a SharedMemorySender stages into, as /proc shows it."""
 ALIGNMENT = 64
 """Every tensor of a bucket starts at a multiple of this many bytes."""
 
@@ -89,10 +90,13 @@ class WeightSender(ABC):
 class SharedMemorySender(WeightSender):
     """Sends through the machine's shared memory, from and to CPUs or GPUs: one segment, as large as the largest bucket.
 
-    If this process dies, Python's resource tracker removes the segment.
+    The segment has no name in a file system (memfd_create), so that nothing is left of it however this process ends.
+    Receivers open it as /proc/PROCESS/fd/DESCRIPTOR: they must be on this machine, of this user, and see this process
+    under its own id (one PID namespace).
     """
 
-    _segment: SharedMemory | None = None
+    _descriptor: int | None = None
+    _memory: mmap.mmap
 
     def stage(self, bucket: Bucket) -> dict[str, Any]:
         ready = self._ready(bucket)
@@ -100,23 +104,25 @@ class SharedMemorySender(WeightSender):
         for _, tensor in ready:
             offsets.append(size)
             size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        segment = self._at_least(size)
-        flat = torch.frombuffer(segment.buf, dtype=torch.uint8)
+        flat = torch.frombuffer(self._at_least(size), dtype=torch.uint8)
         for offset, (_, tensor) in zip(offsets, ready, strict=True):
             flat[offset : offset + tensor.nbytes].copy_(_bytes(tensor))
-        return {**describe(ready), "segment": segment.name, "offsets": offsets}
+        return {**describe(ready), "process": os.getpid(), "descriptor": self._descriptor, "offsets": offsets}
 
     def close(self) -> None:
-        if self._segment is not None:
-            self._segment.close()
-            self._segment.unlink()
-            self._segment = None
+        if self._descriptor is not None:
+            self._memory.close()
+            os.close(self._descriptor)
+            self._descriptor = None
 
-    def _at_least(self, size: int) -> SharedMemory:
-        if self._segment is None or self._segment.size < size:
+    def _at_least(self, size: int) -> mmap.mmap:
+        if self._descriptor is None or len(self._memory) < size:
             self.close()
-            self._segment = SharedMemory(SEGMENT_PREFIX + secrets.token_hex(16), create=True, size=max(size, 1))
-        return self._segment
+            descriptor = os.memfd_create(SEGMENT_NAME)
+            os.truncate(descriptor, max(size, 1))
+            self._memory = mmap.mmap(descriptor, 0)
+            self._descriptor = descriptor
+        return self._memory
 
 
 class IpcSender(WeightSender):

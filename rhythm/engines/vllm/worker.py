@@ -6,12 +6,11 @@ vLLM imports this module by name in every worker; nothing else does.
 from __future__ import annotations
 
 import mmap
-import re
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,11 +23,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from rhythm.engines.transfer import SEGMENT_PREFIX
+from rhythm.engines.transfer import SEGMENT_NAME
 from rhythm.system.parent import signal_at_parents_end
 
-SEGMENTS = Path("/dev/shm")
-SEGMENT_NAME = re.compile(re.escape(SEGMENT_PREFIX) + "[0-9a-f]{32}")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,12 +36,16 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLL
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """One bucket: names, dtypes, shapes and byte offsets of its tensors in a segment of shared memory."""
+    """One bucket: names, dtypes, shapes and byte offsets of its tensors in a segment of shared memory.
+
+    process, descriptor: the sender's id, and its file descriptor of the segment.
+    """
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
-    segment: str
+    process: int
+    descriptor: int
     offsets: list[int]
 
 
@@ -83,9 +84,7 @@ def read_segment(info: SharedMemoryUpdateInfo, device: torch.device) -> Iterator
     """Copies of a bucket's tensors: vLLM keeps some until their layer is complete, when the next bucket has
     overwritten the memory.
     """
-    if not SEGMENT_NAME.fullmatch(info.segment):
-        raise ValueError(f"segment is {info.segment!r}: must be {SEGMENT_PREFIX} and 32 hexadecimal digits")
-    with (SEGMENTS / info.segment).open("rb") as file:
+    with open_segment(info.process, info.descriptor) as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # frombuffer needs writable memory
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     for name, dtype_name, shape, offset in zip(info.names, info.dtype_names, info.shapes, info.offsets, strict=True):
@@ -96,6 +95,21 @@ def read_segment(info: SharedMemoryUpdateInfo, device: torch.device) -> Iterator
         if not 0 <= offset <= len(flat) - size:
             raise ValueError(f"{name} is at bytes {offset} to {offset + size} of a segment of {len(flat)} bytes")
         yield name, flat[offset : offset + size].view(dtype).view(shape).to(device, copy=True)
+
+
+def open_segment(process: int, descriptor: int) -> BinaryIO:
+    """Open a segment of a SharedMemorySender for reading. Raises ValueError where there is none."""
+    path = f"/proc/{int(process)}/fd/{int(descriptor)}"
+    try:
+        target = os.readlink(path)
+        if target == f"/memfd:{SEGMENT_NAME} (deleted)":
+            return open(path, "rb")
+    except OSError as error:
+        target = f"{error.strerror}"
+    raise ValueError(
+        f"{path} is no segment of weights ({target}): the sender must be a living process of this machine, user and "
+        "PID namespace"
+    )
 
 
 class WorkerExtension:

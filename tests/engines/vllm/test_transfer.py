@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from rhythm.engines.transfer import (
-    SEGMENT_PREFIX,
     PushManifest,
     SharedMemorySender,
     buckets,
@@ -71,14 +74,52 @@ def test_what_was_read_outlives_the_next_bucket(worker: Any) -> None:
 
 
 def test_one_segment_that_grows_and_goes() -> None:
+    def inode(count: int) -> int:
+        info = sender.stage([("a", torch.zeros(count))])
+        assert info["process"] == os.getpid()
+        return os.fstat(info["descriptor"]).st_ino
+
+    before, open_before = set(SEGMENTS.iterdir()), set(os.listdir("/proc/self/fd"))
     sender = SharedMemorySender()
-    small, same, large = (sender.stage([("a", torch.zeros(n))])["segment"] for n in (1000, 500, 100_000))
+    small, same, large = inode(1000), inode(500), inode(100_000)
     assert small == same != large
-    assert not (SEGMENTS / small).exists()
-    assert (SEGMENTS / large).exists()
+    assert set(SEGMENTS.iterdir()) <= before, "it has no name that could be left"
     sender.close()
     sender.close()
-    assert not (SEGMENTS / large).exists()
+    assert set(os.listdir("/proc/self/fd")) == open_before
+
+
+STAGES_AND_WAITS = """
+import json, sys, time, torch
+from rhythm.engines.transfer import SharedMemorySender
+sender = SharedMemorySender()
+print(json.dumps(sender.stage([("a", torch.ones(1 << 20)), ("b", torch.ones(8))])), flush=True)
+time.sleep(60)
+"""
+
+
+def test_nothing_is_left_of_a_sender_that_is_killed_in_a_push(worker: Any) -> None:
+    """With all that it started, so that nothing is left to clean up after it. What reads then reads to its end."""
+    before = set(SEGMENTS.iterdir())
+    sender = subprocess.Popen(
+        [sys.executable, "-c", STAGES_AND_WAITS], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert sender.stdout is not None
+        info = json.loads(sender.stdout.readline())
+        reading = worker.read_segment(worker.SharedMemoryUpdateInfo(**info), torch.device("cpu"))
+        assert torch.equal(next(reading)[1], torch.ones(1 << 20))
+    finally:
+        os.killpg(sender.pid, signal.SIGKILL)
+        sender.wait(30)
+    assert torch.equal(next(reading)[1], torch.ones(8))
+    assert set(SEGMENTS.iterdir()) <= before
+    with pytest.raises(
+        ValueError, match=r"no segment of weights \(No such file.*must be a living process of this mach"
+    ):
+        read(worker, info)
+    reading.close()
+    assert "memfd:rhythm-weights" not in Path("/proc/self/maps").read_text()
 
 
 def test_weights_may_be_sent_in_another_type(worker: Any) -> None:
@@ -90,8 +131,9 @@ def test_weights_may_be_sent_in_another_type(worker: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"segment": "../../etc/passwd"}, "must be rhythm-weights- and 32 hexadecimal digits"),
-        ({"segment": SEGMENT_PREFIX + "0" * 32 + "\n"}, "must be rhythm-weights- and 32 hexadecimal digits"),
+        ({"process": 1 << 30}, r"/proc/1073741824/fd/[0-9]+ is no segment of weights \(No such file or directory\)"),
+        ({"descriptor": 0}, r"/proc/[0-9]+/fd/0 is no segment of weights \(.*\): the sender must be a living process"),
+        ({"descriptor": "../environ"}, "invalid literal for int"),
         ({"dtype_names": ["load"]}, "a is load: must be one of float32, bfloat16, float16"),
         ({"offsets": [4096]}, "a is at bytes 4096 to 4128 of a segment of 4096"),
         ({"offsets": [-64]}, "a is at bytes -64 to -32"),
@@ -121,7 +163,7 @@ def test_handles_of_gpu_memory_without_their_classes(worker: Any) -> None:
 def test_merged_has_every_gpus_handle() -> None:
     one, two = ({"names": ["a"], "ipc_handles": {uuid: [rank]}} for rank, uuid in enumerate(["GPU-a", "GPU-b"]))
     assert merged([one, two]) == {"names": ["a"], "ipc_handles": {"GPU-a": [0], "GPU-b": [1]}}
-    assert merged([{"names": ["a"], "segment": "s"}]) == {"names": ["a"], "segment": "s"}
+    assert merged([{"names": ["a"], "descriptor": 3}]) == {"names": ["a"], "descriptor": 3}
 
 
 def test_nccl_ranks_of_replicas_follow_the_trainers() -> None:
