@@ -83,5 +83,5 @@ def start_train(session: Session, rates: Rates, checkpoint: Path) -> ClusterTrai
 def start_weight_sync(train: ClusterTrain, infer: ClusterInfer, attn: ClusterAttn, rates: Rates) -> ClusterWeightSync:
     from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 
-    receivers = [WeightReceiver("object_store", infer), WeightReceiver("object_store", attn)]
+    receivers = [WeightReceiver("shared_memory", infer), WeightReceiver("object_store", attn)]
     return ClusterWeightSync(train, receivers, rates=rates, gpus_of_replica=1, seconds=200)

@@ -13,8 +13,8 @@ from rhythm.engines.vllm.config import VllmConfig
 
 LOOPBACK = "127.0.0.1"
 PushKind = Literal["shared_memory", "nccl", "ipc", "object_store"]
-"""How weights are sent from actor_train to a receiver: three ways into vLLM, and Ray's object store for transformers
-models."""
+"""How weights are sent from actor_train: the first three ways to vLLM; to transformers models by shared_memory,
+or by Ray's object_store where they may be on other machines."""
 
 
 class InferRole(VllmConfig, extra="forbid", frozen=True):

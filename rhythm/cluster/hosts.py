@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 
 from rhythm.checkpoints import load_model, loading_options
 from rhythm.cluster.config import PushKind
-from rhythm.cluster.object_store import ModelReceiver, ObjectStoreSender
+from rhythm.cluster.model_receiver import ModelReceiver
+from rhythm.cluster.object_store import ObjectStoreSender
 from rhythm.cluster.specs import AttnSpec, InferSpec, NotFinite, Part, Reply, TrainSpec
 from rhythm.engines.batches import to_device
 from rhythm.engines.interfaces import (
@@ -205,14 +206,15 @@ class TrainHost(Host):
         return value if self._rank == 0 else None
 
     def _make_sender(self, kind: PushKind, replicas: int, tensor_parallel_size: int) -> WeightSender:
+        dtype = getattr(torch, self._spec.precision)
         if kind == "object_store":
-            return ObjectStoreSender()
+            return ObjectStoreSender(dtype)
         return make_sender(
             kind,
             address=self._bind_address,
             replicas=replicas,
             tensor_parallel_size=tensor_parallel_size,
-            dtype=getattr(torch, self._spec.precision),
+            dtype=dtype,
         )
 
 
@@ -278,7 +280,8 @@ class AttnHost(Host):
 
     def build(self, spec: AttnSpec) -> None:
         """Load the model."""
-        model = _load_model(spec, torch.float32)
+        precision = getattr(torch, spec.precision)
+        model = _load_model(spec, precision)
         self._receiver = ModelReceiver(model)
         self._device = model.device
         self._engine = ObserveAttn(
@@ -287,7 +290,7 @@ class AttnHost(Host):
             spec.tap.model_copy(update={"grouping": "sequence"}),
             micro_batch_size=spec.micro_batch_size,
             max_tokens=spec.max_tokens,
-            precision=getattr(torch, spec.precision),
+            precision=precision,
         )
 
     def signals(self, rollout: Rollout, groups: Any) -> Any:
@@ -295,7 +298,8 @@ class AttnHost(Host):
         return to_device(self._engine.signals(to_device(rollout, self._device), groups), "cpu")
 
     def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
-        """Does nothing: Ray's object store needs no preparation."""
+        """Prepare to receive weights by this kind of transfer."""
+        self._receiver.init_transfer(kind, info)
 
     def start_push(self) -> None:
         """Begin a weight sync."""
@@ -323,17 +327,15 @@ class _GenerateReplica(GenerateInfer):
         super().__init__(
             model, end_ids=spec.end_ids, pad_id=spec.pad_id, max_length=spec.max_length, tokenizer=tokenizer
         )
-        self._receiver = ModelReceiver(model)
-        self.start_push = self._receiver.start_push
-        self.receive = self._receiver.receive
-        self.finish_push = self._receiver.finish_push
+        receiver = ModelReceiver(model)
+        self.init_transfer = receiver.init_transfer
+        self.start_push = receiver.start_push
+        self.receive = receiver.receive
+        self.finish_push = receiver.finish_push
 
     def parts(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int) -> Iterator[Rollout]:
         """The rollout, all of it at once."""
         yield self.generate(prompts, n, sampling, seed)
-
-    def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
-        """Does nothing: Ray's object store needs no preparation."""
 
     def sleep(self) -> None:
         """Does nothing: it holds no memory that it could free."""

@@ -1,7 +1,7 @@
-"""Sends weights from a trainer to vLLM (the sending side), and checks that a push contains all weights.
+"""Sends weights from a trainer to vLLM and to transformers models, and checks that a push contains all weights.
 
 Messages between processes are plain data: names, dtypes, shapes, offsets, and where a shared-memory segment is or a
-GPU memory handle. The receiving side of `shared_memory` is in `worker`; those of `nccl` and `ipc` are part of vLLM.
+GPU memory handle. `read_segment` is the receiving side of `shared_memory`; those of `nccl` and `ipc` are part of vLLM.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import torch
 from safetensors import safe_open
@@ -26,6 +26,8 @@ Bucket = Sequence[tuple[str, Tensor]]
 TIED_HEAD = "lm_head.weight"
 SEGMENT_NAME = "rhythm-weights"
 """Of the memory that a SharedMemorySender stages into, as /proc shows it."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Those in which weights are sent."""
 ALIGNMENT = 64
 """Every tensor of a bucket starts at a multiple of this many bytes."""
 
@@ -123,6 +125,41 @@ class SharedMemorySender(WeightSender):
             self._memory = mmap.mmap(descriptor, 0)
             self._descriptor = descriptor
         return self._memory
+
+
+def read_segment(info: Mapping[str, Any], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Copies of the tensors that a SharedMemorySender staged: the next bucket overwrites the memory.
+
+    Raises ValueError for a segment, dtype or offset that it never uses.
+    """
+    with _open_segment(info["process"], info["descriptor"]) as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # frombuffer needs writable memory
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    for name, dtype_name, shape, offset in zip(
+        info["names"], info["dtype_names"], info["shapes"], info["offsets"], strict=True
+    ):
+        if dtype_name not in DTYPES:
+            raise ValueError(f"{name} is {dtype_name}: must be one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype_name]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if not 0 <= offset <= len(flat) - size:
+            raise ValueError(f"{name} is at bytes {offset} to {offset + size} of a segment of {len(flat)} bytes")
+        yield name, flat[offset : offset + size].view(dtype).view(shape).to(device, copy=True)
+
+
+def _open_segment(process: int, descriptor: int) -> BinaryIO:
+    """Open a segment of a SharedMemorySender for reading. Raises ValueError where there is none."""
+    path = f"/proc/{int(process)}/fd/{int(descriptor)}"
+    try:
+        target = os.readlink(path)
+        if target == f"/memfd:{SEGMENT_NAME} (deleted)":
+            return open(path, "rb")
+    except OSError as error:
+        target = f"{error.strerror}"
+    raise ValueError(
+        f"{path} is no segment of weights ({target}): the sender must be a living process of this machine, user and "
+        "PID namespace"
+    )
 
 
 class IpcSender(WeightSender):

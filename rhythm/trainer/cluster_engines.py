@@ -19,7 +19,7 @@ from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.environment import prepare_ray_environment
 from rhythm.cluster.plan.checks import check, check_weights
 from rhythm.cluster.plan.dimensions import KNOWN, Dimensions, Workload, read_dimensions
-from rhythm.cluster.plan.summary import describe_plan, push_kind
+from rhythm.cluster.plan.summary import describe_plan, push_kind, push_kind_to_models
 from rhythm.engines.interfaces import LogProbs, Rollout
 from rhythm.engines.parity import ParityConfig, compare, must_agree
 from rhythm.system.extras import missing
@@ -171,7 +171,7 @@ def _build(
         batch, precision = config.batch, config.model.precision
         spec = AttnSpec(checkpoint, config.signals, batch.micro_batch_size, precision, trust, batch.max_tokens)
         attn = ClusterAttn(session, spec, rates)
-        receivers.append(WeightReceiver("object_store", attn))
+        receivers.append(WeightReceiver(push_kind_to_models(cluster), attn))
     weight_sync = ClusterWeightSync(
         train,
         receivers,

@@ -19,7 +19,6 @@ def check(cluster: ClusterConfig, work: Workload, model: Dimensions) -> None:
         *_shapes(cluster, model),
         *_batches(cluster, work),
         *_lengths(cluster, work, model),
-        *_store(cluster, work, model),
     ]
     try:
         assign(cluster, separate_attn=work.separate_attn)
@@ -103,17 +102,4 @@ def _lengths(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Itera
         yield (
             f"batch.max_tokens is {work.max_tokens}: must be at least {longest}, the shortest prompt and the longest "
             "response (sampling.max_new_tokens, cluster.max_length)"
-        )
-
-
-def _store(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterator[str]:
-    if not (work.separate_attn or cluster.infer.engine == "transformers"):
-        return
-    # A weight larger than a bucket, such as the embedding in float32, is a bucket by itself. One bucket is read while
-    # the next is written.
-    bucket = max(cluster.push_bucket_mib, -(-4 * model.embedding_parameters // 2**20))
-    if cluster.object_store_mib < 2 * bucket:
-        yield (
-            f"cluster.object_store_mib is {cluster.object_store_mib}: weights for transformers models are sent through "
-            f"it, so it must hold two buckets of {bucket} MiB"
         )

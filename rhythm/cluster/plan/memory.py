@@ -100,11 +100,6 @@ def infer_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> I
     return InferMemory(weights, kv_cache, model.kv_values(infer.tensor_parallel_size) * work.value_bytes)
 
 
-def attn_memory(model: Dimensions) -> int:
-    """Bytes of a replica of actor_attn: its float32 weights. The activations of one layer are not counted."""
-    return model.parameters * 4
-
-
 def memory_faults(cluster: ClusterConfig, work: Workload, model: Dimensions) -> list[str]:
     """One message per role that doesn't fit on a GPU, naming the keys to change; empty if everything is on CPUs."""
     if cluster.gpus == 0:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rhythm.cluster.config import ClusterConfig, PushKind
 from rhythm.cluster.plan.dimensions import Dimensions, Workload
-from rhythm.cluster.plan.memory import attn_memory, checkpoint_bytes, gib, infer_memory, train_memory
+from rhythm.cluster.plan.memory import checkpoint_bytes, gib, infer_memory, train_memory
 from rhythm.cluster.plan.placement import Assignment, Slot, assign
 from rhythm.cluster.plan.timeline import peak, timeline
 
@@ -64,7 +64,7 @@ def _memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterat
     cache = f", KV cache {gib(infer.kv_cache)} = {infer.tokens:,} tokens" if infer.kv_cache else ""
     yield f"                actor_infer {gib(infer.total)}: weights {gib(infer.weights)}{cache}"
     if work.separate_attn:
-        yield f"                actor_attn {gib(attn_memory(model))}: weights in float32"
+        yield f"                actor_attn {gib(model.parameters * work.value_bytes)}: weights"
     if cluster.gpus and cluster.placement == "colocated":
         most = peak(cluster, work, model)
         yield (
@@ -107,16 +107,21 @@ def _pushes(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterat
     )
     if work.separate_attn:
         copies = f"{cluster.attn.replicas} × actor_attn"
-        yield f"                → {copies} by Ray's object store: {gib(model.parameters * 4)}"
+        yield f"                → {copies} by {push_kind_to_models(cluster)}: {gib(size)}"
 
 
 def push_kind(cluster: ClusterConfig) -> PushKind:
-    """How weights are sent to actor_infer: by shared_memory, nccl or ipc to vLLM, else through Ray's object store."""
+    """How weights are sent to actor_infer: to vLLM by shared_memory, nccl or ipc."""
     if cluster.infer.engine == "transformers":
-        return "object_store"
+        return push_kind_to_models(cluster)
     if cluster.gpus == 0:
         return "shared_memory"
     return "ipc" if cluster.placement == "colocated" else "nccl"
+
+
+def push_kind_to_models(cluster: ClusterConfig) -> PushKind:
+    """How weights are sent to transformers models: through the machine's memory, to other machines by Ray's store."""
+    return "shared_memory" if cluster.nodes == 1 else "object_store"
 
 
 def _where(slots: tuple[Slot, ...]) -> str:

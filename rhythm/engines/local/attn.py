@@ -34,8 +34,8 @@ class ObserveAttn:
         max_tokens: int | None = None,
         precision: torch.dtype = torch.float32,
     ) -> None:
-        """`model`: this engine's own copy, in float32; `max_tokens`: tokens of a micro-batch at most, padding counted,
-        instead of micro_batch_size rows; `precision`: dtype of autocast, float32 for none.
+        """`model`: this engine's own copy, in float32 or `precision`; `max_tokens`: tokens of a micro-batch at most,
+        padding counted, instead of micro_batch_size rows; `precision`: dtype of autocast, float32 for none.
         """
         use_onednn(model)
         self._model = model.eval()

@@ -5,15 +5,11 @@ vLLM imports this module by name in every worker; nothing else does.
 
 from __future__ import annotations
 
-import mmap
-import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -23,10 +19,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from rhythm.engines.transfer import SEGMENT_NAME
+from rhythm.engines.transfer import read_segment
 from rhythm.system.parent import signal_at_parents_end
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -70,7 +64,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         """Copy and load one bucket. Raises ValueError for a segment, dtype or offset that our senders never use."""
-        self.model.load_weights(read_segment(update_info, self.device))
+        self.model.load_weights(read_segment(vars(update_info), self.device))
 
     def finish_weight_update(self) -> None:
         """Process the loaded weights layer by layer, as vLLM does after reading a checkpoint."""
@@ -78,38 +72,6 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
     def shutdown(self) -> None:
         """Does nothing: no bucket is kept after its update."""
-
-
-def read_segment(info: SharedMemoryUpdateInfo, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Copies of a bucket's tensors: vLLM keeps some until their layer is complete, when the next bucket has
-    overwritten the memory.
-    """
-    with open_segment(info.process, info.descriptor) as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # frombuffer needs writable memory
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
-    for name, dtype_name, shape, offset in zip(info.names, info.dtype_names, info.shapes, info.offsets, strict=True):
-        if dtype_name not in DTYPES:
-            raise ValueError(f"{name} is {dtype_name}: must be one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype_name]
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if not 0 <= offset <= len(flat) - size:
-            raise ValueError(f"{name} is at bytes {offset} to {offset + size} of a segment of {len(flat)} bytes")
-        yield name, flat[offset : offset + size].view(dtype).view(shape).to(device, copy=True)
-
-
-def open_segment(process: int, descriptor: int) -> BinaryIO:
-    """Open a segment of a SharedMemorySender for reading. Raises ValueError where there is none."""
-    path = f"/proc/{int(process)}/fd/{int(descriptor)}"
-    try:
-        target = os.readlink(path)
-        if target == f"/memfd:{SEGMENT_NAME} (deleted)":
-            return open(path, "rb")
-    except OSError as error:
-        target = f"{error.strerror}"
-    raise ValueError(
-        f"{path} is no segment of weights ({target}): the sender must be a living process of this machine, user and "
-        "PID namespace"
-    )
 
 
 class WorkerExtension:

@@ -146,11 +146,6 @@ def test_the_papers_run_passes() -> None:
             {},
             r"cluster\.infer\.gpu_memory_utilization is 0\.09: 0\.0 MiB are left for the KV cache, 0 tokens",
         ),
-        (
-            {"train": {"data": 7}, "object_store_mib": 1000},
-            {"separate_attn": True, "mini_batch_size": 28},
-            r"cluster\.object_store_mib is 1000: .* must hold two buckets of 1484 MiB",
-        ),
     ],
 )
 def test_bad_layouts_name_their_keys(section: dict[str, Any], work: dict[str, Any], message: str | None) -> None:

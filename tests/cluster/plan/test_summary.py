@@ -15,7 +15,6 @@ from rhythm.cluster.plan.dimensions import KNOWN, Dimensions, Workload
 from rhythm.cluster.plan.memory import (
     InferMemory,
     TrainMemory,
-    attn_memory,
     checkpoint_bytes,
     infer_memory,
     train_memory,
@@ -91,7 +90,6 @@ def test_memory_of_a_small_model_by_hand() -> None:
     memory = infer_memory(cluster, WORK, SMALL)
     assert memory == InferMemory(weights=3304, kv_cache=2**30, token=2 * 4 * 1 * 4 * 2)
     assert memory.tokens == 2**30 // 64
-    assert attn_memory(SMALL) == 4 * 3304
     # In bfloat16: for transformers 2, Megatron's 2, and the optimizer's three times 4; the torch engine: three times 4.
     assert checkpoint_bytes(cluster, WORK, SMALL) == 3304 * (2 + 2 + 12)
     torch_engine = ClusterConfig.model_validate({"gpus": 8, "train": {"engine": "torch"}})
@@ -161,7 +159,9 @@ def test_the_way_of_weights_follows_the_placement() -> None:
     assert kind() == "ipc"
     assert kind(placement="separate") == "nccl"
     assert kind(gpus=0, infer={"kv_cache_gib": 1}) == "shared_memory"
-    assert kind(infer={"engine": "transformers"}) == "object_store"
+    assert kind(infer={"engine": "transformers"}) == "shared_memory"
+    others = {"gpus": 16, "nodes": 2, "ray_address": "10.0.0.1:6379", "bind_address": "10.0.0.1"}
+    assert kind(infer={"engine": "transformers"}, **others) == "object_store"
 
 
 @pytest.mark.parametrize(

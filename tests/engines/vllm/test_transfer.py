@@ -21,6 +21,7 @@ from rhythm.engines.transfer import (
     ipc_plain,
     make_sender,
     merged,
+    read_segment,
 )
 from rhythm.engines.vllm.environment import prepare_vllm_environment
 
@@ -36,8 +37,8 @@ def worker(_as_it_was: None) -> Any:
     return worker
 
 
-def read(worker: Any, info: dict[str, Any]) -> dict[str, Tensor]:
-    return dict(worker.read_segment(worker.SharedMemoryUpdateInfo(**info), torch.device("cpu")))
+def read(info: dict[str, Any]) -> dict[str, Tensor]:
+    return dict(read_segment(info, torch.device("cpu")))
 
 
 def test_buckets_keep_order_and_size() -> None:
@@ -47,7 +48,7 @@ def test_buckets_keep_order_and_size() -> None:
     assert list(buckets([], 100)) == []
 
 
-def test_a_segment_holds_the_bucket_bit_for_bit(worker: Any) -> None:
+def test_a_segment_holds_the_bucket_bit_for_bit() -> None:
     bucket = {
         "a": torch.randn(3, 5),
         "b": torch.randn(7).bfloat16(),
@@ -58,17 +59,17 @@ def test_a_segment_holds_the_bucket_bit_for_bit(worker: Any) -> None:
         info = sender.stage(list(bucket.items()))
         assert info["offsets"] == [0, 64, 128, 192]
         assert info["shapes"] == [[3, 5], [7], [6, 4], []]
-        result = read(worker, info)
+        result = read(info)
     assert list(result) == list(bucket)
     for name, tensor in bucket.items():
         assert result[name].dtype == tensor.dtype
         assert torch.equal(result[name], tensor)
 
 
-def test_what_was_read_outlives_the_next_bucket(worker: Any) -> None:
+def test_what_was_read_outlives_the_next_bucket() -> None:
     with make_sender("shared_memory") as sender:
-        first = read(worker, sender.stage([("a", torch.full((8,), 1.0))]))
-        second = read(worker, sender.stage([("a", torch.full((8,), 2.0))]))
+        first = read(sender.stage([("a", torch.full((8,), 1.0))]))
+        second = read(sender.stage([("a", torch.full((8,), 2.0))]))
     assert first["a"].unique().tolist() == [1.0]
     assert second["a"].unique().tolist() == [2.0]
 
@@ -98,7 +99,7 @@ time.sleep(60)
 """
 
 
-def test_nothing_is_left_of_a_sender_that_is_killed_in_a_push(worker: Any) -> None:
+def test_nothing_is_left_of_a_sender_that_is_killed_in_a_push() -> None:
     """With all that it started, so that nothing is left to clean up after it. What reads then reads to its end."""
     before = set(SEGMENTS.iterdir())
     sender = subprocess.Popen(
@@ -107,7 +108,7 @@ def test_nothing_is_left_of_a_sender_that_is_killed_in_a_push(worker: Any) -> No
     try:
         assert sender.stdout is not None
         info = json.loads(sender.stdout.readline())
-        reading = worker.read_segment(worker.SharedMemoryUpdateInfo(**info), torch.device("cpu"))
+        reading = read_segment(info, torch.device("cpu"))
         assert torch.equal(next(reading)[1], torch.ones(1 << 20))
     finally:
         os.killpg(sender.pid, signal.SIGKILL)
@@ -117,15 +118,15 @@ def test_nothing_is_left_of_a_sender_that_is_killed_in_a_push(worker: Any) -> No
     with pytest.raises(
         ValueError, match=r"no segment of weights \(No such file.*must be a living process of this mach"
     ):
-        read(worker, info)
+        read(info)
     reading.close()
     assert "memfd:rhythm-weights" not in Path("/proc/self/maps").read_text()
 
 
-def test_weights_may_be_sent_in_another_type(worker: Any) -> None:
+def test_weights_may_be_sent_in_another_type() -> None:
     tensor = torch.randn(16)
     with make_sender("shared_memory", dtype=torch.bfloat16) as sender:
-        assert torch.equal(read(worker, sender.stage([("a", tensor)]))["a"], tensor.bfloat16())
+        assert torch.equal(read(sender.stage([("a", tensor)]))["a"], tensor.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -140,12 +141,12 @@ def test_weights_may_be_sent_in_another_type(worker: Any) -> None:
         ({"shapes": [[4096]]}, "a is at bytes 0 to 16384 of a segment of 4096"),
     ],
 )
-def test_only_what_a_sender_gives_is_read(worker: Any, change: dict[str, Any], message: str) -> None:
+def test_only_what_a_sender_gives_is_read(change: dict[str, Any], message: str) -> None:
     with make_sender("shared_memory") as sender:
         sender.stage([("filling", torch.zeros(1024))])
         info = sender.stage([("a", torch.zeros(8))])
         with pytest.raises(ValueError, match=message):
-            read(worker, {**info, **change})
+            read({**info, **change})
 
 
 def test_handles_of_gpu_memory_without_their_classes(worker: Any) -> None:
