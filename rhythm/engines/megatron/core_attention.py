@@ -10,10 +10,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from rhythm.engines.megatron.packing import PackedRows
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
@@ -31,7 +32,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
         """query [T, H, D], key and value [T, G, D] → [T, H, D]. Raises ValueError unless the batch is packed."""
         if packed_seq_params is None or attention_bias is not None:
@@ -39,7 +40,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return packed_attention(query, key, value, packed_seq_params, self.scale)
 
 
-def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
+def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedRows, scale: float) -> Tensor:
     """Causal attention output [T, H, D], differentiable: by torch's varlen flash attention on a GPU in half precision,
     else by SDPA one sequence at a time.
     """
@@ -54,7 +55,7 @@ def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: Packed
     return torch.cat(parts)
 
 
-def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
+def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedRows, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     takes = inspect.signature(varlen_attn).parameters
@@ -65,7 +66,8 @@ def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedSeqParams
     else:
         group = q_THD.shape[1] // k_TGD.shape[1]
         k_TGD, v_TGD = (x.repeat_interleave(group, dim=1) for x in (k_TGD, v_TGD))
-    cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    cu_seqlens, longest = packed.bounds, packed.max_seqlen_q
+    assert cu_seqlens is not None
     out = varlen_attn(q_THD, k_TGD, v_TGD, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **causal)
     assert isinstance(out, Tensor)  # it returns (out, lse) only if lse is requested
     return out

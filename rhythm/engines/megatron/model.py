@@ -90,6 +90,7 @@ def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: to
 def _transformer_config(
     config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype, qk_norm: bool
 ) -> TransformerConfig:
+    on_gpu = groups.device.type == "cuda"
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
@@ -117,12 +118,13 @@ def _transformer_config(
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
         use_cpu_initialization=groups.device.type == "cpu",
-        # Fusions that need Apex or TransformerEngine.
+        # SwiGLU and the sum of a residual, each as one kernel that torch.compile makes.
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=parallel.layer_spec == "transformer_engine",
+        # Fusions that need Apex.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
         **(recompute if parallel.recompute else {}),
     )

@@ -16,6 +16,20 @@ from rhythm.engines.interfaces import Rollout
 from rhythm.tap.megatron_layers import MicroBatch
 
 
+@dataclass
+class PackedRows(PackedSeqParams):  # type: ignore[misc]  # Megatron is untyped here
+    """Where the sequences of a packed micro-batch lie, in the form that Megatron's layers take.
+
+    The RoPE of Megatron's plain layers reads cu_seqlens_q and cu_seqlens_kv in each layer: they are on the host, so
+    that it doesn't wait for the device there. Fused RoPE (TransformerEngine's) takes them on the device.
+
+    Attributes:
+        bounds: cu_seqlens on the rank's device, for core_attention.
+    """
+
+    bounds: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Packed:
     """A packed micro-batch on the rank's device.
@@ -36,7 +50,7 @@ class Packed:
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
-    sequences: PackedSeqParams
+    sequences: PackedRows
     micro: MicroBatch
     predicts: Tensor
     target: Tensor
@@ -48,8 +62,8 @@ class Packed:
         return self.input_ids[self.predicts + 1]
 
 
-def pack(rollout: Rollout, rows: Tensor, device: torch.device) -> Packed:
-    """Pack rows of a right-padded rollout."""
+def pack(rollout: Rollout, rows: Tensor, device: torch.device, *, fused_rope: bool = False) -> Packed:
+    """Pack rows of a right-padded rollout. `fused_rope`: whether TransformerEngine applies RoPE."""
     mask_bP, target_bP = rollout.attention_mask[rows], rollout.response_mask[rows]
     lens = mask_bP.sum(dim=1)
     width = int(lens.max())
@@ -62,12 +76,13 @@ def pack(rollout: Rollout, rows: Tensor, device: torch.device) -> Packed:
         input_ids=rollout.input_ids[rows][mask_bP].to(device),
         position_ids=positions_bP[mask_bP].to(device),
         cu_seqlens=on_device,
-        sequences=PackedSeqParams(
+        sequences=PackedRows(
             qkv_format="thd",
-            cu_seqlens_q=on_device,
-            cu_seqlens_kv=on_device,
+            cu_seqlens_q=on_device if fused_rope else cu_seqlens,
+            cu_seqlens_kv=on_device if fused_rope else cu_seqlens,
             max_seqlen_q=width,
             max_seqlen_kv=width,
+            bounds=on_device,
         ),
         micro=MicroBatch(rows.tolist(), lens.tolist(), rollout.prompt_lens[rows].tolist()),
         # The token at t was sampled from the model's output at t − 1, which exists since every row has a prompt.

@@ -282,7 +282,10 @@ class MegatronTrain:
         with on_cpu(), nullcontext() if backward else torch.no_grad():
             get_forward_backward_func()(
                 forward_step_func=forward,
-                data_iterator=(pack(rollout, rows, self._groups.device) for rows in micro_batches),
+                data_iterator=(
+                    pack(rollout, rows, self._groups.device, fused_rope=self._model.config.apply_rope_fusion)
+                    for rows in micro_batches
+                ),
                 model=[model],
                 num_microbatches=len(micro_batches),
                 seq_length=1,  # not used: lengths vary and are sent with the tensors

@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines import head
 from rhythm.engines.interfaces import NonFiniteError, Rollout, TrainBatch
+from rhythm.engines.megatron import core_attention, packing, train
 from rhythm.engines.megatron import model as models
-from rhythm.engines.megatron import train
 from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.parallel import Rendezvous
@@ -242,6 +242,31 @@ def _attached(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[st
     return {"signals": tap.signals(rollout.response_mask), "cores": cores}
 
 
+def _without_values(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Passes over packed rows on the device "meta", also with a tap, and with cu_seqlens there."""
+    meta, rollout = torch.device("meta"), spec["rollout"]
+    # On a GPU torch's varlen attention, which takes the bounds on the device; elsewhere they are read on the host.
+    core_attention.packed_attention = lambda q_THD, *_: torch.empty_like(q_THD)
+    torch.autocast = lambda *_, **__: nullcontext()  # which there is none of on that device
+    model = engine._model.module.to(meta)
+    model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(meta)
+    packed = packing.pack(rollout, torch.tensor([2, 0, 1]), meta)
+
+    def passed() -> list[int]:
+        ids, positions = packed.input_ids[None], packed.position_ids[None]
+        return [*model(ids, positions, attention_mask=None, packed_seq_params=packed.sequences).shape]
+
+    results: dict[str, Any] = {"tokens": int(rollout.lens[:3].sum()), "shape": passed()}
+    with attach(model, SignalsConfig(layers=3), groups=engine._groups) as tap, tap.reading(packed.micro):
+        results["tapped"] = passed()
+    packed.sequences.cu_seqlens_q = packed.sequences.bounds
+    try:
+        passed()
+    except (RuntimeError, NotImplementedError) as error:
+        results["refused"] = str(error)
+    return results
+
+
 def _called(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
     """A function of another file."""
     found = importlib.util.spec_from_file_location("called", spec["file"])
@@ -255,6 +280,7 @@ def _called(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
 
 SCENARIOS = {
     "called": _called,
+    "without_values": _without_values,
     "attached": _attached,
     "everything": _everything,
     "scores": _scores,

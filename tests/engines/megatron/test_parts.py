@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.checkpoint import check_metadata, read_companions, write_weights
 from rhythm.engines.megatron.layout import ParallelConfig
-from rhythm.engines.megatron.model import read_config
+from rhythm.engines.megatron.model import _transformer_config, read_config
 from rhythm.engines.megatron.packing import pack
 from rhythm.engines.megatron.parallel import Rendezvous, join
 from rhythm.engines.megatron.weights import recipe, to_megatron, to_transformers
@@ -90,9 +91,20 @@ def test_packed_rows_stand_one_after_the_other() -> None:
     assert packed.input_ids.tolist() == [8, 9, 10, 11, 5, 6, 7]
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert packed.cu_seqlens.tolist() == [0, 4, 7]
+    meta = torch.device("meta")
+    plain, fused = (pack(rollout, torch.tensor([1, 0]), meta, fused_rope=fused).sequences for fused in (False, True))
+    assert plain.cu_seqlens_q.tolist() == plain.cu_seqlens_kv.tolist() == [0, 4, 7]  # read in each layer: on the host
+    assert {x.device for x in (plain.bounds, fused.bounds, fused.cu_seqlens_q, fused.cu_seqlens_kv)} == {meta}
     assert packed.predicts.tolist() == [2, 4, 5]
     assert packed.tokens.tolist() == [11, 6, 7]
     assert packed.micro == MicroBatch(rows=[1, 0], lens=[4, 3], prompt_lens=[3, 1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_are_fused_where_torch_compile_has_a_gpu(device: str) -> None:
+    groups = SimpleNamespace(device=torch.device(device))
+    made = _transformer_config(Qwen3Config(head_dim=128), groups, ParallelConfig(), torch.bfloat16, True)  # type: ignore[arg-type]
+    assert made.bias_activation_fusion == made.bias_dropout_fusion == (device == "cuda")
 
 
 @pytest.mark.parametrize(
