@@ -41,7 +41,7 @@ from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.transfer import Bucket, WeightSender, buckets, make_sender
 from rhythm.engines.vllm.environment import prepare_vllm_environment
 from rhythm.engines.vllm.infer import VllmInfer
-from rhythm.system.ports import free_port
+from rhythm.system.ports import ReservedPort
 from rhythm.tap.signals_config import SignalsConfig
 
 
@@ -109,15 +109,19 @@ class TrainHost(Host):
     _device: torch.device  # device for the batches; Megatron's engine moves them itself
     _senders: dict[str, WeightSender]
     _stream: Iterator[list[tuple[str, Tensor]]]
+    _port: ReservedPort | None = None
 
     def free_endpoint(self) -> tuple[str, int]:
-        """This machine's address and a free port, for the rendezvous. Called on rank 0."""
-        return self._bind_address, free_port(self._bind_address)
+        """This machine's address and a port, for the rendezvous; reserved until `build`. Called on rank 0."""
+        self._port = ReservedPort(self._bind_address)
+        return self._bind_address, self._port.number
 
     def build(self, spec: TrainSpec, rank: int, address: str, port: int) -> None:
         """Load the model. With Megatron, all ranks must build at the same time; they rendezvous at address:port."""
         self._spec, self._rank, self._senders = spec, rank, {}
         self._engine, self._device = _BUILD_TRAIN[spec.role.engine](spec, rank, address, port)
+        if self._port is not None:
+            self._port.close()
 
     def log_probs(self, rollout: Rollout, tap: SignalsConfig | None, groups: Any) -> Any:
         """(log-probs, signals, statistics_seconds) of the Train engine."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rhythm.engines.transfer import Bucket, WeightSender, describe
-from rhythm.system.ports import free_port
+from rhythm.system.ports import ReservedPort
 
 
 class NcclSender(WeightSender):
@@ -20,7 +20,7 @@ class NcclSender(WeightSender):
         """`address`: this machine's address, to which the engines' workers connect."""
         super().__init__(dtype)
         self._address = address
-        self._port = free_port(address)
+        self._port = ReservedPort(address)
         self._workers_per_replica = tensor_parallel_size
         self._world_size = 1 + replicas * tensor_parallel_size
         self._group: Any = None
@@ -29,7 +29,7 @@ class NcclSender(WeightSender):
     def init_info(self, replica: int = 0) -> dict[str, Any]:
         return {
             "master_address": self._address,
-            "master_port": self._port,
+            "master_port": self._port.number,
             "rank_offset": 1 + replica * self._workers_per_replica,
             "world_size": self._world_size,
             "packed": True,
@@ -39,8 +39,9 @@ class NcclSender(WeightSender):
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
         self._group = trainer_init(
-            {"master_address": self._address, "master_port": self._port, "world_size": self._world_size}
+            {"master_address": self._address, "master_port": self._port.number, "world_size": self._world_size}
         )
+        self._port.close()
 
     def stage(self, bucket: Bucket) -> dict[str, Any]:
         self._staged = [(name, tensor.to("cuda", non_blocking=True)) for name, tensor in self._ready(bucket)]
@@ -58,6 +59,7 @@ class NcclSender(WeightSender):
         torch.cuda.synchronize()
 
     def close(self) -> None:
+        self._port.close()
         self._staged = []
         if self._group is not None:
             self._group.destroy()
