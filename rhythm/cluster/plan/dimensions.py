@@ -12,7 +12,8 @@ from typing import Any
 class Dimensions:
     """A decoder with grouped-query attention and a gated MLP.
 
-    tied: input and output embedding are the same weights. qk_norm: RMSNorm on queries and keys (Qwen3).
+    tied: input and output embedding are the same weights. qk_norm: RMSNorm on queries and keys (Qwen3). qkv_bias:
+        queries, keys and values have biases (Qwen2).
     max_positions: longest sequence that the model supports, in tokens.
     """
 
@@ -26,13 +27,15 @@ class Dimensions:
     max_positions: int
     tied: bool
     qk_norm: bool = True
+    qkv_bias: bool = False
 
     @property
     def layer_parameters(self) -> int:
         """Parameters per layer."""
         attention = self.head_size * (2 * self.query_heads + 2 * self.key_heads) * self.hidden_size
         norms = 2 * self.hidden_size + 2 * self.head_size * self.qk_norm
-        return attention + 3 * self.hidden_size * self.mlp_size + norms
+        biases = self.head_size * (self.query_heads + 2 * self.key_heads) * self.qkv_bias
+        return attention + biases + 3 * self.hidden_size * self.mlp_size + norms
 
     @property
     def embedding_parameters(self) -> int:
@@ -109,8 +112,8 @@ def read_dimensions(checkpoint: Path) -> Dimensions:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON") from error
     kind = values.get("model_type")
-    if kind not in ("qwen3", "llama"):
-        raise ValueError(f"{path}: model_type is {kind!r}: the cluster's engines support qwen3 and llama")
+    if kind not in ("qwen3", "qwen2", "llama"):
+        raise ValueError(f"{path}: model_type is {kind!r}: the cluster's engines support qwen3, qwen2 and llama")
     try:
         heads = int(values["num_attention_heads"])
         return Dimensions(
@@ -124,6 +127,7 @@ def read_dimensions(checkpoint: Path) -> Dimensions:
             max_positions=int(values["max_position_embeddings"]),
             tied=bool(values.get("tie_word_embeddings", kind == "qwen3")),
             qk_norm=kind == "qwen3",
+            qkv_bias=kind == "qwen2",
         )
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}") from error

@@ -1,4 +1,4 @@
-"""Builds a Megatron GPTModel for a transformers checkpoint of Qwen3 (dense) or Llama."""
+"""Builds a Megatron GPTModel for a transformers checkpoint of Qwen3 (dense), Qwen2 (and Qwen2.5) or Llama."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a transformers checkpoint. Raises ValueError for a model that this engine can't train."""
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
-    if config.model_type not in ("qwen3", "llama"):
-        raise ValueError(f"model_type is {config.model_type!r}: Megatron is set up for qwen3 and llama")
+    if config.model_type not in ("qwen3", "qwen2", "llama"):
+        raise ValueError(f"model_type is {config.model_type!r}: Megatron is set up for qwen3, qwen2 and llama")
     unsupported = {
         "hidden_act": config.hidden_act != "silu",
         "attention_bias": bool(getattr(config, "attention_bias", False)),
@@ -43,6 +43,11 @@ def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
                 f"the checkpoint's {name} is {getattr(config, name)!r}, which Megatron's layers don't have"
             )
     return config
+
+
+def head_size(config: Any) -> int:
+    """Size of an attention head: not all configurations name it."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]
@@ -98,13 +103,14 @@ def _transformer_config(
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
-        kv_channels=config.head_dim,
+        kv_channels=head_size(config),
         layernorm_epsilon=config.rms_norm_eps,
         normalization="RMSNorm",
         qk_layernorm=qk_norm,
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,
+        add_qkv_bias=config.model_type == "qwen2",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,

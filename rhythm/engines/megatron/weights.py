@@ -2,7 +2,7 @@
 
 mbridge is not used because it reads only configurations of transformers 4 and supports only TransformerEngine's layers.
 
-Shape suffixes: N key heads, R rows of a key head's group (its queries, one key, one value), D width.
+Shape suffixes: N key heads, R rows of a key head's group (its queries, one key, one value), D width (none in a bias).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
+from rhythm.engines.megatron.model import head_size
 from rhythm.engines.megatron.parallel import Groups
 
 _INDEX = "model.safetensors.index.json"
@@ -40,10 +41,12 @@ _MODEL = {
     "decoder.final_layernorm.weight": Recipe("none", ("model.norm.weight",)),
     "output_layer.weight": Recipe("rows", ("lm_head.weight",)),
 }
-_QKV = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+_QKV = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
+_QKV_BIAS = tuple(f"self_attn.{x}_proj.bias" for x in "qkv")
 _LAYER = {
     "input_layernorm.weight": Recipe("none", ("input_layernorm.weight",)),
     "self_attention.linear_qkv.weight": Recipe("qkv", _QKV),
+    "self_attention.linear_qkv.bias": Recipe("qkv", _QKV_BIAS),
     "self_attention.q_layernorm.weight": Recipe("none", ("self_attn.q_norm.weight",)),
     "self_attention.k_layernorm.weight": Recipe("none", ("self_attn.k_norm.weight",)),
     "self_attention.linear_proj.weight": Recipe("columns", ("self_attn.o_proj.weight",)),
@@ -69,7 +72,7 @@ def to_megatron(made: Recipe, tensors: list[Tensor], key_heads: int, ranks: int,
     """Tensor rank `rank`'s part of the parameter, from complete tensors in the order of `made.names`."""
     if made.split == "qkv":
         # The rows of a key head's queries, key and value are adjacent.
-        groups = [x.view(key_heads, -1, x.shape[1]) for x in tensors]
+        groups = [x.view(key_heads, -1, *x.shape[1:]) for x in tensors]
         return torch.cat(groups, dim=1).chunk(ranks)[rank].flatten(0, 1)
     if made.split == "gate_up":
         return torch.cat([x.chunk(ranks)[rank] for x in tensors])
@@ -81,7 +84,7 @@ def to_megatron(made: Recipe, tensors: list[Tensor], key_heads: int, ranks: int,
 def to_transformers(made: Recipe, parts: list[Tensor], key_heads: int, head_size: int) -> list[Tensor]:
     """The checkpoint's tensors, in the order of `made.names`, from the parts of all tensor ranks."""
     if made.split == "qkv":
-        stacked_NRD = torch.cat(parts).view(key_heads, -1, parts[0].shape[1])
+        stacked_NRD = torch.cat(parts).view(key_heads, -1, *parts[0].shape[1:])
         queries = stacked_NRD.shape[1] - 2 * head_size
         return [x.flatten(0, 1) for x in torch.split(stacked_NRD, [queries, head_size, head_size], dim=1)]
     if made.split == "gate_up":
@@ -146,10 +149,10 @@ def gather_weights(model: Any, config: Any, groups: Groups) -> Iterator[tuple[st
             made = recipe(name)
             if groups.pipeline.rank() == stage:
                 parts = _over_tensor_ranks(made, parameters[name].detach(), groups)
-                whole = to_transformers(made, parts, config.num_key_value_heads, config.head_dim)
+                whole = to_transformers(made, parts, config.num_key_value_heads, head_size(config))
             else:
                 blanks = [torch.empty(shape, dtype=dtype, device="meta")] * groups.tensor.size()
-                shapes = to_transformers(made, blanks, config.num_key_value_heads, config.head_dim)
+                shapes = to_transformers(made, blanks, config.num_key_value_heads, head_size(config))
                 whole = [torch.empty(x.shape, dtype=dtype, device=groups.device) for x in shapes]
             for checkpoint_name, tensor in zip(made.names, whole, strict=True):
                 tensor = tensor.contiguous()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from paper_workload import WORK
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.plan.checks import check, check_weights
@@ -34,7 +34,10 @@ SIZES = {
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("config", "model"), [(Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)])
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [(Qwen3Config, Qwen3ForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)],
+)
 def test_parameters_are_those_that_transformers_makes(config: Any, model: Any, tied: bool, tmp_path: Path) -> None:
     made = config(**SIZES, tie_word_embeddings=tied)
     made.save_pretrained(tmp_path)
@@ -69,7 +72,7 @@ def test_what_no_engine_knows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not JSON"):
         read_dimensions(tmp_path)
     path.write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="model_type is 'gpt2': the cluster's engines support qwen3 and llama"):
+    with pytest.raises(ValueError, match="model_type is 'gpt2': the cluster's engines support qwen3, qwen2 and llama"):
         read_dimensions(tmp_path)
     path.write_text(json.dumps({"model_type": "qwen3", "num_attention_heads": 4}))
     with pytest.raises(ValueError, match="lacks num_hidden_layers"):

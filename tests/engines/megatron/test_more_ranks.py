@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from megatron_case import (
     run_ranks,
     torch_engine,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import take_rows
@@ -89,8 +90,25 @@ def test_an_untied_llama_with_scaled_rope(tmp_path: Path) -> None:
         )
     )
     model.save_pretrained(checkpoint, max_shard_size="20KB")
-    build_tokenizer().save_pretrained(checkpoint)
+    assert_it_follows_one_machine(model, checkpoint, tmp_path)
     assert (checkpoint / "model.safetensors.index.json").is_file()
+
+
+def test_a_qwen2_with_biases_of_queries_keys_and_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=100, **sizes, num_key_value_heads=2, initializer_range=0.2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter += torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "qwen2")
+    assert_it_follows_one_machine(model, tmp_path / "qwen2", tmp_path)
+
+
+def assert_it_follows_one_machine(model: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """Two steps on two tensor ranks in each of two stages."""
+    build_tokenizer().save_pretrained(checkpoint)
     rollout = make_rollout(rows=4)
     engine = torch_engine(model)
     at_start = copy.deepcopy(engine.weights())

@@ -37,6 +37,11 @@ SHAPES = {
     "decoder.layers.7.mlp.linear_fc1.weight": [(8, WIDTH), (8, WIDTH)],
     "decoder.layers.7.mlp.linear_fc2.weight": [(WIDTH, 8)],
     "decoder.layers.7.input_layernorm.weight": [(WIDTH,)],
+    "decoder.layers.7.self_attention.linear_qkv.bias": [
+        (KEY_HEADS * GROUP * HEAD_SIZE,),
+        (KEY_HEADS * HEAD_SIZE,),
+        (KEY_HEADS * HEAD_SIZE,),
+    ],
     "embedding.word_embeddings.weight": [(12, WIDTH)],
 }
 
