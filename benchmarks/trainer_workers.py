@@ -80,7 +80,7 @@ def rhythm_worker(link: Link, run: TrainConfig) -> None:
         while link.told():
             step += 1
             clock.start()
-            record, _ = train_step(engines, isolated, vocabulary.tokenizer, run, step=step, groups=None)
+            record, *_ = train_step(engines, isolated, vocabulary.tokenizer, run, step=step, groups=None)
             seconds = clock.stop()
             statistics = record["seconds_attention"] or 0.0
             seconds["reward"] = (record["seconds_rollout"] or 0.0) - seconds["generation"]

@@ -93,11 +93,17 @@ class ClusterConfig(BaseModel, extra="forbid", frozen=True):
     attn: AttnRole = AttnRole()
     deadlines: Deadlines = Deadlines()
     parity: ParityConfig = ParityConfig()
+    rollout_ahead: Literal[0, 1] = Field(
+        default=0,
+        description="1: one step off: a step's rollout is generated while the step before trains, with weights one "
+        "version older (placement separate, with a correction.mode); not those compared for parity. 0: synchronous",
+    )
     max_restarts: int = Field(
         default=3,
         ge=0,
-        description="how often the run may go back to its last checkpoint because a training rank was lost, and how "
-        "often processes of each other role may be restarted, before it stops with an error",
+        description="how often the run may go back to its last checkpoint because a training rank (or a replica that "
+        "generated ahead) was lost, and how often processes of each other role may be restarted, before it stops with "
+        "an error",
     )
     bind_address: str = Field(default=LOOPBACK, description="address that Ray and the engines listen on")
     ray_address: str | None = Field(
@@ -130,6 +136,20 @@ class ClusterConfig(BaseModel, extra="forbid", frozen=True):
         if self.on_loopback and self.bind_address != LOOPBACK:
             raise ValueError(
                 f"bind_address is {self.bind_address}: the only loopback address that Ray supports is {LOOPBACK}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_ahead(self) -> ClusterConfig:
+        if self.rollout_ahead and self.placement != "separate":
+            raise ValueError(
+                f"rollout_ahead is {self.rollout_ahead}: must be 0 with placement colocated, where vLLM sleeps while "
+                "the trainer works; separate keeps it awake"
+            )
+        if self.rollout_ahead and self.parity.every_steps == 1:
+            raise ValueError(
+                "parity.every_steps is 1: must be more with rollout_ahead = 1: a rollout that is compared must be of "
+                "the trainer's own weights, so it isn't generated ahead"
             )
         return self
 

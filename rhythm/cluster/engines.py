@@ -193,11 +193,13 @@ class Replicas(Generic[Spec]):
         *,
         seconds: float,
         each: Callable[[int, Any], None] | None = None,
+        restart: bool = True,
     ) -> dict[int, Any]:
         """Make these calls, by replica index; a lost replica is restarted and its call repeated. `each`: called with
         index and value of each part of an answer that comes in parts.
 
-        Raises LostError once replicas of the role were restarted more than cluster.max_restarts times.
+        Raises LostError once replicas of the role were restarted more than cluster.max_restarts times; without
+        `restart` TrainLostError for the first one.
         """
         results: dict[int, Any] = {}
         begin = Worker.submit if each is None else Worker.stream
@@ -215,6 +217,8 @@ class Replicas(Generic[Spec]):
                 if reply is not None:
                     results[index] = reply.value
                     self._rates.worked(self.workers[index].role, reply.seconds)
+            if outcome.lost and not restart:
+                raise TrainLostError(f"{task} ahead", {worker.name: why for worker, why in outcome.lost.items()})
             if outcome.lost:
                 self.replace(task, outcome.lost)
                 self.refill()
@@ -236,6 +240,10 @@ class Replicas(Generic[Spec]):
         for index, worker in zip(indices, self._session.start(self._role, indices), strict=True):
             self.workers[index] = worker
         self._build(indices)
+
+    def stop(self) -> None:
+        """Kill all replicas."""
+        self._session.stop(self.workers)
 
     def _build(self, indices: Sequence[int]) -> None:
         workers = [self.workers[index] for index in indices]
@@ -267,9 +275,11 @@ class ClusterInfer(Replicas[InferSpec]):
         sampling: SamplingConfig,
         seed: int,
         done: Callable[[Rollout], None] | None = None,
+        *,
+        restart: bool = True,
     ) -> Rollout:
         """See rhythm.engines.interfaces.Infer. The rollout also depends on the number of replicas. `done` is called
-        with a prompt's responses when all of them are there.
+        with a prompt's responses when all of them are there. `restart`: see `call_each`.
         """
         self._take_gpu()
         started = time.perf_counter()
@@ -291,7 +301,7 @@ class ClusterInfer(Replicas[InferSpec]):
                 if done is not None:
                     done(taken[-1])
 
-        self.call_each(calls, seconds=self._session.config.deadlines.generate, each=take)
+        self.call_each(calls, seconds=self._session.config.deadlines.generate, each=take, restart=restart)
         rollout = concatenate(taken, self._spec.pad_id)
         rollout = take_rows(rollout, rollout.group.argsort(stable=True))
         self._rates.processed(Role.INFER, int(rollout.response_mask.sum()), time.perf_counter() - started)
@@ -313,6 +323,30 @@ class ClusterInfer(Replicas[InferSpec]):
     def _each_replica(self, method: str) -> None:
         calls = {index: (method,) for index in range(len(self.workers))}
         self.call_each(calls, seconds=self._session.config.deadlines.push)
+
+
+class ClusterInferAhead:
+    """actor_infer while actor_train works: see rhythm.trainer.ahead.InferAhead. Raises TrainLostError where a replica
+    is lost: the trainer's weights are not those that it would need again.
+    """
+
+    def __init__(self, infer: ClusterInfer) -> None:
+        self._infer = infer
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: SamplingConfig,
+        seed: int,
+        done: Callable[[Rollout], None] | None = None,
+    ) -> Rollout:
+        """See ClusterInfer.generate."""
+        return self._infer.generate(prompts, n, sampling, seed, done, restart=False)
+
+    def abandon(self) -> None:
+        """Kill the replicas, on whose answers `generate` may be waiting."""
+        self._infer.stop()
 
 
 class ClusterAttn(Replicas[AttnSpec]):

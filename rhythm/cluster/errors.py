@@ -12,7 +12,9 @@ class LostError(RuntimeError):
 
 
 class TrainLostError(LostError):
-    """A rank of actor_train was lost; the whole group must restart from the last checkpoint."""
+    """The run must go back to its last checkpoint: a rank of actor_train was lost, or a replica that generated ahead,
+    whose weights the trainer has no more.
+    """
 
 
 class RemoteError(RuntimeError):

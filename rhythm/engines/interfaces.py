@@ -107,8 +107,9 @@ class TrainBatch:
 
     Attributes:
         rollout: the responses.
-        old_logprobs: fp32 [B, T], under the weights that generated the rollout; NaN outside the response. None: those
-            of the step's own forward pass, which are the same until the first gradient step changes a weight.
+        old_logprobs: fp32 [B, T], under the weights before the rollout's first gradient step, which generated it
+            (one step off: older ones did); NaN outside the response. None: those of the step's own forward pass, which
+            are the same until the first gradient step changes a weight.
         advantages: fp32 [B, T], with γ applied.
         reference_logprobs: fp32 [B, T], under the initial weights, for the KL term; None without one.
     """
@@ -124,9 +125,9 @@ class StepMetrics:
     """Metrics of one gradient step.
 
     loss: the optimized loss; clip_share: fraction of tokens whose gradient was clipped to 0 (with cispo: whose ratio
-    was clipped); dual_clip_share: the same for the dual clip; approx_kl: KL divergence to the policy that generated the
-    rollout, nats per token; kl: to the reference policy, NaN without one; grad_norm: before clipping; lr: learning rate
-    of this step.
+    was clipped); dual_clip_share: the same for the dual clip; approx_kl: KL divergence to the policy of the old
+    log-probs, nats per token; kl: to the reference policy, NaN without one; grad_norm: before clipping; lr: learning
+    rate of this step.
     """
 
     loss: float

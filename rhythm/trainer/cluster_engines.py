@@ -116,7 +116,7 @@ def open_cluster(
 def _build(
     config: TrainConfig, session: Session, end_ids: tuple[int, ...], pad_id: int, checkpoint: Path, restarts: int
 ) -> Engines:
-    from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterTrain
+    from rhythm.cluster.engines import ClusterAttn, ClusterInfer, ClusterInferAhead, ClusterTrain
     from rhythm.cluster.roles import Role
     from rhythm.cluster.specs import AttnSpec, InferSpec, TrainSpec
     from rhythm.cluster.utilization import Rates
@@ -187,11 +187,14 @@ def _build(
         tapped=train if config.signals.source == "training" else None,
         check=ParityCheck(cluster.parity),
         meter=rates,
+        ahead=ClusterInferAhead(infer) if cluster.rollout_ahead else None,
     )
 
 
 class ParityCheck:
-    """Compares the log-probs of actor_infer and actor_train on the first rollout, then every `every_steps` steps."""
+    """Compares the log-probs of actor_infer and actor_train on the first rollout that it is given, then every
+    `every_steps` steps.
+    """
 
     def __init__(self, config: ParityConfig) -> None:
         self._config = config

@@ -209,6 +209,12 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"must name a directory in runs_dir, not runs_dir itself or its parent, got {name!r}")
         return name
 
+    def draws_ahead(self, step: int) -> bool:
+        """Whether the rollout of step 1, 2, … is drawn while the step before trains (cluster.rollout_ahead)."""
+        if self.cluster is None or not self.cluster.rollout_ahead:
+            return False
+        return 1 < step <= self.steps and step % self.cluster.parity.every_steps != 0
+
     @model_validator(mode="before")
     @classmethod
     def _by_todays_names(cls, values: object) -> object:
@@ -222,6 +228,15 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError(
                 f"profile_steps is {list(self.profile_steps)}: must be empty with a cluster: "
                 "its engines run in other processes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _corrects_what_is_ahead(self) -> TrainConfig:
+        if self.cluster is not None and self.cluster.rollout_ahead and self.correction.mode == "none":
+            raise ValueError(
+                "correction.mode is 'none': must be another with cluster.rollout_ahead = "
+                f"{self.cluster.rollout_ahead}, whose rollouts are of older weights than the trainer's"
             )
         return self
 

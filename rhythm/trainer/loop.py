@@ -25,8 +25,10 @@ from rhythm.system.directory_lock import lock_directory
 from rhythm.system.progress import Heartbeat, duration
 from rhythm.system.writing import naming
 from rhythm.tasks import Task
+from rhythm.trainer.ahead import load_drawn, save_drawn
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from rhythm.trainer.config import TrainConfig
+from rhythm.trainer.drawing import Drawn
 from rhythm.trainer.evaluation import FurtherTask, evaluate, evaluate_further
 from rhythm.trainer.interrupts import Interrupts
 from rhythm.trainer.metrics import MetricsLog, Record, Stopwatch, read_metrics
@@ -146,9 +148,10 @@ def _train(
     """Train to the end from `resumed`, a checkpoint and its state, or from the beginning. Returns the last state, and
     the signal that ended the run early.
     """
-    state = RunState(step=0)
+    state, drawn = RunState(step=0), None
     if resumed is not None:
         checkpoint, state = resumed
+        drawn = load_drawn(checkpoint) if config.draws_ahead(state.step + 1) else None
         engines.train.load(checkpoint)
         engines.weight_sync.sync(state.step)
         log.info("continuing after step %d, from %s", state.step, checkpoint)
@@ -162,7 +165,7 @@ def _train(
     progress = RunProgress(console, steps=config.steps, done=state.step)
     with closing(metrics), Interrupts() as interrupts, progress:
         trainer = _Trainer(config, engines, task, further, tokenizer, metrics, progress, interrupts.asked)
-        return trainer.train(state, measured=resumed is not None), interrupts.received
+        return trainer.train(state, drawn, measured=resumed is not None), interrupts.received
 
 
 def _go_back(config: TrainConfig, error: TrainLostError, restarts: int) -> tuple[Path, RunState] | None:
@@ -188,9 +191,9 @@ class _Trainer:
     progress: RunProgress
     stop_asked: Callable[[], bool]
 
-    def train(self, state: RunState, *, measured: bool) -> RunState:
-        """Run the remaining steps, or until asked to stop. `measured`: `state` is from a checkpoint, so it has been
-        evaluated and saved already.
+    def train(self, state: RunState, drawn: Drawn | None, *, measured: bool) -> RunState:
+        """Run the remaining steps, or until asked to stop. `drawn`: what was drawn ahead for the first of them.
+        `measured`: `state` is from a checkpoint, so it has been evaluated and saved already.
         """
         saved = state.step if measured else -1
         if not measured:
@@ -201,13 +204,14 @@ class _Trainer:
             watch = Stopwatch()
             try:
                 with self._profiled(state.step + 1):
-                    record, groups = train_step(
+                    record, groups, drawn = train_step(
                         self.engines,
                         self.task,
                         self.tokenizer,
                         self.config,
                         step=state.step + 1,
                         groups=_groups(state),
+                        drawn=drawn,
                         stop_asked=self.stop_asked,
                         phase=self.progress.phase,
                     )
@@ -224,9 +228,9 @@ class _Trainer:
             self.progress.step(state.step, record)
             notices.look(record)
             if self._saves(state):
-                saved = self._save(state)
+                saved = self._save(state, drawn)
         if saved != state.step:
-            self._save(state)
+            self._save(state, drawn)
         return state
 
     def _profiled(self, step: int) -> AbstractContextManager[None]:
@@ -298,12 +302,17 @@ class _Trainer:
         best = config.keep_best and state.best_step == state.step
         return best or state.step == self.config.steps or state.step % config.every_steps == 0
 
-    def _save(self, state: RunState) -> int:
-        """Write a checkpoint; returns its step."""
+    def _save(self, state: RunState, drawn: Drawn | None) -> int:
+        """Write a checkpoint, with what was drawn ahead for the next step; returns its step."""
+
+        def write(checkpoint: Path) -> None:
+            self.engines.train.save(checkpoint)
+            if drawn is not None:
+                save_drawn(drawn, checkpoint)
+
         self.progress.phase("checkpoint")
-        directory = self.config.run_dir / CHECKPOINTS
         config = self.config.checkpoint
-        save_checkpoint(directory, state, self.engines.train.save, config.keep, config.keep_best)
+        save_checkpoint(self.config.run_dir / CHECKPOINTS, state, write, config.keep, config.keep_best)
         return state.step
 
     def _stopped_by(self, error: NonFiniteError, step: int) -> NonFiniteRunError:

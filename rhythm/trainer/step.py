@@ -1,5 +1,7 @@
 """Runs one training step: rollouts → rewards → old log-probs and signals → γ → advantages → gradient steps.
 
+With Engines.ahead the rollout of the next step is drawn meanwhile (rhythm.trainer.ahead).
+
 Shape suffixes: B responses, T positions.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -35,6 +38,7 @@ from rhythm.seeds import derive_seed, generator
 from rhythm.tap.signals_config import SignalsConfig
 from rhythm.tasks import Task
 from rhythm.tasks.scoring import FAULTS
+from rhythm.trainer.ahead import InferAhead, drawing
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.drawing import Drawn, draw, zero_variance_share
 from rhythm.trainer.metrics import Record, Stopwatch
@@ -58,6 +62,7 @@ class Engines:
     attn: only with signals.source=separate. weight_sync: copies the trainer's weights to infer and attn. tapped: only
     with signals.source=training: `train`, which reads the signals. check: compares the log-probs of Infer and Train for
     a rollout; returns metrics, raises where they differ too much. meter: counts how long each role worked in a step.
+    ahead: `infer` while the trainer works, only with cluster.rollout_ahead.
     """
 
     infer: Infer
@@ -67,11 +72,12 @@ class Engines:
     tapped: TappedTrain | None = None
     check: Callable[[Rollout, LogProbs, int], Record] | None = None
     meter: Meter | None = None
+    ahead: InferAhead | None = None
 
 
 @dataclass(frozen=True)
 class TokenCredit:
-    """Old log-probs, signals and γ of a rollout, under the weights that generated it.
+    """Old log-probs, signals and γ of a rollout, under the trainer's weights before the step.
 
     signals: None where the strategy reads none. gamma: [B, T]. measured: bool [B, T], the tokens whose log-probs are
     known. With signals.source=training only the first mini-batch's signals are under those weights.
@@ -124,11 +130,14 @@ def train_step(
     *,
     step: int,
     groups: HeadGroups | None,
+    drawn: Drawn | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
     phase: Callable[[str], None] = lambda name: None,
-) -> tuple[Record, HeadGroups | None]:
-    """Run training step `step` (from 1). Returns its metrics and the head groups to pass to the next step, which change
-    only in the step that calibrates them.
+) -> tuple[Record, HeadGroups | None, Drawn | None]:
+    """Run training step `step` (from 1). Returns its metrics, and what to pass to the next step: the head groups, which
+    change only in the step that calibrates them, and what was drawn ahead for it, None where nothing was.
+
+    `drawn`: what the step before has drawn ahead for this one.
 
     Raises StepAbandonedError if `stop_asked()` before the first gradient step, NonFiniteError from the Train engine,
     and what engines.check raises.
@@ -137,17 +146,49 @@ def train_step(
     if engines.meter is not None:
         engines.meter.clear()
     torch.manual_seed(derive_seed(config.seed, "dropout", step))
-    phase("rollout")
-    with watch("rollout"):
-        drawn = draw(engines.infer, task, tokenizer, config, step=step, stop_asked=stop_asked)
-    scored = drawn.scored
+    staleness = 0.0 if drawn is None else 1.0
+    if drawn is None:
+        phase("rollout")
+        with watch("rollout"):
+            drawn = draw(engines.infer, task, tokenizer, config, step=step, stop_asked=stop_asked)
     _leave_if(stop_asked)
-    if engines.tapped is not None:
-        phase("training")
-        tapped = _train_tapped(engines.train, engines.tapped, drawn, config, step, watch)
-        measured = replace(scored.rollout, response_mask=tapped.credited.measured)
-        parity = engines.check(measured, tapped.credited.log_probs, step) if engines.check is not None else {}
-        return _finish(engines, drawn, tapped, parity, config, step, watch, phase), groups
+    # Log-probs of older weights say nothing about the weights that the two engines hold now.
+    unchecked = replace(engines, check=None) if staleness else engines
+    with _next_drawn(engines, task, tokenizer, config, step) as following:
+        if engines.tapped is not None:
+            phase("training")
+            trained, more = _train_tapped(unchecked, engines.tapped, drawn, config, step, watch)
+        else:
+            trained, more, groups = _train(unchecked, drawn, config, step, groups, watch, stop_asked, phase)
+        if engines.ahead is not None:
+            phase("rollout")
+            more = {**more, "staleness": staleness}
+        with watch("rollout"):
+            next_drawn = following()
+    return _finish(engines, drawn, trained, more, config, step, watch, phase), groups, next_drawn
+
+
+def _next_drawn(
+    engines: Engines, task: Task[Any], tokenizer: Any, config: TrainConfig, step: int
+) -> AbstractContextManager[Callable[[], Drawn | None]]:
+    """Context in which what comes after `step` is drawn, if that is due; gives what waits for it."""
+    if engines.ahead is None or not config.draws_ahead(step + 1):
+        return nullcontext(lambda: None)
+    return drawing(engines.ahead, lambda infer: draw(infer, task, tokenizer, config, step=step + 1))
+
+
+def _train(
+    engines: Engines,
+    drawn: Drawn,
+    config: TrainConfig,
+    step: int,
+    groups: HeadGroups | None,
+    watch: Stopwatch,
+    stop_asked: Callable[[], bool],
+    phase: Callable[[str], None],
+) -> tuple[Trained, Record, HeadGroups | None]:
+    """Log-probs, γ and the gradient steps; returns more metrics, and the head groups for the next step."""
+    scored = drawn.scored
     phase("attention")
     held, groups = groups, None if config.signals.calibrates(step) else groups
     credited = credit_tokens(
@@ -159,11 +200,10 @@ def train_step(
         generator=generator(config.seed, "credit", step),
         watch=watch,
     )
-    parity = engines.check(scored.rollout, credited.log_probs, step) if engines.check is not None else {}
-    turned: Record = {}
+    more = engines.check(scored.rollout, credited.log_probs, step) if engines.check is not None else {}
     if config.signals.grouping == "calibrated" and credited.signals is not None:
         chosen = shared_heads(credited.signals.span, config.signals.quantile)
-        turned = _turnover(held, chosen)
+        more = {**_turnover(held, chosen), **more}
         groups = chosen if groups is None else groups
     _leave_if(stop_asked)
     phase("training")
@@ -174,8 +214,7 @@ def train_step(
         )
         batch, advantages_B = _train_batch(engines.train, drawn, credited, correction, config)
         step_metrics = [engines.train.step(part) for part in mini_batches(batch, config, step)]
-    trained = Trained(credited, correction, advantages_B, step_metrics)
-    return _finish(engines, drawn, trained, {**turned, **parity}, config, step, watch, phase), groups
+    return Trained(credited, correction, advantages_B, step_metrics), more, groups
 
 
 @dataclass(frozen=True)
@@ -189,17 +228,21 @@ class Trained:
 
 
 def _train_tapped(
-    train: Train, tapped: TappedTrain, drawn: Drawn, config: TrainConfig, step: int, watch: Stopwatch
-) -> Trained:
-    """The gradient steps with signals.source=training. The phase "attention" of `watch` is as in `credit_tokens`."""
-    rollout = drawn.scored.rollout
+    engines: Engines, tapped: TappedTrain, drawn: Drawn, config: TrainConfig, step: int, watch: Stopwatch
+) -> tuple[Trained, Record]:
+    """The gradient steps with signals.source=training; returns more metrics. The phase "attention" of `watch` is as in
+    `credit_tokens`.
+    """
+    rollout, train = drawn.scored.rollout, engines.train
     with watch("training"):
         advantages_B = group_advantages(drawn.rewards, rollout.group, config.advantages)
         rows = _mini_batch_rows(rollout, config, step)
         taken = take_steps(train, tapped, rollout, _loss_mask(rollout, config), advantages_B, rows, config, step)
     watch.move(taken.statistics_seconds, of="training", to="attention")
     credited = TokenCredit(taken.log_probs, taken.signals, taken.gamma, taken.measured)
-    return Trained(credited, taken.correction, advantages_B, taken.metrics)
+    measured = replace(rollout, response_mask=credited.measured)
+    more = engines.check(measured, credited.log_probs, step) if engines.check is not None else {}
+    return Trained(credited, taken.correction, advantages_B, taken.metrics), more
 
 
 def _finish(

@@ -12,6 +12,7 @@ from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.vllm.config import VllmConfig
 
 CPU = {"gpus": 0, "infer": {"kv_cache_gib": 1}}
+AHEAD = {"placement": "separate", "rollout_ahead": 1, "parity": {"every_steps": 4}}
 
 
 @pytest.mark.parametrize(
@@ -28,11 +29,27 @@ CPU = {"gpus": 0, "infer": {"kv_cache_gib": 1}}
         ),
         ({"gpus": 0}, r"infer\.kv_cache_gib is not set"),
         ({**CPU, "train": {"engine": "torch", "tensor": 2}}, r"engine is torch, with 2 ranks"),
+        ({**CPU, "rollout_ahead": 1}, "rollout_ahead is 1: must be 0 with placement colocated, where vLLM sleeps"),
+        ({**CPU, **AHEAD, "parity": {}}, r"parity\.every_steps is 1: must be more with rollout_ahead = 1"),
+        ({**CPU, **AHEAD, "rollout_ahead": 2}, r"rollout_ahead\n.*should be 0 or 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused(section: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClusterConfig.model_validate(section)
+
+
+def test_what_is_generated_ahead(config: Path) -> None:
+    """Not the first step's rollout, not one that is compared for parity, and none after the last step."""
+    ahead = ["steps=9", "cluster.placement=separate", "cluster.rollout_ahead=1", "cluster.parity.every_steps=4"]
+    run = load_config(config, [*ahead, "correction.mode=token_truncate"])
+    assert [step for step in range(12) if run.draws_ahead(step)] == [2, 3, 5, 6, 7, 9]
+    with pytest.raises(
+        ConfigError, match=r"correction\.mode is 'none': must be another with cluster\.rollout_ahead = 1"
+    ):
+        load_config(config, ahead)
+    for synchronous in (["cluster.gpus=8"], []):
+        assert not any(load_config(config, synchronous).draws_ahead(step) for step in range(12))
 
 
 def test_listens_on_loopback_unless_told_otherwise() -> None:

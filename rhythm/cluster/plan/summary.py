@@ -92,6 +92,11 @@ def _batch(cluster: ClusterConfig, work: Workload) -> Iterator[str]:
         f"                {work.batch_size} / {work.mini_batch_size} = {steps} gradient steps, each {data} data "
         f"{_plural(data, 'rank')} × {split}"
     )
+    if cluster.rollout_ahead:
+        yield (
+            "                generated while the step before trains, with weights one version older, but for the first "
+            f"and every {cluster.parity.every_steps}th (parity)"
+        )
     yield (
         f"                up to {work.batch_size * cluster.max_length:,} tokens per step, {work.steps} steps, "
         f"{work.steps * steps:,} gradient steps"

@@ -288,6 +288,11 @@ def test_the_dry_run_prints_the_plan_or_what_is_wrong(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "actor_attn    inline: statistics tapped in actor_train's gradient steps" in shown
     assert "each 8 data ranks × as few micro-batches as 4,096 tokens in each allow" in shown
+    halves = ("cluster.placement=separate", "cluster.infer.replicas=4", "cluster.train.data=4")
+    ahead = ("cluster.rollout_ahead=1", "cluster.parity.every_steps=20", "correction.mode=token_truncate")
+    assert main([path, *halves, *ahead, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "generated while the step before trains, with weights one version older, but for the first" in shown
     assert main([path, "cluster.train.tensor=3", "--dry-run"]) == 2
     assert "cluster.train.tensor is 3: must divide the model's 32 query heads" in capsys.readouterr().err
     assert main([path, "model.path=elsewhere", "--dry-run"]) == 2
