@@ -191,8 +191,7 @@ def _check_checkpoint(directory: Path, trust_remote_code: bool) -> Any:
     """Its configuration, without its weights. Raises ValueError as `load` does."""
     if not (directory / "config.json").is_file():
         raise ValueError(f"model is {directory}: no such checkpoint; it must be a directory with config.json")
-    # Without trust_remote_code, transformers would ask on stdin whether to run the checkpoint's code.
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(directory, **loading_options(trust_remote_code))
     if config.is_encoder_decoder:
         raise ValueError(f"model is {directory}: {config.model_type} is an encoder-decoder; the model must be causal")
     own_code = getattr(config, "auto_map", None) or {}

@@ -22,6 +22,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from rhythm.checkpoints import loading_options
+
 DISTRIBUTED = "megatron"
 _STEPS = "gradient_steps"
 _EXTRA = "_extra_state"  # pickled objects of TransformerEngine's FP8 recipes, which are not written
@@ -150,7 +152,7 @@ class Companions:
 
 def read_companions(checkpoint: Path, *, trust_remote_code: bool = False) -> Companions:
     """Read them from a transformers checkpoint, which is not needed afterwards."""
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    options = loading_options(trust_remote_code)
     has_generation = (checkpoint / "generation_config.json").is_file()
     return Companions(
         AutoConfig.from_pretrained(checkpoint, **options),

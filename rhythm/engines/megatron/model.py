@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import AutoConfig
 
+from rhythm.checkpoints import loading_options
 from rhythm.engines.megatron.core_attention import PackedAttention
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.parallel import Groups
@@ -26,7 +27,7 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a transformers checkpoint. Raises ValueError for a model that this engine can't train."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(checkpoint, **loading_options(trust_remote_code))
     if config.model_type not in ("qwen3", "qwen2", "llama"):
         raise ValueError(f"model_type is {config.model_type!r}: Megatron is set up for qwen3, qwen2 and llama")
     unsupported = {
