@@ -7,7 +7,7 @@ launcher. `python -m rhythm.kernels.inspect.compile_ahead` compiles them without
 
 from rhythm.kernels.arguments import Forms
 from rhythm.kernels.bands import bands
-from rhythm.kernels.mean_span import mean_span
+from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.results import undefined_results
 from rhythm.kernels.row_sweep import row_sweep
 from rhythm.kernels.sampled_span import sampled_span
@@ -16,6 +16,6 @@ from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.values import mend_output
 
 __all__ = [
-    "Forms", "Sequences", "Softmax", "bands", "mean_span", "mend_output", "row_sweep", "sampled_span",
+    "BlockSums", "Forms", "Sequences", "Softmax", "bands", "mend_output", "row_sweep", "sampled_span",
     "undefined_results",
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """WAAD and FAI, given each row's softmax or its lse, in one launch that visits only tiles near the diagonal.
 
+After a row sweep the launch's first programs make spans of its sums (mean_span.py), so that they need no launch.
+
 Programs come in pairs for the same tokens, so that both find what they read in the cache: one owns a block of keys
 (FAI, column_sweep.py), the other a block of rows (WAAD).
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from rhythm.kernels.arguments import PLAIN, Forms
 from rhythm.kernels.column_sweep import column_arguments, column_key, column_program, tile_arguments, weights
 from rhythm.kernels.launch import launch, run_with_tile
+from rhythm.kernels.mean_span import BlockSums, span_program
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tile_tables import Tile
@@ -76,19 +79,32 @@ def window_program(
             tl.store(lse_out + at_M, tl.where(window_sum_M == window_sum_M, lse_M, float("nan")), mask=row_M < length)
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens", "window", "horizon_lo", "horizon_hi", "rows", "sliding_window"])
+@triton.jit(
+    do_not_specialize=["sequences", "tokens", "blocks", "window", "horizon_lo", "horizon_hi", "rows", "sliding_window"]
+)
 def bands_kernel(
-    q, k, q_tiles, lengths, lse, parts, steep, fai, waad, lse_out, strides, sequences, tokens, heads, scale, window,
-    horizon_lo, horizon_hi, rows, sliding_window, cap_scale, sinks, form: tl.constexpr, tile: tl.constexpr,
+    q, k, q_tiles, lengths, lse, parts, steep, fai, waad, lse_out, sums, span, strides, sequences, tokens, heads,
+    blocks, scale, window, horizon_lo, horizon_hi, rows, sliding_window, cap_scale, sinks, form: tl.constexpr,
+    tile: tl.constexpr, FROM_PROMPT: tl.constexpr, SUM_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Even programs own a block of keys, odd ones the block of rows of the same tokens."""
+    """Spans first, where there are sums (else None). Of the other programs even ones own a block of keys, odd ones the
+    block of rows of the same tokens.
+    """
+    place, others = tl.program_id(0), tl.num_programs(0)
+    if sums is not None:
+        spans = sequences * heads
+        if place < spans:
+            span_program(
+                place, sums, lengths, span, sequences, tokens, blocks, heads, rows, FROM_PROMPT, SUM_ROWS
+            )  # fmt: skip
+            return
+        place, others = place - spans, others - spans
     # Ahead of the branch, so that both sides share them.
-    program, head = tl.program_id(0) // (2 * heads), tl.program_id(0) // 2 % heads
-    programs = tl.num_programs(0) // (2 * heads)
-    if tl.program_id(0) % 2 == 0:
+    program, head, programs = place // (2 * heads), place // 2 % heads, others // (2 * heads)
+    if place % 2 == 0:
         column_program(
-            q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, heads, scale, horizon_lo,
-            horizon_hi, rows, sliding_window, cap_scale, form, tile,
+            program, programs, head, q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, scale,
+            horizon_lo, horizon_hi, rows, sliding_window, cap_scale, form, tile,
         )  # fmt: skip
     else:
         KEYS: tl.constexpr = tile.keys if tile.keys < 32 else 32
@@ -112,22 +128,31 @@ def bands(
     horizon: tuple[int, int | None],
     forms: Forms = PLAIN,
     softmax: Softmax | None = None,
+    sums: BlockSums | None = None,
+    span_BH: Tensor | None = None,
 ) -> None:
     """Fills WAAD at the response rows and FAI at the keys that these reach, each fp32 [Hq, T]; lse_HT is read on
     response rows only.
 
     lse_HT is finite or NaN (results.py); where it is NaN, so is every result that the row contributes to. It is copied
-    to lse_out_HT where one is given. softmax: the row sweep's, if lse_HT is the row sweep's own.
+    to lse_out_HT where one is given. softmax: the row sweep's, if lse_HT is the row sweep's own. sums: what the row sweep
+    returned; then the spans, fp32 [B, Hq], are filled as well, NaN where there are no response rows.
     """
     arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon, forms)
     arguments |= {"waad": waad_HT, "lse_out": lse_out_HT, "window": min(window, sequences.tokens), "sinks": forms.sinks}
     arguments |= {
         "parts": None if softmax is None else softmax.parts,
         "steep": None if softmax is None else softmax.steep,
+        "sums": None if sums is None else sums.sums,
+        "span": span_BH,
+        "blocks": 0 if sums is None else sums.sums.shape[0],
+        "FROM_PROMPT": sums is not None and sums.from_prompt,
+        "SUM_ROWS": 0 if sums is None else sums.rows,
     }
+    spans = 0 if sums is None else sequences.count * q.shape[-2]
 
     def run(tile: Tile) -> None:
-        programs = 2 * q.shape[-2] * sequences.blocks(tile.keys)
+        programs = spans + 2 * q.shape[-2] * sequences.blocks(tile.keys)
         launch(bands_kernel, programs, **arguments, **tile_arguments(q, tile, arguments))
 
     def on_sample(sample: Sample) -> None:

@@ -76,7 +76,7 @@ def add_edge(
 
 @triton.jit
 def column_program(
-    q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, heads, scale, horizon_lo, horizon_hi,
+    program, programs, head, q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, scale, horizon_lo, horizon_hi,
     rows, sliding_window, cap_scale, form: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """FAI of one block of keys of one head. The first keys run first, since with open horizons they have most rows.
@@ -86,8 +86,6 @@ def column_program(
     """
     ROWS: tl.constexpr = tile.rows
     KEYS: tl.constexpr = tile.keys
-    programs = tl.num_programs(0) // (2 * heads)
-    program, head = tl.program_id(0) // (2 * heads), tl.program_id(0) // 2 % heads
     sequence, first, start, length, prompt, first_row, missing = locate(
         programs - 1 - program, programs, lengths, sequences, tokens, rows, "token", KEYS
     )

@@ -1,4 +1,7 @@
-"""Sums of row spans → spans: the mean over each sequence's response rows, in fp64 and in a fixed order."""
+"""Sums of row spans → spans: the mean over each sequence's response rows, in fp64 and in a fixed order.
+
+Programs of the bands' launch (bands.py) do it, which comes after the row sweep that writes the sums.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rhythm.kernels.launch import launch
-from rhythm.kernels.sequences import Lengths, Sequences, extent
+from rhythm.kernels.sequences import extent
+
+SUMS = tl.constexpr(1024)
+"""Blocks that one step adds: all of 131072 tokens at 128 rows per block."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,12 @@ class BlockSums:
     from_prompt: bool
 
 
-@triton.jit(do_not_specialize=["sequences", "tokens", "blocks", "rows"])
-def mean_span_kernel(
-    sums, lengths, span, sequences, tokens, blocks, heads, rows,
-    FROM_PROMPT: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """The span of one head of one sequence, from SUMS blocks at a time."""
-    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+@triton.jit
+def span_program(
+    program, sums, lengths, span, sequences, tokens, blocks, heads, rows, FROM_PROMPT: tl.constexpr, ROWS: tl.constexpr
+):
+    """The span of one head of one sequence; blocks: length of sums, for the rest see BlockSums."""
+    sequence, head = program // heads, program % heads
     start, length, prompt, _, missing = extent(sequence, lengths, sequences, tokens, rows)
     packed_first, equal_first = start // ROWS + sequence, sequence * tl.cdiv(length, ROWS)
     first = equal_first if lengths.cu_seqlens is None else packed_first
@@ -46,26 +50,4 @@ def mean_span_kernel(
         at_N = sums + (blocks - 1 - (first + block + place_N)).to(tl.int64) * heads + head
         sum_N += tl.load(at_N, mask=block + place_N < count, other=0.0)
     mean = tl.sum(sum_N, 0) / response.to(tl.float64)
-    tl.store(span + tl.program_id(0), tl.where(response > 0, mean, float("nan")).to(tl.float32))
-
-
-def mean_span(sums: BlockSums, sequences: Sequences, span_BH: Tensor) -> None:
-    """Fills the spans, fp32 [B, Hq]; NaN where there are no response rows."""
-    blocks, heads = sums.sums.shape
-    if span_BH.numel():
-        launch(
-            mean_span_kernel,
-            sequences.count * heads,
-            sums=sums.sums,
-            lengths=Lengths.of(sequences),
-            span=span_BH,
-            sequences=sequences.count,
-            tokens=sequences.tokens,
-            blocks=blocks,
-            heads=heads,
-            rows=sequences.rows if sequences.fewer_rows else None,
-            FROM_PROMPT=sums.from_prompt,
-            ROWS=sums.rows,
-            SUMS=1024,  # all of 131072 tokens at 128 rows per block: one step
-            num_warps=4,
-        )
+    tl.store(span + program, tl.where(response > 0, mean, float("nan")).to(tl.float32))

@@ -193,7 +193,7 @@ def row_sweep(
     or NaN, is used for the spans alone. softmax is filled as well, for the bands.
 
     Returns:
-        (the sums of row spans, from which mean_span makes spans, and out where v is given: q's rows, flattened).
+        (the sums of row spans, from which bands makes spans, and out where v is given: q's rows, flattened).
     """
     heads, size = q.shape[-2:]
     out_SHD = None if v is None else torch.empty((q.shape[:-2].numel(), heads, size), dtype=q.dtype, device=q.device)

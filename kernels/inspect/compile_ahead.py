@@ -30,9 +30,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from rhythm.kernels import (
+    BlockSums,
     Forms,
     bands,
-    mean_span,
     row_sweep,
     sampled_span,
     tile_tables,
@@ -41,7 +41,6 @@ from rhythm.kernels import (
 from rhythm.kernels.arguments import PLAIN
 from rhythm.kernels.inspect.sass import Binary, amd_binary, nvidia_binary
 from rhythm.kernels.launch import compiling, forced
-from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.sequences import Sequences
 from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile
@@ -52,8 +51,8 @@ ARCHITECTURES = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*tile_tables.KERNELS, "mean_span", "results")
-WITHOUT_TILES = ("mean_span", "results")
+KERNELS = (*tile_tables.KERNELS, "results")
+WITHOUT_TILES = ("results",)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
 FORMS = {
@@ -202,7 +201,6 @@ def _table(arch: str, kernel: str, dtype: str, head_size: int) -> list[Tile]:
 def jit_functions() -> list[Any]:
     """The kernels as Triton's functions."""
     from rhythm.kernels.bands import bands_kernel
-    from rhythm.kernels.mean_span import mean_span_kernel
     from rhythm.kernels.results import results_kernel
     from rhythm.kernels.row_sweep import row_sweep_kernel
     from rhythm.kernels.row_values import row_values_kernel
@@ -210,8 +208,7 @@ def jit_functions() -> list[Any]:
     from rhythm.kernels.values import mend_output_kernel
 
     return [
-        row_sweep_kernel, row_values_kernel, bands_kernel, mean_span_kernel, sampled_span_kernel, results_kernel,
-        mend_output_kernel,
+        row_sweep_kernel, row_values_kernel, bands_kernel, sampled_span_kernel, results_kernel, mend_output_kernel,
     ]  # fmt: skip
 
 
@@ -233,16 +230,17 @@ def _launch(kernel: str, dtype: torch.dtype, head_size: int, form: str) -> None:
         row_sweep(q, k, v, sequences, one, softmax=softmax, **attention)
     elif kernel == "sampled":
         sampled_span(q, k, one, sequences, count=256, **attention)
-    elif kernel == "mean_span":
-        sums = BlockSums(empty(sequences.blocks(128), QUERY_HEADS, dtype=torch.float64), 128, from_prompt=True)
-        mean_span(sums, sequences, empty(sequences.count, QUERY_HEADS))
     elif kernel == "results":
         undefined_results(sequences.count, QUERY_HEADS, TOKENS, q.device, None)
     else:
         horizon = (10, 50) if kernel.endswith("_band") else (10, None)
-        given = kernel.startswith("bands")
-        lse_out, parts = (empty(*one.shape), None) if given else (None, softmax)
-        bands(q, k, one, sequences, two, three, lse_out, window=10, horizon=horizon, softmax=parts, **attention)
+        near: dict[str, Any] = {"window": 10, "horizon": horizon, **attention}
+        if kernel.startswith("bands"):
+            bands(q, k, one, sequences, two, three, empty(*one.shape), **near)
+        else:
+            sums = BlockSums(empty(sequences.blocks(128), QUERY_HEADS, dtype=torch.float64), 128, from_prompt=True)
+            near |= {"softmax": softmax, "sums": sums, "span_BH": empty(sequences.count, QUERY_HEADS)}
+            bands(q, k, one, sequences, two, three, None, **near)
 
 
 def _report(

@@ -11,9 +11,8 @@ import torch
 pytest.importorskip("triton", reason="needs the extra triton")
 
 from rhythm import attention_statistics, attention_with_statistics
-from rhythm.kernels import Sequences, mean_span, undefined_results
+from rhythm.kernels import BlockSums, Sequences, bands, undefined_results
 from rhythm.kernels.launch import launch
-from rhythm.kernels.mean_span import BlockSums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -34,7 +33,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("torch launched a kernel of its own")
 
-    for module in ("results", "row_sweep", "mean_span", "bands", "values"):
+    for module in ("results", "row_sweep", "bands", "values"):
         monkeypatch.setattr(sys.modules[f"rhythm.kernels.{module}"], "launch", recorded)
     monkeypatch.setattr(torch, "full", refuse)
     monkeypatch.setattr(torch.Tensor, "new_full", refuse)
@@ -45,15 +44,16 @@ def test_what_an_op_launches(launches: list[str]) -> None:
     q = torch.ones(20, 2, 16, device=DEVICE)
     lse = torch.arange(1.0, 21, device=DEVICE).log().expand(2, 20).contiguous()
     attention_statistics(q, q, backend="triton")
-    assert launches == ["results_kernel", "row_sweep_kernel", "mean_span_kernel", "bands_kernel"]
+    assert launches == ["results_kernel", "row_sweep_kernel", "bands_kernel"]
+    launches.clear()
+    attention_statistics(q, q, lse=lse, backend="triton")
+    assert launches == ["results_kernel", "row_sweep_kernel", "bands_kernel"]
     launches.clear()
     attention_statistics(q, q, lse=lse, span=False, backend="triton")
     assert launches == ["results_kernel", "bands_kernel"]
     launches.clear()
     attention_with_statistics(q, q, q, backend="triton")
-    assert launches == [
-        "results_kernel", "row_values_kernel", "mean_span_kernel", "mend_output_kernel", "bands_kernel",
-    ]  # fmt: skip
+    assert launches == ["results_kernel", "row_values_kernel", "mend_output_kernel", "bands_kernel"]
 
 
 def test_results_are_undefined_until_written() -> None:
@@ -105,7 +105,11 @@ def test_spans_from_sums_of_blocks(from_prompt: bool, fewer: bool) -> None:
         if length > prompt:
             expected[i] = of_sequence.sum(0) / (length - prompt)
     spans = [torch.empty(len(lengths), heads, device=DEVICE) for _ in range(2)]
+    q, k = (torch.zeros(n, heads, 16, device=DEVICE) for n in (int(row_bounds[-1]), int(bounds[-1])))
+    lse, waad, fai = (torch.zeros(heads, int(bounds[-1]), device=DEVICE) for _ in range(3))
     for span in spans:
-        mean_span(BlockSums(sums.to(DEVICE), rows, from_prompt), sequences, span)
+        of_blocks = BlockSums(sums.to(DEVICE), rows, from_prompt)
+        near: dict[str, Any] = {"scale": 1.0, "window": 1, "horizon": (0, 0), "sums": of_blocks, "span_BH": span}
+        bands(q, k, lse, sequences, waad, fai, None, **near)
     torch.testing.assert_close(spans[0].cpu().double(), expected, rtol=1e-6, atol=1e-9, equal_nan=True)
     torch.testing.assert_close(spans[0], spans[1], rtol=0, atol=0, equal_nan=True)

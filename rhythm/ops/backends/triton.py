@@ -69,10 +69,10 @@ class TritonBackend(Backend):
         return "its interpreter is for tests" if interpreted() else None
 
     def run(self, request: Request) -> BackendResult:
-        from rhythm.kernels import bands, mean_span, mend_output, row_sweep, undefined_results
+        from rhythm.kernels import bands, mend_output, row_sweep, undefined_results
 
         q, k, v, sequences = request.q, request.k, request.v, request.sequences
-        out_SHD = None
+        out_SHD = sums = None
         attention: dict[str, Any] = {"scale": request.scale, "forms": _forms(request)}
         near = attention | {"window": request.window, "horizon": request.horizon}
         with _on(q.device):
@@ -84,9 +84,9 @@ class TritonBackend(Backend):
                 sums, out_SHD = row_sweep(
                     q, k, v, sequences, got.lse, given_lse_HT=given, softmax=got.softmax, **attention
                 )
-                mean_span(sums, sequences, got.span)
                 if v is not None and out_SHD is not None:
                     mend_output(q, k, v, sequences, out_SHD, **attention)
+            near |= {"sums": sums, "span_BH": got.span}
             if given is None:
                 bands(q, k, got.lse, sequences, got.waad, got.fai, None, softmax=got.softmax, **near)
             else:  # they go by the lse from outside, which takes the place of what the row sweep wrote

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rhythm.kernels import (
+    BlockSums,
     Forms,
     Sequences,
     Softmax,
     bands,
-    mean_span,
     mend_output,
     row_sweep,
     sampled_span,
@@ -29,7 +29,6 @@ from rhythm.kernels import (
 from rhythm.kernels.arguments import PLAIN
 from rhythm.kernels.inspect.compile_ahead import ARCHITECTURES, _active, jit_functions
 from rhythm.kernels.launch import compiling, forced
-from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.tile_tables import Tile
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -110,13 +109,14 @@ def launches(
     a, b, c, d = (empty(heads[0], total) for _ in range(4))
     softmax = Softmax.empty(heads[0], total, q.device)
     sums = BlockSums(empty(sequences.blocks(64), heads[0], dtype=torch.float64), 64, from_prompt=True)
+    spans: dict[str, Any] = {"sums": sums, "span_BH": empty(sequences.count, heads[0])}
     return [
         lambda: row_sweep(q, k, None, sequences, a, softmax=softmax, **attention),
         lambda: row_sweep(q, k, v, sequences, a, softmax=softmax, **attention),
-        lambda: bands(q, k, a, sequences, b, c, None, softmax=softmax, **near),
+        lambda: bands(q, k, a, sequences, b, c, None, softmax=softmax, **spans, **near),
         lambda: bands(q, k, a, sequences, b, c, d, **near),
+        lambda: bands(q, k, a, sequences, b, c, d, **spans, **near),
         lambda: mend_output(q, k, v, sequences, empty(total, heads[0], size, dtype=dtype), **attention),
-        lambda: mean_span(sums, sequences, empty(sequences.count, heads[0])),
         lambda: sampled_span(q, k, a, sequences, count=rows, **attention),
         lambda: undefined_results(sequences.count, heads[0], total, q.device, a),
     ]

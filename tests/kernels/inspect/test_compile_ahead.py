@@ -68,7 +68,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any, ...], dict[str, Any]]) -> None:
-    assert {kernel["kernel"] for kernel in hopper} == LOOPS | {"mean_span", "results"}
+    assert {kernel["kernel"] for kernel in hopper} == LOOPS | {"results"}
     for kernel in hopper:
         recorded = record[key(kernel)]
         assert kernel["spills"] == 0, key(kernel)
@@ -200,8 +200,7 @@ def test_other_lengths_windows_and_horizons_compile_nothing_anew(batches: str) -
     assert run.stdout.splitlines() == [
         "row_sweep_kernel: 1",
         "row_values_kernel: 1",
-        "bands_kernel: 2",  # after a row sweep and for a given lse
-        "mean_span_kernel: 1",
+        "bands_kernel: 3",  # after a row sweep, for a given lse, and for both
         "sampled_span_kernel: 1",
         "results_kernel: 1",
         "mend_output_kernel: 1",
