@@ -2,8 +2,9 @@
 
 After a row sweep the launch's first programs make spans of its sums (mean_span.py), so that they need no launch.
 
-Programs come in pairs for the same tokens, so that both find what they read in the cache: one owns a block of keys
-(FAI, column_sweep.py), the other a block of rows (WAAD).
+A window and a horizon that are narrow, as by default, have a kernel of their own (narrow_bands.py). For others programs
+come in pairs for the same tokens, so that both find what they read in the cache: one owns a block of keys (FAI,
+column_sweep.py), the other a block of rows (WAAD).
 
 Shape suffixes: M rows and N keys of a tile, D head size (padded to a power of two).
 """
@@ -15,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rhythm.kernels.arguments import PLAIN, Forms
-from rhythm.kernels.column_sweep import column_arguments, column_key, column_program, tile_arguments, weights
+from rhythm.kernels.column_sweep import column_arguments, column_program, tile_arguments, weights
 from rhythm.kernels.launch import launch, run_with_tile
 from rhythm.kernels.mean_span import BlockSums, span_program
+from rhythm.kernels.narrow_bands import HALO, narrow, narrow_bands_kernel
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.softmax import Softmax
-from rhythm.kernels.tile_tables import Tile
-from rhythm.kernels.tiles import LOG2_E, head_base, load_q, load_rows, query_base, tma_compatible
+from rhythm.kernels.tile_tables import KernelKey, Tile
+from rhythm.kernels.tiles import LOG2_E, dot, head_base, load_q, load_rows, padded_size, query_base, tma_compatible
 from rhythm.kernels.tuning import Sample
 
 
@@ -61,7 +63,7 @@ def window_program(
             k_ND = load_rows(k_base, strides.k, key, length, KEYS, True, form)
             place_N = (tl.arange(0, KEYS) + (key - first)).to(tl.float32)
             distance_MN = tl.arange(0, ROWS).to(tl.float32)[:, None] - place_N[None, :]
-            p_MN = weights(q_MD, k_ND, lse + of_head, parts_base, first, length, scale, cap_scale, True, form)
+            p_MN = weights(dot(q_MD, k_ND, form), lse + of_head, parts_base, first, length, scale, cap_scale, True)
             visible_MN = distance_MN >= 0
             if sliding_window is not None:
                 visible_MN = visible_MN & (distance_MN < sliding_window)
@@ -135,8 +137,8 @@ def bands(
     response rows only.
 
     lse_HT is finite or NaN (results.py); where it is NaN, so is every result that the row contributes to. It is copied
-    to lse_out_HT where one is given. softmax: the row sweep's, if lse_HT is the row sweep's own. sums: what the row sweep
-    returned; then the spans, fp32 [B, Hq], are filled as well, NaN where there are no response rows.
+    to lse_out_HT where one is given. softmax: the row sweep's, if lse_HT is the row sweep's own. sums: what the row
+    sweep returned; then the spans, fp32 [B, Hq], are filled as well, NaN where there are no response rows.
     """
     arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon, forms)
     arguments |= {"waad": waad_HT, "lse_out": lse_out_HT, "window": min(window, sequences.tokens), "sinks": forms.sinks}
@@ -149,11 +151,13 @@ def bands(
         "FROM_PROMPT": sums is not None and sums.from_prompt,
         "SUM_ROWS": 0 if sums is None else sums.rows,
     }
+    near = narrow(window, horizon)
     spans = 0 if sums is None else sequences.count * q.shape[-2]
 
     def run(tile: Tile) -> None:
-        programs = spans + 2 * q.shape[-2] * sequences.blocks(tile.keys)
-        launch(bands_kernel, programs, **arguments, **tile_arguments(q, tile, arguments))
+        blocks = sequences.blocks(tile.keys - HALO.value) if near else 2 * sequences.blocks(tile.keys)
+        kernel = narrow_bands_kernel if near else bands_kernel
+        launch(kernel, spans + q.shape[-2] * blocks, **arguments, **tile_arguments(q, tile, arguments))
 
     def on_sample(sample: Sample) -> None:
         waad, fai, lse_out = sample.results
@@ -171,5 +175,6 @@ def bands(
             softmax=None if softmax is None else sample.softmax,
         )
 
-    key = column_key("bands" if softmax is None else "column", q, horizon)
+    name = "bands" if softmax is None else "column"
+    key = KernelKey(f"{name}_band" if near else name, q.element_size(), padded_size(q.shape[-1]))
     run_with_tile(key, q, k, tma_compatible(q), run, on_sample)

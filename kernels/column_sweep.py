@@ -17,15 +17,15 @@ from torch import Tensor
 
 from rhythm.kernels.arguments import Forms, common_arguments
 from rhythm.kernels.launch import options
-from rhythm.kernels.scores import capped_products
+from rhythm.kernels.scores import capped
 from rhythm.kernels.sequences import Sequences, locate
-from rhythm.kernels.tile_tables import KernelKey, Tile
+from rhythm.kernels.tile_tables import Tile
 from rhythm.kernels.tiles import (
     LOG2_E,
+    dot,
     head_base,
     load_rows,
     load_tma,
-    padded_size,
     query_base,
     signed,
     tma_descriptor,
@@ -33,14 +33,14 @@ from rhythm.kernels.tiles import (
 
 
 @triton.jit
-def weights(q_MD, k_ND, lse, parts, row, end, scale, cap_scale, EXACT: tl.constexpr, form: tl.constexpr):
-    """[M, N] attention weights of the rows from `row` on; undefined from row `end` on.
+def weights(product_MN, lse, parts, row, end, scale, cap_scale, EXACT: tl.constexpr):
+    """[M, N] attention weights of the rows from `row` on, from their products with keys; undefined from row `end` on.
 
     lse and parts point at the sequence's first row. With parts (softmax.py) the weights are exact, however large scores
     are, where EXACT; else they follow lse.
     """
-    row_M = row + tl.arange(0, q_MD.shape[0])
-    score_MN = capped_products(q_MD, k_ND, cap_scale, form)
+    row_M = row + tl.arange(0, product_MN.shape[0])
+    score_MN = capped(product_MN, cap_scale)
     if EXACT and parts is not None:
         largest_M = tl.load(parts + 2 * row_M, mask=row_M < end, other=0.0)
         log2_sum_M = tl.load(parts + 2 * row_M + 1, mask=row_M < end, other=0.0)
@@ -65,7 +65,7 @@ def add_edge(
     key_N = first + tl.arange(0, k_ND.shape[0])
     for row in tl.range(begin, end, ROWS, num_stages=1):
         q_MD = load_rows(q_base, strides, row, length, ROWS, True, form)
-        p_MN = weights(q_MD, k_ND, lse, parts, row, end, scale, cap_scale, True, form)
+        p_MN = weights(dot(q_MD, k_ND, form), lse, parts, row, end, scale, cap_scale, True)
         row_M = row + tl.arange(0, ROWS)
         distance_MN = row_M[:, None] - key_N[None, :]
         # Rows from `end` on are masked as well: their scores may be NaN.
@@ -76,8 +76,8 @@ def add_edge(
 
 @triton.jit
 def column_program(
-    program, programs, head, q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, scale, horizon_lo, horizon_hi,
-    rows, sliding_window, cap_scale, form: tl.constexpr, tile: tl.constexpr,
+    program, programs, head, q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, scale,
+    horizon_lo, horizon_hi, rows, sliding_window, cap_scale, form: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """FAI of one block of keys of one head. The first keys run first, since with open horizons they have most rows.
 
@@ -120,7 +120,7 @@ def column_program(
                 q_MD = load_tma(q_tiles, sequence, first_row, row - missing, head, ROWS, form)
             else:
                 q_MD = load_rows(q_base, strides.q, row, length, ROWS, False, form)
-            p_MN = weights(q_MD, k_ND, lse_base, parts_base, row, length, scale, cap_scale, False, form)
+            p_MN = weights(dot(q_MD, k_ND, form), lse_base, parts_base, row, length, scale, cap_scale, False)
             total += partial_sum(p_MN)
         total = add_edge(
             total, strides.q, k_ND, q_base, lse_base, parts_base, first, inner_end, end, length, scale, cap_scale,
@@ -156,8 +156,3 @@ def column_arguments(
 def tile_arguments(q: Tensor, tile: Tile, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, and launch options, that depend on the tile."""
     return {"q_tiles": tma_descriptor(q, tile.rows) if tile.tma else None, "tile": tile, **options(tile, arguments)}
-
-
-def column_key(kernel: str, q: Tensor, horizon: tuple[int, int | None]) -> KernelKey:
-    """kernel: "column" (the bands after a row sweep) or "bands" (for a given lse)."""
-    return KernelKey(kernel if horizon[1] is None else f"{kernel}_band", q.element_size(), padded_size(q.shape[-1]))

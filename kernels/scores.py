@@ -37,7 +37,12 @@ def tanh(x):
 @triton.jit
 def capped_products(q_MD, k_ND, cap_scale, form: tl.constexpr):
     """[M, N] products of q and k; with a softcap tanh(product · cap_scale). Both times a scale are scores."""
-    product_MN = dot(q_MD, k_ND, form)
+    return capped(dot(q_MD, k_ND, form), cap_scale)
+
+
+@triton.jit
+def capped(product_MN, cap_scale):
+    """Products, or with a softcap their tanh, as capped_products."""
     if cap_scale is not None:
         product_MN = tanh(product_MN * cap_scale)
     return product_MN

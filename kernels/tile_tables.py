@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-# "column" is the bands after a row sweep, "bands" for a given lse; "_band" means that the horizon is finite.
+# "column" is the bands after a row sweep, "bands" for a given lse; "_band" means narrow_bands.py's kernel.
 KERNELS = ("row", "row_values", "column", "column_band", "bands", "bands_band", "sampled")
 
 
@@ -23,7 +23,7 @@ class Tile(NamedTuple):
         stages: stages of the pipeline that loads tiles.
         tma: tiles are loaded by the tensor memory accelerator instead of by threads.
         max_registers: limit on the registers per thread, for tiles where the compiler would otherwise take more than
-            lets two programs share a multiprocessor; None: no limit. NVIDIA only.
+            lets enough programs share a multiprocessor; None: no limit. NVIDIA only.
     """
 
     rows: int
@@ -57,6 +57,12 @@ class KernelKey:
 TMA = True
 # A band is narrow: a tile beyond it is wasted.
 BAND = {
+    "half128": [Tile(64, 64, 4, 2)],
+    "half256": [Tile(64, 64, 4, 1), Tile(32, 64, 4, 2)],
+    "float128": [Tile(32, 64, 8, 1)],
+    "float256": [Tile(16, 16, 8, 1)],
+}
+SAMPLED = {
     "half128": [Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 64, 4, 3)],
     "half256": [Tile(64, 64, 4, 1), Tile(32, 64, 4, 2)],
     "float128": [Tile(32, 32, 4, 1), Tile(32, 64, 8, 1)],
@@ -110,6 +116,9 @@ HOPPER = {
         ],
         "half256": [Tile(64, 128, 8, 2, TMA), Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)],
     },
+    # Four programs share a multiprocessor; with 128 keys two, of which each reads less per token.
+    "column_band": {"half128": [Tile(64, 64, 4, 2, False, 120), Tile(64, 128, 4, 2)]},
+    "bands_band": {"half128": [Tile(64, 64, 4, 2, False, 128), Tile(64, 128, 4, 2)]},
 }
 # 128 registers spill here, and two programs share a multiprocessor with 64 keys.
 BLACKWELL = HOPPER | {
@@ -131,6 +140,8 @@ BLACKWELL = HOPPER | {
         "half128": [Tile(64, 128, 8, 3, TMA), Tile(64, 128, 8, 3), Tile(64, 64, 4, 3, TMA)],
         "half256": HOPPER["column"]["half256"],
     },
+    "column_band": BAND,
+    "bands_band": BAND,
 }
 # Small tiles, so that short sequences reach every loop.
 INTERPRETER = {
@@ -140,8 +151,9 @@ INTERPRETER = {
 
 
 def _joined(half: Mapping[str, dict[str, list[Tile]]]) -> dict[str, dict[str, list[Tile]]]:
-    table = {kernel: FLOATS[kernel] | of_half for kernel, of_half in half.items()}
-    return table | {"bands": table["column"], "column_band": BAND, "bands_band": BAND, "sampled": BAND}
+    others = FLOATS | {"column_band": BAND, "bands_band": BAND}
+    table = {kernel: groups | half.get(kernel, {}) for kernel, groups in others.items()}
+    return table | {"bands": table["column"], "sampled": SAMPLED}
 
 
 TABLES = {
@@ -182,12 +194,12 @@ def needed_memory(tile: Tile, key: KernelKey) -> int:
 
 def candidates(table: str, key: KernelKey, memory: int, tma: bool) -> list[Tile]:
     """The tiles of the table that fit into `memory` bytes; without `tma` all of them load by threads, which takes more
-    registers than their limits allow.
+    registers than the limits of the others allow.
 
     If none fits: the smallest, with one stage.
     """
     tiles = TABLES[table][key.kernel][key.group]
     if not tma:
-        tiles = [tile._replace(tma=False, max_registers=None) for tile in tiles]
+        tiles = [tile._replace(tma=False, max_registers=None) if tile.tma else tile for tile in tiles]
     fitting = [tile for tile in dict.fromkeys(tiles) if needed_memory(tile, key) <= memory]
     return fitting or [min(tiles, key=lambda tile: needed_memory(tile, key))._replace(stages=1)]

@@ -89,8 +89,11 @@ def query_base(q, strides, sequence, first_row, missing, head, rows, form: tl.co
 
 
 @triton.jit
-def load_rows(base, strides, first, end, ROWS: tl.constexpr, MASKED: tl.constexpr, form: tl.constexpr):
-    """[ROWS, D] rows of one head from row `first` on; 0 beyond the head size and, where MASKED, from row `end` on.
+def load_rows(
+    base, strides, first, end, ROWS: tl.constexpr, MASKED: tl.constexpr, form: tl.constexpr, begin: tl.constexpr = None
+):
+    """[ROWS, D] rows of one head from row `first` on; 0 beyond the head size and, where MASKED, from row `end` on, and
+    before `begin` if that is not None.
 
     base: from head_base. Offsets within the tile have 64 bits only where strides need them (form.wide): the steady
     loops have few of them.
@@ -102,7 +105,10 @@ def load_rows(base, strides, first, end, ROWS: tl.constexpr, MASKED: tl.constexp
         offset_MD = place_M[:, None] * strides.token + dim_D[None, :] * strides.dim
     at_MD = base + tl.cast(first, tl.int64) * strides.token + offset_MD
     if MASKED:
-        x_MD = tl.load(at_MD, mask=(first + place_M < end)[:, None] & (dim_D < form.size)[None, :], other=0.0)
+        used_M = first + place_M < end
+        if begin is not None:
+            used_M = used_M & (first + place_M >= begin)
+        x_MD = tl.load(at_MD, mask=used_M[:, None] & (dim_D < form.size)[None, :], other=0.0)
     elif form.size < form.padded:
         x_MD = tl.load(at_MD, mask=(dim_D < form.size)[None, :], other=0.0)
     else:
@@ -168,10 +174,20 @@ def dot(a_MD, b_ND, form: tl.constexpr):
         one_ND, other_ND = tl.split(tl.reshape(b_ND, [b_ND.shape[0], DIMS // 2, 2]))
         return dot(one_MD, one_ND, form) + dot(other_MD, other_ND, form)
     else:
-        if INTERPRETED:
-            return tl.dot(a_MD.to(tl.float64), tl.trans(b_ND).to(tl.float64), out_dtype=tl.float64).to(tl.float32)
-        else:
-            return tl.dot(a_MD, tl.trans(b_ND), input_precision=form.precision)
+        return product(a_MD, tl.trans(b_ND), form)
+
+
+@triton.jit
+def product(a_MD, b_DN, form: tl.constexpr):
+    """[M, N] a b in fp32. A b that stays is transposed ahead of the loops over a: in them Triton 3.9 leaves it in
+    registers, and copies it to shared memory in every pass.
+    """
+    if INTERPRETED:
+        return tl.dot(a_MD.to(tl.float64), b_DN.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    elif form.precision == "ieee" and a_MD.dtype == tl.float32 and a_MD.shape[1] > 32:
+        return dot(a_MD, tl.trans(b_DN), form)
+    else:
+        return tl.dot(a_MD, b_DN, input_precision=form.precision)
 
 
 def padded_size(size: int) -> int:

@@ -201,6 +201,7 @@ def _table(arch: str, kernel: str, dtype: str, head_size: int) -> list[Tile]:
 def jit_functions() -> list[Any]:
     """The kernels as Triton's functions."""
     from rhythm.kernels.bands import bands_kernel
+    from rhythm.kernels.narrow_bands import narrow_bands_kernel
     from rhythm.kernels.results import results_kernel
     from rhythm.kernels.row_sweep import row_sweep_kernel
     from rhythm.kernels.row_values import row_values_kernel
@@ -208,7 +209,8 @@ def jit_functions() -> list[Any]:
     from rhythm.kernels.values import mend_output_kernel
 
     return [
-        row_sweep_kernel, row_values_kernel, bands_kernel, sampled_span_kernel, results_kernel, mend_output_kernel,
+        row_sweep_kernel, row_values_kernel, bands_kernel, narrow_bands_kernel, sampled_span_kernel, results_kernel,
+        mend_output_kernel,
     ]  # fmt: skip
 
 
