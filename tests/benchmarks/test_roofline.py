@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.roofline import (
-    COLUMN_BAND,
+    BANDS,
     COLUMNS_TO_END,
     FORWARD,
     GPUS,
@@ -20,7 +20,6 @@ from benchmarks.roofline import (
     OPS,
     ROWS,
     ROWS_WITH_OUTPUT,
-    WINDOW_BAND,
     Kernel,
     Units,
 )
@@ -61,21 +60,21 @@ def test_tiles_are_those_from_the_first_needed_pair_to_the_last(
 
 def test_tile_counts_worked_by_hand() -> None:
     assert ROWS.tile_scores(256) == 3 * 128 * 128  # one tile for the first block of rows, two for the second
-    # 64 keys are reached by the rows 10 … 113 after the first of them: 104 rows, 2 tiles of 64; the second block's
-    # rows end with the sequence: 54 rows, 1 tile.
-    assert COLUMN_BAND.tile_scores(128) == (2 + 1) * 64 * 64
-    # 64 rows look at themselves, 2 tiles of 32 keys; the second block also at 9 keys before: 73 keys, 3 tiles.
-    assert WINDOW_BAND.tile_scores(128) == (2 + 3) * 64 * 32
+    assert COLUMNS_TO_END.tile_scores(256) == (2 + 2 + 1 + 1) * 64 * 128  # 246, 182, 118 and 54 rows
+    # A program owns 55 tokens; they and the 50 after them are 105 rows, 2 tiles of 64. The second program's rows end
+    # with the sequence: 73 rows, 2 tiles; the third's are 18, 1 tile.
+    assert BANDS.tile_scores(128) == (2 + 2 + 1) * 64 * 64
 
 
 def test_work_worked_by_hand() -> None:
     """T = 3, 4 query heads, 2 key heads, head size 16: 6 causal pairs per head."""
     shape = Shape(3, query_heads=4, key_heads=2, head_size=16)
     query, key, row = 3 * 4 * 16 * 2, 3 * 2 * 16 * 2, 3 * 4 * 4  # bytes
-    assert ROWS.work(shape) == Units(tensor=24 * 32, exp=24, issue=24 * 8, memory=query + key + 2 * row)
-    assert ROWS_WITH_OUTPUT.work(shape) == Units(24 * 64, 24, 24 * 9.5, 2 * query + 2 * key + 2 * row)
+    assert ROWS.work(shape) == Units(tensor=24 * 32, exp=24, issue=24 * 5.1, memory=query + key + 2 * row)
+    assert ROWS_WITH_OUTPUT.work(shape) == Units(24 * 64, 24, 24 * 8.9, 2 * query + 2 * key + 2 * row)
     assert FORWARD.work(shape) == Units(24 * 64, 24, 24 * 5.5, 2 * query + 2 * key + row)
-    assert COLUMN_BAND.work(shape).exp == 0  # no row is 10 tokens later
+    assert COLUMNS_TO_END.work(shape).exp == 0  # no row is 10 tokens later
+    assert BANDS.work(shape) == Units(24 * 32, 24, 24 * 8.5, query + key + 3 * row)
     assert COLUMNS_TO_END.work(replace(shape, tokens=12)).exp == 4 * (1 + 2)
 
 
@@ -85,19 +84,19 @@ def test_reads_from_l2_worked_by_hand() -> None:
     # Each head: all of q once; the first 128 rows read one tile of 128 keys, the others two.
     assert ROWS.l2_bytes(shape) == 2 * (256 + 3 * 128) * 32
     assert FORWARD.l2_bytes(shape) == ROWS_WITH_OUTPUT.l2_bytes(shape) == 2 * (256 + 2 * 3 * 128) * 32
-    # All of k once; 64 keys are reached by 104 rows, 2 tiles of 64, but the last by 54.
-    assert COLUMN_BAND.l2_bytes(shape) == 2 * (256 + 7 * 64) * 32
-    # All of q once; 64 rows look at 73 keys, 3 tiles of 32, but the first at 64.
-    assert WINDOW_BAND.l2_bytes(shape) == 2 * (256 + 11 * 32) * 32
+    # All of k once; 64 keys are reached by rows to the end: 246, 182, 118 and 54, in tiles of 128.
+    assert COLUMNS_TO_END.l2_bytes(shape) == 2 * (256 + (2 + 2 + 1 + 1) * 128) * 32
+    # All of k once, and 9 keys before each program's own but the first's; 3 programs of 105 rows, then 91 and 36.
+    assert BANDS.l2_bytes(shape) == 2 * (256 + 4 * 9 + 3 * 105 + 91 + 36) * 32
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-def test_a_score_of_the_row_sweep_costs_the_same_in_three_units(gpu: roofline.Gpu) -> None:
+def test_a_score_of_the_row_sweep_costs_the_same_in_two_units(gpu: roofline.Gpu) -> None:
     work = ROWS.work(roofline.shape_of(8192))
     floor = roofline.seconds(work, gpu)
     sixteenth = 32 * (8192 * 8193 // 2) / 16 / SM_CLOCKS
-    assert [floor.tensor, floor.exp, floor.issue] == pytest.approx([sixteenth] * 3)
-    assert floor.limits == "tensor = exp = issue"
+    assert [floor.tensor, floor.exp, floor.issue] == pytest.approx([sixteenth, sixteenth, sixteenth * 5.1 / 8])
+    assert floor.limits == "tensor = exp"
     assert floor.memory == pytest.approx((8192 * 40 * 128 * 2 + 2 * 8192 * 32 * 4) / gpu.memory)
 
 
@@ -114,30 +113,26 @@ def test_the_three_numbers_of_a_floor() -> None:
     assert replace(floor, memory=9.0).staged == 9.0
 
 
-def test_one_launch_of_both_bands_reads_its_operands_once() -> None:
-    shape = roofline.shape_of(8192)
-    together = roofline.launch_work((WINDOW_BAND, COLUMN_BAND), shape)
-    window, column = WINDOW_BAND.work(shape), COLUMN_BAND.work(shape)
-    assert together.tensor == window.tensor + column.tensor
-    operands, lse_or_result = 8192 * 40 * 128 * 2, 8192 * 32 * 4
-    assert together.memory == operands + 3 * lse_or_result  # lse, waad, fai
-    assert window.memory == column.memory == operands + 2 * lse_or_result
-
-
 def test_conclusions_of_the_document() -> None:
     """Its "What follows": which targets the floors allow at T = 8k on an H200, against a forward at its own floor."""
     shape = roofline.shape_of(8192)
     forward = roofline.seconds(FORWARD.work(shape), H200).overlapped
-    statistics, with_output, two_launches, one_launch = (roofline.op_floor(op, shape, H200) / forward for op in OPS)
+    statistics, with_output, bands = (roofline.op_floor(op, shape, H200) / forward for op in OPS)
     assert 0.53 < statistics < 0.535
     assert 1.03 < with_output < 1.035
-    assert 0.064 < two_launches < 0.065
-    assert 0.032 < one_launch < 0.033
+    assert 0.032 < bands < 0.033
     thirteen = roofline.seconds(replace(ROWS, slots=13.0).work(shape), H200).overlapped
     assert thirteen / forward == pytest.approx(13 / 16)
-    bands = WINDOW_BAND.l2_bytes(shape) + COLUMN_BAND.l2_bytes(shape)
-    assert bands == pytest.approx(369e6, rel=0.005)
-    assert bands / roofline.L2_RATE / forward == pytest.approx(0.13, abs=0.005)
+    assert BANDS.l2_bytes(shape) == pytest.approx(206e6, rel=0.005)
+    assert BANDS.l2_bytes(shape) / roofline.L2_RATE / forward == pytest.approx(0.074, abs=0.0005)
+    of_128 = replace(BANDS, stationary=128)
+    assert of_128.l2_bytes(shape) == pytest.approx(167e6, rel=0.005)
+    assert of_128.l2_bytes(shape) / roofline.L2_RATE / forward == pytest.approx(0.060, abs=0.0005)
+    tiles = roofline.seconds(BANDS.work(shape, in_tiles=True), H200)
+    assert max(tiles.tensor, tiles.issue) == pytest.approx(10.7e-6, rel=0.01)
+    sweep = roofline.seconds(ROWS.work(shape), H200)
+    assert sweep.issue / sweep.tensor == pytest.approx(0.64, abs=0.005)
+    assert roofline.op_floor(OPS[1], shape, H200) / (1.05 * forward / 0.75) == pytest.approx(0.74, abs=0.005)
     assert ROWS.l2_bytes(shape) / roofline.L2_RATE == pytest.approx(450e-6, rel=0.005)
     assert FORWARD.l2_bytes(shape) / roofline.L2_RATE == pytest.approx(886e-6, rel=0.005)
     statistics_at_75 = roofline.op_floor(OPS[0], shape, H200) / (0.5 * forward / 0.75)
