@@ -16,6 +16,7 @@ from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.engines.batches import micro_batches, take_rows, trim
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.linear import use_onednn
+from rhythm.engines.local.norms import use_fast_norms
 from rhythm.engines.local.short_attention import short_attention
 from rhythm.engines.local.weights import load_weights
 from rhythm.tap.observe import observe_heads
@@ -38,6 +39,7 @@ class ObserveAttn:
         padding counted, instead of micro_batch_size rows; `precision`: dtype of autocast, float32 for none.
         """
         use_onednn(model)
+        use_fast_norms(model)
         self._model = model.eval()
         self._tap = tap
         self._micro_batch_size, self._max_tokens = micro_batch_size, max_tokens

@@ -19,6 +19,7 @@ from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.decoding import Decoded, decode
 from rhythm.engines.local.draws import draw_for
 from rhythm.engines.local.linear import use_onednn
+from rhythm.engines.local.norms import use_fast_norms
 from rhythm.engines.local.weights import load_weights
 from rhythm.engines.stopping import StopStrings
 
@@ -48,6 +49,7 @@ class GenerateInfer:
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
         use_onednn(model)
+        use_fast_norms(model)
         self._model = model
         self._end_ids = list(end_ids)
         self._pad_id = pad_id

@@ -32,6 +32,7 @@ from rhythm.engines.interfaces import (
 from rhythm.engines.local.attn import SignalRows, autocast
 from rhythm.engines.local.linear import use_onednn
 from rhythm.engines.local.logprobs import check_output_head, padded_states, response_logprobs
+from rhythm.engines.local.norms import use_fast_norms
 from rhythm.engines.local.packed import packed_states, packing_refusal
 from rhythm.engines.local.short_attention import short_attention
 from rhythm.engines.local.step_reader import StepReader
@@ -108,6 +109,7 @@ class TorchTrain:
         check_output_head(model)
         output_head(model)
         use_onednn(model)
+        use_fast_norms(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._model = model
@@ -123,6 +125,7 @@ class TorchTrain:
         self._reference = reference
         if reference is not None:
             use_onednn(reference)
+            use_fast_norms(reference)
         self._gradient_steps = self._taps = 0
         self.statistics_seconds = 0.0
         self._offloaded: Offloaded | None = None
