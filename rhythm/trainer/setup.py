@@ -22,6 +22,7 @@ from rhythm.engines.local.infer import GenerateInfer, max_positions
 from rhythm.engines.local.train import TorchTrain
 from rhythm.engines.local.weights import LocalWeightSync
 from rhythm.ops.backends import check_backend
+from rhythm.system.allocator import keep_freed_memory
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.isolation import IsolatedTask
 from rhythm.tasks.prompts import ChatPrompt
@@ -233,11 +234,13 @@ def open_engines(config: TrainConfig, task: Task[Any], vocabulary: Vocabulary) -
 
 def _local_engines(config: TrainConfig, vocabulary: Vocabulary, checkpoint: Path, restarts: int) -> Engines:
     """Engines in this process. In float32, rollouts use the trainer's own model; in bfloat16, a bfloat16 copy of it.
-    With a KL term the checkpoint's weights are the reference.
+    With a KL term the checkpoint's weights are the reference. On a CPU, memory that a step frees is kept for the next.
     """
     precision = getattr(torch, config.model.precision)
     shared = precision == torch.float32
     model = load_model(checkpoint, config.model)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     infer = GenerateInfer(
         model if shared else copy.deepcopy(model).to(precision),
         end_ids=vocabulary.end_ids,
