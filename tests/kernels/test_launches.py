@@ -44,16 +44,16 @@ def test_what_an_op_launches(launches: list[str]) -> None:
     q = torch.ones(20, 2, 16, device=DEVICE)
     lse = torch.arange(1.0, 21, device=DEVICE).log().expand(2, 20).contiguous()
     attention_statistics(q, q, backend="triton")
-    assert launches == ["results_kernel", "row_sweep_kernel", "bands_kernel"]
+    assert launches == ["results_kernel", "row_sweep_kernel", "narrow_bands_kernel"]
     launches.clear()
     attention_statistics(q, q, lse=lse, backend="triton")
-    assert launches == ["results_kernel", "row_sweep_kernel", "bands_kernel"]
+    assert launches == ["results_kernel", "row_sweep_kernel", "narrow_bands_kernel"]
     launches.clear()
     attention_statistics(q, q, lse=lse, span=False, backend="triton")
-    assert launches == ["results_kernel", "bands_kernel"]
+    assert launches == ["results_kernel", "narrow_bands_kernel"]
     launches.clear()
     attention_with_statistics(q, q, q, backend="triton")
-    assert launches == ["results_kernel", "row_values_kernel", "mend_output_kernel", "bands_kernel"]
+    assert launches == ["results_kernel", "row_values_kernel", "mend_output_kernel", "narrow_bands_kernel"]
 
 
 def test_results_are_undefined_until_written() -> None:

@@ -201,6 +201,7 @@ def test_other_lengths_windows_and_horizons_compile_nothing_anew(batches: str) -
         "row_sweep_kernel: 1",
         "row_values_kernel: 1",
         "bands_kernel: 3",  # after a row sweep, for a given lse, and for both
+        "narrow_bands_kernel: 3",
         "sampled_span_kernel: 1",
         "results_kernel: 1",
         "mend_output_kernel: 1",
