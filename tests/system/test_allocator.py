@@ -6,8 +6,14 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from rhythm.trainer import setup
+from rhythm.trainer.config import TrainConfig
 
 FAULTS = """
 import resource, sys, torch
@@ -41,3 +47,16 @@ def test_memory_is_kept() -> None:
 
 def test_what_the_user_set_stays() -> None:
     assert said("keep", MALLOC_TRIM_THRESHOLD_="1000000")[0] == "False"
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 1), ("cuda", 0)])
+def test_the_engines_of_a_run_ask_for_it_on_a_cpu(device: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr(setup, "keep_freed_memory", lambda: asked.append(None))
+    monkeypatch.setattr(setup, "load_model", lambda *_: SimpleNamespace(device=torch.device(device)))
+    for engine in ("GenerateInfer", "TorchTrain"):
+        monkeypatch.setattr(setup, engine, lambda *_, **options: None)
+    vocabulary = setup.Vocabulary(None, (0,), 0)
+    with setup.open_engines(TrainConfig(), None, vocabulary) as build:  # type: ignore[arg-type]
+        build(Path("checkpoint"), 0)
+    assert len(asked) == calls
