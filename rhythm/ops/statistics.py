@@ -87,8 +87,8 @@ def attention_statistics(
         scale: softmax scale; None: D^−½.
         window: W of eq. 9, tokens, at least 1.
         horizon: (H_lo, H_hi) of eq. 10, tokens, both ends in; H_hi None: to the end of the sequence.
-        lse: fp32, shaped as the result's, or of q's rows alone where these are fewer; used instead of computing it. An
-            infinite or NaN one leaves a row undefined.
+        lse: fp32, shaped as the result's, or of q's rows alone where these are fewer; used instead of computing it, so
+            it must be that of these scores: rows are taken to sum to 1. An infinite or NaN one leaves a row undefined.
         span: whether span is wanted.
         backend: "auto", "cpu", "triton" or "reference".
         span_rows: with `lse` given, estimate span from this many rows of each response, evenly spread
