@@ -286,7 +286,9 @@ class AttnHost(Host):
         """Load the model."""
         precision = getattr(torch, spec.precision)
         model = _load_model(spec, precision)
-        self._receiver = ModelReceiver(model)
+        receiver = ModelReceiver(model)
+        self.init_transfer, self.start_push = receiver.init_transfer, receiver.start_push
+        self.receive, self.finish_push = receiver.receive, receiver.finish_push
         self._device = model.device
         self._engine = ObserveAttn(
             model,
@@ -300,22 +302,6 @@ class AttnHost(Host):
     def signals(self, rollout: Rollout, groups: Any) -> Any:
         """The signals of the Attn engine, on the CPU."""
         return to_device(self._engine.signals(to_device(rollout, self._device), groups), "cpu")
-
-    def init_transfer(self, kind: str, info: Mapping[str, Any]) -> None:
-        """Prepare to receive weights by this kind of transfer."""
-        self._receiver.init_transfer(kind, info)
-
-    def start_push(self) -> None:
-        """Begin a weight sync."""
-        self._receiver.start_push()
-
-    def receive(self, info: Mapping[str, Any]) -> None:
-        """Receive one bucket of weights."""
-        self._receiver.receive(info)
-
-    def finish_push(self, version: int) -> None:
-        """End the weight sync; the model now has the weights of `version`."""
-        self._receiver.finish_push(version)
 
     def close(self) -> None:
         """Does nothing: nothing outlives the process."""

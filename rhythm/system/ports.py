@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-from types import TracebackType
-from typing import Self
 
 
 class ReservedPort:
@@ -24,11 +22,3 @@ class ReservedPort:
     def close(self) -> None:
         """Give the port back, once its server listens or nobody needs it. May be called twice."""
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
@@ -14,7 +15,7 @@ ADDRESS = "127.0.0.1"
 
 
 def test_no_two_get_the_same_port_and_nobody_else_does() -> None:
-    with ReservedPort(ADDRESS) as one, ReservedPort(ADDRESS) as other:
+    with closing(ReservedPort(ADDRESS)) as one, closing(ReservedPort(ADDRESS)) as other:
         assert one.number != other.number
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind((ADDRESS, one.number))
@@ -23,7 +24,8 @@ def test_no_two_get_the_same_port_and_nobody_else_does() -> None:
 
 
 def test_a_server_takes_the_port_while_it_is_reserved() -> None:
-    with ReservedPort(ADDRESS) as port, socket.create_server((ADDRESS, port.number)) as server:  # sets SO_REUSEADDR
+    """One that sets SO_REUSEADDR."""
+    with closing(ReservedPort(ADDRESS)) as port, socket.create_server((ADDRESS, port.number)) as server:
         port.close()
         with socket.create_connection((ADDRESS, port.number)) as client:
             accepted, peer = server.accept()
@@ -32,7 +34,7 @@ def test_a_server_takes_the_port_while_it_is_reserved() -> None:
 
 
 def test_torch_serves_a_store_there() -> None:
-    with ReservedPort(ADDRESS) as port:
+    with closing(ReservedPort(ADDRESS)) as port:
         store = TCPStore(ADDRESS, port.number, is_master=True, timeout=timedelta(seconds=20))
         store.set("key", "value")
         assert TCPStore(ADDRESS, port.number, is_master=False, timeout=timedelta(seconds=20)).get("key") == b"value"
