@@ -113,9 +113,13 @@ def narrow_bands_kernel(
             # Keys before the sequence's first are farther than the row's place.
             window_MIC = at_distances(p_MN, column_M1C, tl.minimum(reach, row_M + 1)[:, None, None])
             eighth = (8 * tl.arange(0, KEYS // 8)).to(tl.float32)[None, :, None]
-            window_sum_M = tl.sum(tl.sum(window_MIC * ((window - column_M1C).to(tl.float32) + eighth), 1), 1)
+            # W − Σ A·(W − distance), and Σ A·distance where the window holds all that a row sees: the sum of A is 1
+            # only as exactly as lse is.
+            top_M = tl.where(row_M < reach, 0, window)
+            below_M1C = (top_M[:, None, None] - column_M1C).to(tl.float32)
+            window_sum_M = tl.sum(tl.sum(window_MIC * (below_M1C + eighth), 1), 1)
             own_M = row_M < beyond
-            held = window.to(tl.float32)
+            held = top_M.to(tl.float32)
             if sinks is not None or lse_out is not None:
                 lse_M = tl.load(lse_base + row_M, mask=own_M, other=float("inf"))
             if sinks is not None:
