@@ -177,8 +177,8 @@ def _packed(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
     tokens: list[int] = []
     inner = train.pack
 
-    def counted(rollout: Rollout, rows: torch.Tensor, device: torch.device) -> Any:
-        packed = inner(rollout, rows, device)
+    def counted(*args: Any, **options: Any) -> Any:
+        packed = inner(*args, **options)
         tokens.append(len(packed.input_ids))
         return packed
 
