@@ -1,8 +1,8 @@
 """Computes the mean local and global attention maps of one response, reduced to a size that can be displayed.
 
-For a short response this is the map itself, from the reference. For a longer one it is a thumbnail whose cells pool
-`cell` rows and columns, computed one block of rows at a time, so that no [N, N] map is in memory. The band is the
-attention to the nearest `width` tokens at full resolution, which shows the sawtooth of the local heads.
+For a short response this is the map itself. For a longer one it is a thumbnail whose cells pool `cell` rows and
+columns. Either is computed one block of rows at a time, so that no [N, N] map is in memory. The band is the attention
+to the nearest `width` tokens at full resolution, which shows the sawtooth of the local heads.
 
 Shape suffixes: N tokens of the sequence, H query heads, G key heads, D head size, h chosen heads of one layer,
 M response rows, R rows and C columns of the thumbnail, W distances of the band, K rows of a block.
@@ -83,7 +83,7 @@ def mean_map(
 ) -> MeanMap:
     """The mean map of `heads`, (layer, query head) pairs, over the response that follows `prompt_len` tokens.
 
-    Memory in addition to the inputs: [h, N, N] for a layer's chosen heads if N ≤ max_cells, else [h, block, N].
+    Memory in addition to the inputs: [h, block, N] for a layer's chosen heads.
 
     Raises:
         ValueError: no heads, a head that is not in `layers`, a prompt_len that leaves no response, or a size below 1.
@@ -98,7 +98,7 @@ def mean_map(
     band_MW = torch.zeros((n - prompt_len, width), device=device)
 
     column_N = (torch.arange(n, device=device) + shift) // cell
-    step = n if n <= max_cells else cell * max(1, block_rows // cell)
+    step = cell * max(1, block_rows // cell)
     for layer, chosen in _by_layer(heads).items():
         for start in range(prompt_len, n, step):
             row_K = torch.arange(start, min(start + step, n), device=device)

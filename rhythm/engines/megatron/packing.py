@@ -24,7 +24,7 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]  # Megatron is untyped 
     that it doesn't wait for the device there. Fused RoPE (TransformerEngine's) takes them on the device.
 
     Attributes:
-        bounds: cu_seqlens on the rank's device, for core_attention.
+        bounds: cu_seqlens, int32 [b + 1], on the rank's device, for core_attention.
     """
 
     bounds: Tensor | None = None
@@ -38,8 +38,7 @@ class Packed:
         rows: int64 [b], indices of its rows in the whole batch, on the CPU.
         input_ids: int64 [T].
         position_ids: int64 [T].
-        cu_seqlens: int32 [b + 1].
-        sequences: cu_seqlens in the form that Megatron's layers take.
+        sequences: where the rows lie, in the form that Megatron's layers take.
         micro: rows and lengths in the form that a tap takes.
         predicts: int64 [N], positions whose output predicts a response token.
         target: bool [b, width], True on the N response tokens of the padded rows.
@@ -49,7 +48,6 @@ class Packed:
     rows: Tensor
     input_ids: Tensor
     position_ids: Tensor
-    cu_seqlens: Tensor
     sequences: PackedRows
     micro: MicroBatch
     predicts: Tensor
@@ -75,7 +73,6 @@ def pack(rollout: Rollout, rows: Tensor, device: torch.device, *, fused_rope: bo
         rows=rows,
         input_ids=rollout.input_ids[rows][mask_bP].to(device),
         position_ids=positions_bP[mask_bP].to(device),
-        cu_seqlens=on_device,
         sequences=PackedRows(
             qkv_format="thd",
             cu_seqlens_q=on_device if fused_rope else cu_seqlens,

@@ -95,7 +95,7 @@ def test_packed_rows_stand_one_after_the_other() -> None:
     packed = pack(rollout, torch.tensor([1, 0]), torch.device("cpu"))
     assert packed.input_ids.tolist() == [8, 9, 10, 11, 5, 6, 7]
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert packed.cu_seqlens.tolist() == [0, 4, 7]
+    assert packed.sequences.bounds.tolist() == [0, 4, 7]
     meta = torch.device("meta")
     plain, fused = (pack(rollout, torch.tensor([1, 0]), meta, fused_rope=fused).sequences for fused in (False, True))
     assert plain.cu_seqlens_q.tolist() == plain.cu_seqlens_kv.tolist() == [0, 4, 7]  # read in each layer: on the host
