@@ -74,8 +74,9 @@ def make_batches(rollout: Rollout, old: torch.Tensor, reference: torch.Tensor | 
     return [TrainBatch(rollout, old, torch.randn(old.shape, generator=random), reference) for _ in range(count)]
 
 
-def torch_engine(model: Any) -> TorchTrain:
-    return TorchTrain(model, build_tokenizer(), micro_batch_size=2, reference=copy.deepcopy(model), **OPTIONS)
+def torch_engine(model: Any, **options: Any) -> TorchTrain:
+    reference = copy.deepcopy(model)
+    return TorchTrain(model, build_tokenizer(), micro_batch_size=2, reference=reference, **OPTIONS | options)
 
 
 def make_case(checkpoint: Path) -> Case:

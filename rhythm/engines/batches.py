@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from rhythm.engines.interfaces import Rollout
+from rhythm.credit.loss import LossConfig
+from rhythm.engines.interfaces import Rollout, TrainBatch
 from rhythm.engines.micro_batches import split_rows
 
 if TYPE_CHECKING:
@@ -83,6 +84,20 @@ def assemble(
         logprobs=logprobs_BT,
         finished=torch.tensor(list(finished)),
     )
+
+
+def rows_with_gradient(batch: TrainBatch, loss: LossConfig) -> Tensor:
+    """bool [B]: the rows from which the loss has a gradient. Those whose advantages are all 0, as where all responses
+    to a prompt had the same reward, have none, unless `loss` adds a KL or entropy term.
+
+    One row at least, so that there are gradients of 0, by which optimizers go on, and not no gradients.
+    """
+    if loss.kl_coef or loss.entropy_coef:
+        return torch.ones_like(batch.rollout.finished)
+    learns_B = ((batch.advantages != 0) & batch.rollout.response_mask).any(dim=1)
+    if not learns_B.any():
+        learns_B[batch.rollout.lens.argmin()] = True
+    return learns_B
 
 
 def micro_batches(

@@ -126,8 +126,8 @@ class StepMetrics:
 
     loss: the optimized loss; clip_share: fraction of tokens whose gradient was clipped to 0 (with cispo: whose ratio
     was clipped); dual_clip_share: the same for the dual clip; approx_kl: KL divergence to the policy of the old
-    log-probs, nats per token; kl: to the reference policy, NaN without one; grad_norm: before clipping; lr: learning
-    rate of this step.
+    log-probs, nats per token of the rows that went through the model; kl: to the reference policy, NaN without one;
+    grad_norm: before clipping; lr: learning rate of this step.
     """
 
     loss: float
@@ -139,10 +139,20 @@ class StepMetrics:
     lr: float
 
     @classmethod
-    def of(cls, sums_5: Tensor, *, grad_norm: float, lr: float, has_reference: bool) -> StepMetrics:
-        """From the sum of its micro-batches' `LossOutput.parts`."""
+    def of(cls, sums_5: Tensor, *, token_share: float, grad_norm: float, lr: float, has_reference: bool) -> StepMetrics:
+        """From the sum of its micro-batches' `LossOutput.parts`. token_share: of the batch's tokens, those that went
+        through the model; the others, without an advantage, would have been cut off by no clip.
+        """
         loss, clip_share, dual_clip_share, approx_kl, kl = sums_5.tolist()
-        return cls(loss, clip_share, dual_clip_share, approx_kl, kl if has_reference else math.nan, grad_norm, lr)
+        return cls(
+            loss,
+            clip_share,
+            dual_clip_share,
+            approx_kl / token_share if token_share else 0.0,
+            kl if has_reference else math.nan,
+            grad_norm,
+            lr,
+        )
 
 
 class NonFiniteError(ArithmeticError):
@@ -213,7 +223,10 @@ class Train(Protocol):
         """Log-probs under the initial weights, fp32 [B, T]; NaN outside the response."""
 
     def step(self, batch: TrainBatch) -> StepMetrics:
-        """Run one gradient step. Raises NonFiniteError, with the weights unchanged."""
+        """Run one gradient step. Rows without a gradient (`rows_with_gradient`) need not go through the model.
+
+        Raises NonFiniteError, with the weights unchanged.
+        """
 
     def weights(self) -> dict[str, Tensor]:
         """The current weights by their names in a transformers checkpoint. They may share memory with the model."""
@@ -232,7 +245,9 @@ class Train(Protocol):
 
 
 ShapeAdvantages = Callable[[TrainBatch, Tensor, RhythmSignals | None], Tensor]
-"""(some rows with their old_logprobs, entropies [B, T], signals) → the advantages [B, T] that their loss takes."""
+"""(some rows with their old_logprobs, entropies [B, T], signals) → the advantages [B, T] that their loss takes, 0 where
+the rows' own are.
+"""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
-from rhythm.engines.batches import micro_batches, take_rows, trim
+from rhythm.engines.batches import micro_batches, rows_with_gradient, take_rows, trim
 from rhythm.engines.head import output_head
 from rhythm.engines.interfaces import (
     LogProbs,
@@ -191,8 +191,15 @@ class TorchTrain:
         self._optimizer.zero_grad(set_to_none=True)
         totals = BatchTotals.of(batch.rollout.response_mask)
         sums = torch.zeros(5, dtype=torch.float64)
-        for index, width in self._micro_batches(batch.rollout, self._micro_batch_size):
-            sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch, index, reader)
+        learns_B = rows_with_gradient(batch, self._loss)
+        tokens = totals.tokens if reader is not None else int(batch.rollout.response_mask[learns_B].sum())
+        # The others only where the reader wants their log-probs and signals.
+        for rows_B in (learns_B,) if reader is None else (learns_B, ~learns_B):
+            rows_n = rows_B.nonzero()[:, 0]
+            with torch.set_grad_enabled(rows_B is learns_B):
+                for part_m, width in self._micro_batches(take_rows(batch.rollout, rows_n), self._micro_batch_size):
+                    index_m = rows_n[part_m]
+                    sums += self._accumulate(trim(take_rows(batch, index_m), width), totals, batch, index_m, reader)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
         if not math.isfinite(grad_norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -202,7 +209,13 @@ class TorchTrain:
             group["lr"] = lr
         self._optimizer.step()
         self._gradient_steps += 1
-        return StepMetrics.of(sums, grad_norm=grad_norm, lr=lr, has_reference=batch.reference_logprobs is not None)
+        return StepMetrics.of(
+            sums,
+            token_share=tokens / max(totals.tokens, 1),
+            grad_norm=grad_norm,
+            lr=lr,
+            has_reference=batch.reference_logprobs is not None,
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """See rhythm.engines.interfaces.Train."""
@@ -235,7 +248,8 @@ class TorchTrain:
     def _accumulate(
         self, micro: TrainBatch, totals: BatchTotals, batch: TrainBatch, index: Tensor, reader: StepReader | None
     ) -> Tensor:
-        """Add a micro-batch's part to the gradients; returns its part of the step's numbers, `LossOutput.parts`.
+        """Add a micro-batch's part to the gradients, if they are enabled; returns its part of the step's numbers,
+        `LossOutput.parts`.
 
         `index`: the micro-batch's rows in `batch`. `reader`: reads its signals and makes its advantages.
         """
@@ -263,7 +277,8 @@ class TorchTrain:
         if not math.isfinite(loss):
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError("loss", loss, batch)
-        torch.autograd.backward(out.loss)
+        if torch.is_grad_enabled():
+            torch.autograd.backward(out.loss)
         return out.parts()
 
     def _log_probs(

@@ -22,7 +22,7 @@ from torch import Tensor
 from rhythm.credit.heads import HeadGroups
 from rhythm.credit.loss import BatchTotals, LossConfig, policy_loss
 from rhythm.credit.signals import RhythmSignals
-from rhythm.engines.batches import take_rows, to_device, trim
+from rhythm.engines.batches import rows_with_gradient, take_rows, to_device, trim
 from rhythm.engines.head import logprobs_and_entropies
 from rhythm.engines.interfaces import (
     LogProbs,
@@ -148,15 +148,17 @@ class MegatronTrain:
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         totals = BatchTotals.of(batch.rollout.response_mask)
+        # The reader wants the log-probs and signals of the others, too.
+        rows = batch if reader is not None else take_rows(batch, rows_with_gradient(batch, self._loss).nonzero()[:, 0])
         sums = torch.zeros(5, dtype=torch.float64)
 
         def part(packed: Packed, hidden_ND: Tensor) -> Tensor:
-            loss, parts = self._loss_part(packed, hidden_ND, batch, totals, reader)
+            loss, parts = self._loss_part(packed, hidden_ND, rows, totals, reader)
             sums.add_(parts)
             return loss
 
         self._model.train()
-        self._run(self._model, batch.rollout, part, backward=True, reading=None if reader is None else reader.reading)
+        self._run(self._model, rows.rollout, part, backward=True, reading=None if reader is None else reader.reading)
         sums = self._groups.all_reduce_sum(sums if self._groups.is_output_rank else 0 * sums)
         loss = float(sums[0])
         grad_norm = self._clipped_gradients() if math.isfinite(loss) else math.nan
@@ -170,7 +172,13 @@ class MegatronTrain:
         with on_cpu():
             self._optimizer.step_with_ready_grads()
         self._gradient_steps += 1
-        return StepMetrics.of(sums, grad_norm=grad_norm, lr=lr, has_reference=batch.reference_logprobs is not None)
+        return StepMetrics.of(
+            sums,
+            token_share=int(rows.rollout.response_mask.sum()) / max(totals.tokens, 1),
+            grad_norm=grad_norm,
+            lr=lr,
+            has_reference=batch.reference_logprobs is not None,
+        )
 
     def weights_stream(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a transformers checkpoint, complete tensor on this rank's device), gathered one parameter at a time.
