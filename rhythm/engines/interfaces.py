@@ -126,8 +126,8 @@ class StepMetrics:
 
     loss: the optimized loss; clip_share: fraction of tokens whose gradient was clipped to 0 (with cispo: whose ratio
     was clipped); dual_clip_share: the same for the dual clip; approx_kl: KL divergence to the policy of the old
-    log-probs, nats per token of the rows that went through the model; kl: to the reference policy, NaN without one;
-    grad_norm: before clipping; lr: learning rate of this step.
+    log-probs, nats per token of the rows with a gradient (of all in Megatron's tapped steps); kl: to the reference
+    policy, NaN without one; grad_norm: before clipping; lr: learning rate of this step.
     """
 
     loss: float

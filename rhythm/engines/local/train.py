@@ -192,14 +192,12 @@ class TorchTrain:
         totals = BatchTotals.of(batch.rollout.response_mask)
         sums = torch.zeros(5, dtype=torch.float64)
         learns_B = rows_with_gradient(batch, self._loss)
-        tokens = totals.tokens if reader is not None else int(batch.rollout.response_mask[learns_B].sum())
-        # The others only where the reader wants their log-probs and signals.
-        for rows_B in (learns_B,) if reader is None else (learns_B, ~learns_B):
-            rows_n = rows_B.nonzero()[:, 0]
-            with torch.set_grad_enabled(rows_B is learns_B):
-                for part_m, width in self._micro_batches(take_rows(batch.rollout, rows_n), self._micro_batch_size):
-                    index_m = rows_n[part_m]
-                    sums += self._accumulate(trim(take_rows(batch, index_m), width), totals, batch, index_m, reader)
+        for index, width in self._micro_batches(batch.rollout, self._micro_batch_size, learns_B):
+            sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch, index, reader)
+        if reader is not None:
+            with torch.no_grad():  # for what it reads of the others
+                for index, width in self._micro_batches(batch.rollout, self._micro_batch_size, ~learns_B):
+                    self._accumulate(trim(take_rows(batch, index), width), totals, batch, index, reader)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
         if not math.isfinite(grad_norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -211,7 +209,7 @@ class TorchTrain:
         self._gradient_steps += 1
         return StepMetrics.of(
             sums,
-            token_share=tokens / max(totals.tokens, 1),
+            token_share=int(batch.rollout.response_mask[learns_B].sum()) / max(totals.tokens, 1),
             grad_norm=grad_norm,
             lr=lr,
             has_reference=batch.reference_logprobs is not None,
@@ -333,14 +331,18 @@ class TorchTrain:
         with open_tap.watch:
             return log_probs, open_tap.statistics()
 
-    def _micro_batches(self, rollout: Rollout, rows: int) -> Iterator[tuple[Tensor, int]]:
-        return micro_batches(
-            rollout,
+    def _micro_batches(self, rollout: Rollout, rows: int, of_B: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:
+        """As `micro_batches`, of the rows `of_B` alone."""
+        index_n = (torch.ones_like(rollout.finished) if of_B is None else of_B).nonzero()[:, 0]
+        parts = micro_batches(
+            take_rows(rollout, index_n),
             rows,
             self._max_tokens,
             padded=not self._packs,
             by_prompt=self._share_prompts,
         )
+        for part_m, width in parts:
+            yield index_n[part_m], width
 
 
 def _packs(model: Any) -> bool:
