@@ -63,7 +63,7 @@ def activations(cluster: ClusterConfig, work: Workload, model: Dimensions, layer
     tokens = work.max_tokens or work.micro_batch_size * cluster.max_length
     head = width * model.vocabulary // train.tensor * size
     saved = saved_per_token(model, train.tensor, size)
-    mlp = model.mlp_size // train.tensor * size
+    mlp = model.mlp_size * model.experts_per_token // train.tensor * size
     kept = size * width if train.recompute else saved
     return Activations(
         kept=layers * kept * tokens * train.pipeline,
@@ -88,7 +88,7 @@ def saved_per_token(model: Dimensions, tensor: int, size: int) -> int:
     attention's log-sum-exp.
     """
     heads = (3 + model.qk_norm) * model.query_heads + 3 * model.key_heads
-    split = heads * model.head_size + 5 * model.mlp_size
+    split = heads * model.head_size + 5 * model.mlp_size * model.experts_per_token
     values = 4 * model.hidden_size + split // tensor + 4 * model.head_size
     norms = (model.query_heads + model.key_heads) * model.qk_norm
     return size * values + FP32 * (2 + (norms + model.query_heads) // tensor)

@@ -17,6 +17,7 @@ def check(cluster: ClusterConfig, work: Workload, model: Dimensions) -> None:
     """Raise ValueError with one line per problem."""
     faults = [
         *_shapes(cluster, model),
+        *_experts(cluster, work, model),
         *_batches(cluster, work),
         *_lengths(cluster, work, model),
     ]
@@ -70,6 +71,26 @@ def _shapes(cluster: ClusterConfig, model: Dimensions) -> Iterator[str]:
             f"cluster.infer.tensor_parallel_size is {size}: must divide the model's {model.key_heads} key heads, or be "
             "a multiple of them"
         )
+
+
+def _experts(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Iterator[str]:
+    if model.experts == 1:
+        return
+    train, infer = cluster.train, cluster.infer
+    if train.tensor > 1:
+        yield (
+            f"cluster.train.tensor is {train.tensor}: must be 1 for a model with experts, whose layers Megatron splits "
+            "only with sequence parallelism"
+        )
+    # A transformers model has the experts of a layer in one tensor, its checkpoint each in its own.
+    for key, engine, named in (
+        ("cluster.train.engine", train.engine, "megatron"),
+        ("cluster.infer.engine", infer.engine, "vllm"),
+    ):
+        if engine != named:
+            yield f"{key} is {engine}: must be {named} for a model with experts"
+    if work.separate_attn:
+        yield "signals.source is separate: must be inline or training for a model with experts"
 
 
 def _batches(cluster: ClusterConfig, work: Workload) -> Iterator[str]:

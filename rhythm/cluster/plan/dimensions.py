@@ -10,10 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Dimensions:
-    """A decoder with grouped-query attention and a gated MLP.
+    """A decoder with grouped-query attention and a gated MLP, or several of them as experts.
 
-    tied: input and output embedding are the same weights. qk_norm: RMSNorm on queries and keys (Qwen3). qkv_bias:
-        queries, keys and values have biases (Qwen2).
+    mlp_size: columns of one MLP.
+    experts, experts_per_token: MLPs in a layer, and those that a token goes through.
+    tied: input and output embedding are the same weights.
+    qk_norm: RMSNorm on queries and keys (Qwen3).
+    qkv_bias: queries, keys and values have biases (Qwen2).
     max_positions: longest sequence that the model supports, in tokens.
     """
 
@@ -28,6 +31,8 @@ class Dimensions:
     tied: bool
     qk_norm: bool = True
     qkv_bias: bool = False
+    experts: int = 1
+    experts_per_token: int = 1
 
     @property
     def layer_parameters(self) -> int:
@@ -35,7 +40,8 @@ class Dimensions:
         attention = self.head_size * (2 * self.query_heads + 2 * self.key_heads) * self.hidden_size
         norms = 2 * self.hidden_size + 2 * self.head_size * self.qk_norm
         biases = self.head_size * (self.query_heads + 2 * self.key_heads) * self.qkv_bias
-        return attention + biases + 3 * self.hidden_size * self.mlp_size + norms
+        router = self.hidden_size * self.experts * (self.experts > 1)
+        return attention + biases + 3 * self.hidden_size * self.mlp_size * self.experts + router + norms
 
     @property
     def embedding_parameters(self) -> int:
@@ -112,22 +118,32 @@ def read_dimensions(checkpoint: Path) -> Dimensions:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON") from error
     kind = values.get("model_type")
-    if kind not in ("qwen3", "qwen2", "llama"):
-        raise ValueError(f"{path}: model_type is {kind!r}: the cluster's engines support qwen3, qwen2 and llama")
+    if kind not in ("qwen3", "qwen3_moe", "qwen2", "llama"):
+        raise ValueError(
+            f"{path}: model_type is {kind!r}: the cluster's engines support qwen3, qwen3_moe, qwen2 and llama"
+        )
+    mixture = kind == "qwen3_moe"
     try:
         heads = int(values["num_attention_heads"])
         return Dimensions(
             layers=int(values["num_hidden_layers"]),
             hidden_size=int(values["hidden_size"]),
-            mlp_size=int(values["intermediate_size"]),
+            mlp_size=int(values["moe_intermediate_size" if mixture else "intermediate_size"]),
             query_heads=heads,
             key_heads=int(values.get("num_key_value_heads") or heads),
             head_size=int(values.get("head_dim") or values["hidden_size"] // heads),
             vocabulary=int(values["vocab_size"]),
             max_positions=int(values["max_position_embeddings"]),
             tied=bool(values.get("tie_word_embeddings", kind == "qwen3")),
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
             qkv_bias=kind == "qwen2",
+            experts=_experts(values) if mixture else 1,
+            experts_per_token=int(values["num_experts_per_tok"]) if mixture else 1,
         )
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}") from error
+
+
+def _experts(values: dict[str, Any]) -> int:
+    """Under one of the names that transformers has written. Raises KeyError."""
+    return int(values["num_experts"] if "num_experts" in values else values["num_local_experts"])

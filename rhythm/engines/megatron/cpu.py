@@ -16,11 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 
 def prepare_cpu() -> None:
-    """Patch torch and Megatron for the whole process: the current CUDA device is the CPU, synchronize does nothing, and
-    random states are torch's own.
+    """Patch torch and Megatron for the whole process: the current CUDA device is the CPU, synchronize does nothing,
+    streams are torch.cpu's, which do nothing, and random states are torch's own.
     """
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
+    # Experts' tokens are counted on a stream of their own.
+    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
+    torch.cuda.stream = torch.cpu.stream  # type: ignore[assignment]
     # Recomputation saves and restores the state of CUDA's generators. Without dropout they are not used.
     megatron_random._get_cuda_rng_state = lambda *_, **__: None
     megatron_random._set_cuda_rng_state = lambda *_, **__: None
@@ -30,6 +34,11 @@ def prepare_cpu() -> None:
 def on_cpu() -> AbstractContextManager[Any]:
     """Context in which tensors requested on CUDA are created on the CPU. Does nothing if CUDA is available."""
     return nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
+
+
+class _Stream(torch.cpu.Stream):
+    def record_event(self) -> Any:
+        return torch.cpu.Event()
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Builds a Megatron GPTModel for a transformers checkpoint of Qwen3 (dense), Qwen2 (and Qwen2.5) or Llama."""
+"""Builds a Megatron GPTModel for a transformers checkpoint of Qwen3 (dense, or with experts), Qwen2, 2.5 or Llama."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import AutoConfig
@@ -28,8 +29,10 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a transformers checkpoint. Raises ValueError for a model that this engine can't train."""
     config = AutoConfig.from_pretrained(checkpoint, **loading_options(trust_remote_code))
-    if config.model_type not in ("qwen3", "qwen2", "llama"):
-        raise ValueError(f"model_type is {config.model_type!r}: Megatron is set up for qwen3, qwen2 and llama")
+    if config.model_type not in ("qwen3", "qwen3_moe", "qwen2", "llama"):
+        raise ValueError(
+            f"model_type is {config.model_type!r}: Megatron is set up for qwen3, qwen3_moe, qwen2 and llama"
+        )
     unsupported = {
         "hidden_act": config.hidden_act != "silu",
         "attention_bias": bool(getattr(config, "attention_bias", False)),
@@ -37,6 +40,9 @@ def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
         "attention_dropout": bool(getattr(config, "attention_dropout", 0.0)),
         "use_sliding_window": bool(getattr(config, "use_sliding_window", False)),
         "rope_parameters": not _rope_is_known(config.rope_parameters),
+        # Of a model with experts: layers without them.
+        "mlp_only_layers": bool(getattr(config, "mlp_only_layers", None)),
+        "decoder_sparse_step": getattr(config, "decoder_sparse_step", 1) != 1,
     }
     for name, wrong in unsupported.items():
         if wrong:
@@ -74,11 +80,10 @@ def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: to
     """This rank's part of the model, with parameters in `dtype` on the rank's device. Its weights are not loaded
     yet.
     """
-    qk_norm = config.model_type == "qwen3"
     rope = config.rope_parameters
     model = PolicyModel(
-        config=_transformer_config(config, groups, parallel, dtype, qk_norm),
-        transformer_layer_spec=_layer_spec(parallel, qk_norm),
+        config=_transformer_config(config, groups, parallel, dtype),
+        transformer_layer_spec=_layer_spec(config, parallel),
         vocab_size=config.vocab_size,
         max_sequence_length=config.max_position_embeddings,
         pre_process=groups.first_stage,
@@ -93,9 +98,7 @@ def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: to
     return placed
 
 
-def _transformer_config(
-    config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype, qk_norm: bool
-) -> TransformerConfig:
+def _transformer_config(config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     on_gpu = groups.device.type == "cuda"
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -107,7 +110,7 @@ def _transformer_config(
         kv_channels=head_size(config),
         layernorm_epsilon=config.rms_norm_eps,
         normalization="RMSNorm",
-        qk_layernorm=qk_norm,
+        qk_layernorm=_has_qk_norm(config),
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,
@@ -134,16 +137,47 @@ def _transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **(recompute if parallel.recompute else {}),
+        **(_expert_options(config) if has_experts(config) else {}),
     )
 
 
-def _layer_spec(parallel: ParallelConfig, qk_norm: bool) -> Any:
+def _expert_options(config: Any) -> dict[str, Any]:
+    """As transformers routes: by a softmax over all experts, or over those chosen alone, in fp32. No loss that balances
+    experts: the policy's is the step's.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):  # Megatron reads the name without TransformerEngine, too
+        moe_utils.te_general_gemm = None
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_router_pre_softmax": not config.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
+def _layer_spec(config: Any, parallel: ParallelConfig) -> Any:
+    parts = {
+        "qk_layernorm": _has_qk_norm(config),
+        "num_experts": config.num_experts if has_experts(config) else None,
+    }
     if parallel.layer_spec == "transformer_engine":
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(**parts)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(**parts, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     return spec
+
+
+def has_experts(config: Any) -> bool:
+    """Whether the layers' MLPs are mixtures of experts."""
+    return bool(config.model_type == "qwen3_moe")
+
+
+def _has_qk_norm(config: Any) -> bool:
+    return config.model_type in ("qwen3", "qwen3_moe")
 
 
 def _rope_is_known(rope: Any) -> bool:

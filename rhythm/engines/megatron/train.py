@@ -38,7 +38,7 @@ from rhythm.engines.local.train import OptimizerConfig
 from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
-from rhythm.engines.megatron.model import PolicyModel, build_model, read_config
+from rhythm.engines.megatron.model import PolicyModel, build_model, has_experts, read_config
 from rhythm.engines.megatron.packing import Packed, pack
 from rhythm.engines.megatron.parallel import Rendezvous, join, leave
 from rhythm.engines.megatron.step_reader import StepReader
@@ -81,6 +81,11 @@ class MegatronTrain:
         """
         self.config = read_config(checkpoint, trust_remote_code=trust_remote_code)
         self._companions = checkpoints.read_companions(checkpoint, trust_remote_code=trust_remote_code)
+        if has_experts(self.config) and parallel.tensor > 1:
+            raise ValueError(
+                f"tensor is {parallel.tensor}: must be 1 for a model with experts, whose layers Megatron splits only "
+                "with sequence parallelism"
+            )
         self._groups = join(rendezvous, parallel)
         self._optimizer_config = optimizer
         self._loss = loss

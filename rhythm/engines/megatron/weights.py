@@ -53,10 +53,13 @@ _LAYER = {
     "pre_mlp_layernorm.weight": Recipe("none", ("post_attention_layernorm.weight",)),
     "mlp.linear_fc1.weight": Recipe("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     "mlp.linear_fc2.weight": Recipe("columns", ("mlp.down_proj.weight",)),
+    "mlp.router.weight": Recipe("none", ("mlp.gate.weight",)),
     # TransformerEngine's layers store a norm together with the matrix that follows it.
     "self_attention.linear_qkv.layer_norm_weight": Recipe("none", ("input_layernorm.weight",)),
     "mlp.linear_fc1.layer_norm_weight": Recipe("none", ("post_attention_layernorm.weight",)),
 }
+
+_EXPERTS = "mlp.experts.local_experts."
 
 
 def recipe(name: str) -> Recipe:
@@ -64,8 +67,16 @@ def recipe(name: str) -> Recipe:
     if not name.startswith("decoder.layers."):
         return _MODEL[name]
     layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
-    of_layer = _LAYER[rest]
-    return Recipe(of_layer.split, tuple(f"model.layers.{layer}.{part}" for part in of_layer.names))
+    inside = f"model.layers.{layer}."
+    if rest.startswith(_EXPERTS):
+        expert, of_expert = rest.removeprefix(_EXPERTS).split(".", 1)
+        # An expert is an MLP.
+        made = _LAYER[f"mlp.{of_expert}"]
+        names = tuple(name.replace("mlp.", f"mlp.experts.{expert}.") for name in made.names)
+    else:
+        made = _LAYER[rest]
+        names = made.names
+    return Recipe(made.split, tuple(inside + name for name in names))
 
 
 def to_megatron(made: Recipe, tensors: list[Tensor], key_heads: int, ranks: int, rank: int) -> Tensor:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from paper_workload import WORK
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from rhythm.cluster.config import ClusterConfig
 from rhythm.cluster.plan.checks import check, check_weights
@@ -36,7 +45,12 @@ SIZES = {
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("config", "model"),
-    [(Qwen3Config, Qwen3ForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)],
+    [
+        (Qwen3Config, Qwen3ForCausalLM),
+        (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        (Qwen2Config, Qwen2ForCausalLM),
+        (LlamaConfig, LlamaForCausalLM),
+    ],
 )
 def test_parameters_are_those_that_transformers_makes(config: Any, model: Any, tied: bool, tmp_path: Path) -> None:
     made = config(**SIZES, tie_word_embeddings=tied)
@@ -72,11 +86,36 @@ def test_what_no_engine_knows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not JSON"):
         read_dimensions(tmp_path)
     path.write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="model_type is 'gpt2': the cluster's engines support qwen3, qwen2 and llama"):
+    with pytest.raises(ValueError, match="model_type is 'gpt2': the cluster's engines support qwen3, qwen3_moe, qwen2"):
         read_dimensions(tmp_path)
     path.write_text(json.dumps({"model_type": "qwen3", "num_attention_heads": 4}))
     with pytest.raises(ValueError, match="lacks num_hidden_layers"):
         read_dimensions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "work", "message"),
+    [
+        ({"train": {"tensor": 2, "data": 4}}, {}, r"cluster\.train\.tensor is 2: must be 1 for a model with experts"),
+        (
+            {"train": {"engine": "torch"}, "gpus": 1},
+            {},
+            r"cluster\.train\.engine is torch: must be megatron for a model",
+        ),
+        (
+            {"infer": {"engine": "transformers"}},
+            {},
+            r"cluster\.infer\.engine is transformers: must be vllm for a model",
+        ),
+        ({}, {"separate_attn": True}, r"signals\.source is separate: must be inline or training for a model"),
+    ],
+)
+def test_what_no_engine_does_with_experts_is_refused(
+    section: dict[str, Any], work: dict[str, Any], message: str
+) -> None:
+    model = replace(KNOWN["qwen3-0.6b"], experts=4, experts_per_token=2)
+    with pytest.raises(ValueError, match=message):
+        check(cluster(**section), replace(WORK, **work), model)
 
 
 def test_the_papers_run_passes() -> None:

@@ -211,7 +211,7 @@ def _tapped(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
 def _attached(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
     """The signals of a model with Megatron's own DotProductAttention, on padded rows in another order."""
     rollout: Rollout = spec["rollout"]
-    models._layer_spec = lambda _, qk_norm: get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+    models._layer_spec = lambda *_: get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     with on_cpu():
         model = models.build_model(engine.config, engine._groups, spec["parallel"], torch.float32)
         load_weights(model, spec["checkpoint"], engine.config, engine._groups)

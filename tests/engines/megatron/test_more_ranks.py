@@ -5,7 +5,6 @@ Differences allowed are as in test_ranks.py.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,16 @@ from megatron_case import (
     run_ranks,
     torch_engine,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import take_rows
@@ -106,18 +114,39 @@ def test_a_qwen2_with_biases_of_queries_keys_and_values(tmp_path: Path) -> None:
     assert_it_follows_one_machine(model, tmp_path / "qwen2", tmp_path)
 
 
-def assert_it_follows_one_machine(model: Any, checkpoint: Path, tmp_path: Path) -> None:
-    """Two steps on two tensor ranks in each of two stages."""
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_a_qwen3_with_experts(tmp_path: Path, norm_topk_prob: bool) -> None:
+    """Two of its four experts to a token, by weights that add up to 1 or don't; two stages of two data ranks."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 99, "moe_intermediate_size": 24, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": norm_topk_prob}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=100, **sizes, **heads, **experts, initializer_range=0.2))
+    model.save_pretrained(tmp_path / "qwen3_moe")
+    layout = ParallelConfig(pipeline=2, data=2)
+    assert_it_follows_one_machine(model, tmp_path / "qwen3_moe", tmp_path, layout)
+
+
+def of_checkpoint(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Its weights as a checkpoint has them, which names each expert's."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def assert_it_follows_one_machine(
+    model: Any, checkpoint: Path, tmp_path: Path, layout: ParallelConfig = LAYOUTS["both"]
+) -> None:
+    """Two steps, by default on two tensor ranks in each of two stages."""
     build_tokenizer().save_pretrained(checkpoint)
     rollout = make_rollout(rows=4)
     engine = torch_engine(model)
-    at_start = copy.deepcopy(engine.weights())
+    at_start = of_checkpoint(model, tmp_path / "at_start")
     expected = engine.log_probs(rollout)[0]
     batches = make_batches(rollout, expected.logprobs, engine.reference_log_probs(rollout), count=2)
     (first, *_) = run_ranks(
         tmp_path,
         scenario="scores",
-        parallel=LAYOUTS["both"],
+        parallel=layout,
         checkpoint=checkpoint,
         options=OPTIONS,
         rollout=rollout,
@@ -127,7 +156,7 @@ def assert_it_follows_one_machine(model: Any, checkpoint: Path, tmp_path: Path) 
     assert_near(first["log_probs"].logprobs, expected.logprobs, atol=1e-5)
     steps = [engine.step(batch) for batch in batches]
     assert first["steps"][1].loss == pytest.approx(steps[1].loss, abs=1e-4)
-    assert_weights(first["weights"], engine.weights(), atol=2e-4)
+    assert_weights(first["weights"], of_checkpoint(model, tmp_path / "after"), atol=2e-4)
 
 
 def test_a_data_rank_without_rows_joins_the_step(case: Case, tmp_path: Path) -> None:

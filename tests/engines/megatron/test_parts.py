@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.checkpoint import check_metadata, read_companions, write_weights
@@ -76,8 +76,12 @@ def test_names_are_those_of_the_checkpoint() -> None:
     # TransformerEngine's layers hold a norm with the matrix after it.
     fused = recipe("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight")
     assert fused == recipe("decoder.layers.3.input_layernorm.weight")
+    assert recipe("decoder.layers.0.mlp.experts.local_experts.7.linear_fc1.weight").names == (
+        "model.layers.0.mlp.experts.7.gate_proj.weight",
+        "model.layers.0.mlp.experts.7.up_proj.weight",
+    )
     with pytest.raises(KeyError):
-        recipe("decoder.layers.0.mlp.router.weight")
+        recipe("decoder.layers.0.mlp.router.expert_bias")
 
 
 def test_packed_rows_stand_one_after_the_other() -> None:
@@ -108,7 +112,7 @@ def test_packed_rows_stand_one_after_the_other() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_kernels_are_fused_where_torch_compile_has_a_gpu(device: str) -> None:
     groups = SimpleNamespace(device=torch.device(device))
-    made = _transformer_config(Qwen3Config(head_dim=128), groups, ParallelConfig(), torch.bfloat16, True)  # type: ignore[arg-type]
+    made = _transformer_config(Qwen3Config(head_dim=128), groups, ParallelConfig(), torch.bfloat16)  # type: ignore[arg-type]
     assert made.bias_activation_fusion == made.bias_dropout_fusion == (device == "cuda")
 
 
@@ -118,6 +122,8 @@ def test_kernels_are_fused_where_torch_compile_has_a_gpu(device: str) -> None:
         (Qwen3Config(attention_bias=True), "attention_bias"),
         (Qwen3Config(hidden_act="gelu"), "hidden_act"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
+        (Qwen3MoeConfig(mlp_only_layers=[1]), "mlp_only_layers"),
+        (Qwen3MoeConfig(decoder_sparse_step=2), "decoder_sparse_step"),
         (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope_parameters"),
     ],
 )
