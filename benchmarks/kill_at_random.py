@@ -84,9 +84,9 @@ class Trials:
         self._config.write_text(CONFIG.read_text())
         self._runs = directory / "runs"
         self._overrides = [f"runs_dir={self._runs}", f"warm_start.cache_dir={directory / 'cache'}", *overrides]
-        self._launch("first", "steps=1").finish(seconds=RUN_SECONDS)  # makes the tiny model that all begin with
+        self._launch("first", "steps=1").finish()  # makes the tiny model that all begin with
         started = time.monotonic()
-        self._launch("whole").finish(seconds=RUN_SECONDS)
+        self._launch("whole").finish()
         self.seconds = time.monotonic() - started
         self._whole = self._runs / "whole"
 

@@ -18,6 +18,41 @@ TIMINGS = ("seconds_", "tokens_per_second", "idle_share_", "attention_share", "r
 """How the names of metrics begin that differ between equal runs."""
 
 
+SILENCE = 300.0
+"""Seconds without a line of output or a file written after which a run counts as hung. Its longest silence, while a
+process imports its libraries, is some ten seconds on an idle machine."""
+
+
+class _Deadline:
+    """Comes `seconds` after the last time that something was written in a folder: a slow machine has all the time that
+    it needs, one that does nothing has not.
+    """
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self._folder, self._seconds = folder, seconds
+        self._written = self._state()
+        self._since = self._looked = time.monotonic()
+
+    def passed(self) -> bool:
+        """Whether it has come. Looks at the folder once per second."""
+        now = time.monotonic()
+        if now - self._looked >= min(1.0, self._seconds / 4):
+            self._looked, written = now, self._state()
+            if written != self._written:
+                self._written, self._since = written, now
+        return now - self._since > self._seconds
+
+    def _state(self) -> dict[str, tuple[int, int]]:
+        state = {}
+        for path in self._folder.rglob("*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # renamed or removed meanwhile
+                continue
+            state[str(path)] = status.st_size, status.st_mtime_ns
+        return state
+
+
 class Launched:
     """rhythm-train in a process of its own, and the processes that it started."""
 
@@ -25,8 +60,9 @@ class Launched:
         self, config: Path, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> None:
         """`arguments`: as on the command line; `env`: variables in addition to this process's. Its output is written
-        beside the configuration.
+        beside the configuration, and whatever is written there, such as its run's files, is a sign of life.
         """
+        self._folder = config.parent
         self.log = config.parent / f"log-{time.monotonic_ns()}.txt"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -59,26 +95,31 @@ class Launched:
                 continue
         return sorted(alive, key=lambda process: process.create_time())
 
-    def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
-        """Wait until `happened()`, which must be before the run ends."""
-        deadline = time.monotonic() + seconds
+    def wait_for(self, happened: Callable[[], bool], silence: float = SILENCE) -> None:
+        """Wait until `happened()`, which must be before the run ends and before `silence` seconds without a sign of
+        life.
+        """
+        deadline = _Deadline(self._folder, silence)
         while not happened():
             assert self.process.poll() is None, f"ended early: {self.output}"
-            assert time.monotonic() < deadline, self.output
+            assert not deadline.passed(), f"nothing written for {silence:g} s: {self.output}"
             time.sleep(0.02)
         self.processes()
 
-    def finish(self, code: int = 0, seconds: float = 300) -> str:
-        """Wait for its end, with this exit code; returns its output."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
+    def finish(self, code: int = 0, silence: float = SILENCE) -> str:
+        """Wait for its end, with this exit code and before `silence` seconds without a sign of life; returns its
+        output.
+        """
+        deadline = _Deadline(self._folder, silence)
+        while self.process.poll() is None:
+            if deadline.passed():
+                self.process.kill()
+                raise AssertionError(f"nothing written for {silence:g} s: {self.output}")
+            time.sleep(0.02)
         assert self.process.returncode == code, self.output
         return self.output
 
-    def nothing_left(self, seconds: float = 20) -> bool:
+    def nothing_left(self, seconds: float = 90) -> bool:
         """Whether all its processes end within `seconds`."""
         deadline = time.monotonic() + seconds
         while self.processes():

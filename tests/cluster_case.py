@@ -84,4 +84,4 @@ def start_weight_sync(train: ClusterTrain, infer: ClusterInfer, attn: ClusterAtt
     from rhythm.cluster.weight_sync import ClusterWeightSync, WeightReceiver
 
     receivers = [WeightReceiver("shared_memory", infer), WeightReceiver("object_store", attn)]
-    return ClusterWeightSync(train, receivers, rates=rates, gpus_of_replica=1, seconds=200)
+    return ClusterWeightSync(train, receivers, rates=rates, gpus_of_replica=1, seconds=600)

@@ -105,7 +105,7 @@ def make_case(checkpoint: Path) -> Case:
     return Case(checkpoint, rollout, batches, results)
 
 
-def run_ranks(scratch: Path, timeout: float = 400, **spec: Any) -> list[dict[str, Any]]:
+def run_ranks(scratch: Path, timeout: float = 900, **spec: Any) -> list[dict[str, Any]]:
     """Run a scenario of ranks.py; returns each rank's results."""
     torch.save(spec, scratch / "spec.pt")
     server = _ranks()

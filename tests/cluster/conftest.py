@@ -63,9 +63,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for 8 MiB. Needs root."""
     path = tmp_path / "disk"
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=True, timeout=30)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=True, timeout=120)
     yield path
-    subprocess.run(["umount", "--lazy", path], check=True, timeout=30)
+    subprocess.run(["umount", "--lazy", path], check=True, timeout=120)
 
 
 @pytest.fixture(scope="module")

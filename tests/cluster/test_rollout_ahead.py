@@ -24,7 +24,7 @@ from rhythm.trainer.loop import run
 if TYPE_CHECKING:  # it imports Ray, whose environment has to be prepared first
     from rhythm.cluster.rpc import Worker
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS = (
     "steps=8",

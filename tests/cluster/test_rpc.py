@@ -14,7 +14,7 @@ import pytest
 from rhythm.cluster.errors import RemoteError
 from rhythm.cluster.roles import Role
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class Actor:
@@ -49,7 +49,7 @@ def workers(ray: Any) -> list[Any]:
     from rhythm.cluster.rpc import Worker, identify
 
     made = [Worker(f"actor[{i}]", Role.INFER, ray.remote(Actor).options(num_cpus=0).remote()) for i in range(3)]
-    assert not identify(made, 60).lost
+    assert not identify(made, 300).lost
     return made
 
 
@@ -75,7 +75,7 @@ def test_exceptions_come_back_with_the_name_and_the_traceback(workers: list[Any]
     from rhythm.cluster.rpc import collect
 
     with pytest.raises(RemoteError) as caught:
-        collect({w: w.submit("raise", f"key {i}") for i, w in enumerate(workers[:2])}, 10.0, "trial")
+        collect({w: w.submit("raise", f"key {i}") for i, w in enumerate(workers[:2])}, 120.0, "trial")
     for line in (
         "trial: actor[0] failed: KeyError: 'key 0'\n",
         "trial: actor[1] failed: KeyError: 'key 1'\n",

@@ -21,7 +21,7 @@ STEPS = ("steps=2", "batch.max_tokens=100", "evaluation.samples=0")
 def test_one_gradient_step_is_as_inline(small_cluster: Path, launch: Callable[..., Any], tmp_path: Path) -> None:
     for source in ("inline", "training"):
         where = (f"name={source}", f"runs_dir={tmp_path}", f"signals.source={source}")
-        launch(small_cluster, *where, *ENGINES, *STEPS).finish(seconds=900)
+        launch(small_cluster, *where, *ENGINES, *STEPS).finish()
     inline, training = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()][1:]
         for name in ("inline", "training")

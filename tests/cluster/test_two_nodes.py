@@ -14,6 +14,7 @@ import pytest
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None,
         reason="network namespaces need root",
@@ -58,14 +59,14 @@ class Node:
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
         process = subprocess.run(
             ["ip", "netns", "exec", self.name, *command],
-            env=environment, capture_output=True, text=True, timeout=200, check=False, cwd=self.home,
+            env=environment, capture_output=True, text=True, timeout=600, check=False, cwd=self.home,
         )  # fmt: skip
         assert not check or process.returncode == 0, process.stdout + process.stderr
         return process
 
 
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=120)
 
 
 @pytest.fixture
@@ -98,9 +99,9 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
         yield head, other
     finally:
         for node in made:
-            pids = subprocess.run(["ip", "netns", "pids", node.name], capture_output=True, text=True, timeout=30).stdout
+            pids = subprocess.run(["ip", "netns", "pids", node.name], capture_output=True, text=True, timeout=99).stdout
             for pid in pids.split():
-                subprocess.run(["kill", "-9", pid], check=False, timeout=30)
+                subprocess.run(["kill", "-9", pid], check=False, timeout=120)
             ip("netns", "del", node.name)
 
 

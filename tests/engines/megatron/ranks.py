@@ -87,7 +87,7 @@ def _rank(rank: int, spec: dict[str, Any], out_path: str, port: int) -> None:
     try:
         engine = MegatronTrain(
             spec["checkpoint"],
-            Rendezvous(rank, parallel.ranks, "127.0.0.1", port, timeout=60),
+            Rendezvous(rank, parallel.ranks, "127.0.0.1", port, timeout=300),
             parallel,
             micro_batch_size=2,
             with_reference=True,

@@ -30,7 +30,7 @@ def trainer(kind: str, checkpoint: Path, directory: Path) -> Iterator[Connection
         try:
             with listener.accept() as connection:
                 yield connection
-            assert process.wait(30) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
             process.wait()
@@ -43,7 +43,6 @@ def call(connection: Connection, method: str, alongside: Callable[[], None] = la
     return connection.recv()
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "kind", ["shared_memory", pytest.param("nccl", marks=ON_A_GPU), pytest.param("ipc", marks=ON_A_GPU)]
 )
