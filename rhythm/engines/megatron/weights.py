@@ -79,17 +79,28 @@ def recipe(name: str) -> Recipe:
     return Recipe(made.split, tuple(inside + name for name in names))
 
 
-def to_megatron(made: Recipe, tensors: list[Tensor], key_heads: int, ranks: int, rank: int) -> Tensor:
-    """Tensor rank `rank`'s part of the parameter, from complete tensors in the order of `made.names`."""
+def part_of(made: Recipe, whole: Any, ranks: int, rank: int) -> Tensor:
+    """Of one of the checkpoint's tensors what tensor rank `rank`'s parameter is built from. `whole`: a tensor, or a
+    slice of a safetensors file, of which no more is read.
+    """
+    if made.split == "none":
+        part: Tensor = whole[:]
+        return part
+    axis = 1 if made.split == "columns" else 0
+    size = (list(whole.shape) if isinstance(whole, Tensor) else whole.get_shape())[axis] // ranks
+    own = slice(rank * size, (rank + 1) * size)
+    part = whole[:, own] if axis else whole[own]
+    return part
+
+
+def to_megatron(made: Recipe, parts: list[Tensor], key_heads: int) -> Tensor:
+    """A rank's parameter from its parts of the checkpoint's tensors, in the order of `made.names`; `key_heads`: those
+    of the rank.
+    """
     if made.split == "qkv":
         # The rows of a key head's queries, key and value are adjacent.
-        groups = [x.view(key_heads, -1, *x.shape[1:]) for x in tensors]
-        return torch.cat(groups, dim=1).chunk(ranks)[rank].flatten(0, 1)
-    if made.split == "gate_up":
-        return torch.cat([x.chunk(ranks)[rank] for x in tensors])
-    if made.split == "none":
-        return tensors[0]
-    return tensors[0].chunk(ranks, dim=0 if made.split == "rows" else 1)[rank]
+        return torch.cat([x.view(key_heads, -1, *x.shape[1:]) for x in parts], dim=1).flatten(0, 1)
+    return torch.cat(parts)
 
 
 def to_transformers(made: Recipe, parts: list[Tensor], key_heads: int, head_size: int) -> list[Tensor]:
@@ -133,9 +144,10 @@ def load_weights(model: Any, checkpoint: Path, config: Any, groups: Groups) -> N
         targets = [(recipe(name), parameter) for name, parameter in named(model).items()]
         if config.tie_word_embeddings and groups.last_stage and not groups.first_stage:
             targets.append((_MODEL["embedding.word_embeddings.weight"], model.output_layer.weight))
+        ranks, rank = groups.tensor.size(), groups.tensor.rank()
         for made, parameter in targets:
-            whole = [tensors[name] for name in made.names]
-            part = to_megatron(made, whole, config.num_key_value_heads, groups.tensor.size(), groups.tensor.rank())
+            parts = [part_of(made, tensors[name], ranks, rank) for name in made.names]
+            part = to_megatron(made, parts, config.num_key_value_heads // ranks)
             if part.shape != parameter.shape:
                 raise ValueError(
                     f"{checkpoint}: {made.names[0]} has shape {tuple(part.shape)} per rank, but the configuration "
@@ -180,8 +192,8 @@ def _over_tensor_ranks(made: Recipe, part: Tensor, groups: Groups) -> list[Tenso
     return parts
 
 
-class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint's safetensors files, each read when it is accessed."""
+class _Tensors(Mapping[str, Any]):
+    """The tensors of a checkpoint's safetensors files, as slices that read what is taken of them."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
@@ -203,11 +215,10 @@ class _Tensors(Mapping[str, Tensor]):
     def __exit__(self, *_: object) -> None:
         self._exit.close()
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Any:
         if name not in self._files:
             raise ValueError(f"{self._checkpoint}: its safetensors files don't contain {name}")
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        return self._files[name].get_slice(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
@@ -20,7 +22,7 @@ from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import _transformer_config, read_config
 from rhythm.engines.megatron.packing import pack
 from rhythm.engines.megatron.parallel import Rendezvous, join
-from rhythm.engines.megatron.weights import recipe, to_megatron, to_transformers
+from rhythm.engines.megatron.weights import part_of, recipe, to_megatron, to_transformers
 from rhythm.tap.megatron_layers import MicroBatch
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
@@ -46,13 +48,42 @@ SHAPES = {
 }
 
 
+class Counted:
+    """A slice of a safetensors file, and the values that were read of it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.read = inner, 0
+
+    def get_shape(self) -> list[int]:
+        shape: list[int] = self.inner.get_shape()
+        return shape
+
+    def __getitem__(self, what: Any) -> torch.Tensor:
+        part: torch.Tensor = self.inner[what]
+        self.read += part.numel()
+        return part
+
+
+def of_rank(name: str, whole: list[torch.Tensor], ranks: int, rank: int) -> torch.Tensor:
+    made = recipe(name)
+    return to_megatron(made, [part_of(made, x, ranks, rank) for x in whole], KEY_HEADS // ranks)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_weights_come_back_as_they_went(name: str, ranks: int) -> None:
+def test_weights_come_back_as_they_went(name: str, ranks: int, tmp_path: Path) -> None:
+    """A rank reads no more of the checkpoint than its parameter holds."""
     made = recipe(name)
     whole = [torch.randn(shape) for shape in SHAPES[name]]
     assert len(made.names) == len(whole)
-    parts = [to_megatron(made, whole, KEY_HEADS, ranks, rank) for rank in range(ranks)]
+    save_file(dict(zip(made.names, whole, strict=True)), tmp_path / "model.safetensors")
+    parts = []
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        for rank in range(ranks):
+            slices = [Counted(file.get_slice(name)) for name in made.names]
+            read = [part_of(made, x, ranks, rank) for x in slices]
+            parts.append(to_megatron(made, read, KEY_HEADS // ranks))
+            assert sum(x.read for x in slices) == parts[-1].numel()
     assert sum(part.numel() for part in parts) == sum(x.numel() for x in whole) * (ranks if made.split == "none" else 1)
     back = to_transformers(made, parts, KEY_HEADS, HEAD_SIZE)
     assert all(torch.equal(x, y) for x, y in zip(whole, back, strict=True))
@@ -61,10 +92,10 @@ def test_weights_come_back_as_they_went(name: str, ranks: int) -> None:
 def test_a_rank_gets_whole_heads_and_the_same_columns_of_gate_and_up() -> None:
     q = torch.arange(KEY_HEADS * GROUP * HEAD_SIZE).float()[:, None]
     k, v = 100 + torch.arange(12.0)[:, None], 200 + torch.arange(12.0)[:, None]
-    second = to_megatron(recipe("decoder.layers.0.self_attention.linear_qkv.weight"), [q, k, v], KEY_HEADS, 4, 1)
+    second = of_rank("decoder.layers.0.self_attention.linear_qkv.weight", [q, k, v], 4, 1)
     assert second[:, 0].tolist() == [6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205]
     gate, up = torch.arange(4.0)[:, None], 10 + torch.arange(4.0)[:, None]
-    second = to_megatron(recipe("decoder.layers.0.mlp.linear_fc1.weight"), [gate, up], KEY_HEADS, 2, 1)
+    second = of_rank("decoder.layers.0.mlp.linear_fc1.weight", [gate, up], 2, 1)
     assert second[:, 0].tolist() == [2, 3, 12, 13]
 
 
