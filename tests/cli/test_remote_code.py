@@ -127,10 +127,10 @@ def test_training_runs_it_only_where_the_key_is_on(
     refused = in_a_process("train", *training(checkpoint), cwd=tmp_path)
     assert not mark.exists()
     assert refused.code == 2, refused.err
-    line = refused.err.strip()
+    # The first process on a machine that imports matplotlib may say that it looks for fonts.
+    (line,) = (line for line in refused.err.splitlines() if line.strip() and not line.startswith("Matplotlib is"))
     assert line.startswith(f"rhythm-train: {checkpoint} needs Python code that it contains")
     assert "model.trust_remote_code=true" in line
-    assert "\n" not in line
     assert not (tmp_path / "runs").exists()
 
     done = in_this_process(train.main, *training(checkpoint, "model.trust_remote_code=true"))
