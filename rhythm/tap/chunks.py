@@ -125,13 +125,21 @@ def _of_sequences(
 
 def _rows_reached(batch: PaddedBatch, chunk: int, horizon: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
     """int64 [N] each: response rows within the horizon of each token, and those among them in its own chunk."""
-    lo, hi = horizon
     length_N, prompt_N = batch.lens[batch.sequence], batch.prompt_lens[batch.sequence]
-    position_N = batch.packed(batch.positions)
+    position_N, longest = batch.packed(batch.positions), batch.host.longest
     end_N = torch.minimum(position_N // chunk * chunk + chunk, length_N)
+    whole_N, of_chunk_N = (rows_in_reach(position_N, prompt_N, end, horizon, longest) for end in (length_N, end_N))
+    return whole_N, of_chunk_N
 
-    def count(end_N: Tensor) -> Tensor:
-        reach_N = end_N if hi is None else torch.minimum(end_N, position_N + min(hi, chunk + batch.host.longest) + 1)
-        return (reach_N - torch.maximum(prompt_N, position_N + min(lo, batch.host.longest))).clamp(min=0)
 
-    return count(length_N), count(end_N)
+def rows_in_reach(
+    position_N: Tensor, first_N: Tensor, end_N: Tensor, horizon: tuple[int, int | None], longest: int
+) -> Tensor:
+    """int64 [N]: how many of the rows first … end − 1 are within the horizon of the token at `position`.
+
+    Args:
+        position_N, first_N, end_N: int64 [N], places in a sequence of at most `longest` tokens.
+    """
+    lo, hi = horizon
+    reach_N = end_N if hi is None else torch.minimum(end_N, position_N + min(hi, longest) + 1)
+    return (reach_N - torch.maximum(first_N, position_N + min(lo, longest))).clamp(min=0)
