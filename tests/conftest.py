@@ -35,6 +35,7 @@ class _Helpers(MetaPathFinder):
         "interpreter",
         "kernels_elsewhere",
         "megatron_case",
+        "megatron_sequences",
         "megatron_stand_in",
         "models",
         "paper_sets",

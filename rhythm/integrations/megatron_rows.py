@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rhythm.integrations.adapter import response_mask
 from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.megatron import MegatronTap, attach
-from rhythm.tap.megatron_layers import MicroBatch
+from rhythm.tap.megatron_layers import MicroBatch, decoder_layers
 from rhythm.tap.signals_config import SignalsConfig
 
 
@@ -26,7 +26,13 @@ def attach_by_tokens(chunks: Sequence[nn.Module], signals: SignalsConfig, shift:
 
     Args:
         shift: how many positions before a token its entry in loss_mask stands.
+
+    Raises:
+        UnsupportedAttention: context parallelism: rows can't be told by the tokens that a rank has of them.
     """
+    for layer in decoder_layers(chunks):
+        if layer.context_ranks > 1:
+            raise layer.refusal(f"context parallelism, whose {layer.context_ranks} ranks see parts of each sequence")
     return attach(chunks, signals, locate=partial(_located, shift))
 
 

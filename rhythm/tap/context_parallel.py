@@ -12,7 +12,7 @@ sequences with the padding left out, K keys of a rank's pieces, Q queries of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, distributed
 
 from rhythm.ops.statistics import attention_statistics
+from rhythm.tap.attention_form import AttentionCall
 from rhythm.tap.chunks import rows_in_reach
 from rhythm.tap.padding import PaddedBatch, copied
 
@@ -119,8 +120,8 @@ class Shard:
 
     @cached_property
     def pieces(self) -> PaddedBatch:
-        """The pieces as sequences of a packed row, [1, K]: `key_places` says of which keys. Tokens without a query on
-        this rank count as prompt.
+        """The pieces, if there are any, as sequences of a packed row, [1, K]: `key_places` says of which keys. Tokens
+        without a query on this rank count as prompt.
         """
         lens, prompts = [piece.keys for piece in self._pieces], self.batch.host.prompt_lens
         prompt_lens = [max(prompts[piece.sequence], piece.keys - piece.rows) for piece in self._pieces]
@@ -134,7 +135,7 @@ class Shard:
 
     @cached_property
     def key_places(self) -> Tensor:
-        """int64 [K]: where the keys of the pieces are in what was gathered."""
+        """int64 [K]: where the keys of the pieces are in what `gathered` gives."""
         return copied(self._home_of_keys, self._device)
 
     @cached_property
@@ -153,35 +154,53 @@ class Shard:
     def _home_of_keys(self) -> Tensor:
         starts = [*accumulate(self.rows, initial=0)]
         begins = [starts[p.sequence] + self._begins[p.sequence] for p in self._pieces]
-        return torch.cat([self._home[begin : begin + p.keys] for begin, p in zip(begins, self._pieces, strict=True)])
+        keys = [self._home[begin : begin + p.keys] for begin, p in zip(begins, self._pieces, strict=True)]
+        return torch.cat([self._home[:0], *keys])
 
     @property
     def _device(self) -> torch.device:
         return self.batch.lens.device
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether this rank has rows of a response."""
+        return bool(self._pieces)
+
+    def seen(self, call: AttentionCall, group: distributed.ProcessGroup) -> AttentionCall:
+        """A call of attention on this rank's positions as one of its queries [1, H, t, D] with the keys [1, G, K, D]
+        and values of the pieces. A collective of the group.
+        """
+        key, value = (
+            gathered(x.transpose(1, 2).flatten(0, 1), group)[self.key_places].transpose(0, 1)[None]
+            for x in (call.key, call.value)
+        )
+        query = call.query.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+        return replace(call, query=query, key=key, value=value)
+
     def statistics(
-        self, q_tHD: Tensor, k_TGD: Tensor, *, horizon: tuple[int, int | None], lse_Ht: Tensor | None, **options: Any
+        self, q_tHD: Tensor, k_KGD: Tensor, *, horizon: tuple[int, int | None], lse_Ht: Tensor | None, **options: Any
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """(span [B, H], waad [H, N], fai [H, N]): this rank's parts, whose sums over the ranks are the statistics of
         the whole sequences. NaN on every rank where these are undefined.
 
         Args:
             q_tHD: this rank's queries.
-            k_TGD: the keys that `gathered` gave.
+            k_KGD: the keys of the pieces.
             lse_Ht: that of these queries, if it is known.
             options: of `attention_statistics`, but for lengths and horizon.
         """
-        batch, pieces, longest = self.batch, self.pieces, self.batch.host.longest
+        batch, longest = self.batch, self.batch.host.longest
         B, N, H = len(batch.lens), sum(batch.host.lens), q_tHD.shape[1]
         dtype = torch.float64 if q_tHD.dtype == torch.float64 else torch.float32
         span_BH, waad_HN, fai_HN = (q_tHD.new_zeros(shape, dtype=dtype) for shape in ((B, H), (H, N), (H, N)))
         position_N, rows_B = batch.packed(batch.positions), batch.lens - batch.prompt_lens
         prompt_N, end_N = (x.repeat_interleave(batch.lens, output_size=N) for x in (batch.prompt_lens, batch.lens))
         whole_N = rows_in_reach(position_N, prompt_N, end_N, horizon, longest)
-        if self._pieces:
+        if self.has_rows:
+            pieces = self.pieces
             got = attention_statistics(
                 q_tHD[self.query_places],
-                k_TGD[self.key_places],
+                k_KGD,
                 cu_seqlens=self._cu_rows,
                 cu_seqlens_k=pieces.cu_seqlens,
                 prompt_lens=pieces.prompt_lens,

@@ -7,7 +7,7 @@
         signals = tap.signals(response_mask)
 
 Shape suffixes: B responses, P positions of the batch, n heads of the pool, h heads of one layer on this rank, N tokens
-of a micro-batch one after the other, D head size.
+of a micro-batch one after the other, T positions of a row on this rank, t of all its rows, D head size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import RhythmSignals
 from rhythm.ops.statistics import attention_statistics
 from rhythm.system.extras import needs
-from rhythm.tap.attention_form import DeferredChecks, UnsupportedAttention
+from rhythm.tap.attention_form import AttentionCall, DeferredChecks, UnsupportedAttention
+from rhythm.tap.context_parallel import Shard
 from rhythm.tap.megatron_layers import Layer, MicroBatch, check_bounds, decoder_layers, output_BTHE
 from rhythm.tap.megatron_reads import Read, combine
 from rhythm.tap.output_check import check_output
@@ -48,16 +49,21 @@ class ModelGroups(Protocol):
     def pipeline(self) -> distributed.ProcessGroup | None:
         """Ranks that split the layers."""
 
+    @property
+    def context(self) -> distributed.ProcessGroup | None:
+        """Ranks that split each sequence. An object without this attribute has none."""
+
 
 @dataclass(frozen=True)
 class _Groups:
     tensor: distributed.ProcessGroup | None
     pipeline: distributed.ProcessGroup | None
+    context: distributed.ProcessGroup | None
 
 
 class MegatronTap:
     """Reads the forward passes of a batch, as `attach` says. The statistics of this rank's sampled layers stay in
-    memory: 8 bytes per token and head.
+    memory: 8 bytes per token and head, also with context parallelism, where they are parts of those of the sequences.
 
     Attributes:
         layers: the sampled ones, of the whole model.
@@ -82,9 +88,11 @@ class MegatronTap:
         self.query_heads: int = config.num_attention_heads
         self.watch: AbstractContextManager[object] = nullcontext()
         self._signals, self._head_groups, self._lse, self._groups = signals, head_groups, lse, groups
+        self._context = _context_group(found, groups)
         self._device = next((p.device for chunk in chunks for p in chunk.parameters()), torch.device("cpu"))
         self._micro: MicroBatch | None = None
         self._batch: PaddedBatch | None = None
+        self._shard: Shard | None = None
         self._seen: set[int] = set()
         self._reads: list[Read] = []
         self._checks = DeferredChecks()
@@ -189,7 +197,7 @@ class MegatronTap:
         return combine(reads, response_mask_BP, rows, self.pool, self._chosen, all_reduce)
 
     def _enter(self, micro: MicroBatch | None) -> None:
-        self._micro, self._batch, self._seen = micro, None, set()
+        self._micro, self._batch, self._shard, self._seen = micro, None, None, set()
 
     def _located(self, locate: Locate, chunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(locate(args, kwargs))
@@ -210,27 +218,48 @@ class MegatronTap:
         # Autocast around the forward pass would take the statistics to low precision as well.
         with self.watch, torch.autocast(call.query.device.type, enabled=False):
             if self._batch is None:
-                self._batch = micro.placed(call.query.shape[2], packed is not None, call.query.device)
-                if packed is not None:
-                    self._checks.refuse_if(*check_bounds(layer, packed, self._batch))
+                self._batch = self._placed(layer, call, packed, micro)
             batch, form = self._batch, layer.form(call)
-            check_output(call, form, batch, output_BTHE(output, call), self._checks)
             lse = None if self._lse is None else self._lse(core, output)
+            options = {
+                "window": self._signals.window,
+                "horizon": self._signals.horizon,
+                "backend": self._signals.backend,
+                "span": lse is None or self._head_groups is None,
+                **form.arguments(batch.host.longest),
+            }
+            heads, output_BTHD = self.places(layer.index, call.query.shape[1]), output_BTHE(output, call)
+            if self._context is not None and self._shard is not None:
+                call = self._shard.seen(call, self._context)
+                if self._shard.has_rows:
+                    rows = self._shard.row_places
+                    check_output(call, form, self._shard.pieces, output_BTHD.flatten(0, 1)[None], self._checks, rows)
+                q_tHD, k_KGD = (x[0].transpose(0, 1) for x in (call.query, call.key))
+                parts = self._shard.statistics(q_tHD, k_KGD, lse_Ht=lse, **options)
+                self._reads.append(Read(micro, heads, *parts, parts=self._shard.size))
+                return
+            check_output(call, form, batch, output_BTHD, self._checks)
             q_BTHD, k_BTGD = call.query.transpose(1, 2), call.key.transpose(1, 2)
             statistics = attention_statistics(
                 _tokens(q_BTHD, batch),
                 _tokens(k_BTGD, batch),
                 cu_seqlens=batch.cu_seqlens,
                 prompt_lens=batch.prompt_lens,
-                window=self._signals.window,
-                horizon=self._signals.horizon,
-                backend=self._signals.backend,
                 lse=lse,
-                span=lse is None or self._head_groups is None,
-                **form.arguments(batch.host.longest),
+                **options,
             )
-        heads = self.places(layer.index, call.query.shape[1])
         self._reads.append(Read(micro, heads, statistics.span, statistics.waad, statistics.fai))
+
+    def _placed(self, layer: Layer, call: AttentionCall, packed: Any, micro: MicroBatch) -> PaddedBatch:
+        """Where the tokens of the whole sequences are; of them this rank may have a shard."""
+        positions = call.query.shape[2]
+        ranks = 1 if self._context is None else self._context.size()
+        batch = micro.placed(positions * ranks, packed is not None, call.query.device)
+        if packed is not None:
+            self._checks.refuse_if(*check_bounds(layer, packed, batch))
+        if self._context is not None:
+            self._shard = layer.shard(packed, batch, self._context, positions)
+        return batch
 
     def _chosen(self, span_Bn: Tensor) -> HeadGroups:
         """The head groups per response, [B, n]."""
@@ -242,7 +271,7 @@ class MegatronTap:
     def _over_model(self, x: Tensor) -> Tensor:
         """Summed over the ranks that the model is split over."""
         total = x.to(self._device, copy=True)
-        for group in (self._groups.tensor, self._groups.pipeline):
+        for group in (self._groups.tensor, self._groups.pipeline, self._context):
             if group is not None:
                 distributed.all_reduce(total, group=group)
         return total.cpu()
@@ -262,8 +291,9 @@ def attach(
 
     No module is replaced and no weight copied; the forward pass gives the same, bit for bit. The first, middle and last
     row of a layer's responses are computed and compared with what core_attention gave, as `AttentionTap` does. Works
-    with tensor, pipeline and data parallelism, padded and packed rows, micro-batches in any order, and recomputation.
-    Each rank reads its heads of its layers; `MegatronTap.signals` brings them together.
+    with tensor, pipeline, data and context parallelism, padded and packed rows, micro-batches in any order, and
+    recomputation. Each rank reads its heads of its layers; `MegatronTap.signals` brings them together. Context parallel
+    ranks gather the keys of each sampled layer, and the values for the comparison, and read their own queries.
 
     Args:
         model: the chunks of the model on this rank, wrapped or not: what Megatron's schedules take.
@@ -273,12 +303,14 @@ def attach(
         locate: which sequences a forward pass of a chunk runs, from its arguments (args, kwargs); None: not to be read.
             For trainers whose loop is out of reach; without it, open `MegatronTap.reading` around each forward pass.
         lse: log Σ exp(score) of a core_attention and its output, fp32 [h, N] over the tokens one after the other, where
-            it gives one. With head_groups, only the bands near the diagonal are then visited, and span is NaN.
+            it gives one; with context parallelism [h, t], over this rank's positions, padding included. With
+            head_groups, only the bands near the diagonal are then visited, and span is NaN.
         groups: None: those of Megatron's parallel_state, if it is initialized.
 
     Raises:
-        UnsupportedAttention: context parallelism; in the forward pass, or in `signals`: attention that is not causal,
-            or not of the form that its configuration says, dropout, a bias, packed rows without lengths.
+        UnsupportedAttention: context parallelism without its group; in the forward pass, or in `signals`: attention
+            that is not causal, or not of the form that its configuration says, dropout, a bias, packed rows without
+            lengths, context parallel rows that can't be cut into two chunks per rank.
         ValueError: two layers of one number; signals.layers that the model doesn't have; in the forward pass, sequences
             that do not fit its rows.
     """
@@ -287,12 +319,16 @@ def attach(
 
 
 def model_groups() -> ModelGroups:
-    """Megatron's tensor and pipeline groups; none if Megatron is not initialized."""
+    """Megatron's tensor, pipeline and context parallel groups; none if Megatron is not initialized."""
     with needs("rhythm.tap.megatron"):
         from megatron.core import parallel_state
     if not parallel_state.is_initialized():
-        return _Groups(None, None)
-    return _Groups(parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group())
+        return _Groups(None, None, None)
+    return _Groups(
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_context_parallel_group(),
+    )
 
 
 def data_group() -> distributed.ProcessGroup | None:
@@ -300,6 +336,16 @@ def data_group() -> distributed.ProcessGroup | None:
     with needs("rhythm.tap.megatron"):
         from megatron.core import parallel_state
     return parallel_state.get_data_parallel_group() if parallel_state.is_initialized() else None
+
+
+def _context_group(found: Sequence[Layer], groups: ModelGroups) -> distributed.ProcessGroup | None:
+    """The ranks that split each sequence; None if it is not split. UnsupportedAttention without their group."""
+    group: distributed.ProcessGroup | None = getattr(groups, "context", None)
+    size = 1 if group is None else group.size()
+    for layer in found:
+        if layer.context_ranks != size:
+            raise layer.refusal(f"context parallelism, whose {layer.context_ranks} ranks are a group of {size} here")
+    return group if size > 1 else None
 
 
 def _config(chunks: Sequence[nn.Module], found: Sequence[Layer]) -> Any:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from rhythm.tap.attention_form import AttentionCall, AttentionForm, UnsupportedAttention
+from rhythm.tap.context_parallel import Shard
 from rhythm.tap.padding import PaddedBatch
 
 CORE_ATTENTION = re.compile(r"(?:^|\.)decoder\.layers\.\d+\.self_attention\.core_attention$")
@@ -36,6 +38,8 @@ class MicroBatch:
         prompt_lens: how many of them are its prompt.
         first: where the tokens of each begin: on the packed axis, or in its padded row. None: packed one after the
             other, or padded on the right.
+
+    With context parallelism these are of whole sequences, on the axis of all ranks.
     """
 
     rows: Sequence[Hashable]
@@ -118,6 +122,36 @@ class Layer:
             options={},
         ), packed
 
+    @property
+    def context_ranks(self) -> int:
+        """Ranks that split each sequence."""
+        return int(getattr(self.config, "context_parallel_size", 1))
+
+    def shard(self, packed: Any, batch: PaddedBatch, group: distributed.ProcessGroup, positions: int) -> Shard:
+        """What this rank of a context parallel group has of a batch. Waits for the device of packed_seq_params.
+
+        Args:
+            packed: packed_seq_params; None for padded rows.
+            positions: of this rank, on the packed axis or in each of its padded rows.
+
+        Raises:
+            UnsupportedAttention: sequences that Megatron doesn't cut into chunks for this group.
+        """
+        ranks = group.size()
+        if packed is None:
+            rows = [positions * ranks] * len(batch.lens)
+        else:
+            if getattr(packed, "local_cp_size", None) not in (None, ranks):
+                raise self.refusal(f"context parallelism of {packed.local_cp_size} ranks in a group of {ranks}")
+            bounds = _cu_seqlens(packed).tolist()
+            rows = [end - start for start, end in pairwise(bounds)]
+            if bounds[-1] != positions * ranks:
+                raise self.refusal(f"packed sequences of {bounds[-1]} positions, of which this rank has {positions}")
+        try:
+            return Shard(batch, rows, ranks, group.rank())
+        except ValueError as error:
+            raise self.refusal(f"context parallelism, {error}") from None
+
     def form(self, call: AttentionCall) -> AttentionForm:
         """Raises UnsupportedAttention for a window that looks ahead, or a softmax of an unknown type."""
         config, H, D = self.config, call.query.shape[1], call.query.shape[3]
@@ -153,9 +187,7 @@ def decoder_layers(chunks: Sequence[nn.Module]) -> list[Layer]:
     """The attention of every decoder layer in these chunks of a Megatron model, those of vision towers and of
     multi-token prediction left out.
 
-    Raises:
-        ValueError: two of one layer number.
-        UnsupportedAttention: context parallelism.
+    Raises ValueError for two of one layer number.
     """
     found: dict[int, Layer] = {}
     for chunk in chunks:
@@ -166,8 +198,6 @@ def decoder_layers(chunks: Sequence[nn.Module]) -> list[Layer]:
             layer = Layer(int(attention.layer_number) - 1, attention, core)
             if layer.index in found:
                 raise ValueError(f"model has two layers of number {layer.index + 1}; attach to one model at a time")
-            if (ranks := getattr(layer.config, "context_parallel_size", 1)) > 1:
-                raise layer.refusal(f"context parallelism, whose {ranks} ranks see parts of each sequence")
             found[layer.index] = layer
     return [found[index] for index in sorted(found)]
 
@@ -181,11 +211,17 @@ def output_BTHE(output: Any, call: AttentionCall) -> Tensor:
 
 def check_bounds(layer: Layer, packed: Any, batch: PaddedBatch) -> tuple[Tensor, UnsupportedAttention]:
     """(whether packed_seq_params and batch have the sequences at other places, the error for that)."""
-    padded = getattr(packed, "cu_seqlens_q_padded", None)
-    cu_seqlens = packed.cu_seqlens_q if padded is None else padded
+    cu_seqlens = _cu_seqlens(packed)
     error = layer.refusal("packed sequences that are not where the micro-batch has them")
     B = len(batch.lens)
     if len(cu_seqlens) <= B:
         raise error
     starts_B, ends_B = cu_seqlens[:B].to(batch.first), cu_seqlens[1 : B + 1].to(batch.first)
     return ((starts_B != batch.first) | (batch.first + batch.lens > ends_B)).any(), error
+
+
+def _cu_seqlens(packed: Any) -> Tensor:
+    """int32 [sequences + 1]: where each begins on the packed axis, its padding included."""
+    padded = getattr(packed, "cu_seqlens_q_padded", None)
+    cu_seqlens: Tensor = packed.cu_seqlens_q if padded is None else padded
+    return cu_seqlens

@@ -25,7 +25,7 @@ from rhythm.tap.megatron_layers import MicroBatch
 @dataclass(frozen=True)
 class Read:
     """Statistics of one layer and micro-batch. heads: indices in the pool, [h]; fp32: span [b, h] or None, waad and fai
-    [h, N].
+    [h, N]. parts: how many ranks have one, if the statistics are the sums of theirs.
     """
 
     micro: MicroBatch
@@ -33,6 +33,7 @@ class Read:
     span: Tensor | None
     waad: Tensor
     fai: Tensor
+    parts: int = 1
 
 
 def combine(
@@ -69,10 +70,10 @@ def combine(
     for read, rows_b in placed:
         span_bh = torch.nan if read.span is None else read.span.float().cpu()
         own[rows_b[:, None], read.heads] = span_bh
-        own[rows_b, n] += len(read.heads)
+        own[rows_b, n] += len(read.heads) / read.parts
         own[rows_b, n + 1] += _other_response(read.micro, response_BP[rows_b])
     total = all_reduce(own)
-    span_Bn, count_B, other_B = total[:, :n].clone(), total[:, n], total[:, n + 1]
+    span_Bn, count_B, other_B = total[:, :n].clone(), total[:, n].round(), total[:, n + 1]
     for wrong_B, what in ((count_B != n, "was not read once in each layer"), (other_B > 0, "has another response")):
         if wrong_B.any():
             raise ValueError(f"row {int(wrong_B.nonzero()[0])} of response_mask {what} in the forward passes")

@@ -27,6 +27,7 @@ def check_output(
     batch: PaddedBatch,
     output: Tensor,
     checks: DeferredChecks | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """Computes the first, middle and last row of up to CHECKED_SEQUENCES responses in this form and compares with the
     model's; of a sequence without a response, the last.
@@ -35,14 +36,17 @@ def check_output(
         batch: on the call's device.
         output: [B, T, H, E], of `call.run()`.
         checks: what collects the outcome. None: it is read at once, which waits for the device.
+        rows: int64 [T], where query and output have the rows of the T positions of the keys, for a packed row with
+            fewer rows than keys. None: at the same positions.
 
     Raises:
         UnsupportedAttention: they differ by more than rounding; from the checks, where there are some.
     """
-    B, H, T, _ = call.query.shape
+    B, H, queries, _ = call.query.shape
+    T = call.key.shape[2]
     batch = batch.to(call.query.device)
-    if output.shape[:3] != (B, T, H):
-        raise call.refusal(f"an attention output of shape {list(output.shape)}, not [{B}, {T}, {H}, …]")
+    if output.shape[:3] != (B, queries, H):
+        raise call.refusal(f"an attention output of shape {list(output.shape)}, not [{B}, {queries}, {H}, …]")
     query, key, value, real_BT, first, lens = call.query, call.key, call.value, batch.real, batch.first, batch.lens
     prompts, position_BT = batch.prompt_lens, batch.positions
     if len(lens) > CHECKED_SEQUENCES:
@@ -57,9 +61,11 @@ def check_output(
     step_BP = torch.stack([begin, (begin + lens) // 2, lens - 1], dim=1)
     probed_BP = (first[:, None] + step_BP.clamp(min=0)).clamp(max=T - 1).view(B, -1)
 
+    at_BP = probed_BP if rows is None else rows[probed_BP]
+
     # Eager attention rounds its scores to the model's type, so the probe does too.
     dtype = call.query.dtype if call.implementation == "eager" else torch.float32
-    query_BPHD = query.transpose(1, 2)[row_B1, probed_BP].to(dtype)
+    query_BPHD = query.transpose(1, 2)[row_B1, at_BP].to(dtype)
     query_BPGRD = _grouped(query_BPHD, key.shape[1])
     score_BPHT = torch.cat(
         [
@@ -96,7 +102,7 @@ def check_output(
         start = end
     # Of each sequence and head: over its three rows.
     E = output.shape[-1]
-    error = (output[row_B1, probed_BP].float() - ours_BPHE).view(B, -1, 3, H, E).norm(dim=(2, 4))
+    error = (output[row_B1, at_BP].float() - ours_BPHE).view(B, -1, 3, H, E).norm(dim=(2, 4))
     size = size_BPHE.view(B, -1, 3, H, E).norm(dim=(2, 4))
     # A NaN of ours comes from NaN in the inputs or an empty sequence; a NaN of the model's alone disagrees.
     agrees = (error <= _tolerance(call, output) * size) | size.isnan()

@@ -64,7 +64,8 @@ def sums_of_ranks(
     parts = []
     for rank, places in enumerate(shards):
         given = None if lse is None else lse[:, places]
-        part = Shard(batch, rows, size, rank).statistics(q[places], whole_k, lse_Ht=given, **options)
+        shard = Shard(batch, rows, size, rank)
+        part = shard.statistics(q[places], whole_k[shard.key_places], lse_Ht=given, **options)
         parts.append([x for x in part if x is not None])
     return [sum(of_ranks) for of_ranks in zip(*parts, strict=True)]
 

@@ -36,6 +36,7 @@ class Groups:
     tensor: distributed.ProcessGroup
     pipeline: distributed.ProcessGroup
     data: distributed.ProcessGroup
+    context: distributed.ProcessGroup
     stages: distributed.ProcessGroup
 
     @property
@@ -106,6 +107,7 @@ def join(rendezvous: Rendezvous, parallel: ParallelConfig) -> Groups:
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
         stages=_on_hosts(parallel_state.get_pipeline_model_parallel_group(), timeout),
     )
 
