@@ -31,6 +31,7 @@ LAYOUTS = {
     "tensor": ParallelConfig(tensor=2),
     "pipeline": ParallelConfig(pipeline=2, recompute=True),
     "data": ParallelConfig(data=2),
+    "context": ParallelConfig(context=2),
     "both": ParallelConfig(tensor=2, pipeline=2),
 }
 OPTIONS: dict[str, Any] = {

@@ -36,7 +36,7 @@ class InferRole(VllmConfig, extra="forbid", frozen=True):
 
 
 class TrainRole(ParallelConfig, extra="forbid", frozen=True):
-    """actor_train: tensor × pipeline × data ranks."""
+    """actor_train: tensor × pipeline × data × context ranks."""
 
     engine: Literal["megatron", "torch"] = Field(
         default="megatron", description="megatron, or torch (the single-process engine, as one rank)"
@@ -54,7 +54,7 @@ class TrainRole(ParallelConfig, extra="forbid", frozen=True):
     @model_validator(mode="after")
     def _torch_is_one_rank(self) -> TrainRole:
         if self.engine == "torch" and self.ranks != 1:
-            raise ValueError(f"engine is torch, with {self.ranks} ranks: tensor, pipeline and data must be 1")
+            raise ValueError(f"engine is torch, with {self.ranks} ranks: tensor, pipeline, data and context must be 1")
         return self
 
 

@@ -44,7 +44,9 @@ def gathered(x_tX: Tensor, group: distributed.ProcessGroup) -> Tensor:
     """[T, X] of all ranks of the context parallel group, in the order of the ranks. A collective."""
     x_tX = x_tX.contiguous()
     x_TX = x_tX.new_empty((group.size() * len(x_tX), *x_tX.shape[1:]))
-    distributed.all_gather(list(x_TX.chunk(group.size())), x_tX, group=group)
+    # Newer versions of torch have another name for it.
+    all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    all_gather(x_TX, x_tX, group=group)
     return x_TX
 
 

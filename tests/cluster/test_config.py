@@ -29,6 +29,10 @@ AHEAD = {"placement": "separate", "rollout_ahead": 1, "parity": {"every_steps": 
         ),
         ({"gpus": 0}, r"infer\.kv_cache_gib is not set"),
         ({**CPU, "train": {"engine": "torch", "tensor": 2}}, r"engine is torch, with 2 ranks"),
+        (
+            {**CPU, "train": {"engine": "torch", "context": 2}},
+            r"engine is torch, with 2 ranks: tensor, .* context must",
+        ),
         ({**CPU, "rollout_ahead": 1}, "rollout_ahead is 1: must be 0 with placement colocated, where vLLM sleeps"),
         ({**CPU, **AHEAD, "parity": {}}, r"parity\.every_steps is 1: must be more with rollout_ahead = 1"),
         ({**CPU, **AHEAD, "rollout_ahead": 2}, r"rollout_ahead\n.*should be 0 or 1"),

@@ -60,34 +60,42 @@ def activations(cluster: ClusterConfig, work: Workload, model: Dimensions, layer
     """`layers` and `parameters`: those of the rank. All response tokens count as if prompts were empty."""
     train = cluster.train
     size, width = work.value_bytes, model.hidden_size
-    tokens = work.max_tokens or work.micro_batch_size * cluster.max_length
+    whole = work.max_tokens or work.micro_batch_size * cluster.max_length
+    tokens = -(-whole // train.context)  # of this rank
     head = width * model.vocabulary // train.tensor * size
-    saved = saved_per_token(model, train.tensor, size)
+    saved = saved_per_token(model, train.tensor, size, train.context)
+    # Gradients of the keys and values of all context parallel ranks, of either half and as their sum.
+    gathered = 4 * train.context * model.key_heads * model.head_size // train.tensor * size * (train.context > 1)
     mlp = model.mlp_size * model.experts_per_token // train.tensor * size
     kept = size * width if train.recompute else saved
     return Activations(
         kept=layers * kept * tokens * train.pipeline,
-        layer=(2 * mlp + width * size + (saved if train.recompute else 0)) * tokens,
+        layer=(2 * mlp + width * size + gathered + (saved if train.recompute else 0)) * tokens,
         head=head_bytes(model, work, tokens, train.tensor) + head,
         head_gradient=head * model.tied,
         end=head * (3 if model.tied else 1),
         scores=max(tokens * (5 * mlp + 4 * width * size), logits_bytes(model, work, tokens, train.tensor)),
-        statistics=_statistics(cluster, work, model, layers, tokens),
-        update=FP32 * parameters // (train.data if train.distributed_optimizer else 1),
+        statistics=_statistics(cluster, work, model, layers, whole),
+        update=FP32 * parameters // train.optimizer_shares,
         tapped=work.tapped,
     )
 
 
-def saved_per_token(model: Dimensions, tensor: int, size: int) -> int:
-    """Bytes per token that a layer keeps for its backward pass, with `tensor` ranks and values of `size` bytes.
+def saved_per_token(model: Dimensions, tensor: int, size: int, context: int = 1) -> int:
+    """Bytes per token of a rank that a layer keeps for its backward pass, with `tensor` × `context` ranks and values of
+    `size` bytes.
 
     At full width, on every rank: inputs and outputs of two norms. Split among the ranks: queries, keys and values
     together as they are projected, queries as their norm takes them (a copy), queries and keys with rotary positions,
     the attention's output, and of the MLP two projections, SiLU of the one, a copy of the other, and their product. For
     queries and keys the cosines and sines of their positions, on every rank. In fp32 a scale per norm, and the
     attention's log-sum-exp.
+
+    Context parallel ranks keep the keys and values that their chunks see, 2·context + 1 for two tokens, instead of
+    their own keys, and the attention's output in the order of the chunks as well.
     """
     heads = (3 + model.qk_norm) * model.query_heads + 3 * model.key_heads
+    heads += (model.query_heads + 2 * context * model.key_heads) * (context > 1)
     split = heads * model.head_size + 5 * model.mlp_size * model.experts_per_token
     values = 4 * model.hidden_size + split // tensor + 4 * model.head_size
     norms = (model.query_heads + model.key_heads) * model.qk_norm
@@ -115,7 +123,7 @@ def head_bytes(model: Dimensions, work: Workload, tokens: int, tensor: int) -> i
 
 def _statistics(cluster: ClusterConfig, work: Workload, model: Dimensions, layers: int, tokens: int) -> int:
     """8 bytes per token and head: in the pass over log-probs of all its rows, in gradient steps of the micro-batches in
-    flight.
+    flight. Context parallel ranks have parts of the statistics of all tokens.
     """
     heads = min(work.sampled_layers, layers) * model.query_heads // cluster.train.tensor
     rows = -(-work.batch_size // cluster.train.data)

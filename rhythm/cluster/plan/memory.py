@@ -67,7 +67,7 @@ def train_memory(cluster: ClusterConfig, work: Workload, model: Dimensions) -> T
     embeddings = model.embedding_parameters * (1 if model.tied or train.pipeline > 1 else 2)
     layers = model.layers // train.pipeline
     parameters = (layers * model.layer_parameters + embeddings) // train.tensor
-    shared_by = train.data if train.distributed_optimizer else 1
+    shared_by = train.optimizer_shares
     master = 0 if work.value_bytes == 4 else 4
     return TrainMemory(
         weights=parameters * work.value_bytes,
@@ -110,7 +110,7 @@ def memory_faults(cluster: ClusterConfig, work: Workload, model: Dimensions) -> 
     if train.total > whole:
         faults.append(
             f"cluster.gpu_memory_gib is {cluster.gpu_memory_gib:g}: actor_train needs {gib(train.total)} on a GPU; "
-            "raise cluster.train.tensor, pipeline or data, turn on cluster.train.recompute, or lower "
+            "raise cluster.train.tensor, pipeline, data or context, turn on cluster.train.recompute, or lower "
             + ("batch.micro_batch_size" if work.max_tokens is None else "batch.max_tokens")
         )
     if cluster.infer.engine == "vllm" and infer.tokens < cluster.max_length:

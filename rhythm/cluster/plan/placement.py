@@ -43,20 +43,19 @@ def assign(cluster: ClusterConfig, *, separate_attn: bool) -> Assignment:
         joint = "max" if colocated else "sum"
         raise ValueError(
             f"cluster.gpus is {cluster.gpus}: too few, {shared + attn} are needed: the {joint} of train "
-            f"{train.tensor} × {train.pipeline} × {train.data} = {train.ranks} and infer {infer.replicas} × "
+            f"{train.sizes} = {train.ranks} and infer {infer.replicas} × "
             f"{infer.tensor_parallel_size} = {wanted}" + (f", and attn {attn}" if attn else "")
         )
     if colocated and infer.engine == "vllm" and train.ranks < wanted:
         raise ValueError(
-            f"cluster.train.tensor × pipeline × data is {train.tensor} × {train.pipeline} × {train.data} = "
+            f"cluster.train.{train.names} is {train.sizes} = "
             f"{train.ranks}: with placement colocated it must be at least the {wanted} GPUs of "
             "actor_infer, each of which reads the weights of the rank on its own GPU"
         )
     available = cluster.gpus - attn - (0 if colocated else wanted)
     if available % train.ranks:
         raise ValueError(
-            f"cluster.train.tensor × pipeline × data is {train.tensor} × {train.pipeline} × {train.data} = "
-            f"{train.ranks}: must divide the trainer's {available} GPUs"
+            f"cluster.train.{train.names} is {train.sizes} = {train.ranks}: must divide the trainer's {available} GPUs"
         )
     first = 0 if colocated else train.ranks
     replicas = [first + i * infer.tensor_parallel_size for i in range(infer.replicas)]

@@ -34,8 +34,9 @@ def describe_plan(cluster: ClusterConfig, work: Workload, model: Dimensions, sou
 def _roles(cluster: ClusterConfig, places: Assignment, *, tapped: bool) -> Iterator[str]:
     train, infer = cluster.train, cluster.infer
     yield (
-        f"  actor_train   {train.engine}, tensor {train.tensor} × pipeline {train.pipeline} × data {train.data} = "
-        f"{train.ranks} {_plural(train.ranks, 'rank')} on {_where(places.train)}"
+        f"  actor_train   {train.engine}, tensor {train.tensor} × pipeline {train.pipeline} × data {train.data}"
+        + (f" × context {train.context}" if train.context > 1 else "")
+        + f" = {train.ranks} {_plural(train.ranks, 'rank')} on {_where(places.train)}"
     )
     yield (
         f"  actor_infer   {infer.engine}, {infer.replicas} {_plural(infer.replicas, 'replica')} × tensor "

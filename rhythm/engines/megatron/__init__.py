@@ -1,1 +1,1 @@
-"""actor_train on Megatron-core: tensor, pipeline and data parallel, one process per rank."""
+"""actor_train on Megatron-core: tensor, pipeline, data and context parallel, one process per rank."""

@@ -1,6 +1,7 @@
 """Causal attention over packed sequences, as Megatron's core_attention.
 
-Shape suffixes: T tokens of all sequences on one axis, H this rank's query heads, G its key heads, D head size.
+Shape suffixes: T tokens of all sequences on one axis (of context parallel ranks: this rank's), Q queries and K keys of
+some of them, H this rank's query heads, G its key heads, D head size.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rhythm.engines.megatron.context import ContextRows, gathered_with_gradient
 from rhythm.engines.megatron.packing import PackedRows
 
 
@@ -42,20 +44,65 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
 
 def packed_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedRows, scale: float) -> Tensor:
     """Causal attention output [T, H, D], differentiable: by torch's varlen flash attention on a GPU in half precision,
-    else by SDPA one sequence at a time.
+    else by SDPA one sequence at a time. Context parallel ranks gather keys and values.
     """
-    if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(q_THD, k_TGD, v_TGD, packed, scale)
-    bounds = packed.cu_seqlens_q.tolist()
+    if packed.context is not None:
+        return _over_ranks(q_THD, k_TGD, v_TGD, packed.context, scale)
+    if _is_for_flash(q_THD):
+        assert packed.bounds is not None
+        longest = packed.max_seqlen_q
+        return _varlen(q_THD, k_TGD, v_TGD, packed.bounds, packed.bounds, longest, longest, scale)
+    return _one_by_one(q_THD, k_TGD, v_TGD, packed.cu_seqlens_q, packed.cu_seqlens_q, scale)
+
+
+def _over_ranks(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, context: ContextRows, scale: float) -> Tensor:
+    """This rank's queries: its first chunks, then its second ones, each against the keys up to its end."""
+    # One collective, and in the backward pass one: in the same order on every rank.
+    both_T2GD = gathered_with_gradient(torch.stack([k_TGD, v_TGD], dim=1), context.group)
     parts = []
-    for start, end in pairwise(bounds):
-        q_HTD, k_GTD, v_GTD = (x[start:end].transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGD))
-        out = scaled_dot_product_attention(q_HTD, k_GTD, v_GTD, is_causal=True, scale=scale, enable_gqa=True)
+    for half in context.halves:
+        # index_select of places that are all different: gradients are added in no order that could vary.
+        q_QHD, (k_KGD, v_KGD) = q_THD.index_select(0, half.queries), both_T2GD.index_select(0, half.keys).unbind(1)
+        if _is_for_flash(q_THD):
+            longest = (half.longest_queries, half.longest_keys)
+            parts.append(_varlen(q_QHD, k_KGD, v_KGD, half.cu_queries, half.cu_keys, *longest, scale))
+        else:
+            parts.append(_one_by_one(q_QHD, k_KGD, v_KGD, half.cu_queries, half.cu_keys, scale))
+    return torch.cat(parts).index_select(0, context.order)
+
+
+def _is_for_flash(q_THD: Tensor) -> bool:
+    return q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16)
+
+
+def _one_by_one(
+    q_QHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_queries: Tensor, cu_keys: Tensor, scale: float
+) -> Tensor:
+    """Queries are those of the last tokens of each sequence."""
+    parts = []
+    for rows, keys in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True):
+        q_HQD = q_QHD[slice(*rows)].transpose(0, 1)[None]
+        k_GKD, v_GKD = (x[slice(*keys)].transpose(0, 1)[None] for x in (k_KGD, v_KGD))
+        Q, K = q_HQD.shape[2], k_GKD.shape[2]
+        whole = Q == K
+        seen_QK = None if whole else torch.ones(Q, K, dtype=torch.bool, device=q_QHD.device).tril(K - Q)
+        out = scaled_dot_product_attention(
+            q_HQD, k_GKD, v_GKD, attn_mask=seen_QK, is_causal=whole, scale=scale, enable_gqa=True
+        )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
 
-def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedRows, scale: float) -> Tensor:
+def _varlen(
+    q_QHD: Tensor,
+    k_KGD: Tensor,
+    v_KGD: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    longest_queries: int,
+    longest_keys: int,
+    scale: float,
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     takes = inspect.signature(varlen_attn).parameters
@@ -64,10 +111,8 @@ def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, packed: PackedRows, sca
     if "enable_gqa" in takes:
         causal["enable_gqa"] = True
     else:
-        group = q_THD.shape[1] // k_TGD.shape[1]
-        k_TGD, v_TGD = (x.repeat_interleave(group, dim=1) for x in (k_TGD, v_TGD))
-    cu_seqlens, longest = packed.bounds, packed.max_seqlen_q
-    assert cu_seqlens is not None
-    out = varlen_attn(q_THD, k_TGD, v_TGD, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **causal)
+        group = q_QHD.shape[1] // k_KGD.shape[1]
+        k_KGD, v_KGD = (x.repeat_interleave(group, dim=1) for x in (k_KGD, v_KGD))
+    out = varlen_attn(q_QHD, k_KGD, v_KGD, cu_queries, cu_keys, longest_queries, longest_keys, scale=scale, **causal)
     assert isinstance(out, Tensor)  # it returns (out, lse) only if lse is requested
     return out

@@ -1,18 +1,20 @@
-"""Packs the rows of a micro-batch into one sequence without padding.
+"""Packs the rows of a micro-batch into one sequence, without padding unless context parallel ranks split it.
 
 Shape suffixes: B rows of the whole batch, P positions of the padded batch, b rows of a micro-batch, T all their
-tokens, N the response tokens among them.
+tokens (of context parallel ranks: this rank's, padding included), N the response tokens that they predict.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from torch import Tensor
+from torch import Tensor, distributed
 
 from rhythm.engines.interfaces import Rollout
+from rhythm.engines.megatron.context import ContextRows, padded_rows
 from rhythm.tap.megatron_layers import MicroBatch
 
 
@@ -25,9 +27,12 @@ class PackedRows(PackedSeqParams):  # type: ignore[misc]  # Megatron is untyped 
 
     Attributes:
         bounds: cu_seqlens, int32 [b + 1], on the rank's device, for core_attention.
+        context: what a context parallel rank has of the rows; cu_seqlens are those of whole rows, padding included.
+            None: all of them.
     """
 
     bounds: Tensor | None = None
+    context: ContextRows | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Packed:
         sequences: where the rows lie, in the form that Megatron's layers take.
         micro: rows and lengths in the form that a tap takes.
         predicts: int64 [N], positions whose output predicts a response token.
-        target: bool [b, width], True on the N response tokens of the padded rows.
+        tokens: int64 [N], these tokens.
+        target: bool [b, width], True on the response tokens of the padded rows.
+        own: bool [b, width], True on the N of them that this rank predicts: on all without context parallelism.
         width: length of the longest row.
     """
 
@@ -51,39 +58,70 @@ class Packed:
     sequences: PackedRows
     micro: MicroBatch
     predicts: Tensor
+    tokens: Tensor
     target: Tensor
+    own: Tensor
     width: int
 
-    @property
-    def tokens(self) -> Tensor:
-        """The response tokens, int64 [N]."""
-        return self.input_ids[self.predicts + 1]
 
+def pack(
+    rollout: Rollout,
+    rows: Tensor,
+    device: torch.device,
+    *,
+    fused_rope: bool = False,
+    context: distributed.ProcessGroup | None = None,
+) -> Packed:
+    """Pack rows of a right-padded rollout.
 
-def pack(rollout: Rollout, rows: Tensor, device: torch.device, *, fused_rope: bool = False) -> Packed:
-    """Pack rows of a right-padded rollout. `fused_rope`: whether TransformerEngine applies RoPE."""
+    Args:
+        fused_rope: whether TransformerEngine applies RoPE.
+        context: the ranks that split each row; None, or one rank: it has them whole.
+    """
     mask_bP, target_bP = rollout.attention_mask[rows], rollout.response_mask[rows]
-    lens = mask_bP.sum(dim=1)
-    width = int(lens.max())
-    cu_seqlens = torch.zeros(len(rows) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = lens.cumsum(0)
-    positions_bP = torch.arange(mask_bP.shape[1]).expand_as(mask_bP)
+    lens = mask_bP.sum(dim=1).tolist()
+    ranks = 1 if context is None else context.size()
+    padded = lens if ranks == 1 else padded_rows(lens, ranks)
+    starts = [*accumulate(padded, initial=0)]
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
     on_device = cu_seqlens.to(device)
+    # Of whole rows: the place on the packed axis of each token, its id and its position.
+    place = torch.cat([torch.arange(length) + start for start, length in zip(starts, lens, strict=False)])
+    ids, positions = torch.zeros(2, starts[-1], dtype=torch.int64)
+    ids[place] = rollout.input_ids[rows][mask_bP]
+    positions[place] = torch.cat([torch.arange(length) for length in lens])
+    # The token at t was sampled from the model's output at t − 1, which exists since every row has a prompt.
+    sampled = place[target_bP[mask_bP]]
+    predicts, own = sampled - 1, torch.ones(len(sampled), dtype=torch.bool)
+    shard = None if context is None or ranks == 1 else ContextRows.of(padded, context, device)
+    tokens = ids[sampled]
+    if shard is not None:
+        at = torch.full((starts[-1],), -1)
+        at[shard.places] = torch.arange(len(shard.places))
+        own = at[predicts] >= 0
+        predicts, tokens = at[predicts][own], tokens[own]
+        ids, positions = ids[shard.places], positions[shard.places]
+    width = max(lens)
+    target_bW = target_bP[:, :width]
     return Packed(
         rows=rows,
-        input_ids=rollout.input_ids[rows][mask_bP].to(device),
-        position_ids=positions_bP[mask_bP].to(device),
+        input_ids=ids.to(device),
+        position_ids=positions.to(device),
         sequences=PackedRows(
             qkv_format="thd",
             cu_seqlens_q=on_device if fused_rope else cu_seqlens,
             cu_seqlens_kv=on_device if fused_rope else cu_seqlens,
-            max_seqlen_q=width,
-            max_seqlen_kv=width,
+            max_seqlen_q=max(padded),
+            max_seqlen_kv=max(padded),
             bounds=on_device,
+            context=shard,
         ),
-        micro=MicroBatch(rows.tolist(), lens.tolist(), rollout.prompt_lens[rows].tolist()),
-        # The token at t was sampled from the model's output at t − 1, which exists since every row has a prompt.
-        predicts=(target_bP[mask_bP].nonzero()[:, 0] - 1).to(device),
-        target=target_bP[:, :width].to(device),
+        micro=MicroBatch(
+            rows.tolist(), lens, rollout.prompt_lens[rows].tolist(), None if shard is None else starts[:-1]
+        ),
+        predicts=predicts.to(device),
+        tokens=tokens.to(device),
+        target=target_bW.to(device),
+        own=torch.zeros_like(target_bW).masked_scatter(target_bW, own).to(device),
         width=width,
     )

@@ -29,7 +29,9 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's device and process groups. stages: those of `pipeline`, by which tensors go from host to host."""
+    """This rank's device and process groups. stage: the tensor and context parallel ranks of its stage; stages: those
+    of `pipeline`, by which tensors go from host to host.
+    """
 
     device: torch.device
     rank: int
@@ -37,6 +39,7 @@ class Groups:
     pipeline: distributed.ProcessGroup
     data: distributed.ProcessGroup
     context: distributed.ProcessGroup
+    stage: distributed.ProcessGroup
     stages: distributed.ProcessGroup
 
     @property
@@ -51,8 +54,10 @@ class Groups:
 
     @property
     def is_output_rank(self) -> bool:
-        """Whether this rank contributes results to the output: the first of its tensor group, on the last stage."""
-        return self.last_stage and self.tensor.rank() == 0
+        """Whether this rank contributes results to the output: the first of its tensor and context parallel groups, on
+        the last stage.
+        """
+        return self.last_stage and self.tensor.rank() == 0 and self.context.rank() == 0
 
     def largest(self, number: float) -> float:
         """The largest of all ranks' numbers. A collective."""
@@ -76,8 +81,7 @@ def join(rendezvous: Rendezvous, parallel: ParallelConfig) -> Groups:
     """
     if rendezvous.world_size != parallel.ranks:
         raise ValueError(
-            f"world_size is {rendezvous.world_size}: tensor × pipeline × data is {parallel.tensor} × "
-            f"{parallel.pipeline} × {parallel.data} = {parallel.ranks}"
+            f"world_size is {rendezvous.world_size}: {parallel.names} is {parallel.sizes} = {parallel.ranks}"
         )
     cuda = torch.cuda.is_available()
     if cuda:
@@ -95,6 +99,7 @@ def join(rendezvous: Rendezvous, parallel: ParallelConfig) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         distributed_timeout_minutes=max(1, round(rendezvous.timeout / 60)),
     )
     if cuda:
@@ -108,6 +113,7 @@ def join(rendezvous: Rendezvous, parallel: ParallelConfig) -> Groups:
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
+        stage=parallel_state.get_tensor_and_context_parallel_group(),
         stages=_on_hosts(parallel_state.get_pipeline_model_parallel_group(), timeout),
     )
 

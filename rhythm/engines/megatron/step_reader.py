@@ -106,13 +106,14 @@ class StepReader:
     def _signals(self, tap: MegatronTap, packed: Packed) -> RhythmSignals:
         """Of the micro-batch, at positions of its padded rows."""
         reads = [*self._received(tap, packed), *self._own]
-        tensor_ranks = partial(self._groups.all_reduce_sum, group=self._groups.tensor)
-        return tap.combined(reads, packed.target, tensor_ranks, packed.micro.rows)
+        ranks_of_stage = partial(self._groups.all_reduce_sum, group=self._groups.stage)
+        return tap.combined(reads, packed.target, ranks_of_stage, packed.micro.rows)
 
     def _received(self, tap: MegatronTap, packed: Packed) -> Iterator[Read]:
         """What the stages before this one have read of the micro-batch."""
         stages = self._groups.stages
-        b, T, h = len(packed.rows), len(packed.input_ids), tap.query_heads // self._groups.tensor.size()
+        b, T, h = len(packed.rows), sum(packed.micro.lens), tap.query_heads // self._groups.tensor.size()
+        parts = self._groups.context.size()
         for stage in range(stages.size() - 1):
             size = tap.depth // stages.size()
             layers = [layer for layer in tap.layers if layer // size == stage]
@@ -122,7 +123,8 @@ class StepReader:
             distributed.recv(message, distributed.get_global_rank(stages, stage), group=stages)
             for layer, part in zip(layers, message.to(packed.target.device).chunk(len(layers)), strict=True):
                 span, waad, fai = torch.split(part, [b * h, h * T, h * T])
-                yield Read(packed.micro, tap.places(layer, h), span.view(b, h), waad.view(h, T), fai.view(h, T))
+                heads = tap.places(layer, h)
+                yield Read(packed.micro, heads, span.view(b, h), waad.view(h, T), fai.view(h, T), parts)
 
     def _keep(self, packed: Packed, now: LogProbs, signals: RhythmSignals | None) -> None:
         rows, target_bW = packed.rows, packed.target.cpu()

@@ -36,6 +36,7 @@ from rhythm.engines.interfaces import (
 from rhythm.engines.local.step_reader import check_grouping
 from rhythm.engines.local.train import OptimizerConfig
 from rhythm.engines.megatron import checkpoint as checkpoints
+from rhythm.engines.megatron.context import joined
 from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import PolicyModel, build_model, has_experts, read_config
@@ -296,7 +297,13 @@ class MegatronTrain:
             get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=(
-                    pack(rollout, rows, self._groups.device, fused_rope=self._model.config.apply_rope_fusion)
+                    pack(
+                        rollout,
+                        rows,
+                        self._groups.device,
+                        fused_rope=self._model.config.apply_rope_fusion,
+                        context=self._groups.context,
+                    )
                     for rows in micro_batches
                 ),
                 model=[model],
@@ -307,7 +314,7 @@ class MegatronTrain:
             )
 
     def _scores(self, model: PolicyModel, packed: Packed, hidden_TD: Tensor) -> LogProbs:
-        """Log-probs and entropies of a micro-batch's response tokens, [b, width]; differentiable."""
+        """Log-probs and entropies of a micro-batch's response tokens, [b, width]; differentiable in this rank's own."""
         logprob_N, entropy_N = logprobs_and_entropies(
             hidden_TD[packed.predicts],
             model.head_weight(),
@@ -316,11 +323,12 @@ class MegatronTrain:
             chunk=self._optimizer_config.token_chunk,
             group=self._groups.tensor,
         )
-        undefined = torch.full(packed.target.shape, torch.nan, device=packed.target.device)
-        return LogProbs(
-            logprobs=undefined.masked_scatter(packed.target, logprob_N),
-            entropy=undefined.masked_scatter(packed.target, entropy_N),
-        )
+        none_bW = torch.zeros(packed.target.shape, device=packed.target.device)
+        both_2bW = torch.stack([none_bW.masked_scatter(packed.own, x_N) for x_N in (logprob_N, entropy_N)])
+        if packed.sequences.context is not None:
+            both_2bW = joined(both_2bW, packed.sequences.context.group)
+        logprobs_bW, entropy_bW = both_2bW.masked_fill(~packed.target, torch.nan)
+        return LogProbs(logprobs=logprobs_bW, entropy=entropy_bW)
 
     def _loss_part(
         self, packed: Packed, hidden_TD: Tensor, batch: TrainBatch, totals: BatchTotals, reader: StepReader | None
@@ -355,8 +363,8 @@ class MegatronTrain:
 
 
 def _add_up_gradients(model: list[Any], num_tokens: Tensor | None = None, **_: Any) -> None:
-    """Sum the gradients over data parallel ranks, copies of a tied embedding, and norms: every rank has a part of the
-    loss.
+    """Sum the gradients over data and context parallel ranks, copies of a tied embedding, and norms: every rank has a
+    part of the loss.
     """
     finalize_model_grads(model, None)
 

@@ -67,6 +67,11 @@ def test_what_nobody_uses_is_counted() -> None:
             False,
             r"cluster\.train\.tensor × pipeline × data is 1 × 1 × 4 = 4: with placement colocated .* the 8 GPUs",
         ),
+        (
+            {"gpus": 8, "train": {"tensor": 2, "context": 3}},
+            False,
+            r"cluster\.train\.tensor × pipeline × data × context is 2 × 1 × 1 × 3 = 6: must divide",
+        ),
         ({"gpus": 8, "train": {"data": 3}}, False, r"cluster\.train\.tensor × pipeline × data is .* = 3: must divide"),
         (
             {"gpus": 8, "nodes": 2, "train": {"data": 8}, "infer": {"tensor_parallel_size": 8}, **NETWORK},

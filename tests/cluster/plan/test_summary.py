@@ -96,6 +96,24 @@ def test_memory_of_a_small_model_by_hand() -> None:
     assert checkpoint_bytes(torch_engine, WORK, SMALL) == 3304 * 12
 
 
+def test_context_parallel_ranks_split_tokens_and_optimizer() -> None:
+    def memory(**train: int) -> TrainMemory:
+        section = {"gpus": 0, "max_length": 32, "train": train, "infer": {"kv_cache_gib": 1}}
+        return train_memory(ClusterConfig.model_validate(section), replace(WORK, sampled_layers=3), SMALL)
+
+    one, two = memory(), memory(context=2)
+    assert two.weights == one.weights
+    assert two.optimizer == memory(data=2).optimizer == one.optimizer // 2
+    assert two.activations.update == one.activations.update // 2
+    assert two.activations.statistics == one.activations.statistics > 0  # parts of those of all tokens
+    # 32 of 64 tokens. Of each a layer keeps 4 · 8 values at full width, 18 heads as one rank does, the output once more
+    # (4 heads), and for its own keys (2 heads) five keys and values for two tokens (2 · 5), 5 · 16 values of the MLP,
+    # 4 · 4 cosines and sines, and in fp32 two scales and four log-sum-exps.
+    assert two.activations.kept == 4 * 32 * (2 * (4 * 8 + (18 + 4 - 2 + 2 * 5) * 4 + 5 * 16 + 4 * 4) + 4 * 6)
+    # Gradients of keys and values (2 · 2 heads) of both ranks, twice.
+    assert two.activations.layer == 32 * 2 * (2 * 16 + 8 + 2 * 2 * (2 * 2 * 4))
+
+
 def test_a_budget_of_tokens_sets_the_activations() -> None:
     cluster = ClusterConfig.model_validate({"gpus": 8, "max_length": 32, "train": {"data": 4}})
     by_rows = train_memory(cluster, replace(WORK, micro_batch_size=3), SMALL).activations

@@ -151,7 +151,8 @@ def _gradient_bytes(engine: MegatronTrain) -> int:
 
 
 def _scores(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
-    results = {"weights_at_start": engine.weights(), "log_probs": engine.log_probs(spec["rollout"])[0]}
+    results: dict[str, Any] = {"weights_at_start": engine.weights()}
+    results["log_probs"], results["signals"] = engine.log_probs(spec["rollout"], spec.get("tap"))
     results["steps"] = [engine.step(batch) for batch in spec["batches"]]
     results["weights"] = engine.weights()
     return results

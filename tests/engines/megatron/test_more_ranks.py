@@ -114,16 +114,18 @@ def test_a_qwen2_with_biases_of_queries_keys_and_values(tmp_path: Path) -> None:
     assert_it_follows_one_machine(model, tmp_path / "qwen2", tmp_path)
 
 
-@pytest.mark.parametrize("norm_topk_prob", [True, False])
-def test_a_qwen3_with_experts(tmp_path: Path, norm_topk_prob: bool) -> None:
-    """Two of its four experts to a token, by weights that add up to 1 or don't; two stages of two data ranks."""
+@pytest.mark.parametrize(
+    ("norm_topk_prob", "layout"),
+    [(True, ParallelConfig(pipeline=2, data=2)), (False, ParallelConfig(data=2, context=2))],
+)
+def test_a_qwen3_with_experts(tmp_path: Path, norm_topk_prob: bool, layout: ParallelConfig) -> None:
+    """Two of its four experts to a token, by weights that add up to 1 or don't."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 99, "moe_intermediate_size": 24, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": norm_topk_prob}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=100, **sizes, **heads, **experts, initializer_range=0.2))
     model.save_pretrained(tmp_path / "qwen3_moe")
-    layout = ParallelConfig(pipeline=2, data=2)
     assert_it_follows_one_machine(model, tmp_path / "qwen3_moe", tmp_path, layout)
 
 

@@ -165,6 +165,8 @@ def test_models_it_cannot_train_are_refused(config: Any, named: str, tmp_path: P
 
 
 def test_too_few_ranks_are_refused_before_they_meet() -> None:
+    with pytest.raises(ValueError, match="tensor × pipeline × data × context is 1 × 1 × 2 × 3 = 6"):
+        join(Rendezvous(0, 2, "127.0.0.1", 1), ParallelConfig(data=2, context=3))
     with pytest.raises(ValueError, match="tensor × pipeline × data is 2 × 2 × 1 = 4"):
         join(Rendezvous(0, 2, "127.0.0.1", 1), ParallelConfig(tensor=2, pipeline=2))
 

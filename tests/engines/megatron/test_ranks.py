@@ -25,11 +25,18 @@ from transformers import AutoModelForCausalLM
 from rhythm.credit.config import CreditConfig
 from rhythm.credit.gamma import batch_credit_weights
 
-# A test that is the first to ask for "both" runs four layouts.
+# A test that is the first to ask for "both" runs five layouts.
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # Whose checkpoints a layout loads, saved with the same kind of optimizer.
-LOADS = {"one": (), "tensor": (), "pipeline": ("tensor",), "data": ("pipeline",), "both": ("data", "pipeline")}
+LOADS = {
+    "one": (),
+    "tensor": (),
+    "pipeline": ("tensor",),
+    "data": ("pipeline",),
+    "context": ("data",),
+    "both": ("context", "pipeline"),
+}
 CHUNK = OPTIONS["optimizer"].token_chunk
 
 

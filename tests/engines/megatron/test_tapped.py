@@ -24,12 +24,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 COUPLED = MicroBatchCredit(CreditConfig(strategy="coupled"), CorrectionConfig())
 ENTROPY = MicroBatchCredit(CreditConfig(strategy="entropy"), CorrectionConfig())
 PIPELINE = ParallelConfig(pipeline=2, data=2)
+CONTEXT = ParallelConfig(pipeline=2, context=2, recompute=True)
 
 
 @pytest.mark.parametrize(
     ("parallel", "max_tokens"),
-    [(LAYOUTS["pipeline"], None), (LAYOUTS["both"], 64), (PIPELINE, 64)],
-    ids=["recompute", "tensor", "data"],
+    [(LAYOUTS["pipeline"], None), (LAYOUTS["both"], 64), (PIPELINE, 64), (CONTEXT, None)],
+    ids=["recompute", "tensor", "data", "context"],
 )
 def test_a_step_is_that_of_inline_signals(
     case: Case, tmp_path: Path, parallel: ParallelConfig, max_tokens: int | None
