@@ -75,6 +75,10 @@ def forced(choice: Choice) -> Iterator[None]:
         _forced.reset(token)
 
 
+def tile_is_forced() -> bool:
+    return _forced.get() is not None
+
+
 @contextmanager
 def compiling(receive: Receiver) -> Iterator[None]:
     """Within it kernels are compiled for Triton's active driver and passed to `receive`; they do not run."""

@@ -86,10 +86,12 @@ def online_softmax_step(
 
 @triton.jit
 def store_rows(
-    results, given_lse, largest_M, sum_M, distance_sum_M, at_M, place_M, response_M, head, scale, natural_scale, sinks
-):
+    results, given_lse, largest_M, sum_M, distance_sum_M, at_M, place_M, response_M, head, scale, natural_scale, sinks,
+    sum_at,
+):  # fmt: skip
     """Stores what finished rows have but the output. p is relative to the score of the product largest_M; distances are
-    relative to the block's first row. at_M: places in results; place_M: places in the block; response_M: rows to store.
+    relative to the block's first row. at_M: places in results; place_M: places in the block; response_M: rows to store;
+    sum_at: where results.sums has the block.
     """
     total_M, logit_M, defined_M = denominator(largest_M, sum_M, natural_scale, sinks, head)
     place_sum_M = place_M.to(tl.float32)
@@ -100,10 +102,11 @@ def store_rows(
     if given_lse is not None:  # weights follow a lse from outside: all those of a row change by the same factor
         given_M = tl.load(given_lse + at_M, mask=response_M, other=0.0)
         span_M *= tl.exp2((lse_M - given_M) * LOG2_E)
-    tl.store(results.sums + tl.program_id(0), tl.sum(tl.where(response_M, span_M, 0.0).to(tl.float64), 0))
+    tl.store(sum_at, tl.sum(tl.where(response_M, span_M, 0.0).to(tl.float64), 0))
     tl.store(results.lse + at_M, lse_M, mask=response_M)
     if results.parts is not None:
         tl.store(results.parts + 2 * at_M, largest_M, mask=response_M)
         tl.store(results.parts + 2 * at_M + 1, log2_total_M, mask=response_M)
+    if results.steep is not None:
         exponent_M = tl.where(response_M & defined_M, tl.abs(largest_M * scale), 0.0)
         tl.store(results.steep, 1, mask=tl.max(exponent_M, 0) >= STEEP)  # any program that stores it stores 1

@@ -9,7 +9,8 @@ which a sum overflows, or whose exponents are so large that fp32 has no room for
 again by the online softmax, with products that are subtracted before they are scaled: exact for scores of any size.
 
 With a sliding window the sweep begins at the first key that the block's first row sees; keys that later rows don't see
-go through a loop of their own. With V row_values.py takes this kernel's place.
+go through a loop of their own. With V row_values.py takes this kernel's place, and on Hopper gluon_row.py can
+(gluon_choice.py).
 
 Shape suffixes: M rows and N keys of a tile, C the eight columns, D head size (padded to a power of two).
 """
@@ -22,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rhythm.kernels.arguments import PLAIN, Forms, common_arguments, scales
+from rhythm.kernels.gluon_choice import chosen, gluon_module, tile_again, uncovered
 from rhythm.kernels.launch import launch, options, run_with_tile
 from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.online import RowResults, masked, online_softmax_step, store_rows
@@ -77,12 +79,31 @@ def add_tile(sum_MC, distance_sum_MC, score_MN, reference_M, key, first, scale):
     return sum_MC + tile_MC, distance_sum_MC
 
 
+@triton.jit
+def finished(sum_MC, distance_sum_MC, eight_C, largest_M, reference_M, scale):
+    """(largest product, Σ p, Σ p·(first row − key), whether the row must be computed again) of rows that saw all keys.
+
+    p is now relative to that product, whose exponent is within an ulp or two of the reference. eight_C: 0.0 … 7.0.
+    """
+    sum_M = tl.sum(sum_MC, 1)
+    distance_sum_M = tl.sum(distance_sum_MC - sum_MC * eight_C[None, :], 1)
+    # A row that saw no finite score near the diagonal has no reference: its size is infinite. A sum of NaN stays NaN.
+    finite_M = (sum_M < float("inf")) & (tl.abs(distance_sum_M) < float("inf"))
+    again_M = (tl.abs(largest_M) >= STEEP) | ((sum_M == sum_M) & ~finite_M)
+    largest_M = reference_M / scale
+    move_M = tl.exp2(reference_M - largest_M * scale)
+    return largest_M, sum_M * move_M, distance_sum_M * move_M, again_M
+
+
 @triton.jit(do_not_specialize=["sequences", "tokens", "rows", "sliding_window"])
 def row_sweep_kernel(
     q, k, k_tiles, lengths, given_lse, results, strides, sequences, tokens, heads, scale, natural_scale, rows,
-    sliding_window, cap_scale, sinks, form: tl.constexpr, tile: tl.constexpr,
+    sliding_window, cap_scale, sinks, form: tl.constexpr, tile: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
-    """Results of one block of rows of one head. given_lse may be None, and rows … sinks (arguments.py)."""
+    """Results of one block of rows of one head. given_lse may be None, and rows … sinks (arguments.py).
+
+    AGAIN: of those blocks alone whose sum is not finite, which gluon_row.py leaves to it.
+    """
     ROWS: tl.constexpr = tile.rows
     KEYS: tl.constexpr = tile.keys
     # The longest rows of all heads come first, and heads that share keys run side by side.
@@ -92,6 +113,10 @@ def row_sweep_kernel(
     )
     if first >= length:
         return
+    if AGAIN:
+        sum = tl.load(results.sums + tl.program_id(0))
+        if tl.abs(sum) < float("inf"):
+            return
     key_head = head // form.group
     q_base = query_base(q, strides.q, sequence, first_row, missing, head, rows, form)
     k_base = head_base(k, strides.k, sequence, start, key_head, form)
@@ -147,15 +172,9 @@ def row_sweep_kernel(
             sum_MC, distance_sum_MC = add_tile(sum_MC, distance_sum_MC, score_MN, reference_M, key, first, scale)
 
     place_M = tl.arange(0, ROWS)
-    sum_M = tl.sum(sum_MC, 1)
-    distance_sum_M = tl.sum(distance_sum_MC - sum_MC * tl.arange(0, 8).to(tl.float32)[None, :], 1)
-    # A row that saw no finite score near the diagonal has no reference: its size is infinite. A sum of NaN stays NaN.
-    finite_M = (sum_M < float("inf")) & (tl.abs(distance_sum_M) < float("inf"))
-    again_M = (tl.abs(largest_M) >= STEEP) | ((sum_M == sum_M) & ~finite_M)
-    # Relative to a product whose exponent is within an ulp or two of the reference.
-    largest_M = reference_M / scale
-    move_M = tl.exp2(reference_M - largest_M * scale)
-    sum_M, distance_sum_M = sum_M * move_M, distance_sum_M * move_M
+    largest_M, sum_M, distance_sum_M, again_M = finished(
+        sum_MC, distance_sum_MC, tl.arange(0, 8).to(tl.float32), largest_M, reference_M, scale
+    )
     if tl.max((again_M & (first + place_M < length)).to(tl.int32), 0) > 0:
         zeros_M = tl.zeros([ROWS], tl.float32)
         state = (zeros_M - float("inf"), zeros_M, zeros_M, tl.zeros([ROWS, 1], tl.float32))
@@ -171,7 +190,7 @@ def row_sweep_kernel(
     response_M = (first + place_M >= prompt) & (first + place_M < length)
     store_rows(
         results, given_lse, largest_M, sum_M, distance_sum_M, at_M, place_M, response_M, head, scale, natural_scale,
-        sinks,
+        sinks, results.sums + tl.program_id(0),
     )  # fmt: skip
 
 
@@ -195,6 +214,9 @@ def row_sweep(
     Returns:
         (the sums of row spans, from which bands makes spans, and out where v is given: q's rows, flattened).
     """
+    if uncovered(q, k, v, sequences, scale, forms, given_lse_HT) is None and chosen(q.device):
+        sweep = gluon_module().gluon_row_sweep
+        return sweep(q, k, sequences, lse_HT, scale=scale, softmax=softmax, again=tile_again()), None
     heads, size = q.shape[-2:]
     out_SHD = None if v is None else torch.empty((q.shape[:-2].numel(), heads, size), dtype=q.dtype, device=q.device)
     parts, steep = (None, None) if softmax is None else (softmax.parts, softmax.steep)

@@ -123,5 +123,5 @@ def row_values_kernel(
     response_M = (first + place_M >= prompt) & (first + place_M < length)
     store_rows(
         results, given_lse, largest_M, sum_M, distance_sum_M, at_M, place_M, response_M, head, scale, natural_scale,
-        sinks,
+        sinks, results.sums + tl.program_id(0),
     )  # fmt: skip

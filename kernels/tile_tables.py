@@ -120,6 +120,8 @@ HOPPER = {
     "column_band": {"half128": [Tile(64, 64, 4, 2, False, 120), Tile(64, 128, 4, 2)]},
     "bands_band": {"half128": [Tile(64, 64, 4, 2, False, 128), Tile(64, 128, 4, 2)]},
 }
+# gluon_row.py: the rows, warps and registers are those of each of its four warpgroups. It has no other tile.
+HOPPER_GLUON = Tile(64, 128, 4, 4, TMA, 112)
 # 128 registers spill here, and two programs share a multiprocessor with 64 keys.
 BLACKWELL = HOPPER | {
     "row": {
@@ -158,7 +160,7 @@ def _joined(half: Mapping[str, dict[str, list[Tile]]]) -> dict[str, dict[str, li
 
 TABLES = {
     "sm_80": _joined(AMPERE),
-    "sm_90": _joined(HOPPER),
+    "sm_90": _joined(HOPPER) | {"row_gluon": {"half128": [HOPPER_GLUON]}},
     "sm_100": _joined(BLACKWELL),
     "gfx942": _joined(AMPERE),
     "interpreter": INTERPRETER,

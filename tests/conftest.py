@@ -31,6 +31,7 @@ class _Helpers(MetaPathFinder):
         "cluster_case",
         "corner_cases",
         "forms",
+        "gluon_threads",
         "in_browser",
         "interpreter",
         "kernels_elsewhere",

@@ -3,11 +3,11 @@
     python -m rhythm.kernels.inspect.compile_ahead --arch sm_90 --json FILE
 
 The launchers themselves run, on tensors without data and with a driver that only names the target, so that the result
-is what a launch would compile: every kernel with every tile of the architecture's table, in bf16 and fp32, for a packed
-batch of Qwen3-4B's heads (32 query heads, 8 key heads) at head sizes 128 and 256; forms of attention other than plain
-(--forms) with the default tiles. Reported for each: registers, shared
-memory, programs per multiprocessor, spills and matrix instructions, and for the steady loop the instructions per score
-element, the products waited for at once and the barriers.
+is what a launch would compile: every kernel with every tile of the architecture's table, in bf16 and fp32 (row_gluon,
+the row sweep in Gluon, for sm_90 and 2-byte types), for a packed batch of Qwen3-4B's heads (32 query heads, 8 key
+heads) at head sizes 128 and 256; forms of attention other than plain (--forms) with the default tiles. Reported:
+registers, shared memory, programs per multiprocessor, spills and matrix instructions, and for the steady loop the
+instructions per score element, the products waited for at once and the barriers.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from rhythm.kernels import (
     undefined_results,
 )
 from rhythm.kernels.arguments import PLAIN
+from rhythm.kernels.gluon_choice import gluon_absent, gluon_module, tile_again
 from rhythm.kernels.inspect.sass import Binary, amd_binary, nvidia_binary
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.sequences import Sequences
@@ -51,8 +52,10 @@ ARCHITECTURES = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*tile_tables.KERNELS, "results")
+KERNELS = (*tile_tables.KERNELS, "row_gluon", "results")
 WITHOUT_TILES = ("results",)
+PLAIN_ONLY = ("row_gluon", "results")
+"""Kernels that other forms of attention don't have."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS, QUERY_HEADS, KEY_HEADS = 8192, 32, 8
 FORMS = {
@@ -184,7 +187,7 @@ def compile_kernel(
         only = [] if tile is None else [tile]
         with _active(ARCHITECTURES[arch]), compiling(compiled.append), forced(partial(_always, only)):
             _launch(kernel, DTYPES[dtype], head_size, form)
-        (binary,) = compiled
+        binary, *_ = compiled  # after row_gluon comes the plain kernel, for blocks that it leaves
         yield _report(binary, arch, kernel, form, dtype, head_size, tile, not table or tile == table[0])
 
 
@@ -193,9 +196,10 @@ def _always(tiles: list[Tile], key: KernelKey) -> list[Tile]:
 
 
 def _table(arch: str, kernel: str, dtype: str, head_size: int) -> list[Tile]:
+    """The tiles of a kernel; none if it has none, or is not for the architecture, the type or the size."""
     if kernel in WITHOUT_TILES:
         return []
-    return TABLES[arch][kernel][KernelKey(kernel, DTYPES[dtype].itemsize, head_size).group]
+    return TABLES[arch].get(kernel, {}).get(KernelKey(kernel, DTYPES[dtype].itemsize, head_size).group, [])
 
 
 def jit_functions() -> list[Any]:
@@ -208,9 +212,10 @@ def jit_functions() -> list[Any]:
     from rhythm.kernels.sampled_span import sampled_span_kernel
     from rhythm.kernels.values import mend_output_kernel
 
+    gluon = [] if gluon_absent() else [gluon_module().gluon_row_kernel]
     return [
-        row_sweep_kernel, row_values_kernel, bands_kernel, narrow_bands_kernel, sampled_span_kernel, results_kernel,
-        mend_output_kernel,
+        *gluon, row_sweep_kernel, row_values_kernel, bands_kernel, narrow_bands_kernel, sampled_span_kernel,
+        results_kernel, mend_output_kernel,
     ]  # fmt: skip
 
 
@@ -227,7 +232,11 @@ def _launch(kernel: str, dtype: torch.dtype, head_size: int, form: str) -> None:
     one, two, three = (empty(QUERY_HEADS, TOKENS) for _ in range(3))
     softmax = Softmax.empty(QUERY_HEADS, TOKENS, q.device)
     attention: dict[str, Any] = {"scale": head_size**-0.5, "forms": FORMS[form]}
-    if kernel in ("row", "row_values"):
+    if kernel == "row_gluon":
+        gluon_module().gluon_row_sweep(
+            q, k, sequences, one, scale=attention["scale"], softmax=softmax, again=tile_again()
+        )  # fmt: skip
+    elif kernel in ("row", "row_values"):
         v = None if kernel == "row" else empty(*k.shape, dtype=dtype)
         row_sweep(q, k, v, sequences, one, softmax=softmax, **attention)
     elif kernel == "sampled":
@@ -297,11 +306,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(HEADER)
         for kernel, form in product(kernels, forms):
             with_tiles = kernel not in WITHOUT_TILES
-            if form != "plain" and not with_tiles:
+            if form != "plain" and kernel in PLAIN_ONLY:
                 continue
+            if kernel == "row_gluon" and (reason := gluon_absent()) is not None:
+                parser.error(f"row_gluon does not compile here: {reason}; --kernels chooses others")
             for dtype in dtypes if with_tiles else ["fp32"]:
                 for size in map(int, sizes if with_tiles else sizes[:1]):
                     table = _table(arch, kernel, dtype, size)
+                    if with_tiles and not table:
+                        continue
                     tiles = table[:1] if options.defaults or form != "plain" else None
                     for report in compile_kernel(arch, kernel, dtype, size, tiles, form):
                         print(_row(report), flush=True)

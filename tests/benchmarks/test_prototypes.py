@@ -10,9 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 @pytest.fixture(autouse=not GPU)
 def _gluon_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gluon_row", "gluon_values"):
-        monkeypatch.setattr(f"benchmarks.gpu.prototypes.{module}.launch", _gluon_threads().launch)
-
-
-@cache
-def _gluon_threads() -> Any:
-    spec = spec_from_file_location("gluon_threads", Path(__file__).with_name("gluon_threads.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        monkeypatch.setattr(f"benchmarks.gpu.prototypes.{module}.launch", import_module("gluon_threads").launch)
 
 
 def lifted(nats: float, tokens: int = 384) -> Inputs:

@@ -68,7 +68,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any, ...], dict[str, Any]]) -> None:
-    assert {kernel["kernel"] for kernel in hopper} == LOOPS | {"results"}
+    assert {kernel["kernel"] for kernel in hopper} == LOOPS | {"row_gluon", "results"}
     for kernel in hopper:
         recorded = record[key(kernel)]
         assert kernel["spills"] == 0, key(kernel)
@@ -87,6 +87,26 @@ def test_defaults_on_hopper(hopper: list[dict[str, Any]], record: dict[tuple[Any
     assert 1 <= row["per_score"]["exp2"] <= 1.05
     assert row["registers"] <= 128
     assert 2 * row["shared"] <= 227 * 1024  # two programs share a multiprocessor
+    (gluon,) = [k for k in hopper if k["kernel"] == "row_gluon"]
+    assert_gluon_is_lean(gluon)
+
+
+def assert_gluon_is_lean(kernel: dict[str, Any]) -> None:
+    """Four warpgroups and the warp that loads: 20 warps, one program per multiprocessor."""
+    assert key(kernel)[:-1] == ("sm_90", "row_gluon", "plain", "bf16", 128)
+    assert kernel["spills"] == 0
+    assert kernel["per_score"]["all"] <= 4.8
+    assert kernel["per_score"]["exp2"] == 1
+    assert kernel["per_score"]["max"] == kernel["per_score"]["shuffle"] == 0
+    assert kernel["registers"] <= 96  # 65,536 for 640 threads
+    assert kernel["shared"] <= 227 * 1024
+    assert kernel["matrix"] == {"HGMMA.64x128x16.F32.BF16": 4 * 2 * 8}  # warpgroups, loops, steps of 16 dimensions
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)
+def test_every_record_has_the_row_sweep_in_gluon(path: Path) -> None:
+    (kernel,) = [k for k in json.loads(path.read_text(encoding="utf-8"))["kernels"] if k["kernel"] == "row_gluon"]
+    assert_gluon_is_lean(kernel)
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("triton-*.json")), ids=lambda path: path.stem)

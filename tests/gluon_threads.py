@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import threading
 import types
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 PATIENCE = 20.0  # seconds
-NAMESAKES = ("where", "exp2", "log2", "abs", "reshape", "permute", "full_like")  # the same in torch
+NAMESAKES = ("exp2", "log2", "abs", "reshape", "permute", "full_like", "zeros_like")  # the same in torch
 
 
 class Int(int):
@@ -31,14 +33,17 @@ class Int(int):
 def _wrapped(name: str) -> Any:
     def operation(self: Int, other: Any) -> Any:
         result = getattr(int, name)(self, other)
-        return Int(result) if type(result) is int else result
+        return Int(result) if type(result) in (int, bool) else result
 
     return operation
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "xor"):
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor"):
     for _method in (f"__{_name}__", f"__r{_name}__"):
         setattr(Int, _method, _wrapped(_method))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Int, f"__{_name}__", _wrapped(f"__{_name}__"))
+Int.__hash__ = int.__hash__  # type: ignore[method-assign]
 
 
 class Value(Tensor):
@@ -49,6 +54,27 @@ class Value(Tensor):
 
 def value(x: Tensor) -> Value:
     return x.as_subclass(Value)  # type: ignore[no-any-return]
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    if any(isinstance(one, Tensor) for one in (condition, x, y)):
+        return torch.where(condition, x, y)
+    chosen = x if condition else y
+    return Int(chosen) if isinstance(chosen, int) else chosen
+
+
+def extreme(of_tensors: Callable[..., Any], of_numbers: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    def operation(x: Any, y: Any) -> Any:
+        if isinstance(x, Tensor) or isinstance(y, Tensor):
+            return of_tensors(*(torch.as_tensor(one) for one in (x, y)))
+        return Int(of_numbers(x, y))
+
+    return operation
+
+
+def largest(x: Tensor, axis: int) -> Tensor:
+    """As Triton's, which leaves NaN out where there is anything else."""
+    return torch.where(x.isnan(), -torch.inf, x).amax(axis) if x.is_floating_point() else x.amax(axis)
 
 
 class Pointer:
@@ -70,6 +96,9 @@ class Shared:
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
+
+    def reshape(self, shape: list[int]) -> Shared:
+        return Shared(self.data.view(shape))
 
     def load(self, layout: object) -> Value:
         return value(self.data.clone())
@@ -116,33 +145,41 @@ class Program:
             MBarrierLayout=lambda: None,
         )
         ignored = lambda *arguments: None  # noqa: E731
+        operations = {
+            "program_id": lambda axis: self.program,
+            "num_programs": lambda axis: self.programs,
+            "constexpr": object,
+            "max": largest,
+            "sum": torch.sum,
+            "split": lambda x: (x[..., 0], x[..., 1]),
+            "fma": lambda a, b, c: a * b + c,
+            "where": where,
+            "minimum": extreme(torch.minimum, min),
+            "maximum": extreme(torch.maximum, max),
+            "cdiv": lambda x, y: Int(-(-x // y)),
+            "load": lambda pointer: Int(pointer.memory.view(-1)[pointer.at]),
+            "store": self.store,
+            **{name: getattr(torch, name) for name in NAMESAKES},
+            **{name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "int32", "int64", "uint32")},
+        }
+        self.tl = SimpleNamespace(**operations)
         self.gl = SimpleNamespace(
-            program_id=lambda axis: self.program,
-            num_programs=lambda axis: self.programs,
-            float32=torch.float32,
-            bfloat16=torch.bfloat16,
-            int64=torch.int64,
-            constexpr=object,
             SliceLayout=ignored,
             NVMMADistributedLayout=ignored,
+            NVMMASharedLayout=SimpleNamespace(get_default_for=ignored),
             DotOperandLayout=ignored,
             convert_layout=lambda x, layout: x,
             allocate_shared_memory=self.allocate,
             warp_specialize=self.warp_specialize,
             static_range=range,
             arange=lambda start, end, layout: value(torch.arange(start, end)),
+            full=lambda shape, fill, dtype, layout: value(torch.full(shape, fill, dtype=dtype)),
             zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
-            max=torch.amax,
-            sum=torch.sum,
-            split=lambda x: (x[..., 0], x[..., 1]),
-            fma=lambda a, b, c: a * b + c,
-            maximum=lambda a, b: torch.maximum(a, b),
-            store=self.store,
-            **{name: getattr(torch, name) for name in NAMESAKES},
+            **operations,
         )
 
     def allocate(self, dtype: torch.dtype, shape: list[int], layout: object) -> Any:
-        if dtype == torch.bfloat16:
+        if dtype.is_floating_point:
             return Shared(torch.full(shape, torch.nan, dtype=dtype))
         return Barrier() if len(shape) == 1 else Barriers(Barrier() for _ in range(shape[0]))
 
@@ -173,10 +210,11 @@ class Program:
 
     def load_tile(self, tiles: Any, start: list[int], barrier: Barrier, into: Shared) -> None:
         into.data.fill_(torch.nan)
-        (row, column), (rows, columns) = start, tiles.block_shape
-        tile = torch.zeros(rows, columns, dtype=torch.bfloat16)
-        block = tiles.base[row : row + rows, column : column + columns]
-        tile[: block.shape[0]] = block
+        assert len(start) == tiles.base.ndim
+        tile = torch.zeros(tiles.block_shape, dtype=tiles.dtype)
+        spans = [(max(at, 0), at + size) for at, size in zip(start, tiles.block_shape, strict=True)]
+        block = tiles.base[tuple(slice(begin, max(end, begin)) for begin, end in spans)]
+        tile[tuple(slice(b - at, b - at + n) for at, (b, _), n in zip(start, spans, block.shape, strict=True))] = block
         into.data.copy_(tile)
         barrier.update(expected=-tiles.block_type.nbytes)
 
@@ -204,32 +242,36 @@ class Program:
 
 def launch(kernel: GluonJITFunction[Any], programs: int, **arguments: Any) -> None:
     """Runs every program, one after the other, in the place of rhythm.kernels.launch.launch."""
-    for name, x in arguments.items():
-        if isinstance(x, Tensor):
-            arguments[name] = Pointer(x)
-        elif hasattr(x, "block_shape"):
-            size = 2 * x.block_shape[0] * x.block_shape[1]
-            block_type = SimpleNamespace(nbytes=size)
-            arguments[name] = SimpleNamespace(
-                base=x.base, block_shape=x.block_shape, layout=None, block_type=block_type
-            )  # fmt: skip
-        elif type(x) is int:
-            arguments[name] = Int(x)
+    arguments = {name: _argument(x) for name, x in arguments.items()}
     options = {"num_warps", "enable_fp_fusion"}
     arguments = {name: x for name, x in arguments.items() if name not in options}
     for program in range(programs):
         _function(kernel, Program(program, programs), {})(**arguments)
 
 
-def _function(kernel: GluonJITFunction[Any], program: Program, done: dict[Any, Any]) -> Any:
+def _argument(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return Pointer(x)
+    if hasattr(x, "block_shape"):
+        dtype, shape = x.base.dtype, x.block_shape
+        block_type = SimpleNamespace(nbytes=dtype.itemsize * torch.Size(shape).numel())
+        return SimpleNamespace(base=x.base, dtype=dtype, block_shape=shape, layout=None, block_type=block_type)
+    if isinstance(x, tuple):
+        return type(x)(*map(_argument, x))
+    return Int(x) if type(x) is int else x
+
+
+def _function(kernel: GluonJITFunction[Any], program: Program, done: dict[int, Any]) -> Any:
     """The kernel's Python function, and those that it calls, with the program's stand-ins."""
-    if kernel not in done:
+    if id(kernel) not in done:
         scope = dict(kernel.fn.__globals__)
-        done[kernel] = types.FunctionType(kernel.fn.__code__, scope, kernel.fn.__name__, kernel.fn.__defaults__)
-        for name in ("gl", "mbarrier", "warpgroup_mma", "warpgroup_mma_wait", "load_tile"):
+        done[id(kernel)] = types.FunctionType(kernel.fn.__code__, scope, kernel.fn.__name__, kernel.fn.__defaults__)
+        for name in ("gl", "tl", "mbarrier", "warpgroup_mma", "warpgroup_mma_wait", "load_tile"):
             if name in scope:
                 scope[name] = getattr(program, name)
         for name, x in scope.items():
-            if isinstance(x, GluonJITFunction):
+            if isinstance(x, tl.constexpr):
+                scope[name] = x.value
+            elif hasattr(x, "fn") and type(x).__module__.startswith("triton."):
                 scope[name] = _function(x, program, done)
-    return done[kernel]
+    return done[id(kernel)]
