@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +32,9 @@ from benchmarks.shapes import Inputs, Shape, make_inputs
 from benchmarks.verify import WrongResultError, verify
 
 IMPORT_MODE = "--import-mode=importlib"
+GLUON = "tests/kernels/test_gluon.py"
+NO_GLUON = ("--ignore", GLUON)
+"""Its tests come last, in a process of their own: a kernel that waits for ever must not take others' results along."""
 FORMS = "sliding or softcap or sinks or fewer or forms"
 """Of tests/kernels: attention other than plain."""
 
@@ -50,17 +53,21 @@ class CheckSettings:
     suite: GpuSettings = FULL
     sizes: Sizes = HOPPER
     tests: tuple[Selection, ...] = (
-        Selection("tests marked gpu", ("-m", "gpu", "tests/kernels", "tests/benchmarks/test_on_gpu.py"), 120.0),
+        Selection(
+            "tests marked gpu", ("-m", "gpu", "tests/kernels", *NO_GLUON, "tests/benchmarks/test_on_gpu.py"), 120.0
+        ),
         Selection(
             "the kernels' own tests, compiled",
             (
                 "tests/kernels",
+                *NO_GLUON,
                 "-k",
                 f"bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits or tma or {FORMS}",
             ),
             240.0,
         ),
     )
+    gluon: Selection = Selection("gluon", (GLUON,), 150.0)
     rounds: int = 15
 
 
@@ -68,6 +75,7 @@ REHEARSED = CheckSettings(
     INTERPRETED,
     Sizes(matmul=16, copied=64, cached=(4 * 4096,), passes=2, programs=2),
     (Selection("tests of tiles", ("tests/kernels/test_tuning.py", "-k", "needed_memory"), 120.0),),
+    Selection("gluon", (GLUON, "-k", "when_it_is_chosen"), 120.0),
     rounds=2,
 )
 
@@ -98,6 +106,7 @@ def parts(settings: CheckSettings, clock: Clock, budget: Budget) -> list[Planned
         Planned("implementations", 30.0, lambda: implementations_part(suite, clock)),
         Planned("forms", 30.0, lambda: forms_part(suite, clock)),
         *(Planned(tests.name, 10.0, lambda tests=tests: tests_part(tests, budget)) for tests in settings.tests),
+        Planned("gluon", 10.0, lambda: gluon_part(settings.gluon, clock, budget)),
     ]
 
 
@@ -173,6 +182,22 @@ def tests_part(tests: Selection, budget: Budget) -> GpuPart:
         facts["tail"] = output[-60:] + done.stderr.splitlines()[-20:]
     said = (", ".join(f"{number} {word}" for word, number in counts.items()) or output[-1], *failed)
     return GpuPart(tests.name, (), (), said, (), wrong, facts=facts)
+
+
+def gluon_part(tests: Selection, clock: Clock, budget: Budget) -> GpuPart:
+    """The row sweep in Gluon against the fp64 reference. The record is what PROVEN in kernels/gluon_choice.py asks for.
+
+    A failure is one of rhythm's ops only where Gluon is the default already.
+    """
+    import triton
+
+    from rhythm.kernels import gluon_choice
+
+    if clock.device != "cpu" and (reason := gluon_choice.unavailable(torch.device(clock.device))) is not None:
+        return GpuPart(tests.name, absent=(reason,))
+    part = tests_part(tests, budget)
+    reasons = (*part.not_measured, *(["the row sweep in Gluon is wrong: it stays off"] if part.failed else []))
+    return replace(part, not_measured=reasons, failed=part.failed and triton.__version__ in gluon_choice.PROVEN)
 
 
 def _cases(suite: GpuSettings) -> list[tuple[Implementation, Shape, torch.dtype]]:

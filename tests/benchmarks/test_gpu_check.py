@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from benchmarks import implementations as ops
 from benchmarks.gpu import check
@@ -16,6 +17,7 @@ from benchmarks.gpu.check import Selection
 from benchmarks.gpu.clock import Budget, InterpreterClock
 from benchmarks.gpu.suite import GpuSettings
 from benchmarks.shapes import Inputs, Shape
+from rhythm.kernels import gluon_choice
 from rhythm.kernels.launch import _forced
 from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile
 
@@ -36,7 +38,7 @@ def checked(
 
 
 def test_check_finds_ceilings(checked: dict[str, Any]) -> None:
-    assert list(checked["parts"]) == ["card", "ceilings", "implementations", "forms", "tests of tiles"]
+    assert list(checked["parts"]) == ["card", "ceilings", "implementations", "forms", "tests of tiles", "gluon"]
     rows = {row["name"]: row for row in checked["parts"]["ceilings"]["rows"]}
     assert list(rows) == ["matmul 16³, bf16", "copy, read and written", "L2 read, 0 MB", f"sdpa_flash {SHAPE}"]
     matmul = rows["matmul 16³, bf16"]
@@ -65,6 +67,7 @@ def test_check_compares_our_implementations_with_the_reference(checked: dict[str
     assert len({row["form"] for row in forms}) == 5
     assert all(row["error"] <= row["allowed"] for row in forms)
     assert checked["parts"]["tests of tiles"]["counts"] == {"passed": 1}
+    assert checked["parts"]["gluon"]["counts"] == {"passed": 1}
 
 
 def test_a_form_that_is_wrong_is_named(smallest: GpuSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +118,21 @@ def test_a_wrong_kernel_is_bisected(
     assert wrong["tiles of 32 × 32"] == []
     assert len(wrong["the same tiles, TMA off"]) == 1
     assert "before running gpu-race or gpu-record" in capsys.readouterr().out
+
+
+def test_gluon_fails_the_check_only_where_it_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = tmp_path / "test_it.py"
+    failing.write_text("def test_wrong(): assert 1 == 2\n", encoding="utf-8")
+    selection, clock = Selection("gluon", (str(failing),), 60.0), InterpreterClock()
+    part = check.gluon_part(selection, clock, Budget(100))
+    assert not part.failed
+    assert part.facts["exit"] == 1
+    assert part.not_measured == ("the row sweep in Gluon is wrong: it stays off",)
+    monkeypatch.setattr(gluon_choice, "PROVEN", {triton.__version__: "a record"})
+    assert check.gluon_part(selection, clock, Budget(100)).failed
+    monkeypatch.setattr(gluon_choice, "unavailable", lambda device: f"{device} is no Hopper")
+    monkeypatch.setattr(clock, "device", "cuda")
+    assert check.gluon_part(selection, clock, Budget(100)).absent == ("cuda is no Hopper",)
 
 
 def test_failing_tests_fail_the_check(tmp_path: Path) -> None:

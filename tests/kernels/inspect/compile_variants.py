@@ -27,14 +27,15 @@ from rhythm.kernels import (
     undefined_results,
 )
 from rhythm.kernels.arguments import PLAIN
+from rhythm.kernels.gluon_choice import gluon_module, tile_again
 from rhythm.kernels.inspect.compile_ahead import ARCHITECTURES, _active, jit_functions
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.tile_tables import Tile
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "one packed sequence": {"cu_seqlens": 2, "prompt_lens": 1},
-    "no lengths": {"tokens": (1001,)},
-    "batched": {"tokens": (2, 1001), "prompt_lens": 2, "prompt_dtype": torch.int64},
+    "no lengths": {"tokens": (1001,), "gluon": True},
+    "batched": {"tokens": (2, 1001), "prompt_lens": 2, "prompt_dtype": torch.int64, "gluon": True},
     "one head": {"heads": (1, 1), "cu_seqlens": 3},
     "window and horizon of 1": {"cu_seqlens": 3, "prompt_lens": 2, "window": 1, "horizon": (1, 1), "rows": 1},
     "to the end": {"cu_seqlens": 2, "prompt_lens": 1, "horizon": (1, None)},
@@ -59,8 +60,9 @@ BATCHES: list[dict[str, Any]] = [
     {"tokens": (1,), "cu_seqlens": 4, "prompt_lens": 3, "window": 10, "horizon": (0, 50), "rows": 99},
     {"tokens": (131072,), "cu_seqlens": 129, "prompt_lens": 128, "window": 2**40, "horizon": (2**40, 2**62)},
 ]
+BATCHES = [batch | {"gluon": True} for batch in BATCHES]
 WINDOWED: list[dict[str, Any]] = [
-    batch | {"forms": Forms(sliding_window=window), "q_rows": q_rows}
+    batch | {"forms": Forms(sliding_window=window), "q_rows": q_rows, "gluon": False}
     for batch, window, q_rows in zip(BATCHES[:2], (1, 512), (1, 512), strict=True)
 ]
 
@@ -85,6 +87,7 @@ def launches(
     rows: int = 256,
     forms: Forms = PLAIN,
     q_rows: int | None = None,
+    gluon: bool = False,
 ) -> list[Callable[[], object]]:
     torch.set_float32_matmul_precision(precision)
 
@@ -110,7 +113,11 @@ def launches(
     softmax = Softmax.empty(heads[0], total, q.device)
     sums = BlockSums(empty(sequences.blocks(64), heads[0], dtype=torch.float64), 64, from_prompt=True)
     spans: dict[str, Any] = {"sums": sums, "span_BH": empty(sequences.count, heads[0])}
+    in_gluon = lambda: gluon_module().gluon_row_sweep(  # noqa: E731
+        q, k, sequences, a, scale=scale, softmax=softmax, again=tile_again()
+    )
     return [
+        *([in_gluon] if gluon else []),
         lambda: row_sweep(q, k, None, sequences, a, softmax=softmax, **attention),
         lambda: row_sweep(q, k, v, sequences, a, softmax=softmax, **attention),
         lambda: bands(q, k, a, sequences, b, c, None, softmax=softmax, **spans, **near),
@@ -130,8 +137,7 @@ def count_variants(batches: list[dict[str, Any]]) -> None:
             for launch in launches(**options):
                 launch()
     for kernel in jit_functions():
-        (caches,) = kernel.device_caches.values()
-        print(f"{kernel.__name__}: {len(caches[0])}")
+        print(f"{kernel.__name__}: {sum(len(caches[0]) for caches in kernel.device_caches.values())}")
 
 
 def main() -> None:
