@@ -200,6 +200,7 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_way_of_launching_compiles() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("compile_variants.py"))]
