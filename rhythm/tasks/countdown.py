@@ -12,6 +12,7 @@ earlier step; the last step makes the target. All its numbers are non-negative i
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -214,7 +215,7 @@ def make_instances(config: CountdownConfig) -> tuple[CountdownInstance, ...]:
     rng = random.Random(config.seed)
     wanted = config.test_size + config.train_size
     instances: dict[tuple[tuple[int, ...], int], CountdownInstance] = {}
-    for _ in range(_DRAWS_PER_INSTANCE * wanted):
+    for _ in range(_DRAWS_PER_INSTANCE * min(wanted, _most_instances(config))):
         instance = _draw(rng, config)
         if instance is not None:
             instances.setdefault((tuple(sorted(instance.numbers)), instance.target), instance)
@@ -225,6 +226,17 @@ def make_instances(config: CountdownConfig) -> tuple[CountdownInstance, ...]:
         f"numbers={config.numbers}, max_number={config.max_number}, max_target={config.max_target}: ask for "
         "fewer, or increase these limits"
     )
+
+
+def _most_instances(config: CountdownConfig) -> int:
+    """No more instances than this are different from each other: n numbers in any order, each with one of
+    C(n, 2) · 4 · C(n − 1, 2) · 4 · … results, and no more than max_target.
+    """
+    most = 0
+    for count in range(config.counts[0], config.counts[1] + 1):
+        results = math.prod(4 * math.comb(left, 2) for left in range(2, count + 1))
+        most += math.comb(config.max_number + count - 1, count) * min(config.max_target, results)
+    return most
 
 
 def _draw(rng: random.Random, config: CountdownConfig) -> CountdownInstance | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from fractions import Fraction
 import pytest
 from pydantic import ValidationError
 
-from rhythm.tasks import Reward
+from rhythm.tasks import Reward, countdown
 from rhythm.tasks.countdown import Countdown, CountdownConfig, CountdownInstance, Step, as_expression, make_instances
 from rhythm.tasks.expression import evaluate
 from rhythm.tasks.prompts import ChatPrompt
@@ -98,6 +99,45 @@ def test_instances_are_the_same_everywhere() -> None:
     other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == repr(make_instances(small()))
     assert make_instances(small(seed=1))[:3] != first
+
+
+def reachable(numbers: tuple[int, ...]) -> set[int]:
+    """The results of all these numbers, each used once, with whole positive numbers on the way."""
+    if len(numbers) == 1:
+        return set(numbers)
+    results: set[int] = set()
+    for i, j in itertools.combinations(range(len(numbers)), 2):
+        rest = tuple(number for at, number in enumerate(numbers) if at not in (i, j))
+        larger, smaller = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
+        ways = {larger + smaller, larger * smaller} | ({larger - smaller} if larger > smaller else set())
+        for way in ways | ({larger // smaller} if larger % smaller == 0 else set()):
+            results |= reachable((*rest, way))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("counts", "max_number", "max_target"), [((2, 2), 4, 100), ((2, 2), 9, 3), ((3, 3), 3, 30), ((2, 3), 3, 100)]
+)
+def test_what_cannot_exist_is_not_searched_for(
+    counts: tuple[int, int], max_number: int, max_target: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that exist are found all the same, by fifty draws for each that could; the default sizes would ask for a
+    million.
+    """
+    exist = sum(
+        result <= max_target
+        for count in range(counts[0], counts[1] + 1)
+        for numbers in itertools.combinations_with_replacement(range(1, max_number + 1), count)
+        for result in reachable(numbers)
+    )
+    draws: list[object] = []
+    draw = countdown._draw
+    monkeypatch.setattr(countdown, "_draw", lambda *arguments: draws.append(arguments) or draw(*arguments))
+    limits = {"numbers": counts, "max_number": max_number, "max_target": max_target}
+    with pytest.raises(ValueError, match=f"but only {exist} different instances were found"):
+        make_instances(CountdownConfig(**limits))
+    assert len(draws) < 50_000
+    assert len(make_instances(CountdownConfig(train_size=exist - 1, test_size=1, **limits))) == exist
 
 
 def test_asking_for_more_instances_than_exist_is_an_error() -> None:
