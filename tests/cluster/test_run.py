@@ -71,7 +71,9 @@ def jumping_clock(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(start: Callable[..., tuple[Any, Path]]) -> Path:
-    """The run, uninterrupted. On the way: where its processes listen, and that none of them stays."""
+    """The run, uninterrupted. On the way: where its processes listen, that Ray starts no further ones, and that none of
+    them stays.
+    """
     launched, run = start("whole")
     launched.wait_for(lambda: len(rows(run)) >= 2)
     assert len(launched.processes(TRAIN)) == 2
@@ -82,6 +84,9 @@ def whole(start: Callable[..., tuple[Any, Path]]) -> Path:
     said = launched.finish()
     for line in ("starting actor_train: 2 of 2 processes", "starting actor_infer: 1 of 1 processes;"):
         assert line in said
+    ray_logs = re.search(r"its own logs in (\S+)", said)
+    assert ray_logs
+    assert len({path.stem.rpartition("_")[2] for path in Path(ray_logs[1]).glob("python-core-worker-*.log")}) == 3
     assert launched.nothing_left()
     return run
 
