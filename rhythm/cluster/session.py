@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -47,6 +48,7 @@ class Session:
         places = assign(config, separate_attn=separate_attn)
         self._slots = {Role.TRAIN: places.train, Role.INFER: places.infer, Role.ATTN: places.attn}
         self._workers: list[Worker] = []
+        self._begun: dict[Role, list[Worker]] = {}  # by `begin`, not yet taken by `start`
         self._group: PlacementGroup | None = None
         self._gpus: list[list[int]] = []
 
@@ -94,8 +96,17 @@ class Session:
         """The number of processes of the role."""
         return len(self._slots[role])
 
+    def begin(self, *roles: Role) -> None:
+        """Start all processes of the roles without waiting for them: they load their libraries at the same time, a
+        large part of a start. The next `start` of the role takes them.
+        """
+        for role in roles:
+            self._begun[role] = [self._spawn(role, index) for index in range(self.places(role))]
+            self._workers += self._begun[role]
+
     def start(self, role: Role, indices: Sequence[int] | None = None) -> list[Worker]:
         """Start a role's processes, or those of `indices`, and wait for them. Their engines are not built yet.
+        May be called in several threads, for different roles.
 
         Raises LostError for processes that don't start in time.
         """
@@ -107,8 +118,10 @@ class Session:
             self.places(role),
             self.config.deadlines.start,
         )
-        workers = [self._spawn(role, index) for index in chosen]
-        self._workers += workers
+        workers = self._begun.pop(role, []) if indices is None else []
+        if not workers:
+            workers = [self._spawn(role, index) for index in chosen]
+            self._workers += workers
         outcome = identify(workers, self.config.deadlines.start)
         if outcome.lost:
             raise LostError(f"starting {role.actor}", {worker.name: why for worker, why in outcome.lost.items()})
@@ -118,11 +131,11 @@ class Session:
         """Kill these processes; it doesn't matter if some are dead already."""
         for worker in list(workers):
             worker.kill()
-            if worker in self._workers:
+            with suppress(ValueError):  # stopped before, maybe by another thread
                 self._workers.remove(worker)
 
     def stop_all(self) -> None:
-        """Kill every process of the run."""
+        """Kill every process of the run; a `start` that comes after a `begin` before this finds them dead."""
         self.stop(self._workers)
 
     def shared(self, arguments: Sequence[Any]) -> list[Any]:

@@ -7,11 +7,12 @@ configuration names.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +31,7 @@ from rhythm.trainer.run_dir import LOGS
 from rhythm.trainer.step import Engines
 
 if TYPE_CHECKING:
+    from rhythm.cluster.roles import Role
     from rhythm.cluster.session import Session
 
 
@@ -127,50 +129,50 @@ def _build(
     session.logs = (config.run_dir / LOGS).resolve()
     rates = Rates({role: session.places(role) for role in (Role.TRAIN, Role.INFER)})
     rates.restarts[Role.TRAIN] = restarts
-    train = ClusterTrain(
-        session,
-        TrainSpec(
-            role=cluster.train,
-            checkpoint=checkpoint,
-            optimizer=config.optimizer,
-            loss=config.loss,
-            temperature=config.sampling.temperature,
-            micro_batch_size=config.batch.micro_batch_size,
-            max_tokens=config.batch.max_tokens,
-            log_prob_micro_batch_size=config.batch.log_prob_micro_batch_size,
-            share_prompts=config.batch.share_prompts,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-            precision=config.model.precision,
-            reference=config.loss.kl_coef > 0,
-            bucket_bytes=cluster.push_bucket_mib << 20,
-            collective_seconds=max(cluster.deadlines.step, cluster.deadlines.log_probs),
-            trust_remote_code=trust,
-        ),
-        rates,
+    batch, precision = config.batch, config.model.precision
+    train_spec = TrainSpec(
+        role=cluster.train,
+        checkpoint=checkpoint,
+        optimizer=config.optimizer,
+        loss=config.loss,
+        temperature=config.sampling.temperature,
+        micro_batch_size=batch.micro_batch_size,
+        max_tokens=batch.max_tokens,
+        log_prob_micro_batch_size=batch.log_prob_micro_batch_size,
+        share_prompts=batch.share_prompts,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        precision=precision,
+        reference=config.loss.kl_coef > 0,
+        bucket_bytes=cluster.push_bucket_mib << 20,
+        collective_seconds=max(cluster.deadlines.step, cluster.deadlines.log_probs),
+        trust_remote_code=trust,
     )
-    infer = ClusterInfer(
-        session,
-        InferSpec(
-            cluster.infer.vllm,
-            checkpoint,
-            cluster.max_length,
-            end_ids,
-            pad_id,
-            config.model.precision,
-            trust,
-            stop_strings=bool(config.sampling.stop),
-        ),
-        rates,
-        takes_turns=cluster.placement == "colocated",
+    infer_spec = InferSpec(
+        cluster.infer.vllm,
+        checkpoint,
+        cluster.max_length,
+        end_ids,
+        pad_id,
+        precision,
+        trust,
+        stop_strings=bool(config.sampling.stop),
     )
-    train.before_work = infer.leave_gpu
-    attn = None
-    receivers = [WeightReceiver(push_kind(cluster), infer)]
+    attn_spec = AttnSpec(checkpoint, config.signals, batch.micro_batch_size, precision, trust, batch.max_tokens)
+    takes_turns = cluster.placement == "colocated"
+    starts: dict[Role, Callable[[], Any]] = {
+        Role.TRAIN: lambda: ClusterTrain(session, train_spec, rates),
+        Role.INFER: lambda: ClusterInfer(session, infer_spec, rates, takes_turns=takes_turns),
+    }
     if config.signals.source == "separate":
         rates.processes[Role.ATTN] = session.places(Role.ATTN)
-        batch, precision = config.batch, config.model.precision
-        spec = AttnSpec(checkpoint, config.signals, batch.micro_batch_size, precision, trust, batch.max_tokens)
-        attn = ClusterAttn(session, spec, rates)
+        starts[Role.ATTN] = lambda: ClusterAttn(session, attn_spec, rates)
+    session.begin(*starts)
+    # vLLM measures how much of a GPU is free, so there it comes after the trainer on the same one.
+    engines = _started(starts, session, at_once=not (takes_turns and cluster.gpus))
+    train, infer, attn = engines[Role.TRAIN], engines[Role.INFER], engines.get(Role.ATTN)
+    train.before_work = infer.leave_gpu
+    receivers = [WeightReceiver(push_kind(cluster), infer)]
+    if attn is not None:
         receivers.append(WeightReceiver(push_kind_to_models(cluster), attn))
     weight_sync = ClusterWeightSync(
         train,
@@ -189,6 +191,23 @@ def _build(
         meter=rates,
         ahead=ClusterInferAhead(infer) if cluster.rollout_ahead else None,
     )
+
+
+def _started(starts: Mapping[Role, Callable[[], Any]], session: Session, *, at_once: bool) -> dict[Role, Any]:
+    """What `starts` return, by role; at once, in a thread each, or one after another. The first exception kills the
+    processes of all, and is raised once the others have ended, too.
+    """
+    if not at_once:
+        return {role: start() for role, start in starts.items()}
+    with ThreadPoolExecutor(len(starts), thread_name_prefix="starting") as threads:
+        futures = {role: threads.submit(start) for role, start in starts.items()}
+        try:
+            for future in as_completed(futures.values()):
+                future.result()
+        except BaseException:
+            session.stop_all()
+            raise
+    return {role: future.result() for role, future in futures.items()}
 
 
 class ParityCheck:
