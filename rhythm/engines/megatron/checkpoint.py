@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
@@ -182,13 +183,35 @@ def write_weights(
         companions.generation.save_pretrained(directory)
 
 
+def _make_state(adam: Any) -> None:
+    """Adam's state before its first step, which Megatron's checkpoints can't do without: that of no step at all."""
+    rates = [group["lr"] for group in adam.param_groups]
+    for group in adam.param_groups:
+        group["lr"] = 0.0  # else weights would decay
+        for parameter in group["params"]:
+            if parameter.numel():  # TransformerEngine's Adam fails on empty ones
+                parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    adam.zero_grad()
+    for group, rate in zip(adam.param_groups, rates, strict=True):
+        group["lr"] = rate
+        if "step" in group:  # TransformerEngine's
+            group["step"] = 0
+    for state in adam.state.values():
+        if "step" in state:
+            state["step"].zero_()
+
+
 def _sharded_state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
     whole = model.module.sharded_state_dict()
     weights = {name: value for name, value in whole.items() if not isinstance(value, ShardedObject)}
-    if loading:
-        for part in _distributed_parts(optimizer):
-            if not part.optimizer.state:  # before its first step Adam has no state to load into
-                part._init_optimizer_states_with_dummy_values()
+    for part in optimizer.chained_optimizers:
+        if not part.optimizer.state:
+            _make_state(part.optimizer)
     with _places_without_padding(optimizer):
         states = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_METADATA)
+    parts = optimizer.chained_optimizers
+    for part, of_part in zip(parts, [states] if len(parts) == 1 else states.values(), strict=True):
+        if part not in _distributed_parts(optimizer):  # where Megatron leaves out a step count of 0
+            of_part.get("optimizer", of_part)["state"].setdefault("common_step", torch.zeros(()))
     return {"model": weights, "optimizer": states}

@@ -188,6 +188,20 @@ def _packed(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
     return results | {"tokens": tokens}
 
 
+def _saved_at_start(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Weights before and after the engine was saved, after a step, and after it was loaded and took the step again."""
+    directory = Path(spec["save_to"])
+    directory.mkdir(exist_ok=True)
+    results = {"weights_at_start": engine.weights()}
+    engine.save(directory)
+    results["weights_saved"] = engine.weights()
+    for name in ("weights", "weights_again"):
+        engine.step(spec["batches"][0])
+        results[name] = engine.weights()
+        engine.load(directory)
+    return results
+
+
 def _resumed(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
     engine.load(Path(spec["load_from"]))
     engine.step(spec["batches"][-1])
@@ -288,6 +302,7 @@ SCENARIOS = {
     "hidden": _hidden,
     "packed": _packed,
     "resumed": _resumed,
+    "saved_at_start": _saved_at_start,
     "tapped": _tapped,
 }
 

@@ -161,6 +161,26 @@ def assert_it_follows_one_machine(
     assert_weights(first["weights"], of_checkpoint(model, tmp_path / "after"), atol=2e-4)
 
 
+@pytest.mark.parametrize("layout", ["one", "data"])
+def test_what_is_saved_before_the_first_step_is_no_step(case: Case, tmp_path: Path, layout: str) -> None:
+    """As by Ctrl-C, with each rank's own optimizer, and with one whose state the ranks share."""
+    engine = torch_engine(AutoModelForCausalLM.from_pretrained(case.checkpoint, dtype=torch.float32))
+    engine.step(case.batches[0])
+    for results in run_ranks(
+        tmp_path,
+        scenario="saved_at_start",
+        parallel=LAYOUTS[layout],
+        checkpoint=case.checkpoint,
+        options=OPTIONS,
+        rollout=case.rollout,
+        batches=case.batches[:1],
+        save_to=str(tmp_path / "saved"),
+    ):
+        assert_weights(results["weights_saved"], results["weights_at_start"], atol=0.0)
+        assert_weights(results["weights"], engine.weights(), atol=2e-4)
+        assert_weights(results["weights_again"], results["weights"], atol=0.0)
+
+
 def test_a_data_rank_without_rows_joins_the_step(case: Case, tmp_path: Path) -> None:
     batch = take_rows(case.batches[0], torch.tensor([2]))
     model = AutoModelForCausalLM.from_pretrained(case.checkpoint, local_files_only=True)
