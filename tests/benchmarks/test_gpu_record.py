@@ -211,7 +211,7 @@ def test_the_record_is_written_after_every_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "first", "count"), [("check", "card", 5), ("race", "tiles_row", 11), ("record", "race", 5)]
+    ("command", "first", "count"), [("check", "card", 6), ("race", "tiles_row", 11), ("record", "race", 5)]
 )
 def test_no_room_is_named(
     command: str,
