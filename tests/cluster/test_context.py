@@ -17,9 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 def test_two_ranks_train_as_one(small_cluster: Path, launch: Callable[..., Any], tmp_path: Path) -> None:
     for ranks in (1, 2):
         where = (f"name=of_{ranks}", f"runs_dir={tmp_path}", f"cluster.train.context={ranks}")
-        launch(small_cluster, *where, "cluster.infer.engine=transformers", "steps=2", "evaluation.samples=0").finish(
-            seconds=900
-        )
+        launch(small_cluster, *where, "cluster.infer.engine=transformers", "steps=2", "evaluation.samples=0").finish()
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()][1:]
         for name in ("of_1", "of_2")

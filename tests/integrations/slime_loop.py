@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.nn.functional import pad
 
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.cpu import on_cpu
+from rhythm.engines.megatron.packing import PackedRows
 from rhythm.integrations import slime
 
 MULTIPLE = 16  # --data-pad-size-multiplier
@@ -37,7 +37,8 @@ def get_batch(data: dict[str, Any], rows: list[int]) -> dict[str, Any]:
         bounds.append(bounds[-1] + missing)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     longest = int(cu_seqlens.diff().max())
-    packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
+    # slime's are Megatron's PackedSeqParams; those of the model that runs here are a kind of them.
+    packed = PackedRows("thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
     return {
         "input_ids": ids[None],
         "position_ids": None,
