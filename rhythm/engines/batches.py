@@ -88,11 +88,12 @@ def assemble(
 
 def rows_with_gradient(batch: TrainBatch, loss: LossConfig) -> Tensor:
     """bool [B]: the rows from which the loss has a gradient. Those whose advantages are all 0, as where all responses
-    to a prompt had the same reward, have none, unless `loss` adds a KL or entropy term.
+    to a prompt had the same reward, have none, unless `loss` adds an entropy term. With a reference all rows count, as
+    the KL divergence to it is a mean over all of them.
 
     One row at least, so that there are gradients of 0, by which optimizers go on, and not no gradients.
     """
-    if loss.kl_coef or loss.entropy_coef:
+    if batch.reference_logprobs is not None or loss.entropy_coef:
         return torch.ones_like(batch.rollout.finished)
     learns_B = ((batch.advantages != 0) & batch.rollout.response_mask).any(dim=1)
     if not learns_B.any():

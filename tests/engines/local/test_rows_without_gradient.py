@@ -127,8 +127,11 @@ def test_the_optimizer_goes_on_where_no_row_has_an_advantage(model: Any, make: M
 
 
 def test_a_reference_pulls_them_too(model: Any, make: Make, batch: TrainBatch) -> None:
+    """Or only measures their distance."""
     pulled, spread = make(model, LossConfig(kl_coef=0.1)), make(model, LossConfig(entropy_coef=0.1))
+    measured, referred = make(model), replace(batch, reference_logprobs=torch.full_like(batch.advantages, -3.0))
     passes = tokens_and_gradients(model)
-    pulled.step(replace(batch, reference_logprobs=torch.full_like(batch.advantages, -3.0)))
+    pulled.step(referred)
     spread.step(batch)
-    assert [rows for rows, _ in passes] == [3, 1, 3, 1]
+    measured.step(referred)
+    assert [rows for rows, _ in passes] == [3, 1, 3, 1, 3, 1]
