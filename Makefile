@@ -210,7 +210,7 @@ bench: install
 # A folder of links has rhythm with its kernels, and keeps kernels/ from being importable as `kernels`.
 GPU_TREE := build/gpu
 GPU_FLAGS ?=
-GPU = PYTHONPATH="$(CURDIR)/$(GPU_TREE)$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1 RHYTHM_AUTOTUNE=0 RHYTHM_GLUON= \
+GPU = PYTHONPATH="$(CURDIR)/$(GPU_TREE)$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1 RHYTHM_AUTOTUNE=0 RHYTHM_GLUON='' \
   timeout --kill-after=5 530 $(RUN_PYTHON) -P -m benchmarks.gpu
 
 gpu:
