@@ -20,13 +20,18 @@ from huggingface_hub import save_torch_state_dict
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch import Tensor
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
+from torch import Tensor, distributed
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rhythm.checkpoints import loading_options
 
 DISTRIBUTED = "megatron"
 _STEPS = "gradient_steps"
+# What is not a tensor. Megatron 0.19 has it as a pickled object among the tensors, which torch loads without checks; a
+# file of this name, written by releases before, it prefers, and loads as tensors and plain values only.
+_COMMON, _COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
 _EXTRA = "_extra_state"  # pickled objects of TransformerEngine's FP8 recipes, which are not written
 # Stores the optimizer's state in an order that doesn't depend on the number of ranks. For that the first of the data
 # ranks gathers all of it in host memory; otherwise every rank would, beforehand on its GPU.
@@ -39,8 +44,15 @@ def save_state(directory: Path, model: Any, optimizer: Any, gradient_steps: int)
     # Megatron would start a process for this queue, which outlives a killed rank and keeps its shared memory. As the
     # writing is waited for, this process alone uses it.
     filesystem_async._results_queue = queue.Queue()
-    state = _sharded_state(model, optimizer, loading=False)
-    dist_checkpointing.save({**state, _STEPS: gradient_steps}, str(directory), content_metadata=_METADATA)
+    state = {**_sharded_state(model, optimizer, loading=False), _STEPS: gradient_steps}
+    writes = distributed.get_rank() == 0
+    if writes:
+        (directory / _COMMON).unlink(missing_ok=True)
+    dist_checkpointing.save(state, str(directory), content_metadata=_METADATA)
+    if writes and not (directory / _COMMON).exists():
+        _, kept = extract_nonpersistent(state)
+        _, common = extract_sharded_base(kept)
+        torch.save({**common, "content_metadata": _METADATA}, directory / _COMMON)
 
 
 def load_state(directory: Path, model: Any, optimizer: Any) -> int:
@@ -61,13 +73,24 @@ def load_state(directory: Path, model: Any, optimizer: Any) -> int:
 
 def check_metadata(directory: Path) -> None:
     """Raise pickle.UnpicklingError if the metadata of a distributed checkpoint, which torch unpickles without checks,
-    contains anything but plain descriptions of tensors.
+    contains anything but plain descriptions of tensors, and of the pickled object that `_COMMON` replaces.
     """
     with (directory / ".metadata").open("rb") as file:
-        _Descriptions(file).load()
+        described = _Descriptions(file).load()
+    for name, of in described.state_dict_metadata.items():
+        replaced = name == _COMMON_OBJECT and (directory / _COMMON).is_file()
+        if isinstance(of, BytesStorageMetadata) and not replaced:
+            raise pickle.UnpicklingError(f"the checkpoint's .metadata names the object {name}, which is not loaded")
 
 
-_METADATA_CLASSES = {"Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata"}
+_METADATA_CLASSES = {
+    "Metadata",
+    "StorageMeta",
+    "MetadataIndex",
+    "TensorStorageMetadata",
+    "ChunkStorageMetadata",
+    "BytesStorageMetadata",
+}
 _DESCRIPTIONS = {
     "torch.distributed.checkpoint.metadata": _METADATA_CLASSES | {"TensorProperties", "_MEM_FORMAT_ENCODING"},
     "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
@@ -78,8 +101,8 @@ _DESCRIPTIONS = {
 
 
 class _Descriptions(pickle.Unpickler):
-    """Unpickles only the classes with which torch.distributed.checkpoint describes tensors. BytesStorageMetadata is not
-    among them: it stands for pickled objects, which torch would load without checks.
+    """Unpickles only the classes with which torch.distributed.checkpoint describes tensors, and BytesStorageMetadata,
+    which stands for pickled objects, which torch would load without checks.
     """
 
     def find_class(self, module: str, name: str) -> Any:

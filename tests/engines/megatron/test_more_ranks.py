@@ -179,6 +179,10 @@ def test_what_is_saved_before_the_first_step_is_no_step(case: Case, tmp_path: Pa
         assert_weights(results["weights_saved"], results["weights_at_start"], atol=0.0)
         assert_weights(results["weights"], engine.weights(), atol=2e-4)
         assert_weights(results["weights_again"], results["weights"], atol=0.0)
+    # Of any release of Megatron: what is not a tensor is in a file that is loaded without unpickling objects.
+    common = torch.load(tmp_path / "saved" / "megatron" / "common.pt", weights_only=True)
+    assert common["gradient_steps"] == 0
+    assert "optimizer" in common
 
 
 def test_a_data_rank_without_rows_joins_the_step(case: Case, tmp_path: Path) -> None:

@@ -183,6 +183,16 @@ def test_metadata_that_would_run_code_is_refused(what: Any, tmp_path: Path) -> N
         check_metadata(tmp_path)
 
 
+def test_the_pickled_object_that_a_file_replaces_is_named_in_metadata_only(tmp_path: Path) -> None:
+    """Megatron 0.19 writes it; without the file it would be loaded, by torch's unpickler without checks."""
+    described = Metadata({"common_state/shard_0_1": BytesStorageMetadata()})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(described))
+    with pytest.raises(pickle.UnpicklingError, match="common_state/shard_0_1, which is not loaded"):
+        check_metadata(tmp_path)
+    (tmp_path / "common.pt").touch()
+    check_metadata(tmp_path)
+
+
 def test_weights_are_written_in_shards_that_load_again_though_their_source_is_gone(tmp_path: Path) -> None:
     source, directory = tmp_path / "source", tmp_path / "out"
     directory.mkdir()
