@@ -28,7 +28,7 @@ from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, sav
 
 LAYOUTS = {
     "one": ParallelConfig(distributed_optimizer=False),
-    "tensor": ParallelConfig(tensor=2),
+    "tensor": ParallelConfig(tensor=2, sequence_parallel=False),
     "pipeline": ParallelConfig(pipeline=2, recompute=True),
     "data": ParallelConfig(data=2),
     "context": ParallelConfig(context=2),

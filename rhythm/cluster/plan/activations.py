@@ -20,6 +20,7 @@ class Activations:
     """Bytes on a rank of the first pipeline stage.
 
     kept: what the layers of a micro-batch keep for the backward pass, of as many micro-batches as are in flight.
+    gathered: Megatron's buffer for the tokens that tensor ranks have split, before a matrix; it is never freed.
     layer: in addition, while a layer's backward pass runs: gradients, and with recomputation what the layer keeps.
     head: in addition, while the output head's does: logits of a chunk, gradients of hidden states and head.
     head_gradient: the part of `head` that lives until the backward pass ends, as the embedding is the same weights.
@@ -30,6 +31,7 @@ class Activations:
     """
 
     kept: int
+    gathered: int
     layer: int
     head: int
     head_gradient: int
@@ -63,33 +65,38 @@ def activations(cluster: ClusterConfig, work: Workload, model: Dimensions, layer
     whole = work.max_tokens or work.micro_batch_size * cluster.max_length
     tokens = -(-whole // train.context)  # of this rank
     head = width * model.vocabulary // train.tensor * size
-    saved = saved_per_token(model, train.tensor, size, train.context)
+    share = train.tensor if train.splits_tokens else 1
+    saved = saved_per_token(model, train.tensor, size, train.context, share)
     # Gradients of the keys and values of all context parallel ranks, of either half and as their sum.
     gathered = 4 * train.context * model.key_heads * model.head_size // train.tensor * size * (train.context > 1)
     mlp = model.mlp_size * model.experts_per_token // train.tensor * size
-    kept = size * width if train.recompute else saved
+    kept = size * width // share if train.recompute else saved
     return Activations(
         kept=layers * kept * tokens * train.pipeline,
+        gathered=tokens * width * size * (share > 1),
         layer=(2 * mlp + width * size + gathered + (saved if train.recompute else 0)) * tokens,
         head=head_bytes(model, work, tokens, train.tensor) + head,
         head_gradient=head * model.tied,
         end=head * (3 if model.tied else 1),
-        scores=max(tokens * (5 * mlp + 4 * width * size), logits_bytes(model, work, tokens, train.tensor)),
+        # In an MLP, besides its own: residual and output of the layer before, the norm's input and output.
+        scores=max(
+            tokens * (5 * mlp + (width + 3 * width // share) * size), logits_bytes(model, work, tokens, train.tensor)
+        ),
         statistics=_statistics(cluster, work, model, layers, whole),
         update=FP32 * parameters // train.optimizer_shares,
         tapped=work.tapped,
     )
 
 
-def saved_per_token(model: Dimensions, tensor: int, size: int, context: int = 1) -> int:
+def saved_per_token(model: Dimensions, tensor: int, size: int, context: int = 1, share: int = 1) -> int:
     """Bytes per token of a rank that a layer keeps for its backward pass, with `tensor` × `context` ranks and values of
     `size` bytes.
 
-    At full width, on every rank: inputs and outputs of two norms. Split among the ranks: queries, keys and values
-    together as they are projected, queries as their norm takes them (a copy), queries and keys with rotary positions,
-    the attention's output, and of the MLP two projections, SiLU of the one, a copy of the other, and their product. For
-    queries and keys the cosines and sines of their positions, on every rank. In fp32 a scale per norm, and the
-    attention's log-sum-exp.
+    At full width, of one token in `share` (tensor ranks may split them): inputs and outputs of two norms. Split among
+    the ranks: queries, keys and values together as they are projected, queries as their norm takes them (a copy),
+    queries and keys with rotary positions, the attention's output, and of the MLP two projections, SiLU of the one, a
+    copy of the other, and their product. For queries and keys the cosines and sines of their positions, on every rank.
+    In fp32 a scale per norm, and the attention's log-sum-exp.
 
     Context parallel ranks keep the keys and values that their chunks see, 2·context + 1 for two tokens, instead of
     their own keys, and the attention's output in the order of the chunks as well.
@@ -97,9 +104,9 @@ def saved_per_token(model: Dimensions, tensor: int, size: int, context: int = 1)
     heads = (3 + model.qk_norm) * model.query_heads + 3 * model.key_heads
     heads += (model.query_heads + 2 * context * model.key_heads) * (context > 1)
     split = heads * model.head_size + 5 * model.mlp_size * model.experts_per_token
-    values = 4 * model.hidden_size + split // tensor + 4 * model.head_size
+    values = 4 * model.hidden_size // share + split // tensor + 4 * model.head_size
     norms = (model.query_heads + model.key_heads) * model.qk_norm
-    return size * values + FP32 * (2 + (norms + model.query_heads) // tensor)
+    return size * values + FP32 * (2 // share + (norms + model.query_heads) // tensor)
 
 
 def logits_bytes(model: Dimensions, work: Workload, tokens: int, tensor: int) -> int:

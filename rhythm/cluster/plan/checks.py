@@ -77,10 +77,10 @@ def _experts(cluster: ClusterConfig, work: Workload, model: Dimensions) -> Itera
     if model.experts == 1:
         return
     train, infer = cluster.train, cluster.infer
-    if train.tensor > 1:
+    if train.tensor > 1 and not train.sequence_parallel:
         yield (
-            f"cluster.train.tensor is {train.tensor}: must be 1 for a model with experts, whose layers Megatron splits "
-            "only with sequence parallelism"
+            f"cluster.train.sequence_parallel is false: must be true for a model with experts and cluster.train.tensor "
+            f"{train.tensor}"
         )
     # A transformers model has the experts of a layer in one tensor, its checkpoint each in its own.
     for key, engine, named in (

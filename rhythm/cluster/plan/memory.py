@@ -34,7 +34,7 @@ class TrainMemory:
     @property
     def resident(self) -> int:
         """Bytes that stay allocated between the calls."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.activations.gathered
 
     @property
     def total(self) -> int:

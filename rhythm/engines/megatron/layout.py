@@ -18,6 +18,11 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
         ge=1,
         description="context parallel size: ranks that split every sequence, and gather keys and values in each layer",
     )
+    sequence_parallel: bool = Field(
+        default=True,
+        description="between the layers' matrices the tensor ranks split the tokens, too, instead of each having all "
+        "of them: a share of the memory, for the same bytes sent; nothing with tensor 1",
+    )
     layer_spec: Literal["local", "transformer_engine"] = Field(
         default="local",
         description="Megatron's layers: local (plain torch), or transformer_engine, which needs a GPU",
@@ -31,6 +36,11 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
     def ranks(self) -> int:
         """Number of processes."""
         return self.tensor * self.pipeline * self.data * self.context
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether the tensor ranks split the tokens between the layers' matrices."""
+        return self.sequence_parallel and self.tensor > 1
 
     @property
     def optimizer_shares(self) -> int:

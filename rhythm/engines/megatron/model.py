@@ -11,8 +11,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import AutoConfig
@@ -20,6 +22,7 @@ from transformers import AutoConfig
 from rhythm.checkpoints import loading_options
 from rhythm.engines.megatron.core_attention import PackedAttention
 from rhythm.engines.megatron.layout import ParallelConfig
+from rhythm.engines.megatron.norm import RMSNorm
 from rhythm.engines.megatron.parallel import Groups
 
 # Constants in Megatron's scaled RoPE; checkpoints with other values are not supported.
@@ -61,7 +64,11 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
     """A GPTModel whose last stage returns hidden states [T, 1, D]; the caller computes the logits, in chunks."""
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        return hidden_states
+        if not (self.post_process and self.config.sequence_parallel):
+            return hidden_states
+        # The head has summed their gradient over the tensor ranks: each takes that of its own tokens.
+        whole: Tensor = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return whole
 
     def head_weight(self) -> Tensor:
         """This rank's part of the output embedding, [V / tensor ranks, D]; on the last stage only.
@@ -81,9 +88,10 @@ def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: to
     yet.
     """
     rope = config.rope_parameters
+    transformer = _transformer_config(config, groups, parallel, dtype)
     model = PolicyModel(
-        config=_transformer_config(config, groups, parallel, dtype),
-        transformer_layer_spec=_layer_spec(config, parallel),
+        config=transformer,
+        transformer_layer_spec=_layers(config, transformer, parallel),
         vocab_size=config.vocab_size,
         max_sequence_length=config.max_position_embeddings,
         pre_process=groups.first_stage,
@@ -120,6 +128,7 @@ def _transformer_config(config: Any, groups: Groups, parallel: ParallelConfig, d
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        sequence_parallel=parallel.splits_tokens,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -159,6 +168,14 @@ def _expert_options(config: Any) -> dict[str, Any]:
     }
 
 
+def _layers(config: Any, transformer: TransformerConfig, parallel: ParallelConfig) -> Any:
+    """What this stage is made of: the spec of a layer, or of each of its layers and the norm after the last one."""
+    spec = _layer_spec(config, parallel)
+    if parallel.layer_spec == "transformer_engine":
+        return spec
+    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(transformer), RMSNorm)
+
+
 def _layer_spec(config: Any, parallel: ParallelConfig) -> Any:
     parts = {
         "qk_layernorm": _has_qk_norm(config),
@@ -168,7 +185,11 @@ def _layer_spec(config: Any, parallel: ParallelConfig) -> Any:
         spec = get_gpt_layer_with_transformer_engine_spec(**parts)
     else:
         spec = get_gpt_layer_local_spec(**parts, normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    if parallel.layer_spec == "local" and _has_qk_norm(config):
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
     return spec
 
 

@@ -1,4 +1,4 @@
-"""Packs the rows of a micro-batch into one sequence, without padding unless context parallel ranks split it.
+"""Packs the rows of a micro-batch into one sequence, without padding unless ranks split it.
 
 Shape suffixes: B rows of the whole batch, P positions of the padded batch, b rows of a micro-batch, T all their
 tokens (of context parallel ranks: this rank's, padding included), N the response tokens that they predict.
@@ -6,6 +6,7 @@ tokens (of context parallel ranks: this rank's, padding included), N the respons
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -71,17 +72,21 @@ def pack(
     *,
     fused_rope: bool = False,
     context: distributed.ProcessGroup | None = None,
+    multiple: int = 1,
 ) -> Packed:
     """Pack rows of a right-padded rollout.
 
     Args:
         fused_rope: whether TransformerEngine applies RoPE.
         context: the ranks that split each row; None, or one rank: it has them whole.
+        multiple: a divisor of this rank's tokens, for which the last row is padded: tensor ranks that split them.
     """
     mask_bP, target_bP = rollout.attention_mask[rows], rollout.response_mask[rows]
     lens = mask_bP.sum(dim=1).tolist()
     ranks = 1 if context is None else context.size()
     padded = lens if ranks == 1 else padded_rows(lens, ranks)
+    of_all = ranks * multiple if ranks == 1 else math.lcm(2 * ranks, ranks * multiple)
+    padded = [*padded[:-1], padded[-1] + -sum(padded) % of_all]
     starts = [*accumulate(padded, initial=0)]
     cu_seqlens = torch.tensor(starts, dtype=torch.int32)
     on_device = cu_seqlens.to(device)
@@ -117,7 +122,7 @@ def pack(
             context=shard,
         ),
         micro=MicroBatch(
-            rows.tolist(), lens, rollout.prompt_lens[rows].tolist(), None if shard is None else starts[:-1]
+            rows.tolist(), lens, rollout.prompt_lens[rows].tolist(), None if padded == lens else starts[:-1]
         ),
         predicts=predicts.to(device),
         tokens=tokens.to(device),

@@ -82,11 +82,11 @@ class MegatronTrain:
         """
         self.config = read_config(checkpoint, trust_remote_code=trust_remote_code)
         self._companions = checkpoints.read_companions(checkpoint, trust_remote_code=trust_remote_code)
-        if has_experts(self.config) and parallel.tensor > 1:
+        if has_experts(self.config) and parallel.tensor > 1 and not parallel.sequence_parallel:
             raise ValueError(
-                f"tensor is {parallel.tensor}: must be 1 for a model with experts, whose layers Megatron splits only "
-                "with sequence parallelism"
+                f"sequence_parallel is false: must be true for a model with experts and tensor {parallel.tensor}"
             )
+        self._token_split = parallel.tensor if parallel.splits_tokens else 1
         self._groups = join(rendezvous, parallel)
         self._optimizer_config = optimizer
         self._loss = loss
@@ -303,6 +303,7 @@ class MegatronTrain:
                         self._groups.device,
                         fused_rope=self._model.config.apply_rope_fusion,
                         context=self._groups.context,
+                        multiple=self._token_split,
                     )
                     for rows in micro_batches
                 ),

@@ -96,7 +96,11 @@ def test_what_no_engine_knows_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "work", "message"),
     [
-        ({"train": {"tensor": 2, "data": 4}}, {}, r"cluster\.train\.tensor is 2: must be 1 for a model with experts"),
+        (
+            {"train": {"tensor": 2, "data": 4, "sequence_parallel": False}},
+            {},
+            r"cluster\.train\.sequence_parallel is false: must be true for a model with experts",
+        ),
         (
             {"train": {"engine": "torch"}, "gpus": 1},
             {},

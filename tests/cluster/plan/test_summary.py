@@ -71,17 +71,19 @@ def test_memory_of_a_small_model_by_hand() -> None:
         optimizer=824 * 12,
         reference=824 * 2,
         activations=Activations(
-            kept=2 * 8 * 64 * 2 * 2,  # two layers' inputs of 2 · 32 tokens, of two micro-batches in flight
-            # A layer keeps 4 · 8 values at full width, (18 · 4 + 5 · 16) / 2 of the ranks' parts and 4 · 4 cosines and
-            # sines, and in fp32 two scales and two heads' log-sum-exps. Its backward pass takes two gradients of the
-            # MLP's width and one of the layer's.
-            layer=(2 * (2 * 8 + 8 + 32 + 76 + 16) + 4 * 4) * 64,
+            # Two layers' inputs of 2 · 32 tokens, which two tensor ranks split, of two micro-batches in flight.
+            kept=2 * 8 * 32 * 2 * 2,
+            gathered=64 * 8 * 2,
+            # A layer keeps 4 · 8 values at full width of half the tokens, (18 · 4 + 5 · 16) / 2 of the ranks' parts
+            # and 4 · 4 cosines and sines, and in fp32 two scales of half the tokens and two heads' log-sum-exps. Its
+            # backward pass takes two gradients of the MLP's width and one of the layer's.
+            layer=(2 * (2 * 8 + 8 + 16 + 76 + 16) + 4 * 3) * 64,
             # Logits and their gradients of 16 tokens × 10 entries / 2 ranks; their part of the head's gradient twice in
             # fp32 and once in bfloat16; hidden states and gradients.
             head=(4 + 2) * 16 * 5 + (2 * 4 + 2) * 5 * 8 + 64 * 8 * (3 * 2 + 4),
             head_gradient=0,
             end=5 * 8 * 2,
-            scores=64 * 2 * (5 * 8 + 4 * 8),
+            scores=64 * 2 * (5 * 8 + 8 + 3 * 4),
             statistics=0,
             update=824 * 4,
             tapped=False,

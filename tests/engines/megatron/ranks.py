@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import multiprocessing
 from torch.utils._pytree import tree_leaves
 
@@ -226,7 +226,14 @@ def _tapped(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
 def _attached(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
     """The signals of a model with Megatron's own DotProductAttention, on padded rows in another order."""
     rollout: Rollout = spec["rollout"]
-    models._layer_spec = lambda *_: get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    inner = models._layer_spec
+
+    def with_its_attention(*args: Any) -> Any:
+        made = inner(*args)
+        made.submodules.self_attention.submodules.core_attention = DotProductAttention
+        return made
+
+    models._layer_spec = with_its_attention
     with on_cpu():
         model = models.build_model(engine.config, engine._groups, spec["parallel"], torch.float32)
         load_weights(model, spec["checkpoint"], engine.config, engine._groups)
@@ -236,10 +243,12 @@ def _attached(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[st
     def forward(items: Any, model: Any) -> Any:
         rows = next(items)
         width = int(lens[rows].max())
+        width += width % spec["parallel"].tensor
         hidden_keys = torch.ones(1, 1, width, width, dtype=torch.bool).triu(1)
         micro = MicroBatch(rows, lens[rows].tolist(), rollout.prompt_lens[rows].tolist())
+        ids = torch.nn.functional.pad(rollout.input_ids, (0, 1))[rows, :width]
         with tap.reading(micro):
-            hidden = model(rollout.input_ids[rows, :width], torch.arange(width)[None], attention_mask=hidden_keys)
+            hidden = model(ids, torch.arange(width)[None], attention_mask=hidden_keys)
         return hidden, lambda output: (output.sum(), {})
 
     micro_batches = [[6, 0], [3], [1, 5, 2], [4]]

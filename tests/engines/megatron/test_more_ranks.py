@@ -116,10 +116,14 @@ def test_a_qwen2_with_biases_of_queries_keys_and_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("norm_topk_prob", "layout"),
-    [(True, ParallelConfig(pipeline=2, data=2)), (False, ParallelConfig(data=2, context=2))],
+    [
+        (True, ParallelConfig(pipeline=2, data=2)),
+        (False, ParallelConfig(data=2, context=2)),
+        (True, ParallelConfig(tensor=2, data=2)),
+    ],
 )
 def test_a_qwen3_with_experts(tmp_path: Path, norm_topk_prob: bool, layout: ParallelConfig) -> None:
-    """Two of its four experts to a token, by weights that add up to 1 or don't."""
+    """Two of its four experts to a token, by weights that add up to 1 or don't; each expert on all ranks or split."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 99, "moe_intermediate_size": 24, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -157,6 +161,7 @@ def assert_it_follows_one_machine(
     assert_weights(first["weights_at_start"], at_start, atol=0.0)
     assert_near(first["log_probs"].logprobs, expected.logprobs, atol=1e-5)
     steps = [engine.step(batch) for batch in batches]
+    assert first["steps"][0].grad_norm == pytest.approx(steps[0].grad_norm, rel=1e-5)
     assert first["steps"][1].loss == pytest.approx(steps[1].loss, abs=1e-4)
     assert_weights(first["weights"], of_checkpoint(model, tmp_path / "after"), atol=2e-4)
 

@@ -138,6 +138,13 @@ def test_packed_rows_stand_one_after_the_other() -> None:
     assert packed.predicts.tolist() == [2, 4, 5]
     assert packed.tokens.tolist() == [11, 6, 7]
     assert packed.micro == MicroBatch(rows=[1, 0], lens=[4, 3], prompt_lens=[3, 1])
+    # Tensor ranks that split the tokens: the last row has padding, which nothing is read from.
+    split = pack(rollout, torch.tensor([1, 0]), torch.device("cpu"), multiple=2)
+    assert split.input_ids.tolist() == [8, 9, 10, 11, 5, 6, 7, 0]
+    assert split.sequences.bounds.tolist() == [0, 4, 8]
+    assert (split.predicts.tolist(), split.tokens.tolist()) == (packed.predicts.tolist(), packed.tokens.tolist())
+    assert split.micro == MicroBatch(rows=[1, 0], lens=[4, 3], prompt_lens=[3, 1], first=[0, 4])
+    assert pack(rollout, torch.tensor([1]), torch.device("cpu"), multiple=2).micro.first is None  # none needed
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
