@@ -48,13 +48,13 @@ def as_on_cuda(memory: LiveMemory) -> Iterator[None]:
 
     class Attention(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: Any, scale: float) -> Tensor:
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: Any, scale: float, window: Any) -> Tensor:
             with memory.paused():
-                out = sdpa(q, k, v, packed, scale).contiguous()
+                out = sdpa(q, k, v, packed, scale, window).contiguous()
                 lse = torch.empty(q.shape[1], q.shape[0])
             memory.follow([out, lse])
             ctx.save_for_backward(q, k, v, out, lse)
-            ctx.options = packed, scale
+            ctx.options = packed, scale, window
             return out
 
         @staticmethod
@@ -67,7 +67,7 @@ def as_on_cuda(memory: LiveMemory) -> Iterator[None]:
             work = [torch.empty(q.shape), torch.empty_like(q), torch.empty_like(q), torch.empty_like(lse)]
             memory.follow(grads)
             del work
-            return *grads, None, None
+            return *grads, None, None, None
 
     def norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
         result: Tensor = Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]

@@ -96,7 +96,8 @@ def saved_per_token(model: Dimensions, tensor: int, size: int, context: int = 1,
     the ranks: queries, keys and values together as they are projected, queries as their norm takes them (a copy),
     queries and keys with rotary positions, the attention's output, and of the MLP two projections, SiLU of the one, a
     copy of the other, and their product. For queries and keys the cosines and sines of their positions, on every rank.
-    In fp32 a scale per norm, and the attention's log-sum-exp.
+    In fp32 a scale per norm, and the attention's log-sum-exp. Gemma 3's norms keep their inputs in fp32, queries and
+    keys among them, and there are two more, whose outputs nothing keeps.
 
     Context parallel ranks keep the keys and values that their chunks see, 2·context + 1 for two tokens, instead of
     their own keys, and the attention's output in the order of the chunks as well.
@@ -104,9 +105,15 @@ def saved_per_token(model: Dimensions, tensor: int, size: int, context: int = 1,
     heads = (3 + model.qk_norm) * model.query_heads + 3 * model.key_heads
     heads += (model.query_heads + 2 * context * model.key_heads) * (context > 1)
     split = heads * model.head_size + 5 * model.mlp_size * model.experts_per_token
-    values = 4 * model.hidden_size // share + split // tensor + 4 * model.head_size
     norms = (model.query_heads + model.key_heads) * model.qk_norm
-    return size * values + FP32 * (2 // share + (norms + model.query_heads) // tensor)
+    if model.post_norms:
+        split -= model.query_heads * model.head_size
+        wide = 2 * size * model.hidden_size + 4 * FP32 * model.hidden_size
+        in_fp32 = norms * model.head_size // tensor + 4 // share
+    else:
+        wide, in_fp32 = 4 * size * model.hidden_size, 2 // share
+    values = split // tensor + 4 * model.head_size
+    return wide // share + size * values + FP32 * (in_fp32 + (norms + model.query_heads) // tensor)
 
 
 def logits_bytes(model: Dimensions, work: Workload, tokens: int, tensor: int) -> int:

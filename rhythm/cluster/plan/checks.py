@@ -63,6 +63,8 @@ def _shapes(cluster: ClusterConfig, model: Dimensions) -> Iterator[str]:
             yield f"cluster.train.tensor is {train.tensor}: must divide the model's {size} {what}"
     if model.layers % train.pipeline:
         yield f"cluster.train.pipeline is {train.pipeline}: must divide the model's {model.layers} layers"
+    if model.post_norms and train.layer_spec != "local":
+        yield f"cluster.train.layer_spec is {train.layer_spec}: must be local for gemma3_text"
     size = infer.tensor_parallel_size
     if model.query_heads % size:
         yield f"cluster.infer.tensor_parallel_size is {size}: must divide the model's {model.query_heads} query heads"

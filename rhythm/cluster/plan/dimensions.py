@@ -17,6 +17,7 @@ class Dimensions:
     tied: input and output embedding are the same weights.
     qk_norm: RMSNorm on queries and keys (Qwen3).
     qkv_bias: queries, keys and values have biases (Qwen2).
+    post_norms: a layer has norms after attention and MLP, too, and all its norms are computed in fp32 (Gemma 3).
     max_positions: longest sequence that the model supports, in tokens.
     """
 
@@ -33,12 +34,13 @@ class Dimensions:
     qkv_bias: bool = False
     experts: int = 1
     experts_per_token: int = 1
+    post_norms: bool = False
 
     @property
     def layer_parameters(self) -> int:
         """Parameters per layer."""
         attention = self.head_size * (2 * self.query_heads + 2 * self.key_heads) * self.hidden_size
-        norms = 2 * self.hidden_size + 2 * self.head_size * self.qk_norm
+        norms = 2 * self.hidden_size * (1 + self.post_norms) + 2 * self.head_size * self.qk_norm
         biases = self.head_size * (self.query_heads + 2 * self.key_heads) * self.qkv_bias
         router = self.hidden_size * self.experts * (self.experts > 1)
         return attention + biases + 3 * self.hidden_size * self.mlp_size * self.experts + router + norms
@@ -118,9 +120,10 @@ def read_dimensions(checkpoint: Path) -> Dimensions:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON") from error
     kind = values.get("model_type")
-    if kind not in ("qwen3", "qwen3_moe", "qwen2", "llama"):
+    if kind not in ("qwen3", "qwen3_moe", "qwen2", "llama", "gemma3_text"):
         raise ValueError(
-            f"{path}: model_type is {kind!r}: the cluster's engines support qwen3, qwen3_moe, qwen2 and llama"
+            f"{path}: model_type is {kind!r}: the cluster's engines support qwen3, qwen3_moe, qwen2, llama and "
+            "gemma3_text"
         )
     mixture = kind == "qwen3_moe"
     try:
@@ -134,11 +137,12 @@ def read_dimensions(checkpoint: Path) -> Dimensions:
             head_size=int(values.get("head_dim") or values["hidden_size"] // heads),
             vocabulary=int(values["vocab_size"]),
             max_positions=int(values["max_position_embeddings"]),
-            tied=bool(values.get("tie_word_embeddings", kind == "qwen3")),
-            qk_norm=kind in ("qwen3", "qwen3_moe"),
+            tied=bool(values.get("tie_word_embeddings", kind in ("qwen3", "gemma3_text"))),
+            qk_norm=kind in ("qwen3", "qwen3_moe", "gemma3_text"),
             qkv_bias=kind == "qwen2",
             experts=_experts(values) if mixture else 1,
             experts_per_token=int(values["num_experts_per_tok"]) if mixture else 1,
+            post_norms=kind == "gemma3_text",
         )
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}") from error

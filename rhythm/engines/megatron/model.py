@@ -1,4 +1,6 @@
-"""Builds a Megatron GPTModel for a transformers checkpoint of Qwen3 (dense, or with experts), Qwen2, 2.5 or Llama."""
+"""Builds a Megatron GPTModel for a transformers checkpoint of Qwen3 (dense, or with experts), Qwen2, 2.5, Llama or
+Gemma 3.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from torch.nn.functional import silu
 from transformers import AutoConfig
 
 from rhythm.checkpoints import loading_options
+from rhythm.engines.megatron import gemma
 from rhythm.engines.megatron.core_attention import PackedAttention
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.norm import RMSNorm
@@ -32,20 +35,17 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a transformers checkpoint. Raises ValueError for a model that this engine can't train."""
     config = AutoConfig.from_pretrained(checkpoint, **loading_options(trust_remote_code))
-    if config.model_type not in ("qwen3", "qwen3_moe", "qwen2", "llama"):
+    if config.model_type not in ("qwen3", "qwen3_moe", "qwen2", "llama", "gemma3_text"):
         raise ValueError(
-            f"model_type is {config.model_type!r}: Megatron is set up for qwen3, qwen3_moe, qwen2 and llama"
+            f"model_type is {config.model_type!r}: Megatron is set up for qwen3, qwen3_moe, qwen2, llama and "
+            "gemma3_text"
         )
+    family = gemma.unsupported(config) if gemma.is_gemma(config) else _unsupported(config)
     unsupported = {
-        "hidden_act": config.hidden_act != "silu",
+        **family,
         "attention_bias": bool(getattr(config, "attention_bias", False)),
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),
         "attention_dropout": bool(getattr(config, "attention_dropout", 0.0)),
-        "use_sliding_window": bool(getattr(config, "use_sliding_window", False)),
-        "rope_parameters": not _rope_is_known(config.rope_parameters),
-        # Of a model with experts: layers without them.
-        "mlp_only_layers": bool(getattr(config, "mlp_only_layers", None)),
-        "decoder_sparse_step": getattr(config, "decoder_sparse_step", 1) != 1,
     }
     for name, wrong in unsupported.items():
         if wrong:
@@ -53,6 +53,17 @@ def read_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Any:
                 f"the checkpoint's {name} is {getattr(config, name)!r}, which Megatron's layers don't have"
             )
     return config
+
+
+def _unsupported(config: Any) -> dict[str, bool]:
+    return {
+        "hidden_act": config.hidden_act != "silu",
+        "use_sliding_window": bool(getattr(config, "use_sliding_window", False)),
+        "rope_parameters": not _rope_is_known(config.rope_parameters),
+        # Of a model with experts: layers without them.
+        "mlp_only_layers": bool(getattr(config, "mlp_only_layers", None)),
+        "decoder_sparse_step": getattr(config, "decoder_sparse_step", 1) != 1,
+    }
 
 
 def head_size(config: Any) -> int:
@@ -86,8 +97,11 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
 def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype) -> PolicyModel:
     """This rank's part of the model, with parameters in `dtype` on the rank's device. Its weights are not loaded
     yet.
+
+    Raises ValueError for a Gemma 3 of TransformerEngine's layers.
     """
-    rope = config.rope_parameters
+    if gemma.is_gemma(config) and parallel.layer_spec != "local":
+        raise ValueError(f"layer_spec is {parallel.layer_spec}: must be local for gemma3_text")
     transformer = _transformer_config(config, groups, parallel, dtype)
     model = PolicyModel(
         config=transformer,
@@ -98,16 +112,17 @@ def build_model(config: Any, groups: Groups, parallel: ParallelConfig, dtype: to
         post_process=groups.last_stage,
         share_embeddings_and_output_weights=config.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=rope["rope_theta"],
-        rope_scaling=rope["rope_type"] == "llama3",
-        rope_scaling_factor=rope.get("factor", 1.0),
+        **(gemma.rope_options(config) if gemma.is_gemma(config) else _rope_options(config)),
     )
+    if gemma.is_gemma(config):
+        gemma.adapt_model(model, config)
     placed: PolicyModel = model.to(groups.device, dtype)
     return placed
 
 
 def _transformer_config(config: Any, groups: Groups, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     on_gpu = groups.device.type == "cuda"
+    family = gemma.transformer_options(config) if gemma.is_gemma(config) else {"activation_func": silu}
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
@@ -120,7 +135,6 @@ def _transformer_config(config: Any, groups: Groups, parallel: ParallelConfig, d
         normalization="RMSNorm",
         qk_layernorm=_has_qk_norm(config),
         gated_linear_unit=True,
-        activation_func=silu,
         add_bias_linear=False,
         add_qkv_bias=config.model_type == "qwen2",
         hidden_dropout=0.0,
@@ -138,14 +152,15 @@ def _transformer_config(config: Any, groups: Groups, parallel: ParallelConfig, d
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
         use_cpu_initialization=groups.device.type == "cpu",
-        # SwiGLU and the sum of a residual, each as one kernel that torch.compile makes.
-        bias_activation_fusion=on_gpu,
+        # SwiGLU (if the activation is SiLU) and the sum of a residual, each as one kernel that torch.compile makes.
+        bias_activation_fusion=on_gpu and not gemma.is_gemma(config),
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=parallel.layer_spec == "transformer_engine",
         # Fusions that need Apex.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **family,
         **(recompute if parallel.recompute else {}),
         **(_expert_options(config) if has_experts(config) else {}),
     )
@@ -173,7 +188,8 @@ def _layers(config: Any, transformer: TransformerConfig, parallel: ParallelConfi
     spec = _layer_spec(config, parallel)
     if parallel.layer_spec == "transformer_engine":
         return spec
-    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(transformer), RMSNorm)
+    norm = gemma.RMSNormAround1 if gemma.is_gemma(config) else RMSNorm
+    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(transformer), norm)
 
 
 def _layer_spec(config: Any, parallel: ParallelConfig) -> Any:
@@ -190,6 +206,8 @@ def _layer_spec(config: Any, parallel: ParallelConfig) -> Any:
     if parallel.layer_spec == "local" and _has_qk_norm(config):
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedAttention
+    if gemma.is_gemma(config):
+        gemma.adapt_layer(spec)
     return spec
 
 
@@ -199,7 +217,16 @@ def has_experts(config: Any) -> bool:
 
 
 def _has_qk_norm(config: Any) -> bool:
-    return config.model_type in ("qwen3", "qwen3_moe")
+    return config.model_type in ("qwen3", "qwen3_moe", "gemma3_text")
+
+
+def _rope_options(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return {
+        "rotary_base": rope["rope_theta"],
+        "rope_scaling": rope["rope_type"] == "llama3",
+        "rope_scaling_factor": rope.get("factor", 1.0),
+    }
 
 
 def _rope_is_known(rope: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
+from rhythm.engines.megatron.gemma import is_gemma
 from rhythm.engines.megatron.model import head_size
 from rhythm.engines.megatron.parallel import Groups
 
@@ -59,11 +60,20 @@ _LAYER = {
     "mlp.linear_fc1.layer_norm_weight": Recipe("none", ("post_attention_layernorm.weight",)),
 }
 
+# Gemma 3's layers have a norm after each sublayer, too, which rhythm.engines.megatron.gemma puts behind its matrix.
+_WITH_POST_NORMS = _LAYER | {
+    "self_attention.linear_proj.post_norm.weight": Recipe("none", ("post_attention_layernorm.weight",)),
+    "pre_mlp_layernorm.weight": Recipe("none", ("pre_feedforward_layernorm.weight",)),
+    "mlp.linear_fc2.post_norm.weight": Recipe("none", ("post_feedforward_layernorm.weight",)),
+}
+
 _EXPERTS = "mlp.experts.local_experts."
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe of a parameter, by its name with the layer index in the whole model. Raises KeyError if unknown."""
+def recipe(name: str, *, post_norms: bool = False) -> Recipe:
+    """The recipe of a parameter, by its name with the layer index in the whole model. Raises KeyError if unknown.
+    `post_norms`: the layers are Gemma 3's.
+    """
     if not name.startswith("decoder.layers."):
         return _MODEL[name]
     layer, rest = name.removeprefix("decoder.layers.").split(".", 1)
@@ -74,7 +84,7 @@ def recipe(name: str) -> Recipe:
         made = _LAYER[f"mlp.{of_expert}"]
         names = tuple(name.replace("mlp.", f"mlp.experts.{expert}.") for name in made.names)
     else:
-        made = _LAYER[rest]
+        made = (_WITH_POST_NORMS if post_norms else _LAYER)[rest]
         names = made.names
     return Recipe(made.split, tuple(inside + name for name in names))
 
@@ -141,7 +151,8 @@ def load_weights(model: Any, checkpoint: Path, config: Any, groups: Groups) -> N
     Raises ValueError for a tensor that is missing or doesn't have the shape that the configuration implies.
     """
     with _Tensors(checkpoint) as tensors:
-        targets = [(recipe(name), parameter) for name, parameter in named(model).items()]
+        post_norms = is_gemma(config)
+        targets = [(recipe(name, post_norms=post_norms), parameter) for name, parameter in named(model).items()]
         if config.tie_word_embeddings and groups.last_stage and not groups.first_stage:
             targets.append((_MODEL["embedding.word_embeddings.weight"], model.output_layer.weight))
         ranks, rank = groups.tensor.size(), groups.tensor.rank()
@@ -169,7 +180,7 @@ def gather_weights(model: Any, config: Any, groups: Groups) -> Iterator[tuple[st
     for stage, listed in enumerate(stages):
         source = distributed.get_global_rank(groups.pipeline, stage)
         for name, (shape, dtype) in listed.items():
-            made = recipe(name)
+            made = recipe(name, post_norms=is_gemma(config))
             if groups.pipeline.rank() == stage:
                 parts = _over_tensor_ranks(made, parameters[name].detach(), groups)
                 whole = to_transformers(made, parts, config.num_key_value_heads, head_size(config))

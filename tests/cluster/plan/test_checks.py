@@ -11,6 +11,8 @@ import pytest
 import torch
 from paper_workload import WORK
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -50,6 +52,7 @@ SIZES = {
         (Qwen3MoeConfig, Qwen3MoeForCausalLM),
         (Qwen2Config, Qwen2ForCausalLM),
         (LlamaConfig, LlamaForCausalLM),
+        (Gemma3TextConfig, Gemma3ForCausalLM),
     ],
 )
 def test_parameters_are_those_that_transformers_makes(config: Any, model: Any, tied: bool, tmp_path: Path) -> None:
@@ -120,6 +123,13 @@ def test_what_no_engine_does_with_experts_is_refused(
     model = replace(KNOWN["qwen3-0.6b"], experts=4, experts_per_token=2)
     with pytest.raises(ValueError, match=message):
         check(cluster(**section), replace(WORK, **work), model)
+
+
+def test_gemma3_has_layers_of_one_kind() -> None:
+    model = replace(KNOWN["qwen3-0.6b"], post_norms=True)
+    check(cluster(train={"data": 8}), WORK, model)
+    with pytest.raises(ValueError, match=r"cluster\.train\.layer_spec is transformer_engine: must be local"):
+        check(cluster(train={"data": 8, "layer_spec": "transformer_engine"}), WORK, model)
 
 
 def test_the_papers_run_passes() -> None:

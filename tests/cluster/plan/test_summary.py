@@ -10,7 +10,7 @@ import pytest
 from rhythm.cli.config_file import load_config
 from rhythm.cli.train import main
 from rhythm.cluster.config import ClusterConfig
-from rhythm.cluster.plan.activations import Activations
+from rhythm.cluster.plan.activations import Activations, saved_per_token
 from rhythm.cluster.plan.dimensions import KNOWN, Dimensions, Workload
 from rhythm.cluster.plan.memory import (
     InferMemory,
@@ -96,6 +96,19 @@ def test_memory_of_a_small_model_by_hand() -> None:
     assert checkpoint_bytes(cluster, WORK, SMALL) == 3304 * (2 + 2 + 12)
     torch_engine = ClusterConfig.model_validate({"gpus": 8, "train": {"engine": "torch"}})
     assert checkpoint_bytes(torch_engine, WORK, SMALL) == 3304 * 12
+
+
+def test_gemma3s_norms_keep_their_inputs_in_fp32() -> None:
+    plain = replace(SMALL, qk_norm=True)
+    gemma = replace(plain, post_norms=True)
+    assert gemma.layer_parameters - plain.layer_parameters == 2 * 8
+    # At full width four inputs in fp32 and two outputs instead of two of each in bfloat16; four queries and two keys of
+    # 4 in fp32 instead of the queries in bfloat16; and two scales more.
+    wide, heads, scales = (4 * 4 + 2 * 2 - 4 * 2) * 8, 4 * (4 + 2) * 4 - 2 * 4 * 4, 2 * 4
+    assert saved_per_token(gemma, 1, 2) - saved_per_token(plain, 1, 2) == wide + heads + scales
+    # Of two ranks, which split the tokens between a layer's matrices.
+    halves = saved_per_token(gemma, 2, 2, share=2) - saved_per_token(plain, 2, 2, share=2)
+    assert halves == (wide + heads + scales) / 2
 
 
 def test_context_parallel_ranks_split_tokens_and_optimizer() -> None:

@@ -14,6 +14,7 @@ import torch
 from megatron_case import (
     LAYOUTS,
     OPTIONS,
+    TAP,
     Case,
     assert_near,
     assert_weights,
@@ -25,6 +26,8 @@ from megatron_case import (
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -37,6 +40,7 @@ from rhythm.credit.loss import LossConfig
 from rhythm.engines.batches import take_rows
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
 from rhythm.engines.megatron.layout import ParallelConfig
+from rhythm.tap.observe import observe
 from rhythm.tiny.model import build_tokenizer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -133,6 +137,49 @@ def test_a_qwen3_with_experts(tmp_path: Path, norm_topk_prob: bool, layout: Para
     assert_it_follows_one_machine(model, tmp_path / "qwen3_moe", tmp_path, layout)
 
 
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS["both"], ParallelConfig(context=2, recompute=True)], ids=["both", "context"]
+)
+def test_a_gemma3(tmp_path: Path, layout: ParallelConfig) -> None:
+    """Windows of 8 tokens in rows of up to 40, two ropes, and its signals."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "query_pre_attn_scalar": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    ropes = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0},
+    }
+    windows = {"layer_types": kinds, "sliding_window": 8, "rope_parameters": ropes}
+    config = Gemma3TextConfig(vocab_size=100, **sizes, **heads, **windows, initializer_range=0.2)
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "gemma3")
+    rollout = make_rollout(rows=4)
+    tap = TAP.model_copy(update={"layers": (1, 2)})
+    prompts = {"attention_mask": rollout.attention_mask, "prompt_lens": rollout.prompt_lens}
+    signals = observe(model, rollout.input_ids, **prompts, signals=tap)
+    found = assert_it_follows_one_machine(model, tmp_path / "gemma3", tmp_path, layout, tap=tap)["signals"]
+    assert torch.equal(found.groups.local, signals.groups.local)
+    assert torch.equal(found.groups.global_, signals.groups.global_)
+    assert_near(found.waad, signals.waad, atol=1e-4)
+    assert_near(found.fai, signals.fai, atol=1e-5)
+    (first, *_) = run_ranks(
+        tmp_path,
+        scenario="saved_at_start",
+        parallel=layout,
+        checkpoint=tmp_path / "gemma3",
+        options=OPTIONS,
+        batches=make_batches(rollout, *torch.zeros(2, *rollout.input_ids.shape), count=1),
+        save_to=str(tmp_path / "saved"),
+    )
+    assert not torch.equal(first["weights"]["model.norm.weight"], first["weights_at_start"]["model.norm.weight"])
+    assert_weights(first["weights_again"], first["weights"], atol=0.0)
+
+
 def of_checkpoint(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     """Its weights as a checkpoint has them, which names each expert's."""
     model.save_pretrained(folder)
@@ -140,9 +187,9 @@ def of_checkpoint(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_it_follows_one_machine(
-    model: Any, checkpoint: Path, tmp_path: Path, layout: ParallelConfig = LAYOUTS["both"]
-) -> None:
-    """Two steps, by default on two tensor ranks in each of two stages."""
+    model: Any, checkpoint: Path, tmp_path: Path, layout: ParallelConfig = LAYOUTS["both"], **spec: Any
+) -> dict[str, Any]:
+    """Two steps, by default on two tensor ranks in each of two stages; the results of the first rank."""
     build_tokenizer().save_pretrained(checkpoint)
     rollout = make_rollout(rows=4)
     engine = torch_engine(model)
@@ -157,6 +204,7 @@ def assert_it_follows_one_machine(
         options=OPTIONS,
         rollout=rollout,
         batches=batches,
+        **spec,
     )
     assert_weights(first["weights_at_start"], at_start, atol=0.0)
     assert_near(first["log_probs"].logprobs, expected.logprobs, atol=1e-5)
@@ -164,6 +212,7 @@ def assert_it_follows_one_machine(
     assert first["steps"][0].grad_norm == pytest.approx(steps[0].grad_norm, rel=1e-5)
     assert first["steps"][1].loss == pytest.approx(steps[1].loss, abs=1e-4)
     assert_weights(first["weights"], of_checkpoint(model, tmp_path / "after"), atol=2e-4)
+    return first
 
 
 @pytest.mark.parametrize("layout", ["one", "data"])

@@ -14,7 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.megatron.checkpoint import check_metadata, read_companions, write_weights
@@ -28,6 +36,7 @@ from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, sav
 
 pytestmark = pytest.mark.cluster
 
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 KEY_HEADS, GROUP, HEAD_SIZE, WIDTH = 4, 2, 3, 5
 SHAPES = {
     "decoder.layers.7.self_attention.linear_qkv.weight": [
@@ -111,6 +120,9 @@ def test_names_are_those_of_the_checkpoint() -> None:
         "model.layers.0.mlp.experts.7.gate_proj.weight",
         "model.layers.0.mlp.experts.7.up_proj.weight",
     )
+    assert recipe("decoder.layers.5.pre_mlp_layernorm.weight", post_norms=True).names == (
+        "model.layers.5.pre_feedforward_layernorm.weight",
+    )
     with pytest.raises(KeyError):
         recipe("decoder.layers.0.mlp.router.expert_bias")
 
@@ -162,7 +174,11 @@ def test_kernels_are_fused_where_torch_compile_has_a_gpu(device: str) -> None:
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
         (Qwen3MoeConfig(mlp_only_layers=[1]), "mlp_only_layers"),
         (Qwen3MoeConfig(decoder_sparse_step=2), "decoder_sparse_step"),
-        (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope_parameters"),
+        (Gemma3TextConfig(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (Gemma3TextConfig(hidden_activation="gelu"), "hidden_activation"),
+        (Gemma3TextConfig(rope_parameters={"sliding_attention": LINEAR_ROPE}), "rope_parameters"),
+        (LlamaConfig(rope_parameters=LINEAR_ROPE), "rope_parameters"),
     ],
 )
 def test_models_it_cannot_train_are_refused(config: Any, named: str, tmp_path: Path) -> None:
