@@ -27,7 +27,7 @@ class RhythmSignals:
         entropy: [B, T] fp32, nats, of the distribution each token was drawn from; None if it was not asked
             for.
         span: [B, n] fp32, tokens (eq. 7): mean distance each head looks back; NaN for a sequence without
-            response rows.
+            response rows, and where fixed groups made it needless.
         groups: the heads averaged over.
         heads: (layer, head of that layer) of each of the n columns of span and groups; empty if not known.
     """

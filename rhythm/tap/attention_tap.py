@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from rhythm.credit.heads import HeadGroups, select_heads
 from rhythm.credit.signals import HeadStatistics, RhythmSignals
 from rhythm.ops import arguments
-from rhythm.ops.statistics import AttentionStatistics, attention_statistics
+from rhythm.ops.statistics import attention_statistics
 from rhythm.tap.attention_form import (
     AttentionCall,
     AttentionForm,
@@ -26,6 +27,7 @@ from rhythm.tap.attention_form import (
     UnsupportedAttention,
     attention_form,
 )
+from rhythm.tap.attention_lse import bands_pay, run_with_lse
 from rhythm.tap.chunks import chunked_statistics
 from rhythm.tap.interception import Output, checked_layers, format_layers, intercept_attention, text_config
 from rhythm.tap.output_check import check_output
@@ -35,7 +37,7 @@ from rhythm.tap.signals_config import SignalsConfig
 
 @dataclass(frozen=True)
 class _LayerStatistics:
-    """Per head of one layer, fp32: span [B, H], waad and fai [B, H, T]; NaN where undefined."""
+    """Per head of one layer, fp32: span [B, H], NaN if not wanted, waad and fai [B, H, T]; NaN where undefined."""
 
     span: Tensor
     waad: Tensor
@@ -59,7 +61,9 @@ class AttentionTap:
     attention implementation in model.config, leaving puts it back. A compiled model is compiled once more for
     the tap, with a graph break at each attention.
 
-    Memory is O(heads · T), with sliding windows, chunks, capped scores and sinks too.
+    Memory is O(heads · T), with sliding windows, chunks, capped scores and sinks too. With fixed head groups only the
+    bands near the diagonal are computed where the layer's own attention gives its lse (attention_lse.py says where),
+    unless they are most of the map.
 
     Threads: taps on different models are independent. A model has at most one open tap, whichever thread
     opened it, and should run nothing but that tap's forward pass meanwhile.
@@ -85,7 +89,8 @@ class AttentionTap:
             padding.
         signals: which layers, window, horizon, quantile, grouping and backend. A tap sees one batch, so "calibrated"
             groups are those of that batch.
-        groups: fixed head groups, [B, n] or [1, n]; signals.quantile and signals.grouping are then not used.
+        groups: fixed head groups, [B, n] or [1, n]; signals.quantile and signals.grouping are then not used, and span
+            is not computed: NaN.
         stop: leave the forward pass, and the `with` block, once the last of the layers has been read.
         cu_seqlens: int32 or int64 [B + 1], from 0 to T: input_ids is one row [1, T] of B packed sequences, and its
             forward pass keeps them apart (position_ids that start again). prompt_lens is then [B] and response_mask
@@ -140,6 +145,8 @@ class AttentionTap:
         # Whether outputs are compared with the form that was read: whoever taps the same model again and again may have
         # it done now and then.
         self.checks_output = True
+        # Whether spans are wanted: whoever chooses the head groups elsewhere, from spans of before, sets it to False.
+        self.needs_span = groups is None
         self._stop = stop
         self._exit = ExitStack()
         self._reached = False
@@ -229,50 +236,48 @@ class AttentionTap:
             batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)
             self._masks = MaskReader(batch, self._checks, prompts=False)
         form = attention_form(call, self._masks)
-        result = call.run()
+        batch = self._masks.on(call.query.device)
+        lse_BHT = None
+        # Spans take a sweep over all keys, which gives lse as well.
+        if not self.needs_span and bands_pay(form, batch.host.longest, self._options.window, self._options.horizon):
+            result, lse_BHT = run_with_lse(call, form, batch)
+        else:
+            result = call.run()
         # Autocast around the forward pass would take the statistics to low precision as well.
         with self.watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
-            batch = self._masks.on(call.query.device)
             if self.checks_output:
-                check_output(call, form, batch, result[0], self._checks)
-            self._statistics[call.layer] = self._layer_statistics(call, form, batch)
+                check_output(call, form, batch, result[0], self._checks, lse=lse_BHT)
+            self._statistics[call.layer] = self._layer_statistics(call, form, batch, lse_BHT)
         if self._stop and len(self._statistics) == len(self.layers):
             raise _SeenEnoughError
         return result
 
-    def _layer_statistics(self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch) -> _LayerStatistics:
-        q_BTHD, k_BTGD = call.query.transpose(1, 2), call.key.transpose(1, 2)
-        if form.chunk is not None:
-            got = chunked_statistics(
-                batch.packed(q_BTHD),
-                batch.packed(k_BTGD),
-                batch,
-                form.chunk,
-                window=self._options.window,
-                horizon=self._options.horizon,
-                backend=self._options.backend,
-                **form.arguments(batch.host.longest),
-            )
-            return self._of_packed(got, batch)
+    def _layer_statistics(
+        self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch, lse_BHT: Tensor | None
+    ) -> _LayerStatistics:
         # Without padding the kernels read the layer's own tensors.
-        whole = batch.is_whole
-        got = attention_statistics(
-            q_BTHD if whole else batch.packed(q_BTHD),
-            k_BTGD if whole else batch.packed(k_BTGD),
-            cu_seqlens=None if whole else batch.cu_seqlens,
-            prompt_lens=batch.prompt_lens,
-            window=self._options.window,
-            horizon=self._options.horizon,
-            backend=self._options.backend,
+        whole = form.chunk is None and batch.is_whole
+        tensors = call.query.transpose(1, 2), call.key.transpose(1, 2)
+        q, k = tensors if whole else (batch.packed(x) for x in tensors)
+        lse = lse_BHT if lse_BHT is None or whole else batch.packed(lse_BHT.transpose(1, 2)).T
+        options: dict[str, Any] = {
+            "window": self._options.window,
+            "horizon": self._options.horizon,
+            "backend": self._options.backend,
+            "lse": lse,
+            "span": self.needs_span,
             **form.arguments(batch.host.longest),
-        )
-        assert got.span is not None
+        }
         if whole:
-            return _LayerStatistics(got.span.float(), got.waad.float(), got.fai.float())
-        return self._of_packed(got, batch)
-
-    @staticmethod
-    def _of_packed(got: AttentionStatistics, batch: PaddedBatch) -> _LayerStatistics:
-        assert got.span is not None
-        waad_BHT, fai_BHT = (batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (got.waad, got.fai))
-        return _LayerStatistics(got.span.float(), waad_BHT, fai_BHT)
+            got = attention_statistics(q, k, prompt_lens=batch.prompt_lens, **options)
+            waad_BHT, fai_BHT = got.waad.float(), got.fai.float()
+        else:
+            got = chunked_statistics(q, k, batch, form.chunk, **options)
+            waad_BHT, fai_BHT = (
+                batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (got.waad, got.fai)
+            )
+        if got.span is None:
+            span_BH = waad_BHT.new_full((len(batch.lens), call.query.shape[1]), torch.nan)
+        else:
+            span_BH = got.span.float()
+        return _LayerStatistics(span_BH, waad_BHT, fai_BHT)

@@ -53,7 +53,8 @@ def observe(
             prompt_lens.
         signals: which layers, window, horizon, quantile, grouping and backend. One call sees one batch, so
             "calibrated" groups are those of that batch.
-        groups: fixed head groups, [B, n] or [1, n]; signals.quantile and signals.grouping are then not used.
+        groups: fixed head groups, [B, n] or [1, n]; signals.quantile and signals.grouping are then not used, and span
+            is not computed: NaN.
         entropy: also the entropy of the distribution each token was drawn from; runs the whole model.
         cu_seqlens: int32 or int64 [B + 1], from 0 to T: input_ids is one row [1, T] of B packed sequences, without an
             attention_mask; prompt_lens is then [B] and response_mask [1, T]. position_ids start again with each.
@@ -90,11 +91,12 @@ def observe_heads(
     prompt_lens: Tensor | Sequence[int] | None = None,
     response_mask: Tensor | None = None,
     signals: SignalsConfig = SignalsConfig(),
+    span: bool = True,
 ) -> HeadStatistics:
     """What `observe` aggregates, head by head: for callers who choose heads over several batches.
 
     Memory is 8 bytes per position and head for as long as it is kept. Arguments and errors as in `observe`;
-    signals.quantile and signals.grouping are not used.
+    signals.quantile and signals.grouping are not used. Without `span` it is NaN.
     """
     tap, _ = _watched(
         model,
@@ -107,6 +109,7 @@ def observe_heads(
         signals=signals,
         groups=None,
         stop=True,
+        span=span,
     )
     return tap.statistics()
 
@@ -148,6 +151,7 @@ def _watched(
     signals: SignalsConfig,
     groups: HeadGroups | None,
     stop: bool,
+    span: bool = True,
 ) -> tuple[AttentionTap, object]:
     """A tap that has seen its forward pass, and the model's output, None if the pass stopped early."""
     mask_BT, response_BT = _checked(input_ids, attention_mask, response_mask, cu_seqlens)
@@ -161,6 +165,7 @@ def _watched(
         stop=stop,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(input_ids.device),
     )
+    tap.needs_span = tap.needs_span and span
     inputs = _inputs(tap.batch, None if attention_mask is None else mask_BT, more)
     output = None
     with torch.no_grad(), tap:

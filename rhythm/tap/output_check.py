@@ -28,6 +28,7 @@ def check_output(
     output: Tensor,
     checks: DeferredChecks | None = None,
     rows: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     """Computes the first, middle and last row of up to CHECKED_SEQUENCES responses in this form and compares with the
     model's; of a sequence without a response, the last.
@@ -38,6 +39,7 @@ def check_output(
         checks: what collects the outcome. None: it is read at once, which waits for the device.
         rows: int64 [T], where query and output have the rows of the T positions of the keys, for a packed row with
             fewer rows than keys. None: at the same positions.
+        lse: [B, H, T], of the same rows as output, compared too; None: there is none.
 
     Raises:
         UnsupportedAttention: they differ by more than rounding; from the checks, where there are some.
@@ -54,6 +56,7 @@ def check_output(
         first, lens, prompts = first[some], lens[some], prompts[some]
         if not batch.one_row:
             query, key, value, output = (x[some] for x in (query, key, value, output))
+            lse = None if lse is None else lse[some]
             real_BT, position_BT = real_BT[some], position_BT[some]
     B = len(query)  # rows that are looked at, with P probes in each: three of each sequence
     begin = torch.minimum(prompts, lens - 1)
@@ -89,6 +92,9 @@ def check_output(
     if form.sinks is not None:
         sink_BPH1 = form.sinks.float()[:, None].expand(*score_BPHT.shape[:-1], 1)
         score_BPHT = torch.cat([score_BPHT, sink_BPH1], dim=-1)
+    checks = checks or ImmediateChecks()
+    if lse is not None:
+        _check_lse(call, form, lse.transpose(1, 2)[row_B1, at_BP], score_BPHT.logsumexp(dim=-1), output, checks)
     weight_BPHT = score_BPHT.softmax(dim=-1)[..., :T]
 
     ours_BPHE = size_BPHE = torch.zeros((), device=output.device)
@@ -106,11 +112,22 @@ def check_output(
     size = size_BPHE.view(B, -1, 3, H, E).norm(dim=(2, 4))
     # A NaN of ours comes from NaN in the inputs or an empty sequence; a NaN of the model's alone disagrees.
     agrees = (error <= _tolerance(call, output) * size) | size.isnan()
-    (checks or ImmediateChecks()).refuse_if(
+    checks.refuse_if(
         ~agrees.all(),
         call.refusal(
             f"an output of {call.implementation!r} attention that is not that of causal attention with {form}"
         ),
+    )
+
+
+def _check_lse(
+    call: AttentionCall, form: AttentionForm, lse_BPH: Tensor, ours_BPH: Tensor, output: Tensor, checks: DeferredChecks
+) -> None:
+    """Refuses an lse whose error would change weights by more than the output's may be off."""
+    error_BPH = (lse_BPH.float() - ours_BPH).abs()
+    agrees = (error_BPH <= _tolerance(call, output) * ours_BPH.abs().clamp(min=1)) | ~ours_BPH.isfinite()
+    checks.refuse_if(
+        ~agrees.all(), call.refusal(f"an lse of {call.implementation!r} attention that is not that of {form}")
     )
 
 

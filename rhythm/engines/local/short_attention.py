@@ -18,12 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rhythm.tap.attention_lse import SHORT_ATTENTION as _NAME
+
 LONGEST = 48
 """Most keys of a sequence whose queries come together, as in training; beyond them torch's kernel is faster. A single
 query, as in generation, may have any number.
 """
-
-_NAME = "rhythm_short"
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def test_one_of_many_taps_checks_the_attentions_output(
     model: Any, tokenizer: Any, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks: list[int] = []
-    monkeypatch.setattr("rhythm.tap.attention_tap.check_output", lambda call, *_: checks.append(call.layer))
+    monkeypatch.setattr("rhythm.tap.attention_tap.check_output", lambda call, *_, **__: checks.append(call.layer))
     engine = make(model, tokenizer)  # three micro-batches to a pass
     layers = sampled_layers(model.config.num_hidden_layers)
     engine.log_probs(rollout, TAP)
