@@ -361,7 +361,9 @@ class ClusterAttn(Replicas[AttnSpec]):
         signals = self._signals(rollout, groups)
         tap = self._spec.tap
         if groups is None and tap.grouping != "sequence":
-            signals = self._signals(rollout, shared_heads(signals.span, tap.quantile))
+            # With groups, spans are those of some responses alone.
+            chosen = self._signals(rollout, shared_heads(signals.span, tap.quantile))
+            signals = replace(chosen, span=signals.span)
         seconds = time.perf_counter() - started
         self._rates.processed(Role.ATTN, int(rollout.lens.sum()), seconds)
         self._rates.statistics += seconds

@@ -216,7 +216,8 @@ class Train(Protocol):
     ) -> tuple[LogProbs, RhythmSignals | None]:
         """Log-probs and entropies of all response tokens; with `tap` also the signals, from the same forward pass.
 
-        `groups`: fixed head groups, one row for all responses; None: select them as `tap` says.
+        `groups`: fixed head groups, one row for all responses; None: select them as `tap` says. With them the span of
+        some responses may be NaN.
         """
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
@@ -292,7 +293,7 @@ class Attn(Protocol):
     """Computes signals in a forward pass of its own."""
 
     def signals(self, rollout: Rollout, groups: HeadGroups | None = None) -> RhythmSignals:
-        """WAAD, FAI and head groups of every response; `entropy` is None."""
+        """WAAD, FAI and head groups of every response; `entropy` is None. `groups` as in Train.log_probs."""
 
 
 class WeightSync(Protocol):

@@ -50,7 +50,8 @@ class ObserveAttn:
         """See rhythm.engines.interfaces.Attn."""
         with autocast(self._model, self._precision), short_attention(self._model):
             rows = SignalRows(rollout, self._tap, groups)
-            for index_n, width in micro_batches(rollout, self._micro_batch_size, self._max_tokens):
+            parts = list(micro_batches(rollout, self._micro_batch_size, self._max_tokens))
+            for i, (index_n, width) in enumerate(parts):
                 micro = trim(take_rows(rollout, index_n), width)
                 statistics = observe_heads(
                     self._model,
@@ -58,6 +59,7 @@ class ObserveAttn:
                     attention_mask=micro.attention_mask,
                     prompt_lens=micro.prompt_lens,
                     signals=self._tap,
+                    span=rows.needs_span(i, len(parts)),
                 )
                 rows.put(index_n, statistics)
             return rows.joined()
@@ -80,6 +82,13 @@ class SignalRows:
         self._tap, self._groups = tap, groups
         self._waiting: list[tuple[Tensor, HeadStatistics]] = []
         self._parts: list[tuple[Tensor, RhythmSignals]] = []
+
+    def needs_span(self, part: int, parts: int) -> bool:
+        """Whether micro-batch `part` of `parts` should have spans. With fixed head groups the middle one has, of middle
+        length where they are in order of length, which tells how far the choice of heads has changed; the others then
+        cost less.
+        """
+        return self._groups is None or part == parts // 2
 
     def put(self, index_n: Tensor, part: HeadStatistics) -> RhythmSignals | None:
         """Add the statistics of rows `index_n`, which start at position 0. Returns their signals, or None if these need

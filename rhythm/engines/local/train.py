@@ -292,10 +292,12 @@ class TorchTrain:
         """
         logprobs_BT = torch.full(rollout.input_ids.shape, torch.nan, device=rollout.input_ids.device)
         entropy_BT = torch.full_like(logprobs_BT, torch.nan)
-        for index, width in self._micro_batches(rollout, self._log_prob_micro_batch_size):
+        parts = list(self._micro_batches(rollout, self._log_prob_micro_batch_size))
+        for i, (index, width) in enumerate(parts):
             micro = trim(take_rows(rollout, index), width)
             with autocast(model, self._precision):
-                part, statistics = self._forward(model, micro, tap, watch)
+                needs_span = signals is None or signals.needs_span(i, len(parts))
+                part, statistics = self._forward(model, micro, tap, watch, needs_span=needs_span)
                 if signals is not None and statistics is not None:
                     with watch or nullcontext():
                         signals.put(index, statistics)
@@ -304,7 +306,13 @@ class TorchTrain:
         return LogProbs(logprobs_BT, entropy_BT)
 
     def _forward(
-        self, model: Any, rollout: Rollout, tap: SignalsConfig | None, watch: DeviceWatch | None
+        self,
+        model: Any,
+        rollout: Rollout,
+        tap: SignalsConfig | None,
+        watch: DeviceWatch | None,
+        *,
+        needs_span: bool = True,
     ) -> tuple[LogProbs, HeadStatistics | None]:
         """One forward pass; with `tap` also the statistics of its attention, timed by `watch`."""
 
@@ -314,6 +322,7 @@ class TorchTrain:
                 model, attention_mask=rollout.attention_mask, prompt_lens=rollout.prompt_lens, signals=tap
             )
             open_tap.watch = watch or nullcontext()
+            open_tap.needs_span = needs_span
             open_tap.checks_output = self._taps % CHECKED_EVERY == 0
             self._taps += 1
         with short_attention(model), nullcontext() if open_tap is None or self._packs else open_tap:

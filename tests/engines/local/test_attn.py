@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -16,6 +17,8 @@ from rhythm.credit.loss import LossConfig
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.engines.local.train import OptimizerConfig, TorchTrain
+from rhythm.ops.arguments import Request
+from rhythm.ops.backends.cpu import CpuBackend
 from rhythm.tap.signals_config import SignalsConfig
 
 MakeRollout = Callable[..., Rollout]
@@ -124,4 +127,42 @@ def test_one_pass_over_the_batch(model: Any, tokenizer: Any, make_rollout: MakeR
         # As with the groups known beforehand, to the last bit.
         chosen = select_heads(separate.span, 0.3, per="batch")
         fixed = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
-        assert_same(separate, ObserveAttn(model, tap(), micro_batch_size=2).signals(rollout, fixed))
+        known = ObserveAttn(model, tap(), micro_batch_size=2).signals(rollout, fixed)
+        assert_same(separate, replace(known, span=separate.span))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_fixed_groups_only_the_middle_micro_batch_is_swept(
+    model: Any, tokenizer: Any, make_rollout: MakeRollout, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """The others by the lse of the model's own attention, which is torch's in sequences of more than 48 tokens."""
+    rollout = make_rollout(prompt_lens=(2, 3, 4, 5), response_lens=(80, 60, 70, 50), seed=3)
+    train = trainer(model, tokenizer, 1)
+    if packed:
+        train = TorchTrain(
+            model, tokenizer, optimizer=OptimizerConfig(), loss=LossConfig(), temperature=1.0, micro_batch_size=1,
+            max_tokens=85,
+        )  # fmt: skip
+    attn = ObserveAttn(model, tap(), micro_batch_size=1)
+    free = attn.signals(rollout)
+    chosen = select_heads(free.span, 0.3, per="batch")
+    fixed = HeadGroups(local=chosen.local[:1], global_=chosen.global_[:1])
+    expected = ObserveAttn(model, tap("batch"), micro_batch_size=1).signals(rollout)
+    assert expected.groups.local.equal(chosen.local)
+    swept: list[bool] = []
+    run = CpuBackend.run
+
+    def noted(self: CpuBackend, request: Request) -> Any:
+        swept.append(request.lse_HT is None)
+        return run(self, request)
+
+    monkeypatch.setattr(CpuBackend, "run", noted)
+    for read in (attn.signals, lambda *given: train.log_probs(given[0], tap("calibrated"), given[1])[1]):
+        signals = read(rollout, fixed)
+        assert signals is not None
+        assert swept == [False] * 4 + [True] * 2 + [False] * 2  # rows 0, 2, 1, 3, with two layers each
+        assert_same(signals.waad, expected.waad, atol=1e-5)
+        assert_same(signals.fai, expected.fai, atol=1e-5)
+        assert signals.span.isfinite().all(dim=1).tolist() == [False, True, False, False]
+        assert_same(signals.span[1], free.span[1], rtol=1e-5)
+        swept.clear()
