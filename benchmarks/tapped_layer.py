@@ -1,10 +1,11 @@
 """python -m benchmarks.tapped_layer: what AttentionTap adds to a layer's attention, with and without its lse.
 
-Prints a markdown table, times per layer. The attention is transformers' sdpa function, without gradients: five layers
-with 9 query heads, 3 key heads and head size 64 (SmolLM2-135M's) unless told otherwise; the first eighth of each
-sequence is its prompt. "sweep": statistics with spans, by a sweep over all keys. "bands": with fixed head groups, by
-the attention's own lse. The comparison of some output rows, which engines make once in 16 passes, is left out. Checked
-first: outputs are bit for bit those of attention alone, and the statistics of both ways are equal up to rounding.
+Prints a markdown table, the processor's time per layer, so that other processes disturb it little. The attention is
+transformers' sdpa function, without gradients: five layers with 9 query heads, 3 key heads and head size 64
+(SmolLM2-135M's) unless told otherwise; the first eighth of each sequence is its prompt. "sweep": statistics with spans,
+by a sweep over all keys. "bands": with fixed head groups, by the attention's own lse. The comparison of some output
+rows, which engines make once in 16 passes, is left out. Checked first: outputs are bit for bit those of attention
+alone, and the statistics of both ways are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -109,22 +110,22 @@ class Layers:
 
 
 class Stopwatch(AbstractContextManager[None]):
-    """Adds up the seconds inside."""
+    """Adds up the processor's seconds inside."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def __enter__(self) -> None:
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self.seconds += time.process_time() - self._started
 
 
 @torch.no_grad()
 def timings(layers: Layers, rounds: int) -> dict[str, tuple[Timing, Timing]]:
     """Of each way, per layer: (the whole pass, its statistics), interleaved; each round's are means over calls of at
-    least LEAST_SECONDS.
+    least LEAST_SECONDS of the processor.
     """
     layers.check()
     calls = max(1, math.ceil(LEAST_SECONDS / _seconds(layers, True, 1)[0]))
@@ -136,11 +137,11 @@ def timings(layers: Layers, rounds: int) -> dict[str, tuple[Timing, Timing]]:
 
 
 def _seconds(layers: Layers, span: bool | None, calls: int) -> tuple[float, float]:
-    watch, started = Stopwatch(), time.perf_counter()
+    watch, started = Stopwatch(), time.process_time()
     for _ in range(calls):
         layers.run(span, watch)
     share = 1 / calls / LAYERS
-    return (time.perf_counter() - started) * share, watch.seconds * share
+    return (time.process_time() - started) * share, watch.seconds * share
 
 
 def line(times: dict[str, tuple[Timing, Timing]]) -> list[str]:
