@@ -11,6 +11,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from itertools import accumulate
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +67,13 @@ def test_one_version_behind_and_corrected(whole: Path) -> None:
     assert [row["step"] for row in steps if "parity_mean" in row] == [1, 4, 8]
     moved = [row["grad_norm"] > 0 for row in steps]
     assert sum(moved) >= 4
-    for before, row, changed in zip(steps, steps[1:], moved, strict=False):
-        # Of the same weights the engines' log-probs differ by rounding, of two versions by more.
-        assert (row["rollout_ratio_max"] > 1.001) == (row["staleness"] == 1 and changed), (before, row)
+    for before, row, changed, ever in zip(steps, steps[1:], moved, accumulate(moved, or_), strict=False):
+        # Of the same weights the engines' log-probs differ by rounding, of two versions by more. Adam's moments move
+        # the weights also in a step whose gradients are 0.
+        if row["staleness"] == 1 and changed:
+            assert row["rollout_ratio_max"] > 1.001, (before, row)
+        elif row["staleness"] == 0 or not ever:
+            assert row["rollout_ratio_max"] <= 1.001, (before, row)
     assert not (whole / "checkpoints" / "step_000008" / "rollout_ahead.pt").exists(), "nothing comes after"
 
 
