@@ -32,6 +32,12 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
         default=True, description="split the optimizer's state among the data and context parallel ranks"
     )
 
+    overlap_gradients: bool = Field(
+        default=True,
+        description="sum gradients over the data and context parallel ranks while the backward pass still runs (models "
+        "with experts: after it)",
+    )
+
     @property
     def ranks(self) -> int:
         """Number of processes."""

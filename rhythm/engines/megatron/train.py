@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -38,6 +37,7 @@ from rhythm.engines.local.train import OptimizerConfig
 from rhythm.engines.megatron import checkpoint as checkpoints
 from rhythm.engines.megatron.context import joined
 from rhythm.engines.megatron.cpu import on_cpu
+from rhythm.engines.megatron.gradients import add_up_gradients, summed_at_the_end, with_summed_gradients
 from rhythm.engines.megatron.layout import ParallelConfig
 from rhythm.engines.megatron.model import PolicyModel, build_model, has_experts, read_config
 from rhythm.engines.megatron.packing import Packed, pack
@@ -99,14 +99,8 @@ class MegatronTrain:
         with on_cpu():
             model = build_model(self.config, self._groups, parallel, precision)
             load_weights(model, checkpoint, self.config, self._groups)
-            self._model = DistributedDataParallel(
-                config=model.config,
-                ddp_config=DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
-                ),
-                module=model,
-            )
-            model.config.finalize_model_grads_func = _add_up_gradients
+            overlap = parallel.overlap_gradients and not has_experts(self.config)
+            self._model = with_summed_gradients(model, parallel, overlap=overlap)
             # No overrides: weight decay on every parameter, as in the single-process engine.
             self._optimizer = megatron_optimizer.get_megatron_optimizer(
                 _optimizer_config(optimizer, precision, parallel), [self._model], config_overrides={}
@@ -269,11 +263,12 @@ class MegatronTrain:
         """
         data = self._groups.data
         lens_B = rollout.lens
-        rows = deal_rows(lens_B, data.size())[data.rank()]
+        dealt = deal_rows(lens_B, data.size())
+        rows = dealt[data.rank()]
         micro_batches = [rows[part] for part in split_rows(lens_B[rows], self._micro_batch_size, self._max_tokens)]
         if not micro_batches:
             if backward:
-                _add_up_gradients([model])
+                add_up_gradients([model])
             return
 
         def forward(items: Iterator[Packed], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -293,7 +288,8 @@ class MegatronTrain:
 
             return hidden, loss
 
-        with on_cpu(), nullcontext() if backward else torch.no_grad():
+        at_the_end = backward and min(map(len, dealt)) == 0
+        with on_cpu(), summed_at_the_end(model) if at_the_end else nullcontext() if backward else torch.no_grad():
             get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=(
@@ -361,13 +357,6 @@ class MegatronTrain:
             if math.isfinite(norm) and math.isfinite(largest):
                 clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), largest, norm)
         return norm
-
-
-def _add_up_gradients(model: list[Any], num_tokens: Tensor | None = None, **_: Any) -> None:
-    """Sum the gradients over data and context parallel ranks, copies of a tied embedding, and norms: every rank has a
-    part of the loss.
-    """
-    finalize_model_grads(model, None)
 
 
 def _optimizer_tensors(optimizer: Any) -> tuple[list[Any], list[Tensor]]:

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from rhythm.credit.heads import HeadGroups
 from rhythm.engines import head
 from rhythm.engines.interfaces import NonFiniteError, Rollout, TrainBatch
-from rhythm.engines.megatron import core_attention, packing, train
+from rhythm.engines.megatron import core_attention, gradients, packing, train
 from rhythm.engines.megatron import model as models
 from rhythm.engines.megatron.cpu import on_cpu
 from rhythm.engines.megatron.layout import ParallelConfig
@@ -84,6 +85,10 @@ def _rank(rank: int, spec: dict[str, Any], out_path: str, port: int) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     parallel: ParallelConfig = spec["parallel"]
+    if "bucket_size" in spec:  # of gradients: else all of them are in one
+        gradients.DistributedDataParallelConfig = partial(
+            gradients.DistributedDataParallelConfig, bucket_size=spec["bucket_size"]
+        )
     try:
         engine = MegatronTrain(
             spec["checkpoint"],
@@ -156,6 +161,28 @@ def _scores(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str,
     results["steps"] = [engine.step(batch) for batch in spec["batches"]]
     results["weights"] = engine.weights()
     return results
+
+
+def _overlapped(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """`_scores`, and how many sums of gradients were started in the passes of each step, and in all."""
+    started: list[int] = []
+    groups, config = engine._model.bucket_groups, engine._model.config
+    ends, passes = config.finalize_model_grads_func, []
+
+    def counted(start: Any, *args: Any, **options: Any) -> None:
+        started.append(0)
+        start(*args, **options)
+
+    def end(*args: Any, **options: Any) -> None:
+        passes.append(len(started))
+        ends(*args, **options)
+        passes[-1] = (passes[-1], len(started))
+        started.clear()
+
+    for group in groups:
+        group.start_grad_sync = partial(counted, group.start_grad_sync)
+    config.finalize_model_grads_func = train.add_up_gradients = end
+    return _scores(engine, spec, rank) | {"buckets": len(groups), "started": passes}
 
 
 def _hidden(engine: MegatronTrain, spec: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -309,6 +336,7 @@ SCENARIOS = {
     "everything": _everything,
     "scores": _scores,
     "hidden": _hidden,
+    "overlapped": _overlapped,
     "packed": _packed,
     "resumed": _resumed,
     "saved_at_start": _saved_at_start,
