@@ -42,8 +42,7 @@ KERNELS = {
 
 def bands_pay(form: AttentionForm, longest: int, window: int, horizon: tuple[int, int | None]) -> bool:
     """Whether the bands near the diagonal, with a given lse, take less time than a sweep over all keys: where they are
-    at most half of the map. Otherwise what watching the kernel costs is more than what they spare
-    (docs/experiments.md).
+    at most half of the map. Otherwise they spare too little to watch the kernel for.
 
     Args:
         longest: tokens of the longest sequence.
