@@ -106,7 +106,7 @@ def bands_kernel(
     if place % 2 == 0:
         column_program(
             program, programs, head, q, k, q_tiles, lengths, lse, parts, steep, fai, strides, sequences, tokens, scale,
-            horizon_lo, horizon_hi, rows, sliding_window, cap_scale, form, tile,
+            horizon_lo, horizon_hi, rows, sliding_window, cap_scale, form, tile, None, "mean",
         )  # fmt: skip
     else:
         KEYS: tl.constexpr = tile.keys if tile.keys < 32 else 32
@@ -140,9 +140,10 @@ def bands(
     to lse_out_HT where one is given. softmax: the row sweep's, if lse_HT is the row sweep's own. sums: what the row
     sweep returned; then the spans, fp32 [B, Hq], are filled as well, NaN where there are no response rows.
     """
-    arguments = column_arguments(q, k, lse_HT, sequences, fai_HT, scale, horizon, forms)
-    arguments |= {"waad": waad_HT, "lse_out": lse_out_HT, "window": min(window, sequences.tokens), "sinks": forms.sinks}
+    arguments = column_arguments(q, k, lse_HT, sequences, scale, horizon, forms)
+    arguments |= {"waad": waad_HT, "fai": fai_HT, "lse_out": lse_out_HT, "sinks": forms.sinks}
     arguments |= {
+        "window": min(window, sequences.tokens),
         "parts": None if softmax is None else softmax.parts,
         "steep": None if softmax is None else softmax.steep,
         "sums": None if sums is None else sums.sums,

@@ -62,7 +62,8 @@ class CheckSettings:
                 "tests/kernels",
                 *NO_GLUON,
                 "-k",
-                f"bfloat16 or batched or bit_equal or poison or beyond or 131072 or 32_bits or tma or {FORMS}",
+                "bfloat16 or batched or bit_equal or poison or undefined or thousands or beyond or 131072 or 32_bits"
+                f" or tma or {FORMS}",
             ),
             240.0,
         ),

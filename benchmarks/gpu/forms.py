@@ -1,4 +1,4 @@
-"""Checks the ops on the GPU with forms of attention other than plain, against the fp64 reference.
+"""Checks the ops on the GPU with all forms of attention, against the fp64 reference, and what they give on request.
 
 Shape suffixes: H query heads.
 """
@@ -17,7 +17,7 @@ from benchmarks.gpu.suite import GpuSettings
 from benchmarks.implementations import Outputs
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, make_inputs
 from benchmarks.verify import ALLOWED, FLOOR, relative_error
-from rhythm import attention_statistics, attention_with_statistics
+from rhythm import attention_statistics, attention_with_statistics, column_scores
 
 OUT_FLOOR = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: FLOOR}
 """Allowed for outputs, of their largest value: weights are rounded to v's type before the product, the result after."""
@@ -32,6 +32,7 @@ def forms(inputs: Inputs) -> dict[str, tuple[dict[str, Any], int]]:
     softcap = {"softcap": 2.0}
     sinks = {"sinks": torch.linspace(-2, 8, heads, device=inputs.q.device)}
     return {
+        "plain": ({}, tokens),
         "window": (window, tokens),
         "softcap": (softcap, tokens),
         "window, sinks": (window | sinks, tokens),
@@ -49,8 +50,8 @@ def forms_part(suite: GpuSettings, clock: Clock) -> GpuPart:
         inputs = make_inputs(shape, dtype, clock.device, clock.backend)
         for name, (form, count) in forms(inputs).items():
             q, options = inputs.q[-count:], {"prompt_lens": inputs.prompt_lens, "horizon": HORIZON} | form
-            exact = _with_output(q.double(), inputs.k.double(), inputs.v.double(), "reference", options)
-            plain = _with_output(q, inputs.k, inputs.v, "reference", options)
+            exact = _all(q.double(), inputs.k.double(), inputs.v.double(), shape.prompt, options)
+            plain = _all(q, inputs.k, inputs.v, shape.prompt, options)
             for op, run in _ops(q, inputs, exact["lse"].float(), clock.backend, options).items():
                 case = {"op": op, "form": name, "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
                 try:
@@ -69,10 +70,35 @@ def forms_part(suite: GpuSettings, clock: Clock) -> GpuPart:
 
 def _ops(q: Tensor, inputs: Inputs, lse_HT: Tensor, backend: str, options: dict[str, Any]) -> dict[str, Run]:
     given: dict[str, Any] = options | {"window": WINDOW, "backend": backend}
+    of_lse = {"": None, ", lse given": lse_HT}
     return {
         "statistics": lambda: _named(attention_statistics(q, inputs.k, **given)),
         "with_output": lambda: _with_output(q, inputs.k, inputs.v, backend, options),
         "bands": lambda: _named(attention_statistics(q, inputs.k, lse=lse_HT, span=False, **given)),
+        **{
+            f"columns{way}": _columns(q, inputs.k, backend, inputs.shape.prompt, options, lse)
+            for way, lse in of_lse.items()
+        },
+    }
+
+
+def _all(q: Tensor, k: Tensor, v: Tensor, prompt: int, options: dict[str, Any]) -> Outputs:
+    """The reference's results of all ops."""
+    return _with_output(q, k, v, "reference", options) | _columns(q, k, "reference", prompt, options)()
+
+
+def _columns(
+    q: Tensor, k: Tensor, backend: str, prompt: int, options: dict[str, Any], lse_HT: Tensor | None = None
+) -> Run:
+    """Column scores of other kinds than FAI: the largest weight, and weighted rows of both signs, every third 0."""
+    given: dict[str, Any] = {name: x for name, x in options.items() if name != "prompt_lens"}
+    given |= {"rows": (prompt, None), "backend": backend, "lse": lse_HT}
+    weights_T = torch.linspace(-1, 1, k.shape[0], device=q.device)
+    weights_T[::3] = 0.0
+    return lambda: {
+        "largest": column_scores(q, k, reduce="max", **given),
+        "weighted": column_scores(q, k, row_weights=weights_T, **given),
+        "largest, weighted": column_scores(q, k, reduce="max", row_weights=weights_T, **given),
     }
 
 

@@ -33,6 +33,7 @@ from rhythm.kernels import (
     BlockSums,
     Forms,
     bands,
+    column_sums,
     row_sweep,
     sampled_span,
     tile_tables,
@@ -52,7 +53,11 @@ ARCHITECTURES = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (*tile_tables.KERNELS, "row_gluon", "results")
+SHARED_TILES = {"column_max": "column", "column_weighted": "column"}
+"""Kernels that run with the tile of another: its default is compiled, for plain attention and for all forms at once."""
+OF_PRODUCTS = ("column_max",)
+"""Kernels whose steady loop has a maximum for each score, and no exponential."""
+KERNELS = (*tile_tables.KERNELS, *SHARED_TILES, "row_gluon", "results")
 WITHOUT_TILES = ("results",)
 PLAIN_ONLY = ("row_gluon", "results")
 """Kernels that other forms of attention don't have."""
@@ -199,12 +204,14 @@ def _table(arch: str, kernel: str, dtype: str, head_size: int) -> list[Tile]:
     """The tiles of a kernel; none if it has none, or is not for the architecture, the type or the size."""
     if kernel in WITHOUT_TILES:
         return []
+    kernel = SHARED_TILES.get(kernel, kernel)
     return TABLES[arch].get(kernel, {}).get(KernelKey(kernel, DTYPES[dtype].itemsize, head_size).group, [])
 
 
 def jit_functions() -> list[Any]:
     """The kernels as Triton's functions."""
     from rhythm.kernels.bands import bands_kernel
+    from rhythm.kernels.column_sums import column_sums_kernel
     from rhythm.kernels.narrow_bands import narrow_bands_kernel
     from rhythm.kernels.results import results_kernel
     from rhythm.kernels.row_sweep import row_sweep_kernel
@@ -215,7 +222,7 @@ def jit_functions() -> list[Any]:
     gluon = [] if gluon_absent() else [gluon_module().gluon_row_kernel]
     return [
         *gluon, row_sweep_kernel, row_values_kernel, bands_kernel, narrow_bands_kernel, sampled_span_kernel,
-        results_kernel, mend_output_kernel,
+        results_kernel, mend_output_kernel, column_sums_kernel,
     ]  # fmt: skip
 
 
@@ -230,6 +237,7 @@ def _launch(kernel: str, dtype: torch.dtype, head_size: int, form: str) -> None:
     cu_rows = empty(3, dtype=torch.int32) if form == "all" else None
     sequences = Sequences(empty(3, dtype=torch.int32), empty(2, dtype=torch.int32), TOKENS, 2, cu_rows, rows)
     one, two, three = (empty(QUERY_HEADS, TOKENS) for _ in range(3))
+    asked: dict[str, Any]
     softmax = Softmax.empty(QUERY_HEADS, TOKENS, q.device)
     attention: dict[str, Any] = {"scale": head_size**-0.5, "forms": FORMS[form]}
     if kernel == "row_gluon":
@@ -239,6 +247,10 @@ def _launch(kernel: str, dtype: torch.dtype, head_size: int, form: str) -> None:
     elif kernel in ("row", "row_values"):
         v = None if kernel == "row" else empty(*k.shape, dtype=dtype)
         row_sweep(q, k, v, sequences, one, softmax=softmax, **attention)
+    elif kernel in ("column_max", "column_weighted"):
+        reduce, factors = ("max", None) if kernel == "column_max" else ("sum", two)
+        asked = {"reduce": reduce, "factors_HT": factors, "horizon": (0, None), "softmax": softmax}
+        column_sums(q, k, one, sequences, three, **asked, **attention)
     elif kernel == "sampled":
         sampled_span(q, k, one, sequences, count=256, **attention)
     elif kernel == "results":
@@ -261,11 +273,13 @@ def _report(
     amd = target.backend == "hip"
     binary: Binary = amd_binary(compiled.asm["amdgcn"]) if amd else nvidia_binary(compiled.asm["cubin"])
     loop = per_score = waits = barriers = None
-    if tile is not None and (steady := binary.steady) is not None:
+    once = "max" if kernel in OF_PRODUCTS else "exp2"  # what each score takes one of
+    if tile is not None and (steady := binary.leanest(once)) is not None:
         loop, waits, barriers = steady.mix(binary.kinds), steady.immediate_waits, steady.barriers
         scores = tile.rows * tile.keys / (tile.warps * target.warp_size)
-        # A loop that the compiler unrolled computes several tiles.
-        scores *= max(1, round(loop["exp2"] / scores))
+        # A loop that the compiler unrolled computes several tiles. Maxima don't tell: a softcap has others.
+        if once == "exp2":
+            scores *= max(1, round(loop[once] / scores))
         per_score = {kind: round(count / scores, 3) for kind, count in loop.items()}
         per_score["all"] = round(sum(loop.values()) / scores, 3)
     registers, shared = binary.registers, compiled.metadata.shared
@@ -306,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(HEADER)
         for kernel, form in product(kernels, forms):
             with_tiles = kernel not in WITHOUT_TILES
-            if form != "plain" and kernel in PLAIN_ONLY:
+            if form != "plain" and (kernel in PLAIN_ONLY or (kernel in SHARED_TILES and form != "all")):
                 continue
             if kernel == "row_gluon" and (reason := gluon_absent()) is not None:
                 parser.error(f"row_gluon does not compile here: {reason}; --kernels chooses others")
@@ -315,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     table = _table(arch, kernel, dtype, size)
                     if with_tiles and not table:
                         continue
-                    tiles = table[:1] if options.defaults or form != "plain" else None
+                    tiles = table[:1] if options.defaults or form != "plain" or kernel in SHARED_TILES else None
                     for report in compile_kernel(arch, kernel, dtype, size, tiles, form):
                         print(_row(report), flush=True)
                         reports.append(report)
@@ -332,7 +346,7 @@ def _record(report: Report) -> dict[str, Any]:
 
 
 HEADER = (
-    f"{'kernel':<12}{'form':<8}{'type':<6}{'D':>4}  {'rows×keys, warps, stages':<26}{'regs':>5}{'shared':>8}"
+    f"{'kernel':<16}{'form':<8}{'type':<6}{'D':>4}  {'rows×keys, warps, stages':<26}{'regs':>5}{'shared':>8}"
     f"{'per SM':>7}{'spills':>7}{'waits':>6}{'barriers':>9}{'per score: all':>15}{'exp2':>6}{'fma':>6}{'other':>6}"
     "  matrix instructions"
 )
@@ -350,7 +364,7 @@ def _row(report: Report) -> str:
     )
     matrix = ", ".join(f"{count} {opcode}" for opcode, count in report.matrix.items())
     return (
-        f"{report.kernel:<12}{report.form:<8}{report.dtype:<6}{report.head_size:>4}  "
+        f"{report.kernel:<16}{report.form:<8}{report.dtype:<6}{report.head_size:>4}  "
         f"{name + (' *' if report.default else ''):<26}"
         f"{report.registers:>5}{report.shared:>8}{report.programs:>7}{report.spills:>7}"
         f"{_blank(report.immediate_waits):>6}{_blank(report.barriers):>9}{figures}  {matrix}"

@@ -83,8 +83,12 @@ class Binary:
     @property
     def steady(self) -> Loop | None:
         """The loop with the fewest instructions per exponential, which is the one without masks."""
-        loops = [loop for loop in self.loops if loop.mix(self.kinds)["exp2"]]
-        return min(loops, key=lambda loop: len(loop.opcodes) / loop.mix(self.kinds)["exp2"], default=None)
+        return self.leanest("exp2")
+
+    def leanest(self, kind: str) -> Loop | None:
+        """The loop with the fewest instructions per instruction of a kind."""
+        loops = [loop for loop in self.loops if loop.mix(self.kinds)[kind]]
+        return min(loops, key=lambda loop: len(loop.opcodes) / loop.mix(self.kinds)[kind], default=None)
 
 
 def kind_of(opcode: str, kinds: dict[str, str]) -> str:

@@ -68,8 +68,7 @@ def column_scores(
             window hides receive 0 from it.
         row_weights: w, one factor for each row, of any sign: [T], or [Hq, T] for one per head; for batched q [B, T] or
             [B, Hq, T]; of any float type. Of q's rows where these are fewer than k's, or of all tokens. A row of weight
-            0 takes no part: it reaches no key. A weight that is infinite is NaN. Detached. None: all are 1. Backends
-            without kernels for weights or "max" (see docs/column_scores.md) take plain torch for them.
+            0 takes no part: it reaches no key. A weight that is infinite is NaN. Detached. None: all are 1.
 
     Returns:
         fp32 [Hq, T] for packed k, [B, Hq, T] for batched; with per="group" Hkv in place of Hq.

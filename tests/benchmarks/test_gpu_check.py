@@ -61,10 +61,13 @@ def test_check_compares_our_implementations_with_the_reference(checked: dict[str
     assert all(row["error"] <= row["allowed"] for row in rows)
     assert any(row["error"] > 0 for row in rows)
     forms = checked["parts"]["forms"]["rows"]
-    assert {(row["op"], row["result"]) for row in forms} == {("bands", "lse")} | {
+    columns = {
+        (f"columns{way}", name) for way in ("", ", lse given") for name in ("largest", "weighted", "largest, weighted")
+    }
+    assert {(row["op"], row["result"]) for row in forms} == {("bands", "lse")} | columns | {
         (row["op"], row["result"]) for row in rows
     }
-    assert len({row["form"] for row in forms}) == 5
+    assert len({row["form"] for row in forms}) == 6
     assert all(row["error"] <= row["allowed"] for row in forms)
     assert checked["parts"]["tests of tiles"]["counts"] == {"passed": 1}
     assert checked["parts"]["gluon"]["counts"] == {"passed": 1}

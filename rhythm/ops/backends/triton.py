@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rhythm.ops.arguments import Request
 from rhythm.ops.backends.base import Backend, BackendResult
+from rhythm.ops.backends.in_blocks import Columns
 
 if TYPE_CHECKING:
     from rhythm.kernels import Forms
@@ -92,6 +93,25 @@ class TritonBackend(Backend):
             else:  # they go by the lse from outside, which takes the place of what the row sweep wrote
                 bands(q, k, given, sequences, got.waad, got.fai, got.lse, **near)
         return BackendResult(got.span, got.waad, got.fai, got.lse, out_SHD)
+
+    def columns(self, request: Request, wanted: Columns) -> Tensor:
+        from rhythm.kernels import column_sums, row_sweep, undefined_results
+
+        q, k, sequences, weights_HT = request.q, request.k, request.sequences, wanted.row_weights_HT
+        heads, tokens = q.shape[-2], sequences.tokens
+        attention: dict[str, Any] = {"scale": request.scale, "forms": _forms(request)}
+        with _on(q.device):
+            if _nothing_to_do(request):
+                return torch.full((heads, tokens), 0.0 if wanted.reduce == "sum" else -torch.inf, device=q.device)
+            got = undefined_results(sequences.count, heads, tokens, q.device, request.lse_HT)
+            lse_HT = got.given_lse
+            if lse_HT is None:
+                lse_HT = got.lse
+                row_sweep(q, k, None, sequences, lse_HT, softmax=got.softmax, **attention)
+            factors_HT = None if weights_HT is None else weights_HT.float().expand(heads, tokens).contiguous()
+            options: dict[str, Any] = attention | {"horizon": request.horizon, "softmax": got.softmax}
+            column_sums(q, k, lse_HT, sequences, got.fai, reduce=wanted.reduce, factors_HT=factors_HT, **options)
+        return got.fai
 
     def sampled_span(self, request: Request, lse_HT: Tensor, count: int) -> Tensor:
         """As the base class, without reading the lengths on the host."""

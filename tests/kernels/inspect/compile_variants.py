@@ -21,6 +21,7 @@ from rhythm.kernels import (
     Sequences,
     Softmax,
     bands,
+    column_sums,
     mend_output,
     row_sweep,
     sampled_span,
@@ -125,6 +126,8 @@ def launches(
         lambda: bands(q, k, a, sequences, b, c, d, **spans, **near),
         lambda: mend_output(q, k, v, sequences, empty(total, heads[0], size, dtype=dtype), **attention),
         lambda: sampled_span(q, k, a, sequences, count=rows, **attention),
+        lambda: column_sums(q, k, a, sequences, b, reduce="max", horizon=horizon, softmax=softmax, **attention),
+        lambda: column_sums(q, k, a, sequences, b, reduce="sum", factors_HT=c, horizon=horizon, **attention),
         lambda: undefined_results(sequences.count, heads[0], total, q.device, a),
     ]
 

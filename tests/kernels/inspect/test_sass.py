@@ -62,6 +62,7 @@ def test_nvidia_loops() -> None:
     }  # fmt: skip
     mix = loops[1].mix(NVIDIA_KINDS)
     assert (mix["select"], mix["multiply"], mix["shuffle"], mix["max"], mix["other"]) == (1, 1, 1, 1, 2)
+    assert binary.leanest("max") is loops[1]
 
 
 def test_amd_loop() -> None:
