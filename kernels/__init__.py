@@ -10,6 +10,7 @@ from rhythm.kernels.bands import bands
 from rhythm.kernels.column_sums import column_sums
 from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.results import undefined_results
+from rhythm.kernels.row_answers import row_answers
 from rhythm.kernels.row_sweep import row_sweep
 from rhythm.kernels.sampled_span import sampled_span
 from rhythm.kernels.sequences import Sequences
@@ -17,6 +18,6 @@ from rhythm.kernels.softmax import Softmax
 from rhythm.kernels.values import mend_output
 
 __all__ = [
-    "BlockSums", "Forms", "Sequences", "Softmax", "bands", "column_sums", "mend_output", "row_sweep", "sampled_span",
-    "undefined_results",
+    "BlockSums", "Forms", "Sequences", "Softmax", "bands", "column_sums", "mend_output", "row_answers", "row_sweep",
+    "sampled_span", "undefined_results",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from benchmarks.implementations import Outputs
 from benchmarks.shapes import HORIZON, WINDOW, Inputs, make_inputs
 from benchmarks.verify import ALLOWED, FLOOR, relative_error
 from rhythm import attention_statistics, attention_with_statistics, column_scores
+from rhythm.ops.answers import ALSO
 
 OUT_FLOOR = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: FLOOR}
 """Allowed for outputs, of their largest value: weights are rounded to v's type before the product, the result after."""
@@ -75,6 +76,8 @@ def _ops(q: Tensor, inputs: Inputs, lse_HT: Tensor, backend: str, options: dict[
         "statistics": lambda: _named(attention_statistics(q, inputs.k, **given)),
         "with_output": lambda: _with_output(q, inputs.k, inputs.v, backend, options),
         "bands": lambda: _named(attention_statistics(q, inputs.k, lse=lse_HT, span=False, **given)),
+        "answers": lambda: _answers(q, inputs.k, None, given),
+        "answers, lse given": lambda: _answers(q, inputs.k, lse_HT, given),
         **{
             f"columns{way}": _columns(q, inputs.k, backend, inputs.shape.prompt, options, lse)
             for way, lse in of_lse.items()
@@ -84,7 +87,15 @@ def _ops(q: Tensor, inputs: Inputs, lse_HT: Tensor, backend: str, options: dict[
 
 def _all(q: Tensor, k: Tensor, v: Tensor, prompt: int, options: dict[str, Any]) -> Outputs:
     """The reference's results of all ops."""
-    return _with_output(q, k, v, "reference", options) | _columns(q, k, "reference", prompt, options)()
+    answers = _answers(q, k, None, options | {"backend": "reference"})
+    return _with_output(q, k, v, "reference", options) | answers | _columns(q, k, "reference", prompt, options)()
+
+
+def _answers(q: Tensor, k: Tensor, lse_HT: Tensor | None, given: dict[str, Any]) -> Outputs:
+    """first_mass of half of the keys: a window hides fewer from all rows."""
+    more: dict[str, Any] = {"also": ALSO, "prompt_rows": True, "first": k.shape[0] // 2}
+    statistics = attention_statistics(q, k, lse=lse_HT, **given, **more)
+    return {name: getattr(statistics, name) for name in ALSO}
 
 
 def _columns(

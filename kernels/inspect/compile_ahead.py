@@ -34,6 +34,7 @@ from rhythm.kernels import (
     Forms,
     bands,
     column_sums,
+    row_answers,
     row_sweep,
     sampled_span,
     tile_tables,
@@ -53,9 +54,11 @@ ARCHITECTURES = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_TILES = {"column_max": "column", "column_weighted": "column"}
+ANSWERS = {"row_largest": ("max_logit", "top1"), "row_entropy": ("entropy",), "row_mass": ("prompt_mass",)}
+"""Kernels of row_answers.py: each by the names that it is asked for."""
+SHARED_TILES = {"column_max": "column", "column_weighted": "column"} | dict.fromkeys(ANSWERS, "row")
 """Kernels that run with the tile of another: its default is compiled, for plain attention and for all forms at once."""
-OF_PRODUCTS = ("column_max",)
+OF_PRODUCTS = ("column_max", "row_largest")
 """Kernels whose steady loop has a maximum for each score, and no exponential."""
 KERNELS = (*tile_tables.KERNELS, *SHARED_TILES, "row_gluon", "results")
 WITHOUT_TILES = ("results",)
@@ -214,6 +217,7 @@ def jit_functions() -> list[Any]:
     from rhythm.kernels.column_sums import column_sums_kernel
     from rhythm.kernels.narrow_bands import narrow_bands_kernel
     from rhythm.kernels.results import results_kernel
+    from rhythm.kernels.row_answers import row_answers_kernel
     from rhythm.kernels.row_sweep import row_sweep_kernel
     from rhythm.kernels.row_values import row_values_kernel
     from rhythm.kernels.sampled_span import sampled_span_kernel
@@ -222,7 +226,7 @@ def jit_functions() -> list[Any]:
     gluon = [] if gluon_absent() else [gluon_module().gluon_row_kernel]
     return [
         *gluon, row_sweep_kernel, row_values_kernel, bands_kernel, narrow_bands_kernel, sampled_span_kernel,
-        results_kernel, mend_output_kernel, column_sums_kernel,
+        results_kernel, mend_output_kernel, column_sums_kernel, row_answers_kernel,
     ]  # fmt: skip
 
 
@@ -247,6 +251,9 @@ def _launch(kernel: str, dtype: torch.dtype, head_size: int, form: str) -> None:
     elif kernel in ("row", "row_values"):
         v = None if kernel == "row" else empty(*k.shape, dtype=dtype)
         row_sweep(q, k, v, sequences, one, softmax=softmax, **attention)
+    elif kernel in ANSWERS:
+        answers, asked = empty(len(ANSWERS[kernel]), *one.shape), {"first": 4, "prompt_rows": False, "softmax": softmax}
+        row_answers(q, k, one, sequences, answers, ANSWERS[kernel], **asked, **attention)
     elif kernel in ("column_max", "column_weighted"):
         reduce, factors = ("max", None) if kernel == "column_max" else ("sum", two)
         asked = {"reduce": reduce, "factors_HT": factors, "horizon": (0, None), "softmax": softmax}

@@ -99,8 +99,9 @@ def attention_statistics(
         sinks: [Hq], natural logits: lse = log(Σ exp(score) + exp(sink)), as in gpt-oss. None: none.
         cu_seqlens_k: int32 [B + 1], of k (and v), where cu_seqlens is that of fewer rows of q. None: as cu_seqlens.
         also: more of the result's fields, of "max_logit", "top1", "entropy", "first_mass" and "prompt_mass"; no other
-            result changes by it. The C++ kernels compute them in the same sweep; other backends in one more pass over q
-            and k by plain torch. With `lse` given A is exp(score − lse), and the last two need no sweep.
+            result changes by it. The C++ kernels compute them in the same sweep, the Triton kernels in one more launch,
+            the reference in one more pass by plain torch. With `lse` given A is exp(score − lse), and the last two need
+            no sweep.
         first: how many keys count in first_mass, at least 1.
         prompt_rows: max_logit on rows of the prompt, too.
 

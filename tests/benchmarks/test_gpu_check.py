@@ -20,6 +20,7 @@ from benchmarks.shapes import Inputs, Shape
 from rhythm.kernels import gluon_choice
 from rhythm.kernels.launch import _forced
 from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile
+from rhythm.ops.answers import ALSO
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # numpy's and flex attention's, uncompiled
@@ -64,7 +65,8 @@ def test_check_compares_our_implementations_with_the_reference(checked: dict[str
     columns = {
         (f"columns{way}", name) for way in ("", ", lse given") for name in ("largest", "weighted", "largest, weighted")
     }
-    assert {(row["op"], row["result"]) for row in forms} == {("bands", "lse")} | columns | {
+    answers = {(f"answers{way}", name) for way in ("", ", lse given") for name in ALSO}
+    assert {(row["op"], row["result"]) for row in forms} == {("bands", "lse")} | columns | answers | {
         (row["op"], row["result"]) for row in rows
     }
     assert len({row["form"] for row in forms}) == 6

@@ -70,16 +70,19 @@ class TritonBackend(Backend):
         return "its interpreter is for tests" if interpreted() else None
 
     def run(self, request: Request) -> BackendResult:
-        from rhythm.kernels import bands, mend_output, row_sweep, undefined_results
+        from rhythm.kernels import bands, mend_output, row_answers, row_sweep, undefined_results
 
         q, k, v, sequences = request.q, request.k, request.v, request.sequences
-        out_SHD = sums = None
+        out_SHD = sums = also_AHT = None
         attention: dict[str, Any] = {"scale": request.scale, "forms": _forms(request)}
         near = attention | {"window": request.window, "horizon": request.horizon}
         with _on(q.device):
             got = undefined_results(sequences.count, q.shape[-2], sequences.tokens, q.device, request.lse_HT)
+            if request.also:
+                also_AHT = torch.full((len(request.also), *got.lse.shape), torch.nan, device=q.device)
             if _nothing_to_do(request):
-                return BackendResult(got.span, got.waad, got.fai, got.lse, None if v is None else torch.zeros_like(q))
+                out_SHD = None if v is None else torch.zeros_like(q)
+                return BackendResult(got.span, got.waad, got.fai, got.lse, out_SHD, also_AHT)
             given = got.given_lse
             if request.span or given is None:
                 sums, out_SHD = row_sweep(
@@ -92,7 +95,11 @@ class TritonBackend(Backend):
                 bands(q, k, got.lse, sequences, got.waad, got.fai, None, softmax=got.softmax, **near)
             else:  # they go by the lse from outside, which takes the place of what the row sweep wrote
                 bands(q, k, given, sequences, got.waad, got.fai, got.lse, **near)
-        return BackendResult(got.span, got.waad, got.fai, got.lse, out_SHD)
+            if also_AHT is not None:
+                lse_HT, options = got.lse if given is None else given, {"first": request.first} | attention
+                options |= {"prompt_rows": request.prompt_rows, "softmax": got.softmax}
+                row_answers(q, k, lse_HT, sequences, also_AHT, request.also, **options)
+        return BackendResult(got.span, got.waad, got.fai, got.lse, out_SHD, also_AHT)
 
     def columns(self, request: Request, wanted: Columns) -> Tensor:
         from rhythm.kernels import column_sums, row_sweep, undefined_results

@@ -23,6 +23,7 @@ from rhythm.kernels import (
     bands,
     column_sums,
     mend_output,
+    row_answers,
     row_sweep,
     sampled_span,
     undefined_results,
@@ -32,6 +33,7 @@ from rhythm.kernels.gluon_choice import gluon_module, tile_again
 from rhythm.kernels.inspect.compile_ahead import ARCHITECTURES, _active, jit_functions
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.tile_tables import Tile
+from rhythm.ops.answers import ALSO
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "one packed sequence": {"cu_seqlens": 2, "prompt_lens": 1},
@@ -113,6 +115,7 @@ def launches(
     a, b, c, d = (empty(heads[0], total) for _ in range(4))
     softmax = Softmax.empty(heads[0], total, q.device)
     sums = BlockSums(empty(sequences.blocks(64), heads[0], dtype=torch.float64), 64, from_prompt=True)
+    answers, asked = empty(len(ALSO), heads[0], total), attention | {"first": rows}
     spans: dict[str, Any] = {"sums": sums, "span_BH": empty(sequences.count, heads[0])}
     in_gluon = lambda: gluon_module().gluon_row_sweep(  # noqa: E731
         q, k, sequences, a, scale=scale, softmax=softmax, again=tile_again()
@@ -128,6 +131,8 @@ def launches(
         lambda: sampled_span(q, k, a, sequences, count=rows, **attention),
         lambda: column_sums(q, k, a, sequences, b, reduce="max", horizon=horizon, softmax=softmax, **attention),
         lambda: column_sums(q, k, a, sequences, b, reduce="sum", factors_HT=c, horizon=horizon, **attention),
+        lambda: row_answers(q, k, a, sequences, answers, ALSO, prompt_rows=True, softmax=softmax, **asked),
+        lambda: row_answers(q, k, a, sequences, answers, ALSO, prompt_rows=False, **asked),
         lambda: undefined_results(sequences.count, heads[0], total, q.device, a),
     ]
 
