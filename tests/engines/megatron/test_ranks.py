@@ -108,7 +108,8 @@ def test_signals_are_those_of_the_whole_model(ranks: Any, case: Case, kind: str)
     for signals in (rank[kind] for rank in ranks[1]):
         assert torch.equal(signals.groups.local, expected.groups.local)
         assert torch.equal(signals.groups.global_, expected.groups.global_)
-        assert_near(signals.span, expected.span, atol=1e-4)
+        # With fixed groups one machine computes the spans of some rows alone; they don't depend on the groups.
+        assert_near(signals.span, case.results["signals"].span, atol=1e-4)
         assert_near(signals.waad, expected.waad, atol=1e-4)
         assert_near(signals.fai, expected.fai, atol=1e-5)
 
