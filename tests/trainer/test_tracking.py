@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def test_offline_runs_hold_what_metrics_jsonl_does(small_config: Callable[..., T
     overrides = (f"runs_dir={tmp_path}", "name=tracked", "wandb=offline", "evaluation.samples=0")
     run(small_config(*overrides, "steps=1", "checkpoint.every_steps=1"))
     run_id = (tmp_path / "tracked" / "wandb_id").read_text()
+    time.sleep(1)  # wandb names an offline run's folder by the second
     run(small_config(*overrides, "steps=2", "checkpoint.every_steps=1"), resume=True)  # goes on in the same run
     lines = [json.loads(line) for line in (tmp_path / "tracked" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
