@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -28,8 +27,6 @@ from rhythm.cluster.plan.dimensions import KNOWN
 from rhythm.cluster.plan.memory import GIB
 from rhythm.cluster.plan.timeline import peak, replay
 from rhythm.cluster.roles import Role
-from rhythm.credit.heads import HeadGroups, select_heads
-from rhythm.credit.signals import RhythmSignals
 from rhythm.engines.interfaces import NonFiniteError, Rollout, SamplingConfig
 from rhythm.engines.local.attn import ObserveAttn
 from rhythm.tiny import model as tiny_model
@@ -246,29 +243,6 @@ def test_signals_and_shared_head_groups_are_those_of_one_engine(cluster: Cluster
     assert torch.equal(actual.groups.global_, alone.groups.global_.expand_as(actual.groups.global_))
     inline = cluster.train.log_probs(rollout, TAP)[1]
     assert torch.allclose(actual.waad, inline.waad, atol=1e-6, equal_nan=True)
-
-
-def test_spans_are_those_of_the_pass_that_chose_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With head groups given, replicas have spans of some responses alone."""
-    span_Bn = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0]])
-    from rhythm.cluster.engines import ClusterAttn
-
-    passes: list[HeadGroups | None] = []
-
-    def signals(_: Any, rollout: Any, groups: HeadGroups | None) -> RhythmSignals:
-        passes.append(groups)
-        chosen = groups or select_heads(span_Bn)
-        span = span_Bn if groups is None else torch.full_like(span_Bn, torch.nan)
-        return RhythmSignals(torch.zeros(2, 4), torch.zeros(2, 4), None, span, chosen)
-
-    monkeypatch.setattr(ClusterAttn, "_signals", signals)
-    attn: Any = ClusterAttn.__new__(ClusterAttn)
-    attn._spec = SimpleNamespace(tap=TAP)
-    attn._rates = SimpleNamespace(processed=lambda *_: None, statistics=0.0)
-    found = attn.signals(SimpleNamespace(lens=torch.tensor([4, 4])))
-    assert [groups is None for groups in passes] == [True, False]
-    assert found.span.equal(span_Bn)
-    assert found.groups is passes[1]
 
 
 def test_an_exception_there_comes_with_its_traceback(cluster: Cluster) -> None:
