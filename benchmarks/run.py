@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import suite
+from benchmarks import given_lse, suite
 from benchmarks.measure import PEAK_RESET
 from benchmarks.record import RECORDS, commit, cores, machine, record_path, software, write_record
 from benchmarks.registry import REGISTRY, Benchmark, select
@@ -105,6 +105,8 @@ def _parts(benchmarks: list[Benchmark], settings: Settings, device: str, console
     if "statistics" in chosen:
         parts.append(partial(suite.windows_part, chosen, settings, device))
         parts.append(partial(suite.also_part, chosen["statistics"], settings, device))
+        parts.append(partial(given_lse.columns_part, settings, device))
+        parts.append(partial(given_lse.several_bands_part, settings, device))
         if cores() > 1:
             parts.append(partial(suite.threads_part, chosen["statistics"], settings, device))
         else:

@@ -116,7 +116,7 @@ def check(benchmarks: list[Benchmark], settings: Settings, device: str) -> list[
         WrongResultError: a result is wrong.
     """
     return [
-        CheckedShape(shape, _name(dtype), tuple(verify(benchmarks, make_inputs(shape, dtype, device))))
+        CheckedShape(shape, type_name(dtype), tuple(verify(benchmarks, make_inputs(shape, dtype, device))))
         for shape in (settings.odd_shape, settings.shape)
         for dtype in DTYPES
     ]
@@ -131,7 +131,7 @@ def comparison_part(benchmarks: list[Benchmark], settings: Settings, device: str
         least_seconds=settings.least_seconds,
     )
     measurements = tuple(
-        _measurement(benchmark, timings[benchmark.name], settings.shape, dtype, settings.threads)
+        measurement(benchmark, timings[benchmark.name], settings.shape, dtype, settings.threads)
         for benchmark in benchmarks
     )
     eager, sdpa = (16.0, 2.3) if dtype == torch.float32 else (25.0, 3.5)
@@ -148,7 +148,7 @@ def comparison_part(benchmarks: list[Benchmark], settings: Settings, device: str
         for name, one, other, target in rows
         if one in timings and other in timings
     ]
-    return Part(f"race_{_name(dtype)}", measurements, tuple(metrics))
+    return Part(f"race_{type_name(dtype)}", measurements, tuple(metrics))
 
 
 def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: str) -> Part:
@@ -165,7 +165,7 @@ def bands_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device: 
         )
         for benchmark in pair:
             timing = timings[benchmark.name]
-            measurements.append(_measurement(benchmark, timing, shape, torch.float32, settings.threads))
+            measurements.append(measurement(benchmark, timing, shape, torch.float32, settings.threads))
         shares[tokens] = ratio(timings["bands"], timings["statistics"])
     metrics = [
         Metric(
@@ -205,11 +205,11 @@ def windows_part(benchmarks: Mapping[str, Benchmark], settings: Settings, device
             least_seconds=settings.least_seconds,
         )
         for one, given in pair:
-            measurement = _measurement(one, timings[one.name], settings.windowed, dtype, settings.threads)
-            measurements.append(replace(measurement, flops=score_flops(settings.windowed, given.sliding_window)))
+            timed = measurement(one, timings[one.name], settings.windowed, dtype, settings.threads)
+            measurements.append(replace(timed, flops=score_flops(settings.windowed, given.sliding_window)))
         metrics.append(
             Metric(
-                f"window {w} at T={settings.windowed.tokens}, {_name(dtype)}: times as fast as the full sweep",
+                f"window {w} at T={settings.windowed.tokens}, {type_name(dtype)}: times as fast as the full sweep",
                 ratio(timings[full.name], timings[windowed.name]),
                 "×",
                 at_least=6.0 if settings.with_targets else None,
@@ -239,12 +239,14 @@ def also_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
             least_seconds=settings.least_seconds,
         )
         for more in asked:
-            measurement = _measurement(benchmark, timings[more], shape, dtype, settings.threads)
-            measurements.append(replace(measurement, op=f"{benchmark.name}{more}"))
+            timed = measurement(benchmark, timings[more], shape, dtype, settings.threads)
+            measurements.append(replace(timed, op=f"{benchmark.name}{more}"))
             if more:
                 share = 100 * (ratio(timings[more], timings[""]) - 1)
                 limit = 10.0 if settings.with_targets and more != " and all of these" else None
-                metrics.append(Metric(f"{benchmark.name}{more}, {_name(dtype)}: more time", share, "%", at_most=limit))
+                metrics.append(
+                    Metric(f"{benchmark.name}{more}, {type_name(dtype)}: more time", share, "%", at_most=limit)
+                )
     return Part("also", tuple(measurements), tuple(metrics))
 
 
@@ -258,7 +260,7 @@ def threads_part(benchmark: Benchmark, settings: Settings, device: str) -> Part:
         least_seconds=settings.least_seconds,
     )
     measurements = tuple(
-        _measurement(benchmark, timings[str(threads)], settings.shape, torch.float32, threads) for threads in (1, 2)
+        measurement(benchmark, timings[str(threads)], settings.shape, torch.float32, threads) for threads in (1, 2)
     )
     speed_up = Metric(
         f"{benchmark.name}, two threads against one: times as fast",
@@ -274,7 +276,7 @@ def memory_part(benchmark: Benchmark, settings: Settings) -> Part:
     shape = replace(FULL, tokens=settings.memory_tokens)
     metrics = [
         Metric(
-            f"{benchmark.name} at T={shape.tokens}, {_name(dtype)}: memory beyond its inputs",
+            f"{benchmark.name} at T={shape.tokens}, {type_name(dtype)}: memory beyond its inputs",
             peak_extra_bytes(shape, dtype, benchmark.name, settings.threads) / 1e6,
             "MB",
             at_most=200.0 if settings.with_targets else None,
@@ -297,12 +299,17 @@ def part_json(part: Part) -> dict[str, object]:
     return {"measurements": measurements, "metrics": metrics}
 
 
-def _measurement(benchmark: Benchmark, timing: Timing, shape: Shape, dtype: torch.dtype, threads: int) -> Measurement:
+def measurement(benchmark: Benchmark, timing: Timing, shape: Shape, dtype: torch.dtype, threads: int) -> Measurement:
+    """Of an op by its times.
+
+    Raises:
+        ValueError: a time is not above 0.
+    """
     if not all(math.isfinite(seconds) and seconds > 0 for seconds in timing.seconds):
         raise ValueError(f"{benchmark.name} has times {timing.seconds}; each has to be above 0")
     return Measurement(
         op=benchmark.name,
-        dtype=_name(dtype),
+        dtype=type_name(dtype),
         shape=shape,
         threads=threads,
         seconds_median=timing.median,
@@ -315,5 +322,6 @@ def _measurement(benchmark: Benchmark, timing: Timing, shape: Shape, dtype: torc
     )
 
 
-def _name(dtype: torch.dtype) -> str:
+def type_name(dtype: torch.dtype) -> str:
+    """torch's name of it, without `torch.`."""
     return str(dtype).removeprefix("torch.")

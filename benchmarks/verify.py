@@ -5,7 +5,7 @@ The rule is flash attention's: the error may be at most twice that of a plain to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,14 +70,30 @@ def verify_also(benchmark: Benchmark, inputs: Inputs) -> None:
 
     exact, plain = of_reference(inputs.q.double(), inputs.k.double()), of_reference(inputs.q, inputs.k)
     for name in inputs.also:
-        wanted = getattr(exact, name)
-        error = relative_error(actual[name], wanted)
-        allowed = max(ALLOWED * relative_error(getattr(plain, name), wanted), FLOOR)
-        if error > allowed:
-            raise WrongResultError(
-                f"at {inputs.shape}, {inputs.q.dtype}:\n{benchmark.name}: {name} has error {error:.1e}, allowed is "
-                f"{allowed:.1e}"
-            )
+        _check(benchmark, inputs, name, actual[name], getattr(exact, name), getattr(plain, name))
+
+
+def verify_by_reference(benchmark: Benchmark, inputs: Inputs) -> None:
+    """Check all results of an op that takes its backend from the inputs, by the same rule, with its own by the
+    reference: exact in fp64, plain in fp32.
+
+    Raises:
+        WrongResultError: one is wrong.
+    """
+    of_reference = replace(inputs, backend="reference")
+    exact = benchmark.make(replace(of_reference, q=inputs.q.double(), k=inputs.k.double()))()
+    plain = benchmark.make(of_reference)()
+    for name, value in benchmark.make(inputs)().items():
+        _check(benchmark, inputs, name, value, exact[name], plain[name])
+
+
+def _check(benchmark: Benchmark, inputs: Inputs, name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+    error, allowed = relative_error(actual, exact), max(ALLOWED * relative_error(plain, exact), FLOOR)
+    if error > allowed:
+        raise WrongResultError(
+            f"at {inputs.shape}, {inputs.q.dtype}:\n{benchmark.name}: {name} has error {error:.1e}, allowed is "
+            f"{allowed:.1e}"
+        )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ROOT, suite
+from benchmarks import ROOT, given_lse, suite
 from benchmarks.implementations import Outputs
 from benchmarks.record import commit, machine, record_path
 from benchmarks.registry import REGISTRY
@@ -83,6 +83,15 @@ def test_record_holds_the_parts(record: dict[str, Any]) -> None:
         f"statistics{more}" for more in (*asked, " and all of these")
     ]
     assert [m["name"] for m in parts["also"]["metrics"]][:1] == ["statistics and max_logit, float32: more time"]
+    assert [m["op"] for m in parts["columns"]["measurements"]] == 2 * [
+        "columns_sum", "columns_max", "columns_sum_weighted", "columns_max_weighted",
+    ]  # fmt: skip
+    assert [m["op"] for m in parts["several_bands"]["measurements"]] == 2 * ["bands_one_by_one", "bands_at_once"]
+    at_once = parts["several_bands"]["measurements"][1]
+    assert at_once["flops"] == 2 * 32 * 4 * sum(min(t + 1, 101) for t in range(192))  # horizons reach 100 tokens
+    assert [m["name"] for m in parts["several_bands"]["metrics"]] == [
+        f"bands_at_once, {dtype}: times as fast as one by one" for dtype in ("float32", "bfloat16")
+    ]
     assert [m["threads"] for m in parts["threads"]["measurements"]] == [1, 2]
     assert all(metric["unit"] == "MB" and metric["value"] > 0 for metric in parts["memory"]["metrics"])
     metrics = [metric for part in parts.values() for metric in part["metrics"]]
@@ -125,6 +134,27 @@ def test_a_wrong_answer_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(WrongResultError, match="statistics: entropy has error"):
         suite.also_part(replace(right, make=make), QUICK, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("op", "part", "message"),
+    [
+        ("column_scores", given_lse.columns_part, "columns_sum: scores has error"),
+        ("attention_bands", given_lse.several_bands_part, "bands_at_once: (waad|fai) has error"),
+    ],
+)
+def test_a_wrong_op_with_a_given_lse_stops_the_run(
+    op: str, part: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(given_lse, op)
+
+    def wrong(*operands: Any, backend: str, **options: Any) -> Any:
+        result, factor = right(*operands, backend=backend, **options), 1.0 if backend == "reference" else 1.02
+        return tuple(factor * x for x in result) if isinstance(result, tuple) else factor * result
+
+    monkeypatch.setattr(given_lse, op, wrong)
+    with pytest.raises(WrongResultError, match=message):
+        part(QUICK, "cpu")
 
 
 def test_only_the_ops_asked_for(tmp_path: Path) -> None:
