@@ -17,13 +17,13 @@ from torch import Tensor
 
 from rhythm.kernels.arguments import PLAIN, Forms
 from rhythm.kernels.column_sweep import column_arguments, column_program, tile_arguments, weights
-from rhythm.kernels.launch import launch, run_with_tile
+from rhythm.kernels.launch import kernel_key, launch, run_with_tile
 from rhythm.kernels.mean_span import BlockSums, span_program
 from rhythm.kernels.narrow_bands import HALO, narrow, narrow_bands_kernel
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.softmax import Softmax
-from rhythm.kernels.tile_tables import KernelKey, Tile
-from rhythm.kernels.tiles import LOG2_E, dot, head_base, load_q, load_rows, padded_size, query_base, tma_compatible
+from rhythm.kernels.tile_tables import Tile
+from rhythm.kernels.tiles import LOG2_E, dot, head_base, load_q, load_rows, query_base, tma_compatible
 from rhythm.kernels.tuning import Sample
 
 
@@ -177,5 +177,5 @@ def bands(
         )
 
     name = "bands" if softmax is None else "column"
-    key = KernelKey(f"{name}_band" if near else name, q.element_size(), padded_size(q.shape[-1]))
+    key = kernel_key(f"{name}_band" if near else name, q, arguments)
     run_with_tile(key, q, k, tma_compatible(q), run, on_sample)

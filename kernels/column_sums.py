@@ -11,13 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rhythm.kernels.arguments import PLAIN, Forms
-from rhythm.kernels.bands import bands
 from rhythm.kernels.column_sweep import column_arguments, column_program, tile_arguments
-from rhythm.kernels.launch import launch, run_with_tile
+from rhythm.kernels.launch import kernel_key, launch, run_with_tile
 from rhythm.kernels.sequences import Sequences
 from rhythm.kernels.softmax import Softmax
-from rhythm.kernels.tile_tables import KernelKey, Tile
-from rhythm.kernels.tiles import padded_size, tma_compatible
+from rhythm.kernels.tile_tables import Tile
+from rhythm.kernels.tiles import tma_compatible
 from rhythm.kernels.tuning import Sample
 
 
@@ -67,21 +66,18 @@ def column_sums(
         launch(column_sums_kernel, programs, **arguments, **tile_arguments(q, tile, arguments))
 
     def on_sample(sample: Sample) -> None:
-        """The bands to the end, whose tile this is."""
-        waad, fai, lse_out = sample.results
-        bands(
+        sums, *_ = sample.results
+        column_sums(
             sample.q,
             sample.k,
             sample.lse,
             sample.sequences,
-            waad,
-            fai,
-            None if softmax is not None else lse_out,
+            sums,
             scale=scale,
-            window=1,
-            horizon=(0, None),
+            horizon=horizon,
+            reduce=reduce,
             softmax=None if softmax is None else sample.softmax,
         )
 
-    key = KernelKey("bands" if softmax is None else "column", q.element_size(), padded_size(q.shape[-1]))
+    key = kernel_key("column_sums", q, arguments)
     run_with_tile(key, q, k, tma_compatible(q), run, on_sample)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from rhythm.kernels.tile_tables import KernelKey, Tile, architecture, candidates, shared_memory
+from rhythm.kernels.tiles import padded_size
 from rhythm.kernels.tuning import Sample, autotuning, tuned
 
 T = TypeVar("T")
@@ -45,6 +46,12 @@ def run_with_tile(
             on_sample(sample)
 
     return [run(tuned(key, q, k, tiles, run_on_sample) if len(tiles) > 1 and autotuning() else tiles[0])]
+
+
+def kernel_key(kernel: str, q: Tensor, arguments: Mapping[str, Any]) -> KernelKey:
+    """What the tile of a call depends on; arguments: by name, as the kernel takes them."""
+    forms = (arguments.get(name) for name in ("rows", "sliding_window", "cap_scale", "sinks"))
+    return KernelKey(kernel, q.element_size(), padded_size(q.shape[-1]), all(form is None for form in forms))
 
 
 def options(tile: Tile, arguments: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from rhythm.kernels.arguments import PLAIN, Forms, common_arguments, scales
 from rhythm.kernels.column_sweep import larger, largest
-from rhythm.kernels.launch import launch, options, run_with_tile
+from rhythm.kernels.launch import kernel_key, launch, options, run_with_tile
 from rhythm.kernels.online import masked
-from rhythm.kernels.row_sweep import halves, row_sweep
+from rhythm.kernels.row_sweep import halves
 from rhythm.kernels.scores import capped_products, first_visible
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.softmax import Softmax
-from rhythm.kernels.tile_tables import KernelKey, Tile
+from rhythm.kernels.tile_tables import Tile
 from rhythm.kernels.tiles import (
     LN_2,
     LOG2_E,
@@ -33,7 +33,6 @@ from rhythm.kernels.tiles import (
     load_q,
     load_rows,
     load_tma,
-    padded_size,
     query_base,
     tma_compatible,
     tma_descriptor,
@@ -266,9 +265,18 @@ def row_answers(
         )
 
     def on_sample(sample: Sample) -> None:
-        """The row sweep, whose tile this is."""
-        lse, *_ = sample.results
-        row_sweep(sample.q, sample.k, None, sample.sequences, lse, scale=scale, softmax=sample.softmax)
+        row_answers(
+            sample.q,
+            sample.k,
+            sample.lse,
+            sample.sequences,
+            sample.lse.new_empty((len(names), *sample.lse.shape)),
+            names,
+            scale=scale,
+            first=first,
+            prompt_rows=prompt_rows,
+            softmax=None if softmax is None else sample.softmax,
+        )
 
-    key = KernelKey("row", q.element_size(), padded_size(q.shape[-1]))
+    key = kernel_key("row_answers", q, arguments)
     run_with_tile(key, q, k, tma_compatible(k), run, on_sample)

@@ -24,21 +24,20 @@ from torch import Tensor
 
 from rhythm.kernels.arguments import PLAIN, Forms, common_arguments, scales
 from rhythm.kernels.gluon_choice import chosen, gluon_module, tile_again, uncovered
-from rhythm.kernels.launch import launch, options, run_with_tile
+from rhythm.kernels.launch import kernel_key, launch, options, run_with_tile
 from rhythm.kernels.mean_span import BlockSums
 from rhythm.kernels.online import RowResults, masked, online_softmax_step, store_rows
 from rhythm.kernels.row_values import row_values_kernel
 from rhythm.kernels.scores import capped_products, first_visible
 from rhythm.kernels.sequences import Sequences, locate
 from rhythm.kernels.softmax import Softmax
-from rhythm.kernels.tile_tables import KernelKey, Tile
+from rhythm.kernels.tile_tables import Tile
 from rhythm.kernels.tiles import (
     STEEP,
     head_base,
     load_q,
     load_rows,
     load_tma,
-    padded_size,
     query_base,
     tma_compatible,
     tma_descriptor,
@@ -252,7 +251,7 @@ def row_sweep(
             softmax=None if softmax is None else sample.softmax,
         )
 
-    key = KernelKey("row" if v is None else "row_values", q.element_size(), padded_size(size))
+    key = kernel_key("row" if v is None else "row_values", q, arguments)
     tma = tma_compatible(k) and (v is None or tma_compatible(v))
     *_, sums = run_with_tile(key, q, k, tma, run, on_sample)
     return sums, out_SHD

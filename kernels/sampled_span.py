@@ -13,17 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from rhythm.kernels.arguments import PLAIN, Forms, common_arguments
-from rhythm.kernels.launch import launch, options, run_with_tile
+from rhythm.kernels.launch import kernel_key, launch, options, run_with_tile
 from rhythm.kernels.scores import capped_products, first_visible
 from rhythm.kernels.sequences import Sequences, extent
-from rhythm.kernels.tile_tables import KernelKey, Tile
+from rhythm.kernels.tile_tables import Tile
 from rhythm.kernels.tiles import (
     LOG2_E,
     finite_or_nan,
     gather_rows,
     head_base,
     load_rows,
-    padded_size,
     query_base,
     signed,
 )
@@ -99,7 +98,7 @@ def sampled_span(
     def on_sample(sample: Sample) -> None:
         sampled_span(sample.q, sample.k, sample.lse, sample.sequences, scale=scale, count=count)
 
-    key = KernelKey("sampled", q.element_size(), padded_size(q.shape[-1]))
+    key = kernel_key("sampled", q, arguments)
     *_, sums_BHN = run_with_tile(key, q, k, False, run, on_sample)
     return (sums_BHN.sum(dim=-1) / response_rows(sequences, q.device)[:, None].clamp(max=count)).float()
 

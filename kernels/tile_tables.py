@@ -11,7 +11,7 @@ import torch
 import triton
 
 # "column" is the bands after a row sweep, "bands" for a given lse; "_band" means narrow_bands.py's kernel.
-KERNELS = ("row", "row_values", "column", "column_band", "bands", "bands_band", "sampled")
+KERNELS = ("row", "row_values", "column", "column_band", "bands", "bands_band", "sampled", "column_sums", "row_answers")
 
 
 class Tile(NamedTuple):
@@ -42,11 +42,13 @@ class KernelKey:
         kernel: one of KERNELS.
         itemsize: bytes per element of q.
         padded: head size, padded to a power of two.
+        plain: whether attention has no sliding window, softcap or sink, and q as many rows as k.
     """
 
     kernel: str
     itemsize: int
     padded: int
+    plain: bool = True
 
     @property
     def group(self) -> str:
@@ -87,6 +89,7 @@ AMPERE = {
         "half128": [Tile(64, 128, 8, 3), Tile(64, 128, 4, 3), Tile(32, 128, 4, 3)],
         "half256": [Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)],
     },
+    "row_answers": {"float128": [Tile(32, 32, 4, 1)]},
 }
 # Two programs of 128 registers per thread and about 100 kB share a multiprocessor: while one waits for its product, the
 # other computes exponentials. With values there is room for one. Without a limit Triton takes 132 to 160 registers for
@@ -142,28 +145,64 @@ BLACKWELL = HOPPER | {
         "half128": [Tile(64, 128, 8, 3, TMA), Tile(64, 128, 8, 3), Tile(64, 64, 4, 3, TMA)],
         "half256": HOPPER["column"]["half256"],
     },
-    "column_band": BAND,
-    "bands_band": BAND,
+    "column_band": {"half256": BAND["half256"][:1]},
+    "bands_band": {"half256": BAND["half256"][:1]},
 }
 # Small tiles, so that short sequences reach every loop.
 INTERPRETER = {
     kernel: {group: [Tile(32, 32, 1, 1)] for group in ("half128", "half256", "float128", "float256")}
     for kernel in KERNELS
 }
+# Per thread 8 warps of 64 lanes leave 256 registers, which these need all, 4 leave 512.
+CDNA_FLOAT = [Tile(32, 32, 4, 1)]
+CDNA = {
+    "row": {"float128": CDNA_FLOAT},
+    "row_values": {"half256": [Tile(32, 32, 4, 2)]},
+    "column": {"float128": CDNA_FLOAT},
+    "column_band": {"float128": CDNA_FLOAT},
+    "bands_band": {"float128": CDNA_FLOAT},
+    "sampled": {"float128": CDNA_FLOAT},
+}
+# The largest weights need more registers than sums do.
+SUMS_FLOAT = {"float256": [Tile(16, 32, 4, 1)]}
+
+
+def _merged(
+    one: Mapping[str, dict[str, list[Tile]]], other: Mapping[str, dict[str, list[Tile]]]
+) -> dict[str, dict[str, list[Tile]]]:
+    """The tiles of both by kernel and group; where both have some, the other's."""
+    return {kernel: one.get(kernel, {}) | other.get(kernel, {}) for kernel in one.keys() | other.keys()}
 
 
 def _joined(half: Mapping[str, dict[str, list[Tile]]]) -> dict[str, dict[str, list[Tile]]]:
-    others = FLOATS | {"column_band": BAND, "bands_band": BAND}
+    """A table of all kernels. Column sums and answers of rows run with the first tile of columns and of rows, if they
+    have none of their own: the others are compared for the kernels that they were made for.
+    """
+    others = FLOATS | {"column_band": BAND, "bands_band": BAND, "sampled": SAMPLED}
     table = {kernel: groups | half.get(kernel, {}) for kernel, groups in others.items()}
-    return table | {"bands": table["column"], "sampled": SAMPLED}
+    first = {kernel: {group: tiles[:1] for group, tiles in table[kernel].items()} for kernel in ("row", "column")}
+    return table | {
+        "bands": table["column"],
+        "column_sums": first["column"] | SUMS_FLOAT,
+        "row_answers": first["row"] | half.get("row_answers", {}),
+    }
 
 
 TABLES = {
     "sm_80": _joined(AMPERE),
     "sm_90": _joined(HOPPER) | {"row_gluon": {"half128": [HOPPER_GLUON]}},
     "sm_100": _joined(BLACKWELL),
-    "gfx942": _joined(AMPERE),
+    "gfx942": _joined(_merged(AMPERE, CDNA)),
     "interpreter": INTERPRETER,
+}
+# What runs with forms of attention other than plain where the table's first tile would spill: masks take registers, and
+# tanh does.
+FORM_TILES: dict[str, dict[str, dict[str, Tile]]] = {
+    "sm_100": {
+        "row_values": {"half128": Tile(128, 64, 8, 3, TMA), "half256": Tile(64, 32, 8, 1)},
+        "column_sums": {"half256": Tile(64, 64, 8, 2)},
+    },
+    "gfx942": {"row_values": {"half128": Tile(64, 32, 4, 2)}},
 }
 
 
@@ -194,13 +233,21 @@ def needed_memory(tile: Tile, key: KernelKey) -> int:
     return (resident + tile.stages * operands * streamed) * key.padded * key.itemsize
 
 
+def tiles_of(table: str, key: KernelKey) -> list[Tile]:
+    """The table's tiles for a kernel; with forms of attention other than plain only one."""
+    tiles = TABLES[table][key.kernel][key.group]
+    if key.plain:
+        return tiles
+    return [FORM_TILES.get(table, {}).get(key.kernel, {}).get(key.group, tiles[0])]
+
+
 def candidates(table: str, key: KernelKey, memory: int, tma: bool) -> list[Tile]:
     """The tiles of the table that fit into `memory` bytes; without `tma` all of them load by threads, which takes more
     registers than the limits of the others allow.
 
     If none fits: the smallest, with one stage.
     """
-    tiles = TABLES[table][key.kernel][key.group]
+    tiles = tiles_of(table, key)
     if not tma:
         tiles = [tile._replace(tma=False, max_registers=None) if tile.tma else tile for tile in tiles]
     fitting = [tile for tile in dict.fromkeys(tiles) if needed_memory(tile, key) <= memory]

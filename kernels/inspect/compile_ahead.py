@@ -46,7 +46,7 @@ from rhythm.kernels.inspect.sass import Binary, amd_binary, nvidia_binary
 from rhythm.kernels.launch import compiling, forced
 from rhythm.kernels.sequences import Sequences
 from rhythm.kernels.softmax import Softmax
-from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile
+from rhythm.kernels.tile_tables import TABLES, KernelKey, Tile, tiles_of
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,11 +56,12 @@ ARCHITECTURES = {
 }
 ANSWERS = {"row_largest": ("max_logit", "top1"), "row_entropy": ("entropy",), "row_mass": ("prompt_mass",)}
 """Kernels of row_answers.py: each by the names that it is asked for."""
-SHARED_TILES = {"column_max": "column", "column_weighted": "column"} | dict.fromkeys(ANSWERS, "row")
-"""Kernels that run with the tile of another: its default is compiled, for plain attention and for all forms at once."""
+VARIANTS = {"column_max": "column_sums", "column_weighted": "column_sums"} | dict.fromkeys(ANSWERS, "row_answers")
+"""Kernels by what is asked of them, each with its name in the tile tables: compiled for plain attention and for all
+forms at once."""
 OF_PRODUCTS = ("column_max", "row_largest")
 """Kernels whose steady loop has a maximum for each score, and no exponential."""
-KERNELS = (*tile_tables.KERNELS, *SHARED_TILES, "row_gluon", "results")
+KERNELS = (*(name for name in tile_tables.KERNELS if name not in VARIANTS.values()), *VARIANTS, "row_gluon", "results")
 WITHOUT_TILES = ("results",)
 PLAIN_ONLY = ("row_gluon", "results")
 """Kernels that other forms of attention don't have."""
@@ -184,7 +185,7 @@ def compile_kernel(
     arch: str, kernel: str, dtype: str, head_size: int, tiles: Sequence[Tile] | None = None, form: str = "plain"
 ) -> Iterator[Report]:
     """Compiles one of KERNELS with the given tiles, or with all of the architecture's table, in that order."""
-    table = _table(arch, kernel, dtype, head_size)
+    table = _table(arch, kernel, dtype, head_size, form)
     # A kernel without tiles is compiled once.
     chosen: list[Tile | None] = [*(table if tiles is None else tiles)] or [None]
     for tile in chosen:
@@ -203,12 +204,10 @@ def _always(tiles: list[Tile], key: KernelKey) -> list[Tile]:
     return tiles
 
 
-def _table(arch: str, kernel: str, dtype: str, head_size: int) -> list[Tile]:
+def _table(arch: str, kernel: str, dtype: str, head_size: int, form: str = "plain") -> list[Tile]:
     """The tiles of a kernel; none if it has none, or is not for the architecture, the type or the size."""
-    if kernel in WITHOUT_TILES:
-        return []
-    kernel = SHARED_TILES.get(kernel, kernel)
-    return TABLES[arch].get(kernel, {}).get(KernelKey(kernel, DTYPES[dtype].itemsize, head_size).group, [])
+    key = KernelKey(VARIANTS.get(kernel, kernel), DTYPES[dtype].itemsize, head_size, form == "plain")
+    return tiles_of(arch, key) if key.group in TABLES[arch].get(key.kernel, {}) else []
 
 
 def jit_functions() -> list[Any]:
@@ -327,16 +326,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(HEADER)
         for kernel, form in product(kernels, forms):
             with_tiles = kernel not in WITHOUT_TILES
-            if form != "plain" and (kernel in PLAIN_ONLY or (kernel in SHARED_TILES and form != "all")):
+            if form != "plain" and (kernel in PLAIN_ONLY or (kernel in VARIANTS and form != "all")):
                 continue
             if kernel == "row_gluon" and (reason := gluon_absent()) is not None:
                 parser.error(f"row_gluon does not compile here: {reason}; --kernels chooses others")
             for dtype in dtypes if with_tiles else ["fp32"]:
                 for size in map(int, sizes if with_tiles else sizes[:1]):
-                    table = _table(arch, kernel, dtype, size)
+                    table = _table(arch, kernel, dtype, size, form)
                     if with_tiles and not table:
                         continue
-                    tiles = table[:1] if options.defaults or form != "plain" or kernel in SHARED_TILES else None
+                    tiles = table[:1] if options.defaults else None
                     for report in compile_kernel(arch, kernel, dtype, size, tiles, form):
                         print(_row(report), flush=True)
                         reports.append(report)

@@ -17,10 +17,19 @@ pytest.importorskip("triton", reason="needs the extra triton")
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from rhythm import attention_statistics, attention_with_statistics
+from rhythm import attention_statistics, attention_with_statistics, column_scores
 from rhythm.kernels import tuning
-from rhythm.kernels.launch import options, run_with_tile
-from rhythm.kernels.tile_tables import KERNELS, TABLES, KernelKey, Tile, architecture, candidates, needed_memory
+from rhythm.kernels.launch import kernel_key, options, run_with_tile
+from rhythm.kernels.tile_tables import (
+    FORM_TILES,
+    KERNELS,
+    TABLES,
+    KernelKey,
+    Tile,
+    architecture,
+    candidates,
+    needed_memory,
+)
 from rhythm.kernels.tuning import Sample
 
 pytestmark = pytest.mark.triton
@@ -57,6 +66,24 @@ def test_columns_to_the_end_are_held_to_two_programs_a_multiprocessor() -> None:
         assert (first.max_registers, options(first)["maxnreg"]) == (128, 128)
         assert candidates("sm_100", KernelKey(kernel, 2, 128), 227 * KB, tma=True)[0].max_registers is None
     assert options(FAST) == {"num_warps": 1, "num_stages": 1}  # AMD's compiler refuses even a None
+
+
+def test_forms_of_attention_run_with_one_tile() -> None:
+    """The first of the table, or their own where that would spill."""
+    plain, forms = KernelKey("row_values", 2, 128), KernelKey("row_values", 2, 128, plain=False)
+    assert len(candidates("sm_100", plain, 227 * KB, tma=True)) == 3
+    assert candidates("sm_100", forms, 227 * KB, tma=True) == [FORM_TILES["sm_100"]["row_values"]["half128"]]
+    assert candidates("sm_90", forms, 227 * KB, tma=True) == candidates("sm_90", plain, 227 * KB, tma=True)[:1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"rows": 8}, {"sliding_window": 5}, {"cap_scale": 0.1}, {"sinks": torch.ones(2)}]
+)
+def test_a_call_with_a_form_is_not_plain(arguments: dict[str, Any]) -> None:
+    q = torch.empty(9, 2, 80, dtype=torch.bfloat16)
+    none = dict.fromkeys(("rows", "sliding_window", "cap_scale", "sinks"))
+    assert kernel_key("row", q, none) == KernelKey("row", 2, 128)
+    assert kernel_key("row", q, none | arguments) == KernelKey("row", 2, 128, plain=False)
 
 
 @pytest.mark.parametrize("arch", TABLES)
@@ -153,7 +180,7 @@ def test_tiles_are_timed_on_a_sample_of_one_length(timed: list[Tile], monkeypatc
         assert {x.shape for x in (sample.lse, *sample.results)} == {(2, 8192)}
 
 
-@pytest.mark.parametrize("kernel", ["row", "row_values", "column", "column_band", "bands", "bands_band", "sampled"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_every_launcher_races_itself(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile runs, on a sample of 96 tokens."""
     monkeypatch.setenv("RHYTHM_AUTOTUNE", "1")
@@ -167,7 +194,7 @@ def test_every_launcher_races_itself(kernel: str, monkeypatch: pytest.MonkeyPatc
             run(sample, tile)
         keys.append(key)
         assert sample.results[0].isfinite().all()
-        if kernel not in ("row", "sampled"):
+        if kernel not in ("row", "sampled", "row_answers"):
             assert (sample.results[0] != 9.5).any()
         return tiles[0]
 
@@ -177,6 +204,10 @@ def test_every_launcher_races_itself(kernel: str, monkeypatch: pytest.MonkeyPatc
     lse = torch.arange(1.0, 41).log().expand(2, 40)
     if kernel == "row_values":
         attention_with_statistics(q, q, q, backend="triton")
+    elif kernel == "column_sums":
+        column_scores(q, q, reduce="max", backend="triton")
+    elif kernel == "row_answers":
+        attention_statistics(q, q, also=("entropy", "top1"), backend="triton")
     elif kernel == "sampled":
         attention_statistics(q, q, lse=lse, span_rows=4, backend="triton")
     else:
