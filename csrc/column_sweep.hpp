@@ -3,6 +3,7 @@
 // within the windows. No sum is shared between tasks, so results don't depend on their order.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "row_sweep.hpp"
@@ -117,7 +118,7 @@ void sweep_columns(const Problem& p, const ColumnTask& task, float* workspace) {
     // Rows beyond the sliding window count in the mean, but their weights are 0.
     const int64_t hi = least(horizon.hi == to_the_end ? last_row : least(horizon.hi, last_row), p.sliding_window - 1);
     bands[i] = {columns + i * column_chunk, horizon.lo, hi};
-    for (int64_t j = 0; j < column_chunk; ++j) bands[i].columns[j] = largest ? -INFINITY : 0.0f;
+    std::fill_n(columns + i * column_chunk, ceil_div(key_end - key_begin, panel) * panel, largest ? -INFINITY : 0.0f);
     if (horizon.lo > hi) continue;
     row_begin = least(row_begin, most(s.prompt, key_begin + horizon.lo));
     row_end = most(row_end, least(last_row, key_end - 1 + hi) + 1);

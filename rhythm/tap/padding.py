@@ -274,6 +274,12 @@ class PaddedBatch:
         """(row, position) of every token, int64 [N] each, row after row."""
         return self._places(torch.zeros_like(self.lens), sum(self.host.lens))
 
+    @cached_property
+    def _flat_places(self) -> Tensor:
+        """int64 [N], `places` in rows put one after the other: faster than two indices."""
+        row_N, position_N = self.places
+        return row_N * self.real.shape[1] + position_N
+
     @property
     def drawn_places(self) -> tuple[Tensor, Tensor]:
         """(row, position) of every response token with a token before it, int64 [n] each, row after row."""
@@ -283,12 +289,12 @@ class PaddedBatch:
 
     def packed(self, x_BTX: Tensor) -> Tensor:
         """[N, …] of [B, T, …], the padding left out."""
-        return x_BTX[self.places]
+        return x_BTX.flatten(0, 1).index_select(0, self._flat_places)
 
     def padded(self, x_NX: Tensor, on_padding: float) -> Tensor:
         """[B, T, …] of packed [N, …]."""
         x_BTX = x_NX.new_full((*self.real.shape, *x_NX.shape[1:]), on_padding)
-        x_BTX[self.places] = x_NX
+        x_BTX.flatten(0, 1).index_copy_(0, self._flat_places, x_NX)
         return x_BTX
 
     def to(self, device: torch.device) -> PaddedBatch:

@@ -3,7 +3,8 @@
 torch's fused attention works in tiles made for long sequences, and the key heads are copied once per query head for it
 as soon as there is a mask. Here query heads that share a key head are rows of one product, and nothing is copied.
 
-Shape suffixes: B sequences, H query heads, G key heads, g = H / G, T queries, S keys, D head size.
+Shape suffixes: B sequences, H query heads, G key heads, g = H / G, T queries, S keys, D head size, E value head size;
+N = B · G products of R = g · T rows.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rhythm.tap.attention_lse import SHORT_ATTENTION as _NAME
 
-LONGEST = 48
-"""Most keys of a sequence whose queries come together, as in training; beyond them torch's kernel is faster. A single
-query, as in generation, may have any number.
+LARGEST = 48 * 48
+"""Most pairs of query and key in a sequence; beyond them torch's kernel is faster. A single query, as in generation,
+may have any number of keys.
 """
 
 
 @contextmanager
 def short_attention(model: Any) -> Iterator[None]:
-    """While open, sdpa attention on the CPU is computed by products for single queries and for sequences up to LONGEST
+    """While open, sdpa attention on the CPU is computed by products for single queries and for sequences up to LARGEST
     in fp32, and without copies of keys and values for single queries in other types. Other calls are sdpa's, and so is
     all attention of a model with another implementation, or whose backward pass computes activations again: that pass
     comes after the context.
@@ -66,7 +67,7 @@ def _attention(
     plain = dropout == 0 and options.get("position_bias") is None and options.get("cache") is None
     masked = single if attention_mask is None else attention_mask.dtype == torch.bool
     exact = query_BHTD.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not (plain and masked and (single or (exact and key_BGSD.shape[2] <= LONGEST))):
+    if not (plain and masked and (single or (exact and query_BHTD.shape[2] * key_BGSD.shape[2] <= LARGEST))):
         result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query_BHTD, key_BGSD, value_BGSD, attention_mask, dropout=dropout, scaling=scaling, **options
         )
@@ -74,16 +75,20 @@ def _attention(
     if not exact:  # the products would round the scores
         return _grouped(query_BHTD, key_BGSD, value_BGSD, attention_mask, scaling), None
     batch, heads, queries, size = query_BHTD.shape
-    groups = key_BGSD.shape[1]
-    scaled_BHTD = query_BHTD * (size**-0.5 if scaling is None else scaling)
-    score_BHTS = (scaled_BHTD.reshape(batch, groups, -1, size) @ key_BGSD.transpose(2, 3)).view(
-        batch, heads, queries, -1
-    )
-    if attention_mask is not None:
-        score_BHTS.masked_fill_(~attention_mask, torch.finfo(score_BHTS.dtype).min)
-    weight_BHTS = score_BHTS.softmax(dim=-1)
-    out_BHTD = (weight_BHTS.view(batch, groups, heads // groups * queries, -1) @ value_BGSD).view(query_BHTD.shape)
-    return out_BHTD.transpose(1, 2).contiguous(), None
+    groups, keys = key_BGSD.shape[1:3]
+    scale = size**-0.5 if scaling is None else scaling
+    query_NRD = query_BHTD.reshape(batch * groups, -1, size)
+    key_NDS = key_BGSD.reshape(batch * groups, keys, size).transpose(1, 2)
+    if attention_mask is None:
+        score_NRS = (scale * query_NRD) @ key_NDS
+    else:
+        # The product is added to the mask, which takes neither a pass of its own nor a gradient.
+        hidden = torch.finfo(query_BHTD.dtype).min
+        mask_BHTS = query_BHTD.new_zeros(attention_mask.shape).masked_fill_(~attention_mask, hidden)
+        mask_NRS = mask_BHTS.expand(batch, heads, queries, keys).reshape(batch * groups, -1, keys)
+        score_NRS = torch.baddbmm(mask_NRS, query_NRD, key_NDS, alpha=scale)
+    out_NRE = score_NRS.softmax(dim=-1) @ value_BGSD.reshape(batch * groups, keys, -1)
+    return out_NRE.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
 def _grouped(

@@ -17,7 +17,7 @@ from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.logprobs import padded_states
 from rhythm.engines.local.packed import packed_states, packing_refusal
-from rhythm.tap.attention_form import UnsupportedAttention
+from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.signals_config import SignalsConfig
 
@@ -99,17 +99,47 @@ def test_states_and_gradients_are_those_of_padded_rows(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
+def two_prompts(make_rollout: Callable[..., Rollout]) -> Rollout:
+    """Rows 0 and 2 answer one prompt, 1 and 3 the other."""
+    rollout = make_rollout((5, 5, 7, 7), (4, 9, 1, 6))
+    rollout.input_ids[1, :5], rollout.input_ids[3, :7] = rollout.input_ids[0, :5], rollout.input_ids[2, :7]
+    return take_rows(rollout, torch.tensor([2, 0, 3, 1]))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("build", [qwen3, mistral, gemma2, gpt2])
 def test_a_prompt_packed_once_has_the_gradients_of_all_its_rows(
-    build: Callable[[], Any], make_rollout: Callable[..., Rollout]
+    build: Callable[[], Any], implementation: str, make_rollout: Callable[..., Rollout]
 ) -> None:
-    model, rollout = made(build), make_rollout((5, 5, 7, 7), (4, 9, 1, 6))
-    rollout.input_ids[1, :5], rollout.input_ids[3, :7] = rollout.input_ids[0, :5], rollout.input_ids[2, :7]
-    mixed = take_rows(rollout, torch.tensor([2, 0, 3, 1]))
+    model, mixed = made(build, implementation), two_prompts(make_rollout)
     expected = states_and_gradients(model, padded_states, mixed)
     actual = states_and_gradients(model, partial(packed_states, share_prompts=True), mixed)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_prompt_packed_once_is_once_in_attention(
+    make_rollout: Callable[..., Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts of 7 and 5 tokens, and four responses, the longest of 9; a tap's layer gets whole rows."""
+    model, mixed = made(qwen3), two_prompts(make_rollout)
+    queries: list[tuple[int, int]] = []
+    run = AttentionCall.run
+
+    def counted(call: AttentionCall) -> Any:
+        queries.append((call.query.shape[0], call.query.shape[2]))
+        return run(call)
+
+    monkeypatch.setattr(AttentionCall, "run", counted)
+    tap = AttentionTap(
+        model,
+        attention_mask=mixed.attention_mask,
+        prompt_lens=mixed.prompt_lens,
+        signals=SignalsConfig(layers=[1], horizon=(2, 6)),
+    )
+    with torch.no_grad():
+        packed_states(model, mixed, tap, share_prompts=True)
+    assert queries == [(2, 7), (4, 9), (4, 14), (2, 7), (4, 9), (2, 7), (4, 9)]
 
 
 def test_a_row_has_the_same_states_in_any_company(make_rollout: Callable[..., Rollout]) -> None:
