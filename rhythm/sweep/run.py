@@ -73,8 +73,10 @@ class _Process:
 def left(plan: Sequence[PlannedRun], results: Results, directory: Path) -> list[PlannedRun]:
     """The planned runs that have no results yet.
 
-    Raises ValueError where a row was made with other settings than the sweep now has: they must not be mixed.
+    Raises ValueError where rows must not be mixed: one was made with other settings than the sweep now has, or methods
+    of a seed began with different weights.
     """
+    _check_starts(plan, results, directory)
     todo = []
     for run in plan:
         row = results.row(run.method, run.seed)
@@ -88,6 +90,28 @@ def left(plan: Sequence[PlannedRun], results: Results, directory: Path) -> list[
     return todo
 
 
+def _check_starts(plan: Sequence[PlannedRun], results: Results, directory: Path) -> None:
+    """A seed's methods are compared in pairs, so they must begin with the same weights. A warm start is the same on the
+    same kind of machine only; on CPUs another one shows in the accuracy before training.
+    """
+    if torch.cuda.is_available():  # the same weights may then give other accuracies
+        return
+    began: dict[str, dict[float, list[str]]] = {}
+    for run in plan:
+        row = results.row(run.method, run.seed)
+        if row is None or run.config.model.path is not None:
+            continue
+        start = run.config.model_dump_json(include={"model", "warm_start", "task", "sampling", "evaluation"})
+        began.setdefault(start, {}).setdefault(row.start, []).append(run.name)
+    for starts in began.values():
+        if len(starts) > 1:
+            groups = "; ".join(f"{accuracy:.2%} ({', '.join(names)})" for accuracy, names in starts.items())
+            raise ValueError(
+                f"{directory}/runs.csv: runs of the same warm start began at different accuracies: {groups}. Another "
+                "machine gives other weights: delete the rows of all but one accuracy, and those runs are run again"
+            )
+
+
 def run_sweep(sweep: SweepConfig, plan: Sequence[PlannedRun], console: Console | None = None) -> SweepOutcome:
     """Trains what is left of `plan`, at most `jobs` runs at once, each in its directory below sweep.runs.
 
@@ -96,7 +120,7 @@ def run_sweep(sweep: SweepConfig, plan: Sequence[PlannedRun], console: Console |
 
     Raises:
         DirectoryLockedError: another sweep works in sweep.runs or sweep.results.
-        ValueError: see `left` and `read_results`.
+        ValueError: see `left` and `read_results`; also as soon as a run ends that began unlike the others of its seed.
         OSError: a file can't be written.
     """
     with lock_directory(sweep.runs), lock_directory(sweep.results):
@@ -123,6 +147,7 @@ def run_sweep(sweep: SweepConfig, plan: Sequence[PlannedRun], console: Console |
                         running.remove(ended)
                         free.append(ended.device)
                         _finish(sweep, ended, outcome, progress)
+                        _check_starts(plan, outcome.results, sweep.results)
                     progress.update([process.run for process in running])
                 _stop(running)
             outcome.stopped_by = interrupts.received

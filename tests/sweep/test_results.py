@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ def planned(tmp_path: Path, **keys: object) -> list[PlannedRun]:
 
 def run_row(run: PlannedRun, final: float) -> RunRow:
     return RunRow(run.method, run.seed, 0.1, final, final, 240, 1000, 60.0, 0.2, "abc", run.settings)
+
+
+def test_a_seeds_methods_must_begin_with_the_same_weights(tmp_path: Path) -> None:
+    runs = planned(tmp_path)
+    rows = [run_row(run, 0.3) for run in runs]
+    other_seed = replace(rows[2], start=0.2), replace(rows[3], start=0.2)
+    assert left(runs, Results((*rows[:2], *other_seed)), tmp_path) == []
+    apart = Results((rows[0], replace(rows[1], start=0.1005), *other_seed))
+    with pytest.raises(ValueError, match=r"different accuracies: 10\.00% \(grpo-3\); 10\.05% \(coupled-3\)"):
+        left(runs, apart, tmp_path)
+
+
+def test_methods_of_other_warm_starts_may_begin_apart(tmp_path: Path) -> None:
+    runs = planned(tmp_path, methods={"grpo": {}, "longer": {"warm_start.steps": 900}}, seeds=(3,))
+    grpo, longer = (run_row(run, 0.3) for run in runs)
+    assert left(runs, Results((grpo, replace(longer, start=0.3))), tmp_path) == []
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
