@@ -222,18 +222,23 @@ class _PaddedAttention:
         # Positions of the packed row: they would have flash attention look for rows in it.
         call = replace(call, options={name: value for name, value in call.options.items() if name != "position_ids"})
         tap = self._tap if self._tap is not None and call.layer in self._tap.layers else None
-        if tap is not None or call.implementation not in _CUT_MASKS or len(self._parts[0]) == 1:
+        parts, place_T = self._parts
+        if len(parts) == 1 or call.implementation not in _CUT_MASKS:
             (rows,), place_T = self._whole
             padded = rows.padded(call, self._masks[kind], heads_first=False)
-            outputs = [padded.run() if tap is None else tap.receive(padded)]
-        else:
-            parts, place_T = self._parts
-            if kind not in self._masks_of_parts:
-                self._masks_of_parts[kind] = [rows.mask(self._masks[kind]) for rows in parts]
-            masks = self._masks_of_parts[kind]
-            outputs = [rows.padded(call, mask, heads_first=True).run() for rows, mask in zip(parts, masks, strict=True)]
-        output_PHD = torch.cat([output.flatten(0, 1) for output, _ in outputs])
-        return output_PHD.index_select(0, place_T)[None], None
+            output_bQHD, _ = padded.run() if tap is None else tap.receive(padded)
+            return output_bQHD.flatten(0, 1).index_select(0, place_T)[None], None
+        if kind not in self._masks_of_parts:
+            self._masks_of_parts[kind] = [rows.mask(self._masks[kind]) for rows in parts]
+        masks = self._masks_of_parts[kind]
+        outputs = [rows.padded(call, mask, heads_first=True).run() for rows, mask in zip(parts, masks, strict=True)]
+        output_THD = torch.cat([output.flatten(0, 1) for output, _ in outputs]).index_select(0, place_T)
+        if tap is not None:
+            (rows,), _ = self._whole
+            # The output is computed as without a tap, bit for bit, and shown to it in whole rows; no lse with it.
+            padded = rows.padded(call, self._masks[kind], heads_first=False)
+            tap.receive(replace(padded, function=lambda *_, **__: (output_THD[rows.query_bQ], None)))
+        return output_THD[None], None
 
 
 def _masks(config: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:

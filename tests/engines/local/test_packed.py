@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Rollout
 from rhythm.engines.local.logprobs import padded_states
 from rhythm.engines.local.packed import packed_states, packing_refusal
-from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
+from rhythm.tap.attention_form import UnsupportedAttention
 from rhythm.tap.attention_tap import AttentionTap
 from rhythm.tap.signals_config import SignalsConfig
 
@@ -121,25 +122,32 @@ def test_a_prompt_packed_once_has_the_gradients_of_all_its_rows(
 def test_a_prompt_packed_once_is_once_in_attention(
     make_rollout: Callable[..., Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two prompts of 7 and 5 tokens, and four responses, the longest of 9; a tap's layer gets whole rows."""
+    """Two prompts of 7 and 5 tokens, and four responses, the longest of 9. A tap changes no bit, and reads all rows."""
     model, mixed = made(qwen3), two_prompts(make_rollout)
     queries: list[tuple[int, int]] = []
-    run = AttentionCall.run
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def counted(call: AttentionCall) -> Any:
-        queries.append((call.query.shape[0], call.query.shape[2]))
-        return run(call)
+    def counted(module: Any, query: Tensor, *args: Any, **options: Any) -> Any:
+        queries.append((query.shape[0], query.shape[2]))
+        return own(module, query, *args, **options)
 
-    monkeypatch.setattr(AttentionCall, "run", counted)
-    tap = AttentionTap(
-        model,
-        attention_mask=mixed.attention_mask,
-        prompt_lens=mixed.prompt_lens,
-        signals=SignalsConfig(layers=[1], horizon=(2, 6)),
-    )
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", counted)
+
+    def tap() -> AttentionTap:
+        options = SignalsConfig(layers=[1, 3], horizon=(2, 6))
+        return AttentionTap(model, attention_mask=mixed.attention_mask, prompt_lens=mixed.prompt_lens, signals=options)
+
+    shared, of_all = tap(), tap()
     with torch.no_grad():
-        packed_states(model, mixed, tap, share_prompts=True)
-    assert queries == [(2, 7), (4, 9), (4, 14), (2, 7), (4, 9), (2, 7), (4, 9)]
+        alone = packed_states(model, mixed, share_prompts=True)
+        assert queries == [(2, 7), (4, 9)] * 4
+        tapped = packed_states(model, mixed, shared, share_prompts=True)
+        assert queries == [(2, 7), (4, 9)] * 8
+        packed_states(model, mixed, of_all)
+    assert torch.equal(tapped, alone)
+    expected, actual = of_all.statistics(), shared.statistics()
+    for name in ("span", "waad", "fai"):
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_has_the_same_states_in_any_company(make_rollout: Callable[..., Rollout]) -> None:
