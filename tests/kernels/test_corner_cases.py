@@ -1,4 +1,4 @@
-"""The table of unusual inputs, with the Triton kernels; each case takes about 3 s in the interpreter.
+"""The table of unusual inputs, with the Triton kernels; each case takes about a second in the interpreter.
 
 Comparisons with the reference's lse given stop where fp32 can't hold an answer (Case.bands), as for every backend.
 """

@@ -1,7 +1,8 @@
 """Forward passes over rows packed into one, without padding: only attention pads them, and it alone sees rows at all.
 
 A prompt that several rows share may be packed once. Its tokens see nothing of the responses, so that their states are
-the same in every row, and gradients of all rows add up in them. Attention, too, gets it once as queries.
+the same in every row, and gradients of all rows add up in them. Short rows' attention on a CPU gets it once as queries,
+too; of longer rows causal attention computes half of the map, which needs no mask either.
 
 Each attention call of the model is passed on for the padded rows, to the model's own attention function with the masks
 that transformers makes for them, so that sliding windows and capped scores stay what they are.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rhythm.engines.interfaces import Rollout
+from rhythm.engines.local.short_attention import LARGEST
 from rhythm.tap.attention_form import AttentionCall, UnsupportedAttention
 from rhythm.tap.attention_lse import SHORT_ATTENTION
 from rhythm.tap.attention_tap import AttentionTap
@@ -209,8 +211,11 @@ class _PaddedAttention:
         self._kinds = layer_kinds(self._config)
         self._tap = tap
         self._whole = self._parts = _whole_rows(tokens)
-        if tokens.shared_prompt_lens is not None:
-            self._parts = _prompts_and_responses(tokens, tokens.shared_prompt_lens)
+        prompt_lens_B = tokens.shared_prompt_lens
+        if prompt_lens_B is not None and prompt_lens_B.device.type == "cpu":
+            (_, responses), _ = split = _prompts_and_responses(tokens, prompt_lens_B)
+            if responses.query_bQ.shape[1] * responses.key_bS.shape[1] <= LARGEST:
+                self._parts = split
         masks = _masks(self._config, tokens.kept_BW.shape, model.dtype, model.device)
         self._masks = masks if isinstance(masks, dict) else dict.fromkeys(_KINDS, masks)
         self._masks_of_parts: dict[str, list[Any]] = {}

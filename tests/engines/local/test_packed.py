@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm.engines.batches import take_rows
 from rhythm.engines.interfaces import Rollout
+from rhythm.engines.local import packed
 from rhythm.engines.local.logprobs import padded_states
 from rhythm.engines.local.packed import packed_states, packing_refusal
 from rhythm.tap.attention_form import UnsupportedAttention
@@ -144,6 +145,11 @@ def test_a_prompt_packed_once_is_once_in_attention(
         tapped = packed_states(model, mixed, shared, share_prompts=True)
         assert queries == [(2, 7), (4, 9)] * 8
         packed_states(model, mixed, of_all)
+        monkeypatch.setattr(packed, "LARGEST", 9 * 14 - 1)
+        queries.clear()
+        longer = packed_states(model, mixed, share_prompts=True)
+        assert queries == [(4, 14)] * 4, "longer rows are causal attention's"
+    torch.testing.assert_close(longer, alone, rtol=1e-4, atol=1e-4)
     assert torch.equal(tapped, alone)
     expected, actual = of_all.statistics(), shared.statistics()
     for name in ("span", "waad", "fai"):
