@@ -5,16 +5,20 @@ What it computes and refuses is the same. tests/kernels/test_interpreter.py.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+NUMBERS = {"int32": (int,), "int64": (int,), "fp32": (int, float)}
+"""Types that stay as they are beside a tensor of their own or one of these numbers."""
 
 
 def make_faster() -> None:
@@ -23,6 +27,9 @@ def make_faster() -> None:
     interpreter._get_np_dtype = _scalars_remembered(interpreter._get_np_dtype)
     TritonSemantic.computation_type_impl = cache(TritonSemantic.computation_type_impl)
     TritonSemantic.broadcast_impl_value = _equal_shapes_first(TritonSemantic.broadcast_impl_value)
+    TritonSemantic.binary_op_type_checking_impl = _same_types_first(TritonSemantic.binary_op_type_checking_impl)
+    core._unwrap_if_constexpr = _tensors_first(core._unwrap_if_constexpr)
+    interpreter._patch_attr = _patch_once
     tl.dtype.__eq__ = _itself_first(tl.dtype.__eq__)
     tl.block_type.__init__ = _types_remembered(tl.block_type.__init__)
     tl.tensor.__init__ = _shapes_remembered(tl.tensor.__init__)
@@ -71,6 +78,35 @@ def _equal_shapes_first(broadcast: Callable[..., Any]) -> Callable[..., Any]:
         return (lhs, rhs) if same else broadcast(self, lhs, rhs)
 
     return quick
+
+
+def _same_types_first(checked: Callable[..., Any]) -> Callable[..., Any]:
+    """Operands of one type need no conversion, and neither does a tensor beside a number of its kind."""
+
+    def quick(self: TritonSemantic, lhs: Any, rhs: Any, *rules: bool, **named: bool) -> Any:
+        if type(lhs) is tl.tensor and (numbers := NUMBERS.get(lhs.dtype.name)):
+            if type(rhs) is tl.tensor and rhs.dtype.name == lhs.dtype.name:
+                return self.broadcast_impl_value(lhs, rhs)
+            if type(rhs) in numbers:
+                return self.broadcast_impl_value(lhs, self._cast_to_computation_type(rhs, lhs.dtype))
+        return checked(self, lhs, rhs, *rules, **named)
+
+    return quick
+
+
+def _tensors_first(unwrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda x: x if type(x) is tl.tensor else unwrap(x)
+
+
+def _patch_once(owner: Any, name: str, member: Any, builder: object, scope: Any) -> None:
+    """As Triton's own, without a copy of the arguments and a check of them at every call."""
+    inner = inspect.unwrap(member)
+
+    def called(*args: Any, **named: Any) -> Any:
+        named["_semantic"] = interpreter.interpreter_semantic
+        return inner(*args, **named)
+
+    scope.set_attr(owner, name, called)
 
 
 def _itself_first(equal: Callable[..., bool]) -> Callable[..., bool]:
