@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,10 +38,10 @@ VARIABLES = (
 BLOCK_MILLISECONDS = 1
 
 _KMP = re.compile(r"/lib(iomp5|omp)[^/a-z]*\.so[^/]*$")
-_SCHEDSTAT = Path("/proc/self/schedstat")  # of the main thread: seconds on a core, seconds ready but without one, in ns
+_TASKS = Path("/proc/self/task")  # per thread schedstat: time on a core, time ready but without one, in ns
 _STAT = Path("/proc/stat")
 _INTERVAL = 0.25
-# A main thread that is alone waits 1% of the time, beside one busy process on two cores 40%.
+# Threads that are alone wait 1% of the time, beside one busy process on two cores 40%.
 _BUSY, _BUSY_LOOKS = 0.10, 2
 # A core is another's if others use more than that part of it; and ours again after so many looks at which it isn't.
 _TAKEN, _FREE_LOOKS = 0.25, 4
@@ -75,11 +76,17 @@ def worker_waiting(environment: MutableMapping[str, str] | None = None) -> dict[
 
 
 def waited() -> float | None:
-    """Seconds that the main thread has been ready to run without a core; None where the system doesn't say."""
+    """Seconds that the threads of this process have been ready to run without a core, taken together; None where the
+    system doesn't say. All of them: while another thread of its team waits, the main one may spin on a core of its own.
+    """
+    total = 0
     try:
-        return int(_SCHEDSTAT.read_bytes().split()[1]) / 1e9
+        for task in _TASKS.iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                total += int((task / "schedstat").read_bytes().split()[1])
     except (OSError, IndexError, ValueError):
         return None
+    return total / 1e9 if total else None
 
 
 def used_by_others() -> float | None:
@@ -103,8 +110,8 @@ def used_by_others() -> float | None:
 class ThreadWatch:
     """Until the block is left, torch's threads of the main thread are as many as there are cores for.
 
-    Four times a second it looks how long the main thread waited for a core. Where that was more than a tenth of the
-    time twice in a row, the threads become so many that each has a core which other processes don't use; at least
+    Four times a second it looks how long threads waited for a core. Where that was more than a tenth of the time twice
+    in a row, the threads become so many that each has a core which other processes don't use; at least
     one. They become more again when other processes have used fewer cores for a second.
 
     The number of threads decides in which order numbers are summed, so results then differ in their last bits.

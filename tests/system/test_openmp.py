@@ -154,7 +154,7 @@ def test_nice_processes_and_other_processors_do_not_count(monkeypatch: pytest.Mo
 
 
 def test_a_system_that_does_not_say_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openmp, "_SCHEDSTAT", openmp._SCHEDSTAT.with_name("none"))
+    monkeypatch.setattr(openmp, "_TASKS", openmp._TASKS.with_name("none"))
     assert waited() is None
     with ThreadWatch(interval=0.01) as watch:
         watch._thread.join(10)
@@ -162,22 +162,39 @@ def test_a_system_that_does_not_say_is_left_alone(monkeypatch: pytest.MonkeyPatc
     assert watch.threads is None
 
 
+def test_threads_that_have_ended_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(openmp, "_TASKS", tmp_path)
+    for task, said in (("10", "5 2000000000 7"), ("11", "6 500000000 8"), ("12", None)):
+        (tmp_path / task).mkdir()
+        if said:
+            (tmp_path / task / "schedstat").write_text(said)
+    assert waited() == 2.5
+
+
 @pytest.mark.timing
-def test_waited_counts_what_the_main_thread_waits() -> None:
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_waited_counts_what_any_thread_waits(thread: str) -> None:
     """Beside a process on the same core, a thread that computes for 0.3 s waits about as long."""
     code = """
-import json, subprocess, sys, time
+import json, os, subprocess, sys, threading, time
 from rhythm.system.openmp import waited
-os_core = sorted(__import__("os").sched_getaffinity(0))[:1]
-__import__("os").sched_setaffinity(0, os_core)
-other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+core = sorted(os.sched_getaffinity(0))[:1]
+other = subprocess.Popen(["taskset", "-c", str(core[0]), sys.executable, "-c", "while True: pass"])
 time.sleep(0.5)
-before, end = waited(), time.process_time() + 0.3
-while time.process_time() < end: pass
-print(json.dumps(waited() - before))
+def work():
+    os.sched_setaffinity(0, core)
+    before, end = waited(), time.thread_time() + 0.3
+    while time.thread_time() < end: pass
+    print(json.dumps(waited() - before))
+if THREAD == "main":
+    work()
+else:
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
 other.kill()
 """
-    assert run(code) > 0.1  # type: ignore[operator]
+    assert run(code.replace("THREAD", repr(thread))) > 0.1  # type: ignore[operator]
 
 
 def test_what_the_user_has_set_stays() -> None:
