@@ -90,6 +90,18 @@ def exact_head(model: Any) -> Iterator[None]:
         del head.forward
 
 
+@contextmanager
+def own_head(model: Any) -> Iterator[None]:
+    """Context within `exact_head` in which the model returns logits of its own precision again."""
+    attributes = vars(model.get_output_embeddings())
+    exact = attributes.pop("forward", None)
+    try:
+        yield
+    finally:
+        if exact is not None:
+            attributes["forward"] = exact
+
+
 def _is_plain(head: Any) -> bool:
     return type(head) is nn.Linear
 

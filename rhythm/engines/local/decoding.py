@@ -54,11 +54,13 @@ def decode(
     pad_id: int,
     stops: StopStrings | None = None,
     progress: Callable[[int], None] = lambda sampled: None,
+    ended: Callable[[int, Decoded], None] | None = None,
 ) -> Decoded:
     """One response to each of `prompts`, none empty, of at most room_B tokens.
 
     temperature: of the log-probs. stops: end a response with the token that completes one of them. progress: called
-    after each token with the number of tokens so far.
+    after each token with the number of tokens so far. ended: called with each row once it has ended, its number and
+    its response alone, while the others go on; the result contains it, too.
 
     Raises RuntimeError if logits are NaN.
     """
@@ -92,7 +94,14 @@ def decode(
         if stops is not None:
             ended_b |= stops.reached(tokens_BG[row_b, : position + 1])
         finished_B[row_b] |= ended_b & going_b
-        going_b &= ~ended_b & (room_B[row_b] > position + 1)
+        over_b = going_b & (ended_b | (room_B[row_b] <= position + 1))
+        if ended is not None:
+            for row in row_b[over_b].tolist():
+                tokens, logprobs, lens, finished = (
+                    x[row : row + 1].clone() for x in (tokens_BG, logprobs_BG, lens_B, finished_B)
+                )
+                ended(row, _checked(tokens, logprobs, lens, finished, position + 1))
+        going_b &= ~over_b
         going = int(going_b.sum())
         if not going:
             break
@@ -102,9 +111,14 @@ def decode(
             row_b, token_b, mask_bG, len_b, going_b = (x[kept] for x in (row_b, token_b, mask_bG, len_b, going_b))
         end = width + position + 1
         logits_bV = step(token_b[:, None], mask_bG[:, :end], len_b[:, None] + position)
+    return _checked(tokens_BG, logprobs_BG, lens_B, finished_B, position + 1)
+
+
+def _checked(tokens_BG: Tensor, logprobs_BG: Tensor, lens_B: Tensor, finished_B: Tensor, width: int) -> Decoded:
+    """The first `width` generated positions. Raises RuntimeError if a log-prob is NaN."""
     if logprobs_BG.isnan().any():
         raise RuntimeError("the model's logits are NaN")
-    return Decoded(tokens_BG[:, : position + 1], logprobs_BG[:, : position + 1], lens_B, finished_B)
+    return Decoded(tokens_BG[:, :width], logprobs_BG[:, :width], lens_B, finished_B)
 
 
 class _Step:

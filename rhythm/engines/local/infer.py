@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rhythm.engines.batches import concatenate
 from rhythm.engines.eval_mode import evaluating
-from rhythm.engines.head import exact_head
+from rhythm.engines.head import exact_head, own_head
 from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.decoding import Decoded, decode
 from rhythm.engines.local.draws import draw_for
@@ -41,10 +42,12 @@ class GenerateInfer:
         pad_id: int,
         max_length: int | None = None,
         tokenizer: Any = None,
+        by_prompt: bool = False,
     ) -> None:
         """`model`: a causal transformers model; `end_ids`: tokens that end a response; `max_length`: longest prompt and
         response together, in tokens; None: the model's number of positions. `tokenizer`: stops generation at
-        `sampling.stop`; without it responses go on behind these strings.
+        `sampling.stop`; without it responses go on behind these strings. `by_prompt`: `generate` hands over the
+        responses to each prompt once the last of them has ended, not those of a whole part (`sampling.rows_at_once`).
         """
         if not end_ids:
             raise ValueError("end_ids is empty: a response must be able to end")
@@ -55,6 +58,7 @@ class GenerateInfer:
         self._pad_id = pad_id
         self._max_length = max_length or max_positions(model.config)
         self._tokenizer = tokenizer
+        self._by_prompt = by_prompt
         self._version = 0
         self._sampled = 0
 
@@ -73,7 +77,8 @@ class GenerateInfer:
     ) -> Rollout:
         """Sample `n` responses per prompt, on the model's device.
 
-        A response has at most the tokens that its prompt leaves within max_length.
+        A response has at most the tokens that its prompt leaves within max_length. `done` may use the model and
+        torch's global generators: the other responses stay what they are.
 
         Raises ValueError for no prompts, an empty prompt, one that leaves no token, or n < 1.
         """
@@ -83,15 +88,24 @@ class GenerateInfer:
         rows = [prompt for prompt in prompts for _ in range(n)]
         chunks = [rows[i : i + sampling.rows_at_once] for i in range(0, len(rows), sampling.rows_at_once)]
         device = self._model.device
+        devices = [device] if device.type == "cuda" else []
         group_B = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+
+        def hand_over(part: Rollout) -> None:
+            with torch.random.fork_rng(devices), own_head(self._model):
+                if done is not None:
+                    done(part)
+
+        prompted = _ByPrompt(n, hand_over, self._pad_id) if self._by_prompt and done is not None else None
+        with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             parts: list[Rollout] = []
             for chunk in chunks:
                 at = sum(len(part.group) for part in parts)
-                parts.append(replace(self._sample(chunk, sampling), group=group_B[at : at + len(chunk)]))
-                if done is not None:
-                    done(parts[-1])
+                ended = None if prompted is None else partial(prompted.ended, at)
+                parts.append(replace(self._sample(chunk, sampling, ended=ended), group=group_B[at : at + len(chunk)]))
+                if prompted is None:
+                    hand_over(parts[-1])
         return concatenate(parts, self._pad_id)
 
     def generate_each(
@@ -111,11 +125,22 @@ class GenerateInfer:
         self._version = load_weights(self._model, weights, version, self._version)
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int] | None = None,
+        ended: Callable[[int, Rollout], None] | None = None,
     ) -> Rollout:
-        """One response to each prompt; `seeds`: of every row, in place of torch's global generators."""
+        """One response to each prompt; `seeds`: of every row, in place of torch's global generators. `ended`: called
+        with each row once it has ended, its number and a rollout of it alone.
+        """
         model = self._model
         prompt_lens_B = torch.tensor([len(p) for p in prompts], device=model.device)
+
+        def hand_over(row: int, decoded: Decoded) -> None:
+            if ended is not None:
+                ended(row, _rollout([prompts[row]], prompt_lens_B[row, None], decoded, self._pad_id))
+
         stops = StopStrings(self._tokenizer, sampling.stop) if sampling.stop and self._tokenizer is not None else None
         with evaluating(model), exact_head(model):
             decoded = decode(
@@ -128,6 +153,7 @@ class GenerateInfer:
                 pad_id=self._pad_id,
                 stops=stops,
                 progress=self._progress,
+                ended=None if ended is None else hand_over,
             )
         self._progress(0)
         return _rollout(prompts, prompt_lens_B, decoded, self._pad_id)
@@ -140,6 +166,24 @@ class GenerateInfer:
             raise ValueError("prompts: must contain at least one prompt, and none may be empty")
         if (longest := max(map(len, prompts))) >= self._max_length:
             raise ValueError(f"prompts: the longest has {longest} tokens, which leaves none of {self._max_length}")
+
+
+class _ByPrompt:
+    """Hands over the responses to each prompt, in their order, once the last of them has ended."""
+
+    def __init__(self, n: int, done: Callable[[Rollout], None], pad_id: int) -> None:
+        """`n`: responses per prompt; `done`: called with them."""
+        self._n, self._done, self._pad_id = n, done, pad_id
+        self._waiting: dict[int, dict[int, Rollout]] = {}  # prompt → its responses so far
+
+    def ended(self, start: int, row: int, alone: Rollout) -> None:
+        """`row`: of the part whose first row is `start`; `alone`: a rollout of this row."""
+        index, sample = divmod(start + row, self._n)
+        of_prompt = self._waiting.setdefault(index, {})
+        of_prompt[sample] = replace(alone, group=torch.full_like(alone.group, index))
+        if len(of_prompt) == self._n:
+            del self._waiting[index]
+            self._done(concatenate([of_prompt[i] for i in range(self._n)], self._pad_id))
 
 
 def max_positions(config: Any) -> int:

@@ -228,6 +228,60 @@ def test_parts_are_handed_over_as_they_are_generated(model: Any) -> None:
         assert getattr(alone, name).equal(getattr(whole, name))
 
 
+@pytest.mark.parametrize("rows_at_once", [256, 4])
+def test_responses_of_a_prompt_are_handed_over_once_the_last_has_ended(model: Any, rows_at_once: int) -> None:
+    """In the order in which prompts end, also across parts, each as in the whole."""
+    ends = tuple(range(2, 100, 12))
+    by_prompt = GenerateInfer(model, end_ids=ends, pad_id=PAD, by_prompt=True)
+    parts: list[Rollout] = []
+    sampled: list[int] = []
+
+    def done(part: Rollout) -> None:
+        parts.append(part)
+        sampled.append(by_prompt.sampled)
+
+    sampling = SamplingConfig(max_new_tokens=30, rows_at_once=rows_at_once)
+    whole = by_prompt.generate(PROMPTS, 3, sampling, 8, done)
+    alone = engine(model, ends).generate(PROMPTS, 3, sampling, 8)
+    for name in ("input_ids", "response_mask", "group", "logprobs", "finished"):
+        assert getattr(alone, name).equal(getattr(whole, name)), name
+    assert sorted(part.group.tolist() for part in parts) == [[0] * 3, [1] * 3, [2] * 3]
+    for part, position in zip(parts, sampled, strict=True):
+        rows = whole.group == part.group[0]
+        width = part.input_ids.shape[1]
+        for name in ("input_ids", "attention_mask", "response_mask", "logprobs"):
+            assert getattr(part, name).equal(getattr(whole, name)[rows, :width]), name
+        for name in ("prompt_lens", "finished", "lens"):
+            assert getattr(part, name).equal(getattr(whole, name)[rows]), name
+        if rows_at_once == 256:
+            assert position == int((part.lens - part.prompt_lens).max()), "at its last token"
+    if rows_at_once == 256:
+        assert sampled == sorted(sampled)
+        assert sampled[0] < sampled[-1]
+
+
+def test_what_is_done_with_a_response_changes_no_other(model: Any) -> None:
+    """Not even with the model itself, whose logits are its own meanwhile, or torch's generator."""
+    model.to(torch.bfloat16)
+    ends, sampling = tuple(range(2, 100, 12)), SamplingConfig(max_new_tokens=30)
+    undisturbed = engine(model, ends).generate(PROMPTS, 1, sampling, 8)
+    probe = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        expected = model.eval()(probe).logits
+    dtypes: list[torch.dtype] = []
+
+    def done(part: Rollout) -> None:
+        torch.rand(7)
+        logits = model(probe).logits
+        dtypes.append(logits.dtype)
+        assert logits.equal(expected)
+
+    rollout = GenerateInfer(model, end_ids=ends, pad_id=PAD, by_prompt=True).generate(PROMPTS, 1, sampling, 8, done)
+    assert dtypes == [torch.bfloat16] * len(PROMPTS)
+    assert rollout.input_ids.equal(undisturbed.input_ids)
+    assert rollout.logprobs.equal(undisturbed.logprobs)
+
+
 @pytest.mark.parametrize("seeded", [False, True])
 def test_a_stop_string_ends_generation(model: Any, tokenizer: Any, seeded: bool) -> None:
     """What is left is what remains of the whole responses when they are cut; nothing is generated behind the last."""
