@@ -42,6 +42,7 @@ class _Helpers(MetaPathFinder):
         "paper_sets",
         "paper_workload",
         "registered_attention",
+        "small_analysis",
         "tensors",
         "trl_training",
     )

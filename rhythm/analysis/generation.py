@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.problems import Problem, RowError
-from rhythm.engines.interfaces import Infer
+from rhythm.engines.interfaces import Infer, Rollout
 from rhythm.seeds import analysis_seed
 
 
@@ -34,6 +34,14 @@ class PendingResponse:
         return response_name(self.problem, self.sample)
 
 
+@dataclass(frozen=True)
+class KeptResponse:
+    """A response that has been measured already. finished: whether it ended with an end token, None if given."""
+
+    response_ids: tuple[int, ...]
+    finished: bool | None
+
+
 def response_name(problem: Problem, sample: int) -> str:
     return f"{problem.row:05d}-{sample}"
 
@@ -56,24 +64,26 @@ class ResponseSource:
         self,
         problems: Sequence[Problem],
         index: int,
-        finished: Mapping[tuple[int, int], bool],
+        kept: Mapping[tuple[int, int], KeptResponse],
+        ready: Callable[[PendingResponse], None],
         on_error: Callable[[RowError], None] | None = None,
-        *,
-        at_once: int = 1,
-    ) -> Iterator[list[PendingResponse]]:
-        """The responses to a batch of problems, in order, in groups of `at_once` that are not all `finished`.
+    ) -> Iterator[PendingResponse]:
+        """The responses to a batch of problems, in order.
 
-        Generated responses depend only on weights, batch, index and seed, and groups only on the batch. So what is
-        incomplete is generated and observed again as a whole, with the same result.
+        Generated responses depend only on weights, batch, index and seed. If one of the batch is not `kept`, all are
+        generated, and those that are kept already are the same as before.
 
         Args:
-            finished: (row, sample) → whether this response is finished, as it is when a group is asked for.
-            on_error: called with the error of a problem, which is then left out; None: the error is raised.
+            kept: by (row, sample).
+            ready: called with every response as soon as it is there, and once more in their order: given ones at first,
+                generated ones as they end, while others are generated.
+            on_error: called with the error of a problem, which is then left out; None: the error is raised when it is
+                its turn.
 
         Raises:
             RowError: a prompt or response without tokens, or longer than the context together.
         """
-        ready: list[tuple[Problem, str, tuple[int, ...]]] = []
+        items: list[tuple[Problem, str, tuple[int, ...]]] = []
         for problem in problems:
             prompt = self._prompt(problem)
             ids = tuple(self._tokenizer(prompt, add_special_tokens=not self._config.chat).input_ids)
@@ -84,33 +94,30 @@ class ResponseSource:
                     raise
                 on_error(error)
             else:
-                ready.append((problem, prompt, ids))
-        bare = [item for item in ready if not item[0].responses]
-        missing = any(not finished[problem.row, i] for problem, _, _ in bare for i in self.samples(problem))
-        drawn = self._generated(bare, index) if missing else {}
-        group: list[PendingResponse] = []
+                items.append((problem, prompt, ids))
 
-        def is_pending() -> bool:
-            return not all(finished[response.problem.row, response.sample] for response in group)
+        def early(response: PendingResponse) -> None:
+            if self._trouble(response) is None:
+                ready(response)
 
-        for problem, prompt, ids in ready:
-            for response in drawn.get(problem.row, []) or self._given(problem, prompt, ids):
-                try:
-                    self._check_response(response)
-                except RowError as error:
-                    if on_error is None:
-                        if is_pending():
-                            yield group
-                        raise
-                    on_error(error)
-                    continue
-                group.append(response)
-                if len(group) == at_once:
-                    if is_pending():
-                        yield group
-                    group = []
-        if is_pending():
-            yield group
+        of_row = {problem.row: self._given(problem, prompt, ids) for problem, prompt, ids in items if problem.responses}
+        for responses in of_row.values():
+            for response in responses:
+                early(response)
+        bare = [item for item in items if not item[0].responses]
+        if all((problem.row, i) in kept for problem, _, _ in bare for i in self.samples(problem)):
+            of_row |= {item[0].row: self._kept(item, kept) for item in bare}
+        else:
+            of_row |= self._generated(bare, index, early)
+        for problem, _, _ in items:
+            for response in of_row[problem.row]:
+                if (trouble := self._trouble(response)) is None:
+                    ready(response)
+                    yield response
+                elif on_error is None:
+                    raise trouble
+                else:
+                    on_error(trouble)
 
     def samples(self, problem: Problem) -> range:
         """Indices of the problem's responses, given or generated."""
@@ -133,16 +140,18 @@ class ResponseSource:
                 "response",
             )
 
-    def _check_response(self, response: PendingResponse) -> None:
+    def _trouble(self, response: PendingResponse) -> RowError | None:
+        """Why a response can't be analyzed."""
         which = f"response {response.sample + 1}"
         if not response.response_ids:
-            raise RowError(response.problem.row, f"{which} has no tokens")
+            return RowError(response.problem.row, f"{which} has no tokens")
         total = len(response.prompt_ids) + len(response.response_ids)
         if total > self._context:
-            raise RowError(
+            return RowError(
                 response.problem.row,
                 f"the prompt and {which} have {total:,} tokens together; the model's context is {self._context:,}",
             )
+        return None
 
     def _given(self, problem: Problem, prompt: str, ids: tuple[int, ...]) -> list[PendingResponse]:
         return [
@@ -158,32 +167,55 @@ class ResponseSource:
             for sample, text in enumerate(problem.responses)
         ]
 
+    def _kept(
+        self, item: tuple[Problem, str, tuple[int, ...]], kept: Mapping[tuple[int, int], KeptResponse]
+    ) -> list[PendingResponse]:
+        """Generated responses to a problem, from what is kept of them."""
+        problem, prompt, ids = item
+        return [
+            PendingResponse(problem, sample, "generated", each.finished, prompt, ids, each.response_ids)
+            for sample in self.samples(problem)
+            for each in [kept[problem.row, sample]]
+        ]
+
     def _generated(
-        self, items: Sequence[tuple[Problem, str, tuple[int, ...]]], index: int
+        self,
+        items: Sequence[tuple[Problem, str, tuple[int, ...]]],
+        index: int,
+        early: Callable[[PendingResponse], None],
     ) -> dict[int, list[PendingResponse]]:
-        """Generated responses by the problem's row; prompts of similar length are in one batch."""
-        if not items:
-            return {}
+        """Generated responses by the problem's row; prompts of similar length are in one batch. `early` gets those that
+        the engine hands over while it generates others.
+        """
         items = sorted(items, key=lambda item: len(item[2]))
         room = self._context - max(len(ids) for _, _, ids in items)
         sampling = self._config.sampling
         sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, room)})
+        handed: dict[int, int] = {}  # by group
+
+        def done(part: Rollout) -> None:
+            for response in _responses(items, part, handed):
+                early(response)
+
         n = self._config.responses_per_problem
-        rollout = self._infer.generate(
-            [ids for _, _, ids in items], n, sampling, analysis_seed(self._config.seed, index)
-        )
-        pending: dict[int, list[PendingResponse]] = {}
-        for row, (which, prompt_len, length, finished) in enumerate(
-            zip(
-                rollout.group.tolist(),
-                rollout.prompt_lens.tolist(),
-                rollout.lens.tolist(),
-                rollout.finished.tolist(),
-                strict=True,
-            )
-        ):
-            problem, prompt, ids = items[which]
-            of_problem = pending.setdefault(problem.row, [])
-            response = tuple(rollout.input_ids[row, prompt_len:length].tolist())
-            of_problem.append(PendingResponse(problem, len(of_problem), "generated", finished, prompt, ids, response))
-        return pending
+        seed = analysis_seed(self._config.seed, index)
+        rollout = self._infer.generate([ids for _, _, ids in items], n, sampling, seed, done)
+        of_row: dict[int, list[PendingResponse]] = {}
+        for response in _responses(items, rollout, {}):
+            of_row.setdefault(response.problem.row, []).append(response)
+        return of_row
+
+
+def _responses(
+    items: Sequence[tuple[Problem, str, tuple[int, ...]]], rollout: Rollout, before: dict[int, int]
+) -> Iterator[PendingResponse]:
+    """The rows of a rollout, or of a part of one. `before`: how many responses to each prompt, by its number, the parts
+    before had; counted on.
+    """
+    columns = (rollout.group, rollout.prompt_lens, rollout.lens, rollout.finished)
+    for row, (which, prompt_len, length, finished) in enumerate(zip(*(x.tolist() for x in columns), strict=True)):
+        problem, prompt, ids = items[which]
+        sample = before.get(which, 0)
+        before[which] = sample + 1
+        response = tuple(rollout.input_ids[row, prompt_len:length].tolist())
+        yield PendingResponse(problem, sample, "generated", finished, prompt, ids, response)

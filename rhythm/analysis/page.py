@@ -88,6 +88,7 @@ def render(analysis: Analysis, *, max_responses: int = MAX_RESPONSES) -> str:
         analysis=analysis,
         model=_last_part(analysis.model),
         facts=facts(analysis),
+        unfinished=unfinished(analysis),
         headlines=headlines(analysis),
         signals=SIGNALS,
         table2=list(zip(analysis.table2, lift_bars(analysis.table2), strict=True)),
@@ -106,13 +107,32 @@ def render(analysis: Analysis, *, max_responses: int = MAX_RESPONSES) -> str:
 
 def facts(analysis: Analysis) -> list[str]:
     """Short descriptions of what was analyzed."""
-    count, heads = len(analysis.names), analysis.heads
+    heads, so_far = analysis.heads, analysis.so_far
+    count = len(analysis.names) if so_far is None else so_far.responses
     pool = ", ".join(map(str, heads.pool_layers))
     return [
-        f"{count:,} response{'' if count == 1 else 's'}"
+        ("" if so_far is None else f"{so_far.measured:,} of ")
+        + f"{count:,} response{'' if count == 1 else 's'}"
         + (f" to {_last_part(analysis.problems)}" if analysis.problems else ""),
         f"{heads.layers} layers of {heads.heads} heads",
         f"sets from layers {pool}" if len(heads.pool_layers) < heads.layers else "sets from all layers",
+    ]
+
+
+def unfinished(analysis: Analysis) -> list[str]:
+    """Sentences about how much of an analysis there was when the page was written; none if it has finished."""
+    if (so_far := analysis.so_far) is None:
+        return []
+    if so_far.counterfactuals is None:
+        counterfactuals = []
+    elif so_far.counterfactuals:
+        counterfactuals = [f"Counterfactuals (Table 1) are of {so_far.counterfactuals:,} of {so_far.responses:,}."]
+    else:
+        counterfactuals = ["There are no counterfactuals (Table 1) yet."]
+    return [
+        f"Signals, heads and couplings (Table 2) are of {so_far.measured:,} of {so_far.responses:,} responses.",
+        *counterfactuals,
+        "All numbers will change; load the page again for more.",
     ]
 
 
@@ -138,7 +158,8 @@ def headlines(analysis: Analysis) -> list[Headline]:
             Headline(
                 "Problems where replacing high-FAI tokens changes more",
                 format_percent(table.top_below_bottom),
-                f"Jaccard {format_number(table.top)} against {format_number(table.bottom)}; {_compared(table.p_value)}",
+                f"Jaccard {format_number(table.top)} against {format_number(table.bottom)}; {_compared(table.p_value)}"
+                + _so_far(analysis),
                 _matched(table),
             )
         )
@@ -178,6 +199,13 @@ def lift_bars(rows: Sequence[Table2Row]) -> list[LiftBar | None]:
     ]
 
 
+def _so_far(analysis: Analysis) -> str:
+    """How many responses' counterfactuals Table 1 is about, if not of all."""
+    if (so_far := analysis.so_far) is None:
+        return ""
+    return f"; {so_far.counterfactuals or 0:,} of {so_far.responses:,} responses so far"
+
+
 def _matched(table: Table1) -> str:
     """What a control for position gives: FAI is higher early in a response, where more text is left to change."""
     if not table.matched_trials:
@@ -197,14 +225,15 @@ def examples(analysis: Analysis, responses: Sequence[ResponseResult]) -> list[Ex
     for group, mean in (("top", analysis.table1.top), ("bottom", analysis.table1.bottom)):
         closest: list[tuple[float, ResponseResult, Trial]] = []
         for response in responses:
+            trials = response.trials or ()
             distances = [
                 (abs(trial.jaccard - mean), i)
-                for i, trial in enumerate(response.trials)
+                for i, trial in enumerate(trials)
                 if trial.group == group and not math.isnan(trial.jaccard)
             ]
             if distances:
                 distance, i = min(distances)
-                closest.append((distance, response, response.trials[i]))
+                closest.append((distance, response, trials[i]))
         closest.sort(key=lambda candidate: candidate[0])
         chosen += [_example(response, trial, config) for _, response, trial in closest[:EXAMPLES_PER_GROUP]]
     return chosen

@@ -66,7 +66,7 @@ def response_data(response: ResponseResult) -> Json:
     """A response: its tokens, signals, peaks, chunks, attenders of anchors and maps, up to MAX_TOKENS tokens."""
     n = min(len(response.tokens.texts), MAX_TOKENS)
     jaccards: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for trial in response.trials:
+    for trial in response.trials or ():
         jaccards[trial.position, trial.group].append(trial.jaccard)
     return {
         "name": _title(response),
@@ -200,4 +200,6 @@ def _facts(response: ResponseResult) -> list[str]:
     facts.append(f"{tokens:,} tokens after a prompt of {response.prompt_tokens:,}")
     facts.append(f"{len(response.chunks):,} chunks")
     facts.append(f"{len(response.anchors):,} anchors")
+    if not response.complete:
+        facts.append("no counterfactuals yet")
     return facts if response.answer is None else [*facts, f"answer of the row: {response.answer[-60:]}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,21 +35,48 @@ class AnalysisProgress(ProgressDisplay):
             clock=clock,
             phase="",
         )
-        self._problems = problems
+        self._problems, self._say = problems, say_as(COMMAND, console)
         self._started = self._phase_began = clock()
         self._phase: Callable[[], str] = lambda: "starting"
         self._done, self._share, self._batch = 0, 0.0, 0
+        self._measured, self._responses = 0, 0
         self._rate = Rate("problem")
 
-    def batch(self, problems: int) -> None:
-        """Begin a batch of so many problems."""
-        self._batch, self._share = problems, 0.0
+    def batch(self, problems: int, share: float) -> None:
+        """Begin a batch of so many problems, of which a fraction is finished already."""
+        self._batch, self._share = problems, share
 
-    def phase(self, name: str | Callable[[], str], share: float) -> None:
-        """Set the current phase, or a function that returns it, and the finished fraction of the batch's responses."""
+    def reached(self, share: float) -> None:
+        """Set the finished fraction of the batch."""
+        self._share = share
+
+    def phase(self, name: str | Callable[[], str]) -> None:
+        """Set the current phase, or a function that returns it."""
         told: Callable[[], str] = (lambda: name) if isinstance(name, str) else name
-        self._phase, self._phase_began, self._share = told, self._clock(), share
+        self._phase, self._phase_began = told, self._clock()
         self._bars.update(self._bar, phase=told())
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Context of a phase within the current one, which then goes on."""
+        outer = self._phase, self._phase_began
+        self.phase(name)
+        try:
+            yield
+        finally:
+            self._phase, self._phase_began = outer
+            self._bars.update(self._bar, phase=self._phase())
+
+    def measured(self, responses: int, of: int) -> None:
+        """How many responses of the analysis have been measured."""
+        self._measured, self._responses = responses, of
+
+    def first_page(self, path: Path) -> None:
+        """Say where the first results are."""
+        self._say(f"{path} shows {self._of_responses()}, and more as they come")
+
+    def _of_responses(self) -> str:
+        return f"{self._measured} of {self._responses} response{'' if self._responses == 1 else 's'}"
 
     def end_batch(self) -> None:
         """Count the batch's problems as finished."""
@@ -57,11 +85,14 @@ class AnalysisProgress(ProgressDisplay):
         self._batch, self._share = 0, 0.0
 
     def status(self) -> str:
-        """The status line, for example "4/40 problems, 15.0 s/problem, 9 min left; generating responses for 35 s"."""
+        """The status line, for example "4/40 problems, 15.0 s/problem, 9 min left; generating responses for 35 s; 6 of
+        40 responses measured".
+        """
         now = self._clock()
         done, doing = self._done + self._share * self._batch, f"{self._phase()} for {duration(now - self._phase_began)}"
         if not done:
             return f"0/{self._problems} problems; {doing}; none is finished yet, so the remaining time is unknown"
+        doing += f"; {self._of_responses()} measured" if self._measured else ""
         seconds = (now - self._started) / done
         left = duration((self._problems - done) * seconds)
         return f"{done:.3g}/{self._problems} problems, {self._rate.text(seconds)}, {left} left; {doing}"

@@ -179,7 +179,7 @@ class ResponseResult:
         chunks: index of the first token of each chunk: 0 and the peaks of WAAD.
         anchors: the peaks of FAI; the strongest `attended_anchors` ones have attenders.
         maps: None if they were not requested.
-        trials: empty if counterfactuals were not requested.
+        trials: empty if counterfactuals were not requested; None (null) as long as they are not done.
         digest: hash of the row's prompt and given response, to detect changed rows.
     """
 
@@ -198,8 +198,13 @@ class ResponseResult:
     anchors: tuple[Anchor, ...]
     heads: ResponseHeads
     maps: Maps | None = None
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[Trial, ...] | None = ()
     digest: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing: the counterfactuals are done, or were not requested."""
+        return self.trials is not None
 
     def after(self, position: int) -> str:
         """The response's text after the token at `position`."""

@@ -16,6 +16,7 @@ from rhythm.analysis.response import Head, HeadMap, Number, ResponseResult
 from rhythm.system.writing import replace_file
 
 T = TypeVar("T")
+RESULTS, PARTIAL = "results.json", "partial.json"
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,21 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class SoFar:
+    """How far an analysis is that has not finished.
+
+    Attributes:
+        responses: number of responses of the whole analysis.
+        measured: those with signals, peaks and heads, which Table 2 and the heads are about.
+        counterfactuals: those whose counterfactuals are done, which Table 1 is about; None if none were requested.
+    """
+
+    responses: int
+    measured: int
+    counterfactuals: int | None
+
+
+@dataclass(frozen=True)
 class Analysis:
     """The results of an analysis. Its responses stay on disk and are read one at a time.
 
@@ -173,8 +189,10 @@ class Analysis:
         settings: AnalysisConfig as JSON.
         names: names of the responses, in the order of the file.
         failures: error messages of rows that could not be analyzed.
-        table1: None without counterfactuals.
+        table1: None without counterfactuals, or as long as those of no response are done.
         table2: rows entropy, cooccurrence, follows.
+        so_far: how many of the responses these results are about, as long as the analysis has not finished; then None
+            and not in the JSON.
         directory: directory of the analysis; not part of the JSON.
     """
 
@@ -186,6 +204,7 @@ class Analysis:
     heads: Heads
     table1: Table1 | None
     table2: tuple[Table2Row, ...]
+    so_far: SoFar | None = None
     directory: Path = Path()
 
     @property
@@ -207,9 +226,16 @@ def response_path(directory: Path, name: str) -> Path:
     return directory / "responses" / f"{name}.json"
 
 
+def is_complete(path: Path) -> bool:
+    """Whether the file of a response lacks nothing, judged without reading all of it as JSON."""
+    return b'"trials":null' not in path.read_bytes()  # in a text the quotation marks are escaped
+
+
 def write_json(value: Any, path: Path) -> None:
     """Write one of these dataclasses, replacing the file atomically. Raises OSError naming the file."""
-    exclude = {"directory"} if isinstance(value, Analysis) else None
+    exclude = None
+    if isinstance(value, Analysis):
+        exclude = {"directory"} if value.so_far else {"directory", "so_far"}
     replace_file(path, TypeAdapter(type(value)).dump_json(value, exclude=exclude))
 
 
@@ -221,6 +247,10 @@ def read_json(kind: type[T], path: Path) -> T:
         raise ValueError(f"{path} is not a {kind.__name__} of this version: {error}") from error
 
 
-def read_analysis(directory: Path) -> Analysis:
-    """The analysis in a directory that rhythm-analyze wrote."""
-    return replace(read_json(Analysis, directory / "results.json"), directory=directory)
+def read_analysis(directory: Path, *, partial: bool = False) -> Analysis:
+    """The analysis in a directory that rhythm-analyze wrote; with `partial` what is there of one that has not finished
+    (`so_far` says how much).
+
+    Raises FileNotFoundError if the directory has no such results.
+    """
+    return replace(read_json(Analysis, directory / (PARTIAL if partial else RESULTS)), directory=directory)

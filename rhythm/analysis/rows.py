@@ -73,8 +73,10 @@ def token_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
 
 
 def trial_rows(response: ResponseResult) -> Iterator[dict[str, Any]]:
-    """One dictionary per counterfactual, with the original text after the position."""
-    for trial in response.trials:
+    """One dictionary per counterfactual, with the original text after the position; none as long as they are not
+    done.
+    """
+    for trial in response.trials or ():
         yield {
             "response": response.name,
             "row": response.row,

@@ -1,7 +1,7 @@
-"""Runs an analysis: processes one response at a time, skips those already in the directory, and writes the results.
+"""Runs an analysis: processes responses batch by batch, skips what is already in the directory, and writes the results.
 
-The directory holds settings.json and responses/<row>-<sample>.json, and when all responses are finished also
-results.json, the CSV files, report.html and figures/.
+The directory holds settings.json, responses/<row>-<sample>.json, and from the first response on report.html and
+partial.json; when all responses are finished, results.json instead of the latter, the CSV files and figures/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,21 +22,19 @@ import torch
 from rich.console import Console
 
 from rhythm.analysis.config import AnalysisConfig
-from rhythm.analysis.counterfactual import CounterfactualConfig, Scored, counterfactuals
 from rhythm.analysis.figures import write_figures
 from rhythm.analysis.forward import Observer
-from rhythm.analysis.generation import PendingResponse, ResponseSource, response_name
-from rhythm.analysis.observation import observe_response
+from rhythm.analysis.generation import PendingResponse, ResponseSource
+from rhythm.analysis.interim import InterimPages
 from rhythm.analysis.page import write_page
-from rhythm.analysis.problems import Problem, RowError, Source, check_file, read_problems
+from rhythm.analysis.problems import RowError, Source, check_file, read_problems
 from rhythm.analysis.progress import AnalysisProgress, finishing
-from rhythm.analysis.response import ResponseResult
-from rhythm.analysis.results import Analysis, read_json, response_path, write_json
-from rhythm.analysis.summary import summarize
+from rhythm.analysis.results import Analysis
+from rhythm.analysis.stages import BatchStages, Setup
+from rhythm.analysis.summary import summarize, write_results
 from rhythm.checkpoints import model_end_tokens
 from rhythm.engines.interfaces import Infer
 from rhythm.engines.local.infer import GenerateInfer
-from rhythm.seeds import analysis_seed
 from rhythm.system.directory_lock import content, lock_directory
 from rhythm.system.writing import naming, replace_file
 
@@ -96,7 +93,7 @@ def analyze(
     writer = model if generation_dtype in (None, model.dtype) else copy.deepcopy(model).to(generation_dtype)
     if infer is None:
         pad = tokenizer.pad_token_id
-        infer = GenerateInfer(writer, end_ids=ends, pad_id=ends[0] if pad is None else pad)
+        infer = GenerateInfer(writer, end_ids=ends, pad_id=ends[0] if pad is None else pad, by_prompt=True)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     responses = ResponseSource(tokenizer, infer, config, context)
 
@@ -104,7 +101,7 @@ def analyze(
     on_error = (lambda error: failures.append(str(error))) if keep_going else None
     with ExitStack() as stack:
         source = _readable_twice(asked, stack)
-        total = sum(1 for _ in read_problems(source, on_error))  # check every row before the work begins
+        counts = [len(responses.samples(problem)) for problem in read_problems(source, on_error)]  # checks every row
         failures.clear()
         directory = Path(tempfile.mkdtemp(prefix="rhythm-analysis-")) if out is None else Path(out)
         stack.enter_context(lock_directory(directory))
@@ -120,59 +117,53 @@ def analyze(
             },
         )
 
-        def is_finished(problem: Problem, sample: int) -> bool:
-            path = response_path(directory, response_name(problem, sample))
-            if not path.is_file():
-                return False
-            try:
-                before = read_json(ResponseResult, path)
-            except ValueError:
-                log.warning("%s is damaged: this response is analyzed again", path)
-                return False
-            if before.digest != problem.digest(sample):
-                raise RowError(problem.row, f"is not the row from which {path} was made; use another directory")
-            return True
+        def results_of(names: Sequence[str], of: int | None = None) -> Analysis:
+            return summarize(
+                directory,
+                model=name,
+                problems=str(asked) if isinstance(asked, Path) else "",
+                names=names,
+                failures=failures,
+                config=config,
+                pool_layers=observer.pool,
+                of=of,
+            )
 
-        at_once = 1 if config.counterfactuals is None else config.counterfactuals.responses_at_once
         names: list[str] = []
-        attempted = 0
-        with AnalysisProgress(console, problems=total) as progress:
+        attempted, total = 0, sum(counts)
+        with AnalysisProgress(console, problems=len(counts)) as progress:
+            shown = InterimPages(lambda some: results_of(some, total), first=progress.first_page)
+
+            def saved(of_batch: Sequence[str]) -> None:
+                progress.measured(len(names) + len(of_batch), total)
+                if page:
+                    shown.saved([*names, *of_batch])
+
+            setup = Setup(directory, tokenizer, observer, writer, ends, config, progress, saved)
             for index, batch in enumerate(_batches(read_problems(source, on_error), config.problems_at_once)):
                 wanted = [(problem, sample) for problem in batch for sample in responses.samples(problem)]
-                finished = {(problem.row, sample): is_finished(problem, sample) for problem, sample in wanted}
-                place = {response_name(*pair): attempted + i for i, pair in enumerate(wanted)}
+                stages = BatchStages(setup, wanted, attempted)
                 attempted += len(wanted)
-                progress.batch(len(batch))
-                progress.phase(_generating(infer, config), share=0)
-                for group in responses.pending(batch, index, finished, on_error, at_once=at_once):
-                    results: list[ResponseResult] = []
-                    for response in group:
-                        share = (sum(finished.values()) + len(results) / 2) / len(finished)
-                        progress.phase(f"observing response {response.name}", share)
-                        maps = place[response.name] < config.maps
-                        results.append(_observed(tokenizer, observer, response, config, maps=maps))
-                    if config.counterfactuals is not None:
-                        share = (sum(finished.values()) + len(group) / 2) / len(finished)
-                        names_of = ", ".join(response.name for response in group)
-                        progress.phase(f"counterfactuals of {names_of}", share)
-                        results = _with_trials(writer, tokenizer, group, results, config.counterfactuals, ends)
-                    for result in results:
-                        write_json(result, response_path(directory, result.name))
-                        finished[result.row, result.sample] = True
-                names += [response_name(task, sample) for task, sample in wanted if finished[task.row, sample]]
+                progress.batch(len(batch), stages.share)
+                progress.measured(len(names) + len(stages.names), total)
+                progress.phase(_generating(infer, config))
+                ready: list[PendingResponse] = []
+                stopped: RowError | None = None
+                try:
+                    for response in responses.pending(batch, index, stages.kept, stages.measure, on_error):
+                        ready.append(response)  # those before an error are kept
+                except RowError as error:
+                    stopped = error  # what comes before it is finished first
+                stages.complete(ready)
+                if stopped is not None:
+                    raise stopped
+                names += stages.complete_names
                 progress.end_batch()
         stack.enter_context(finishing(console))
         if not names:
             raise ValueError("\n".join(["problems: no response is left to analyze", *failures]))
-        analysis = summarize(
-            directory,
-            model=name,
-            problems=str(asked) if isinstance(asked, Path) else "",
-            names=names,
-            failures=failures,
-            config=config,
-            pool_layers=observer.pool,
-        )
+        analysis = results_of(names)
+        write_results(analysis)
         if page:
             write_page(analysis)
             with naming(directory / "figures"):
@@ -195,46 +186,6 @@ def _observer(model: Any, config: AnalysisConfig) -> Observer:
     probe = [i % observer.config.vocab_size for i in range(PROBE_TOKENS)]
     observer.observe(probe, PROBE_TOKENS // 2, [0] * (PROBE_TOKENS // 2))
     return observer
-
-
-def _observed(
-    tokenizer: Any, observer: Observer, response: PendingResponse, config: AnalysisConfig, *, maps: bool
-) -> ResponseResult:
-    """All results of a response but its counterfactuals."""
-    generator = torch.Generator().manual_seed(analysis_seed(config.seed, response.problem.row) + response.sample)
-    seen = observe_response(
-        observer, tokenizer, response.prompt_ids, response.response_ids, config, maps=maps, generator=generator
-    )
-    return ResponseResult(
-        name=response.name,
-        row=response.problem.row,
-        sample=response.sample,
-        source=response.source,
-        finished=response.finished,
-        prompt=response.prompt,
-        prompt_tokens=len(response.prompt_ids),
-        response=tokenizer.decode(response.response_ids, skip_special_tokens=True),
-        answer=response.problem.answer,
-        digest=response.problem.digest(response.sample),
-        **vars(seen),
-    )
-
-
-def _with_trials(
-    model: Any,
-    tokenizer: Any,
-    responses: Sequence[PendingResponse],
-    results: Sequence[ResponseResult],
-    config: CounterfactualConfig,
-    end_ids: Sequence[int],
-) -> list[ResponseResult]:
-    scored = []
-    for response, result in zip(responses, results, strict=True):
-        undefined = (float("nan"),) * len(response.prompt_ids)
-        ids = [*response.prompt_ids, *response.response_ids]
-        scored.append(Scored(ids, len(response.prompt_ids), torch.tensor([*undefined, *result.tokens.fai])))
-    tried = counterfactuals(model, tokenizer, scored, config, end_ids=end_ids)
-    return [replace(result, trials=each.trials) for result, each in zip(results, tried, strict=True)]
 
 
 def _readable_twice(source: Source, stack: ExitStack) -> Source:

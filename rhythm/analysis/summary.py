@@ -1,4 +1,4 @@
-"""Computes heads and tables from the responses on disk and writes results.json and CSV files, with one in memory."""
+"""Computes heads and tables from the responses on disk, with one in memory, and writes results.json and CSV files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from rhythm.analysis.config import AnalysisConfig
 from rhythm.analysis.heads import summarize_heads
 from rhythm.analysis.response import ResponseResult
-from rhythm.analysis.results import Analysis, read_json, response_path, write_json
+from rhythm.analysis.results import PARTIAL, RESULTS, Analysis, SoFar, read_json, response_path, write_json
 from rhythm.analysis.rows import head_rows, response_row, table1_row, table2_rows, token_rows, trial_rows
 from rhythm.analysis.table1 import table1
 from rhythm.analysis.table2 import table2
@@ -27,8 +27,13 @@ def summarize(
     failures: Sequence[str],
     config: AnalysisConfig,
     pool_layers: Sequence[int],
+    of: int | None = None,
 ) -> Analysis:
-    """Write results.json and the CSV files for the responses `names`, in that order; returns the analysis.
+    """The results for the responses `names`, in that order; nothing is written.
+
+    Args:
+        of: number of responses of the whole analysis if it has not finished. A statistic is then about the responses
+            that have what it needs, and `so_far` says how many.
 
     Raises:
         ValueError: no names, or a file of another version.
@@ -44,7 +49,10 @@ def summarize(
         seed=config.seed,
     )
     resamples = config.table2.resamples
-    analysis = Analysis(
+    done = 0  # responses whose counterfactuals are done
+    if config.counterfactuals is not None:
+        done = len(names) if of is None else sum(response.complete for response in responses())
+    return Analysis(
         model=model,
         problems=problems,
         settings=config.model_dump(mode="json"),
@@ -56,13 +64,27 @@ def summarize(
             resamples=resamples,
             seed=config.seed,
         ),
-        table1=None
-        if config.counterfactuals is None
-        else table1((response.trials for response in responses()), resamples=resamples, seed=config.seed),
+        table1=table1(
+            (response.trials for response in responses() if response.trials is not None),
+            resamples=resamples,
+            seed=config.seed,
+        )
+        if done
+        else None,
         table2=couplings,
+        so_far=None if of is None else SoFar(of, len(names), None if config.counterfactuals is None else done),
         directory=directory,
     )
-    write_json(analysis, directory / "results.json")
+
+
+def write_results(analysis: Analysis) -> None:
+    """Write results.json and the CSV files of a finished analysis into its directory.
+
+    Raises OSError naming the file.
+    """
+    directory, responses = analysis.directory, analysis.responses
+    write_json(analysis, directory / RESULTS)
+    (directory / PARTIAL).unlink(missing_ok=True)
     write_rows(directory / "heads.csv", head_rows(analysis.heads))
     write_rows(directory / "table2.csv", table2_rows(analysis.table2))
     write_rows(directory / "tokens.csv", (row for response in responses() for row in token_rows(response)))
@@ -71,7 +93,6 @@ def summarize(
         write_rows(directory / "table1.csv", [table1_row(analysis.table1)])
         trials = (row for response in responses() for row in trial_rows(response))
         write_rows(directory / "counterfactuals.csv", trials)
-    return analysis
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from rhythm.analysis import Analysis, AnalysisConfig, analyze, read_problems
 from rhythm.analysis.extend import extend_analysis
 from rhythm.analysis.grid import SensitivityConfig
 from rhythm.analysis.lengths import LengthsConfig
+from rhythm.analysis.results import is_complete
 from rhythm.analysis.run import end_ids_of
 from rhythm.checkpoints import load_model, loading_options, refusal_names
 from rhythm.cli.arguments import command_parser, config_and_overrides
@@ -324,11 +325,16 @@ def _settings(config: CommandConfig) -> str:
 
 
 def _kept(directory: Path) -> str:
-    """A line that says how many finished responses are kept; empty if there are none."""
-    if count := sum(1 for _ in (directory / "responses").glob("*.json")):
-        kept = "1 finished response is kept" if count == 1 else f"{count} finished responses are kept"
-        return f"{kept} in {directory}"
-    return ""
+    """A line that says how many finished responses are kept, and how many that lack counterfactuals; empty if there are
+    none.
+    """
+    complete = [is_complete(path) for path in (directory / "responses").glob("*.json")]
+    kept = []
+    if count := sum(complete):
+        kept.append("1 finished response is kept" if count == 1 else f"{count} finished responses are kept")
+    if count := len(complete) - sum(complete):
+        kept.append(f"{count} without {'its' if count == 1 else 'their'} counterfactuals yet")
+    return f"{', '.join(kept)} in {directory}" if kept else ""
 
 
 if __name__ == "__main__":

@@ -12,35 +12,17 @@ from typing import Any, Self
 
 import pytest
 import torch
+from small_analysis import CONFIG, NAMES, PROBLEMS, contents, lacking, small_model
 
 import rhythm.analysis.run as run_module
-from rhythm.analysis import AnalysisConfig, ResponseResult, RowError, analyze, read_analysis
+import rhythm.analysis.stages as stages_module
+from rhythm.analysis import ResponseResult, RowError, analyze, read_analysis
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.progress import AnalysisProgress
 from rhythm.analysis.results import read_json, response_path, write_json
 from rhythm.analysis.rows import table1_frame, table2_frame, tokens_frame
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer
-
-CONFIG = AnalysisConfig.model_validate(
-    {
-        "sampling": {"max_new_tokens": 14},
-        "problems_at_once": 2,
-        "responses_per_problem": 2,
-        "signals": {"horizon": [2, 6]},
-        "counterfactuals": {
-            "positions": 1,
-            "candidates": 1,
-            "max_new_tokens": 4,
-            "matched": False,
-            "responses_at_once": 2,
-        },
-        "table2": {"permutations": 19, "resamples": 20},
-        "maps": 1,
-    }
-)
-PROBLEMS = ["1,2,3>6:", {"prompt": "4,5,6>15:"}, {"prompt": "7,8,9>24:", "response": "7+8=15,15+9=24"}, "1,1,1>3:"]
-NAMES = ("00001-0", "00001-1", "00002-0", "00002-1", "00003-0", "00004-0", "00004-1")
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +32,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Any) -> Any:
-    shape = TinyModelConfig(layers=3, hidden_size=32, mlp_size=32, query_heads=4, key_heads=2, head_size=8)
-    return build_model(shape.model_copy(update={"max_positions": 64}), tokenizer)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("responses/*.json"))}
+    return small_model(tokenizer)
 
 
 def test_interrupted_and_resumed_it_comes_out_the_same(
@@ -108,7 +85,7 @@ def test_progress_within_generation_and_counterfactuals(
         return noted
 
     monkeypatch.setattr(run_module, "AnalysisProgress", Noted)
-    monkeypatch.setattr(run_module, "counterfactuals", noting(run_module.counterfactuals))
+    monkeypatch.setattr(stages_module, "counterfactuals", noting(stages_module.counterfactuals))
     monkeypatch.setattr(Observer, "observe", noting(Observer.observe))
     monkeypatch.setattr(GenerateInfer, "_progress", noting(GenerateInfer._progress))
     analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", config=CONFIG, page=False)
@@ -120,16 +97,17 @@ def test_progress_within_generation_and_counterfactuals(
         [line.partition(" problems")[0] for line in seen if phase in line]
         for phase in ("observing response", "counterfactuals of")
     )
-    assert observing == ["0/4", "0.25/4", "1/4", "1.25/4", "2/4", "2.33/4", "3.33/4"]
-    assert trying == ["0.5/4", "1.5/4", "2.67/4", "3.67/4"]
+    assert observing == ["0/4", "0.25/4", "0.5/4", "0.75/4", "2/4", "2.33/4", "2.67/4"]
+    assert trying == ["1/4", "1.5/4", "3/4", "3.67/4"]
     assert "left; counterfactuals of 00004-1 for" in seen[-1]
+    assert seen[-1].endswith("; 7 of 7 responses measured")
 
 
 def test_a_copy_in_another_dtype_generates_and_the_model_observes(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[str, set[torch.dtype]] = {"responses": set(), "counterfactuals": set(), "observed": set()}
-    generate, try_, observe = GenerateInfer.generate, run_module.counterfactuals, Observer.observe
+    generate, try_, observe = GenerateInfer.generate, stages_module.counterfactuals, Observer.observe
 
     def generating(self: Any, *arguments: Any, **options: Any) -> Any:
         used["responses"].add(self._model.dtype)
@@ -145,7 +123,7 @@ def test_a_copy_in_another_dtype_generates_and_the_model_observes(
         return seen
 
     monkeypatch.setattr(GenerateInfer, "generate", generating)
-    monkeypatch.setattr(run_module, "counterfactuals", trying)
+    monkeypatch.setattr(stages_module, "counterfactuals", trying)
     monkeypatch.setattr(Observer, "observe", observing)
     options = {"config": CONFIG, "page": False}
     analyze(model, tokenizer, PROBLEMS, out=tmp_path / "out", generation_dtype=torch.bfloat16, **options)
@@ -266,7 +244,8 @@ def test_a_response_longer_than_the_context(model: Any, tokenizer: Any, tmp_path
     message = "row 3: the prompt and response 1 have 69 tokens together; the model's context is 64"
     with pytest.raises(RowError, match=message):
         analyze(model, tokenizer, problems, out=tmp_path / "out", config=CONFIG, page=False)
-    assert len(contents(tmp_path / "out")) == 4  # what was finished stays
+    assert len(contents(tmp_path / "out")) == 6  # what was finished stays
+    assert lacking(tmp_path / "out") == ["00004-0.json", "00004-1.json"], "which come after row 3"
     results = analyze(model, tokenizer, problems, out=tmp_path / "out", config=CONFIG, page=False, keep_going=True)
     assert results.names == tuple(name for name in NAMES if not name.startswith("00003"))
     assert results.failures == (message,)
@@ -329,7 +308,7 @@ def test_memory_does_not_grow_with_the_responses(
     """At no time are more responses alive than a pass over them holds."""
     config = CONFIG.model_copy(update={"counterfactuals": None, "responses_per_problem": 1})
     most = 0
-    write = run_module.write_json
+    write = stages_module.write_json
 
     def counting(*arguments: Any) -> None:
         nonlocal most
@@ -338,7 +317,7 @@ def test_memory_does_not_grow_with_the_responses(
         most = max(most, len(alive))
         write(*arguments)
 
-    monkeypatch.setattr(run_module, "write_json", counting)
+    monkeypatch.setattr(stages_module, "write_json", counting)
     analyze(model, tokenizer, ["1,2,3>6:"] * 9, out=tmp_path / "out", config=config, page=False)
     assert 1 <= most <= 2
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
-from rhythm.analysis import AnalysisConfig
+from rhythm.analysis import AnalysisConfig, stages
 from rhythm.cli import analyze as command
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
 
@@ -100,6 +101,32 @@ def test_bad_rows_and_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"1 finished response is kept in {tmp_path / 'out'}" in errors
     assert run(model, file, tmp_path / "out", *options, "keep_going=true") == 0
     assert "left out: row 2:" in capsys.readouterr().err
+
+
+def test_what_lacks_counterfactuals_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And results that are there already are shown, by the command that was interrupted and by --dry-run."""
+    out = tmp_path / "out"
+    model = checkpoint(tmp_path / "model")
+    file = prompts(tmp_path, *({"prompt": prompt} for prompt in ("1,2,3>6:", "4,5>9:", "1>1:")))
+    groups: list[int] = []
+    compute = stages.counterfactuals
+
+    def until_the_second(*arguments: Any, **options: Any) -> Any:
+        groups.append(1)
+        if len(groups) == 2:
+            raise OSError(28, "No space left on device")
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(stages, "counterfactuals", until_the_second)
+    assert run(model, file, out, "counterfactuals.responses_at_once=1") != 0
+    kept = f"1 finished response is kept, 2 without their counterfactuals yet in {out}"
+    errors = capsys.readouterr().err
+    assert f"rhythm-analyze: {kept}" in errors
+    assert f"rhythm-analyze: {out / 'report.html'} shows 1 of 3 responses, and more as they come" in errors
+    assert run(model, file, out, "counterfactuals.responses_at_once=1", "--dry-run") == 0
+    assert f"# out: {kept}" in capsys.readouterr().out
 
 
 def test_vllm_is_asked_for_by_name(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -101,26 +102,34 @@ def test_a_terminal_has_the_bar_alone(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_analysis_says_how_far_it_is_within_a_batch() -> None:
     clock, shown = Clock(), io.StringIO()
     progress = AnalysisProgress(Console(file=shown, width=40), problems=40, clock=clock)
-    progress.batch(4)
+    progress.batch(4, 0)
     tokens = 7
-    progress.phase(lambda: f"generating ({tokens} tokens)", share=0)
+    progress.phase(lambda: f"generating ({tokens} tokens)")
     clock.now, tokens = 131.0, 130
     progress.heartbeat.beat()
-    progress.phase("observing response 0-0", share=0.5)
-    clock.now += 9
-    progress.heartbeat.beat()
-    clock.now += 21
+    progress.reached(0.5)
+    with progress.aside("observing response 0-0"):
+        clock.now += 9
+        progress.heartbeat.beat()
+        clock.now += 21
+        progress.heartbeat.beat()
+        progress.measured(5, 80)
+        progress.first_page(Path("out/report.html"))
+    clock.now += 30
     progress.heartbeat.beat()
     progress.end_batch()
-    progress.batch(4)
-    progress.phase("generating", share=0)
+    progress.batch(4, 0)
+    progress.phase("generating")
     clock.now += 39
     progress.heartbeat.beat()
     assert shown.getvalue().splitlines() == [
         "rhythm-analyze: 0/40 problems; generating (130 tokens) for 31 s; none is finished yet, so the remaining "
         "time is unknown",
         "rhythm-analyze: 2/40 problems, 30.5 s/problem, 19 min left; observing response 0-0 for 30 s",
-        "rhythm-analyze: 4/40 problems, 25.0 s/problem, 15 min left; generating for 39 s",
+        "rhythm-analyze: out/report.html shows 5 of 80 responses, and more as they come",
+        "rhythm-analyze: 2/40 problems, 45.5 s/problem, 29 min left; generating (130 tokens) for 91 s; 5 of 80 "
+        "responses measured",
+        "rhythm-analyze: 4/40 problems, 32.5 s/problem, 20 min left; generating for 39 s; 5 of 80 responses measured",
     ]
 
 
