@@ -34,7 +34,7 @@ class Setup:
     Attributes:
         directory: of the analysis; tokenizer: of both models.
         observer: measures; writer: the model that continues texts, whose end tokens are end_ids.
-        saved: called with the names of the batch's responses that are there, in order, whenever one was saved.
+        saved: called with the names of the batch's responses that are there, in order, whenever some were saved.
     """
 
     directory: Path
@@ -92,7 +92,7 @@ class BatchStages:
         if key in self.kept:
             return
         with setup.progress.aside(f"observing response {response.name}"):
-            self._save(_measured(setup, response, maps=self._place[key] < setup.config.maps))
+            self._save([_measured(setup, response, maps=self._place[key] < setup.config.maps)])
 
     def complete(self, responses: Sequence[PendingResponse]) -> None:
         """Save the counterfactuals of responses that are measured, in groups that run together.
@@ -113,8 +113,7 @@ class BatchStages:
             tried = counterfactuals(
                 self._setup.writer, self._setup.tokenizer, scored, config, end_ids=self._setup.end_ids
             )
-            for result, each in zip(results, tried, strict=True):
-                self._save(replace(result, trials=each.trials))
+            self._save([replace(result, trials=each.trials) for result, each in zip(results, tried, strict=True)])
 
     def _read(self, problem: Problem, sample: int) -> ResponseResult | None:
         """What the directory has of a response."""
@@ -130,9 +129,10 @@ class BatchStages:
             raise RowError(problem.row, f"is not the row from which {path} was made; use another directory")
         return before
 
-    def _save(self, result: ResponseResult) -> None:
-        write_json(result, response_path(self._setup.directory, result.name))
-        self._keep(result)
+    def _save(self, results: Sequence[ResponseResult]) -> None:
+        for result in results:
+            write_json(result, response_path(self._setup.directory, result.name))
+            self._keep(result)
         self._setup.progress.reached(self.share)
         self._setup.saved(self.names)
 

@@ -169,8 +169,7 @@ def test_pages_on_the_way(
     done = analyze(model, tokenizer, PROBLEMS, out=tmp_path, config=CONFIG)
     of = [(each.measured, each.counterfactuals) for each in seen]
     assert {each.responses for each in seen} == {7}
-    assert of == [*((i, 0) for i in (1, 2, 3, 4)), *((4, i) for i in (1, 2, 3, 4)),
-                  *((i, 4) for i in (5, 6, 7)), *((7, i) for i in (5, 6, 7))]  # fmt: skip
+    assert of == [(1, 0), (2, 0), (3, 0), (4, 0), (4, 2), (4, 4), (5, 4), (6, 4), (7, 4), (7, 6), (7, 7)]
     assert same(tmp_path, whole)
     assert done.so_far is None
     assert "so_far" not in json.loads((tmp_path / "results.json").read_bytes())
