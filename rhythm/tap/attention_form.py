@@ -258,8 +258,11 @@ class MaskReader:
         return window
 
 
-def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
+def attention_form(call: AttentionCall, masks: MaskReader, *, in_rows: bool = True) -> AttentionForm:
     """The form of the attention that the call computes among the tokens of the batch.
+
+    Args:
+        in_rows: whether query and key are at the positions of the batch, [B, H, T, D]; else only the mask is.
 
     Raises:
         UnsupportedAttention: it has no such form, or an argument may change the scores in a way unknown here.
@@ -276,12 +279,8 @@ def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
     if call.options.get("dropout"):
         raise call.refusal("attention dropout, active in train mode")
 
-    B, T = masks.batch.real.shape
-    if call.query.ndim != 4 or call.query.shape[0] != B or call.query.shape[2] != T:
-        raise call.refusal(f"queries of shape {list(call.query.shape)} for {B} sequences of {T} positions")
-    if call.key.shape[0] != B or call.key.shape[2] != T:
-        raise call.refusal(f"{call.key.shape[2]} keys for {T} queries: cross-attention, or a KV cache in use")
-
+    if in_rows:
+        _check_positions(call, masks.batch)
     scale = call.options.get("scaling")
     if scale is None:
         scale = call.query.shape[-1] ** -0.5
@@ -289,6 +288,14 @@ def attention_form(call: AttentionCall, masks: MaskReader) -> AttentionForm:
         raise call.refusal(f"a softmax scale that is not one number but a {type(scale).__name__}")
     window, softcap = masks.window(call), call.effective_option("softcap")
     return AttentionForm(float(scale), window, softcap, _sinks(call), masks.chunk(call))
+
+
+def _check_positions(call: AttentionCall, batch: PaddedBatch) -> None:
+    B, T = batch.real.shape
+    if call.query.ndim != 4 or call.query.shape[0] != B or call.query.shape[2] != T:
+        raise call.refusal(f"queries of shape {list(call.query.shape)} for {B} sequences of {T} positions")
+    if call.key.shape[0] != B or call.key.shape[2] != T:
+        raise call.refusal(f"{call.key.shape[2]} keys for {T} queries: cross-attention, or a KV cache in use")
 
 
 def _sinks(call: AttentionCall) -> Tensor | None:

@@ -6,8 +6,8 @@ heads of the pool; THD and TGD are packed, with the padding left out, and BTHD a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -223,14 +223,8 @@ class AttentionTap:
         Entering the tap has it called by the model; who intercepts the model's attention already calls it instead, with
         calls for the rows of attention_mask.
         """
-        self._reached = True
-        if call.layer not in self.layers:
+        if (layer := self._layer_of_ours(call)) is None:
             return call.run()
-        if call.layer in self._statistics:
-            raise RuntimeError(
-                f"{call.where}: ran twice in one tap; open one for each forward pass (generate() runs many: generate "
-                "before the tap, then run the whole text inside)"
-            )
         if self._masks is None:
             B, _, T, _ = call.query.shape
             batch = whole_batch(B, T, self._prompt_lens_B, self._prompt_lens, call.query.device)
@@ -243,23 +237,74 @@ class AttentionTap:
             result, lse_BHT = run_with_lse(call, form, batch)
         else:
             result = call.run()
-        # Autocast around the forward pass would take the statistics to low precision as well.
-        with self.watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+        with self._reading(call):
             if self.checks_output:
                 check_output(call, form, batch, result[0], self._checks, lse=lse_BHT)
-            self._statistics[call.layer] = self._layer_statistics(call, form, batch, lse_BHT)
-        if self._stop and len(self._statistics) == len(self.layers):
-            raise _SeenEnoughError
+            # Without padding the kernels read the layer's own tensors.
+            whole = form.chunk is None and batch.is_whole
+            tensors = call.query.transpose(1, 2), call.key.transpose(1, 2)
+            q, k = tensors if whole else (batch.packed(x) for x in tensors)
+            lse = lse_BHT if lse_BHT is None or whole else batch.packed(lse_BHT.transpose(1, 2)).T
+            self._statistics[layer] = self._layer_statistics(q, k, form, batch, lse)
+        self._leave_if_done()
         return result
 
+    def read_packed(self, call: AttentionCall, output_1THD: Tensor, token_BT: Tensor) -> None:
+        """Reads a call of one row, into which the caller has packed the rows of attention_mask, if its layer is one of
+        ours: for who intercepts the model's attention and has run the call. The rows need not be padded for it.
+
+        Args:
+            call: query [1, H, tokens, D], key and value alike; mask: of the padded rows.
+            output_1THD: what the model gets for it.
+            token_BT: int64, where in the packed row the token of each position is, which may be that of several rows;
+                on padding any.
+
+        Raises as `receive`.
+        """
+        if (layer := self._layer_of_ours(call)) is None:
+            return
+        assert self._masks is not None  # rows packed by their attention_mask
+        form = attention_form(call, self._masks, in_rows=False)
+        batch = self._masks.on(call.query.device)
+        with self._reading(call):
+            if self.checks_output:
+                query, key, value = (
+                    x_1HTD[0][:, token_BT].transpose(0, 1) for x_1HTD in (call.query, call.key, call.value)
+                )
+                padded = replace(call, query=query, key=key, value=value)
+                check_output(padded, form, batch, output_1THD[0][token_BT], self._checks)
+            token_N = batch.packed(token_BT)
+            q_NHD, k_NGD = (x_1HTD[0].transpose(0, 1).index_select(0, token_N) for x_1HTD in (call.query, call.key))
+            self._statistics[layer] = self._layer_statistics(q_NHD, k_NGD, form, batch, None)
+        self._leave_if_done()
+
+    def _layer_of_ours(self, call: AttentionCall) -> int | None:
+        """The call's layer, if it is to be read. Raises RuntimeError if it was before."""
+        self._reached = True
+        if call.layer not in self.layers:
+            return None
+        if call.layer in self._statistics:
+            raise RuntimeError(
+                f"{call.where}: ran twice in one tap; open one for each forward pass (generate() runs many: generate "
+                "before the tap, then run the whole text inside)"
+            )
+        return call.layer
+
+    @contextmanager
+    def _reading(self, call: AttentionCall) -> Iterator[None]:
+        # Autocast around the forward pass would take the statistics to low precision as well.
+        with self.watch, torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+            yield
+
+    def _leave_if_done(self) -> None:
+        if self._stop and len(self._statistics) == len(self.layers):
+            raise _SeenEnoughError
+
     def _layer_statistics(
-        self, call: AttentionCall, form: AttentionForm, batch: PaddedBatch, lse_BHT: Tensor | None
+        self, q: Tensor, k: Tensor, form: AttentionForm, batch: PaddedBatch, lse: Tensor | None
     ) -> _LayerStatistics:
-        # Without padding the kernels read the layer's own tensors.
-        whole = form.chunk is None and batch.is_whole
-        tensors = call.query.transpose(1, 2), call.key.transpose(1, 2)
-        q, k = tensors if whole else (batch.packed(x) for x in tensors)
-        lse = lse_BHT if lse_BHT is None or whole else batch.packed(lse_BHT.transpose(1, 2)).T
+        """q and k (and lse) as the ops take them: [N, H, D] without the padding, or [B, T, H, D] if there is none."""
+        whole = q.ndim == 4
         options: dict[str, Any] = {
             "window": self._options.window,
             "horizon": self._options.horizon,
@@ -276,8 +321,5 @@ class AttentionTap:
             waad_BHT, fai_BHT = (
                 batch.padded(x_HT.T.float(), torch.nan).transpose(1, 2) for x_HT in (got.waad, got.fai)
             )
-        if got.span is None:
-            span_BH = waad_BHT.new_full((len(batch.lens), call.query.shape[1]), torch.nan)
-        else:
-            span_BH = got.span.float()
-        return _LayerStatistics(span_BH, waad_BHT, fai_BHT)
+        undefined_BH = waad_BHT.new_full((len(batch.lens), q.shape[-2]), torch.nan)
+        return _LayerStatistics(undefined_BH if got.span is None else got.span.float(), waad_BHT, fai_BHT)

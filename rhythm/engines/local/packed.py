@@ -210,6 +210,7 @@ class _PaddedAttention:
         self._config = text_config(model)
         self._kinds = layer_kinds(self._config)
         self._tap = tap
+        self._token_BW = tokens.token_BW
         self._whole = self._parts = _whole_rows(tokens)
         prompt_lens_B = tokens.shared_prompt_lens
         if prompt_lens_B is not None and prompt_lens_B.device.type == "cpu":
@@ -239,10 +240,7 @@ class _PaddedAttention:
         outputs = [rows.padded(call, mask, heads_first=True).run() for rows, mask in zip(parts, masks, strict=True)]
         output_THD = torch.cat([output.flatten(0, 1) for output, _ in outputs]).index_select(0, place_T)
         if tap is not None:
-            (rows,), _ = self._whole
-            # The output is computed as without a tap, bit for bit, and shown to it in whole rows; no lse with it.
-            padded = rows.padded(call, self._masks[kind], heads_first=False)
-            tap.receive(replace(padded, function=lambda *_, **__: (output_THD[rows.query_bQ], None)))
+            tap.read_packed(replace(call, mask=self._masks[kind]), output_THD[None], self._token_BW)
         return output_THD[None], None
 
 
