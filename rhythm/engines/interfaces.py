@@ -255,7 +255,8 @@ the rows' own are.
 class TappedStep:
     """A gradient step, and what was read in its forward pass, before the step changed the weights.
 
-    log_probs: of the tokens in the batch's response_mask. signals: None if none were asked for.
+    log_probs: of the tokens in the batch's response_mask. signals: None if none were asked for. Both are NaN for rows
+    that did not go through the model, where no row without a gradient (`rows_with_gradient`) need go.
     """
 
     metrics: StepMetrics
@@ -273,7 +274,7 @@ class TappedTrain(Protocol):
 
     def tapped_step(self, batch: TrainBatch, tap: SignalsConfig | None, shape: ShapeAdvantages) -> TappedStep:
         """Run one gradient step whose advantages `shape` makes from the batch's and the signals, a micro-batch at a
-        time. `tap`: None reads no signals.
+        time. `tap`: None reads no signals. Rows need go through the model as in `Train.step`.
 
         Raises NonFiniteError, with the weights unchanged, and ValueError if the tap's head groups are not those of each
         sequence: others are known only after the last micro-batch.

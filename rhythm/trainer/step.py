@@ -80,7 +80,8 @@ class TokenCredit:
     """Old log-probs, signals and γ of a rollout, under the trainer's weights before the step.
 
     signals: None where the strategy reads none. gamma: [B, T]. measured: bool [B, T], the tokens whose log-probs are
-    known. With signals.source=training only the first mini-batch's signals are under those weights.
+    known. With signals.source=training only the first mini-batch's signals are under those weights, and signals and γ
+    are NaN for rows left out of the gradient steps.
     """
 
     log_probs: LogProbs
@@ -348,9 +349,10 @@ def _mean_metrics(step_metrics: list[StepMetrics]) -> Record:
 
 
 def _credit_metrics(credited: TokenCredit, advantages_B: Tensor, mask_BT: Tensor, credit: CreditConfig) -> Record:
-    """Mean γ over all response tokens, the bonus mass (mean γ − 1), γ's share of the advantages, and mean WAAD (tokens)
-    and FAI where defined.
+    """Mean γ over all response tokens that have one, the bonus mass (mean γ − 1), γ's share of the advantages, and mean
+    WAAD (tokens) and FAI where defined.
     """
+    mask_BT = mask_BT & ~credited.gamma.isnan()
     share = gamma_share(advantages_B, credited.gamma, mask_BT, credit.apply_to)
     signals = credited.signals
     gamma_mean = float(credited.gamma[mask_BT].double().mean())

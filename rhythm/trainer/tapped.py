@@ -5,6 +5,9 @@ log-probs are the old ones and its γ is that of signals.source=inline. A later 
 that moment, which the gradient steps before it have moved; its old log-probs, which must be under the rollout's
 weights, come from a pass before the first gradient step, or from the rollout (batch.old_logprobs).
 
+Rows without a gradient, as those whose advantages are all 0, may be left out of the gradient step, as γ would change
+nothing about them: they have no signals then, and no γ that these would make.
+
 Shape suffixes: B responses, T positions.
 """
 
@@ -34,8 +37,8 @@ class Taken:
     Attributes:
         log_probs: under the rollout's weights; by the trainer where `measured`.
         measured: bool [B, T], the tokens whose log-probs the trainer computed.
-        signals: of all rows; None where the strategy reads none.
-        gamma: [B, T].
+        signals: of all rows, NaN for those that the engine left out; None where the strategy reads none.
+        gamma: [B, T], NaN on response tokens of rows that the engine left out, where the strategy reads anything.
         correction: of the measured tokens.
         metrics: of each gradient step.
         statistics_seconds: of statistics and γ.
@@ -122,6 +125,7 @@ def take_steps(
         for index, taken in zip(rows, steps, strict=True):
             entropy_BT[index] = taken.log_probs.entropy
         gamma_BT = batch_credit_weights(signals, loss_mask_BT, credit, entropy=entropy_BT)
+        gamma_BT = gamma_BT.masked_fill(loss_mask_BT & entropy_BT.isnan(), torch.nan)
     return Taken(
         log_probs=old,
         measured=measured_BT,

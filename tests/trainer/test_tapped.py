@@ -16,6 +16,7 @@ from rhythm.engines.local import packed as packing
 from rhythm.engines.local.train import TorchTrain
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import run
+from rhythm.trainer.tapped import Taken, take_steps
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 
@@ -55,22 +56,63 @@ def records_and_weights(config: TrainConfig) -> tuple[list[dict[str, float]], di
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()], load_file(weights)
 
 
+@pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("strategy", ["coupled", "entropy", "random"])
 def test_one_gradient_step_is_as_inline_without_its_pass(
-    small_config: Configure, tmp_path: Path, passes: list[int], strategy: str
+    small_config: Configure,
+    tmp_path: Path,
+    passes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    every_row: bool,
 ) -> None:
+    """Its means are those of the rows that it reads: the same as inline's if it reads `every_row`."""
+    if every_row:
+        monkeypatch.setattr(
+            "rhythm.engines.local.train.rows_with_gradient", lambda batch, _: batch.rollout.finished | True
+        )
     shared = (f"runs_dir={tmp_path}", "steps=2", f"credit.strategy={strategy}", *WHOLE, *EVALUATION)
     inline, expected = records_and_weights(small_config(*shared, "name=inline"))
     assert passes == [16, 16]
     training, weights = records_and_weights(small_config(*shared, "name=training", TRAINING))
     assert passes == [16, 16], "no pass but the training's own"
     for left, right in zip(inline[1:], training[1:], strict=True):
-        for key in ("loss", "grad_norm", "gamma_mean", "gamma_share", "entropy", "waad_mean", "fai_mean", "reward"):
+        of_all = ("gamma_mean", "entropy", "waad_mean", "fai_mean") if every_row else ()
+        for key in ("loss", "grad_norm", "gamma_share", "reward", *of_all):
             assert right[key] == (None if left[key] is None else pytest.approx(left[key], rel=1e-4, abs=1e-6)), key
         assert right["gamma_mean"] > 1
         assert right["logprob_gap"] < 1e-4
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["coupled", "entropy", "random"])
+def test_rows_without_a_gradient_are_not_read_nor_counted(
+    small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    steps: list[tuple[Any, Taken]] = []
+
+    def kept(*arguments: Any) -> Taken:
+        steps.append((arguments, take_steps(*arguments)))
+        return steps[-1][1]
+
+    monkeypatch.setattr("rhythm.trainer.step.take_steps", kept)
+    shared = (f"runs_dir={tmp_path}", "steps=1", f"credit.strategy={strategy}", *WHOLE, *EVALUATION, TRAINING)
+    record = records_and_weights(small_config(*shared))[0][1]
+    (_, _, rollout, _, advantages, *_), taken = steps[0]
+    learns, response = (advantages != 0)[:, None], rollout.response_mask
+    assert 0 < learns.sum() < len(learns)
+    assert torch.equal(taken.measured, response & learns)
+    drawn = strategy == "random"  # of all rows: no pass is needed for it
+    assert torch.equal(taken.gamma.isnan(), response & ~learns & ~torch.tensor(drawn))
+    assert record["gamma_mean"] == pytest.approx(taken.gamma[response & (learns | drawn)].mean().item(), rel=1e-5)
+    assert record["amplified_fraction"] == pytest.approx(
+        (taken.gamma > 1)[response & (learns | drawn)].float().mean().item(), rel=1e-5
+    )
+    assert record["entropy"] == pytest.approx(taken.log_probs.entropy[response & learns].mean().item(), rel=1e-5)
+    assert record["gamma_share"] > 0
+    if taken.signals is not None:
+        assert torch.equal(taken.signals.waad.isnan(), ~(response & learns))
 
 
 @pytest.mark.parametrize("source", ["inline", "separate", "training"])

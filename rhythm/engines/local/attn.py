@@ -78,7 +78,7 @@ class SignalRows:
 
     def __init__(self, rollout: Rollout, tap: SignalsConfig, groups: HeadGroups | None) -> None:
         """`groups`: fixed head groups; None: select them as `tap` says."""
-        self._shape = rollout.input_ids.shape
+        self._rows, self._width = rollout.input_ids.shape
         self._tap, self._groups = tap, groups
         self._waiting: list[tuple[Tensor, HeadStatistics]] = []
         self._parts: list[tuple[Tensor, RhythmSignals]] = []
@@ -103,33 +103,35 @@ class SignalRows:
         return signals
 
     def joined(self) -> RhythmSignals:
-        """The signals of all rows, NaN where there are none; without entropy."""
+        """The signals of all rows, without entropy: NaN where there are none, and rows that were not put in have no
+        heads in their groups.
+        """
         if self._waiting:
             span_Bn = _in_order([(index_n, part.span) for index_n, part in self._waiting])
             shared = shared_heads(span_Bn, self._tap.quantile)
             self._parts = [(index_n, part.signals(shared)) for index_n, part in self._waiting]
             self._waiting = []
+        heads = self._parts[0][1].heads
+        n = self._parts[0][1].span.shape[1]
         return RhythmSignals(
-            waad=self._scattered(lambda part: part.waad),
-            fai=self._scattered(lambda part: part.fai),
+            waad=self._scattered(lambda part: part.waad, self._width),
+            fai=self._scattered(lambda part: part.fai, self._width),
             entropy=None,
-            span=self._gathered(lambda part: part.span),
+            span=self._scattered(lambda part: part.span, n),
             groups=HeadGroups(
-                local=self._gathered(lambda part: part.groups.local.expand(part.span.shape)),
-                global_=self._gathered(lambda part: part.groups.global_.expand(part.span.shape)),
+                local=self._scattered(lambda part: part.groups.local.expand(part.span.shape), n),
+                global_=self._scattered(lambda part: part.groups.global_.expand(part.span.shape), n),
             ),
-            heads=self._parts[0][1].heads,
+            heads=heads,
         )
 
-    def _scattered(self, field: Callable[[RhythmSignals], Tensor]) -> Tensor:
+    def _scattered(self, field: Callable[[RhythmSignals], Tensor], width: int) -> Tensor:
+        """[B, width], NaN or False where no part has a value."""
         first = field(self._parts[0][1])
-        joined_BT = first.new_full(self._shape, torch.nan)
+        joined = first.new_full((self._rows, width), torch.nan if first.is_floating_point() else 0)
         for index_n, part in self._parts:
-            joined_BT[index_n, : field(part).shape[1]] = field(part)
-        return joined_BT
-
-    def _gathered(self, field: Callable[[RhythmSignals], Tensor]) -> Tensor:
-        return _in_order([(index_n, field(part)) for index_n, part in self._parts])
+            joined[index_n, : field(part).shape[1]] = field(part)
+        return joined
 
 
 def _in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -49,7 +49,7 @@ class StepReader:
             return replace(micro, advantages=self._shape(micro, now.entropy.detach(), signals))
 
     def signals(self) -> RhythmSignals | None:
-        """Of all rows; None without `tap`."""
+        """Of all rows, NaN for those that were not read; None without `tap`."""
         return None if self._rows is None else self._rows.joined()
 
 

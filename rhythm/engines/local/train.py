@@ -194,10 +194,6 @@ class TorchTrain:
         learns_B = rows_with_gradient(batch, self._loss)
         for index, width in self._micro_batches(batch.rollout, self._micro_batch_size, learns_B):
             sums += self._accumulate(trim(take_rows(batch, index), width), totals, batch, index, reader)
-        if reader is not None:
-            with torch.no_grad():  # for what it reads of the others
-                for index, width in self._micro_batches(batch.rollout, self._micro_batch_size, ~learns_B):
-                    self._accumulate(trim(take_rows(batch, index), width), totals, batch, index, reader)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
         if not math.isfinite(grad_norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -246,8 +242,7 @@ class TorchTrain:
     def _accumulate(
         self, micro: TrainBatch, totals: BatchTotals, batch: TrainBatch, index: Tensor, reader: StepReader | None
     ) -> Tensor:
-        """Add a micro-batch's part to the gradients, if they are enabled; returns its part of the step's numbers,
-        `LossOutput.parts`.
+        """Add a micro-batch's part to the gradients; returns its part of the step's numbers, `LossOutput.parts`.
 
         `index`: the micro-batch's rows in `batch`. `reader`: reads its signals and makes its advantages.
         """
@@ -275,8 +270,7 @@ class TorchTrain:
         if not math.isfinite(loss):
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError("loss", loss, batch)
-        if torch.is_grad_enabled():
-            torch.autograd.backward(out.loss)
+        torch.autograd.backward(out.loss)
         return out.parts()
 
     def _log_probs(

@@ -88,8 +88,8 @@ def test_they_are_left_out_and_the_step_is_the_same(
     assert metrics.approx_kl == pytest.approx(approx_kl, rel=1e-4)
 
 
-def test_what_is_read_in_the_step_is_that_of_all_rows(model: Any, make: Make, batch: TrainBatch) -> None:
-    """Without a backward pass through them."""
+def test_a_step_that_reads_leaves_them_out_too(model: Any, make: Make, batch: TrainBatch) -> None:
+    """No pass at all for the sake of their signals."""
     tap = SignalsConfig(horizon=(2, 6))
     plain = copy.deepcopy(model)
     make(plain).step(batch)
@@ -97,13 +97,27 @@ def test_what_is_read_in_the_step_is_that_of_all_rows(model: Any, make: Make, ba
     train = make(model)
     passes = tokens_and_gradients(model)
     step = train.tapped_step(batch, tap, lambda micro, entropy, signals: micro.advantages)
-    assert passes == [(2, True), (2, False)]
+    assert passes == [(2, True)]
     assert_same(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
-    mask = batch.rollout.response_mask
+    mask = batch.rollout.response_mask.clone()
+    mask[:2] = False
     torch.testing.assert_close(step.log_probs.logprobs[mask], log_probs.logprobs[mask], rtol=1e-4, atol=1e-5)
+    assert step.log_probs.logprobs[~mask].isnan().all()
+    assert step.log_probs.entropy[~mask].isnan().all()
     assert step.signals is not None
     assert signals is not None
-    torch.testing.assert_close(step.signals.waad, signals.waad, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert signals.groups.local.any(dim=1).all()
+    for read, expected in ((step.signals.waad, signals.waad), (step.signals.fai, signals.fai)):
+        expected[:2] = torch.nan
+        torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(step.signals.span[2:], signals.span[2:], rtol=1e-4, atol=1e-4)
+    assert step.signals.span[:2].isnan().all()
+    for chosen, of_all in (
+        (step.signals.groups.local, signals.groups.local),
+        (step.signals.groups.global_, signals.groups.global_),
+    ):
+        assert torch.equal(chosen[2:], of_all[2:])
+        assert not chosen[:2].any()
 
 
 def test_the_optimizer_goes_on_where_no_row_has_an_advantage(model: Any, make: Make, batch: TrainBatch) -> None:
