@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import trainer
-from benchmarks.trainer import GAMMA, TRL, Row, main, run, table, targets
+from benchmarks.trainer import GAMMA, IN_TRAINING, TRL, Row, main, run, table, targets
 from benchmarks.trainer_workers import PARTS, Seconds
 
 
@@ -44,6 +44,8 @@ def test_arithmetic() -> None:
     slow, light = Row(GAMMA, 3, {}, 1.99, 2.1, 0.03), Row(GAMMA, 3, {}, None, None, 0.031)
     assert list(targets([slow]).values()) == [False, True]
     assert list(targets([light]).values()) == [False], "without TRL there is nothing to compare with"
+    in_training = Row(IN_TRAINING, 3, {}, 2.0, 2.1, 0.05)
+    assert list(targets([slow, in_training]).values()) == [False, True, True], "the share is a target inline alone"
     assert targets([trl]) == {}
 
 
