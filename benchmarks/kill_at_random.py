@@ -8,7 +8,7 @@ others together. If that ends the run, it is resumed. A seed passes if
 - metrics, samples and the weights in all checkpoints are those of the uninterrupted run, bit for bit,
 - every process that was started has ended, and no shared memory is left.
 
-Prints a line per seed, writes a record, and exits with 1 if a seed did not pass. Linux only.
+Prints a line per seed, writes the record after each, and exits with 1 if a seed did not pass. Linux only.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(20)))
     parser.add_argument("--no-record", action="store_true", help="only print")
     options = parser.parse_intermixed_args(arguments)
-    where, about = machine(), {"software": software(), "commit": commit(), "overrides": options.overrides}
+    where = machine()
+    path = record_path("cpu", where).with_name("kill_at_random.json")
+    about = {"software": software(), "commit": commit(), "overrides": options.overrides}
     # What loses its parent becomes a child of this process, so that all that runs is among its descendants.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     threading.Thread(target=_reap, daemon=True).start()
@@ -154,12 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in options.seeds:
             outcomes.append(trials.trial(seed))
             print(outcomes[-1], flush=True)
+            results = {"seconds": trials.seconds, "trials": [asdict(outcome) for outcome in outcomes]}
+            if not options.no_record:
+                write_record(path, {"machine": where, **about, **results})
     passed = sum(not outcome.faults for outcome in outcomes)
     print(f"{passed} of {len(outcomes)} ended as the uninterrupted run did")
     if not options.no_record:
-        path = record_path("cpu", where).with_name("kill_at_random.json")
-        results = {"seconds": trials.seconds, "trials": [asdict(outcome) for outcome in outcomes]}
-        write_record(path, {"machine": where, **about, **results})
         print(path.relative_to(ROOT))
     return 0 if passed == len(outcomes) else 1
 
