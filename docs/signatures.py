@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel
 
 import rhythm
-from rhythm.credit import CreditConfig
+import rhythm.credit
 
 DOC = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- begin: python docs/signatures.py --write -->\n", "<!-- end -->\n"
@@ -27,7 +27,7 @@ WIDTH = 100
 def listing() -> str:
     """All signatures, as markdown."""
     things = {f"rhythm.{name}": getattr(rhythm, name) for name in sorted(rhythm.__all__)}
-    things["rhythm.credit.CreditConfig"] = CreditConfig  # RhythmCredit's options
+    things |= {f"rhythm.credit.{name}": getattr(rhythm.credit, name) for name in sorted(rhythm.credit.__all__)}
     public = "\n\n".join(entry(name, thing) for name, thing in things.items())
     schemas = "\n\n".join(wrapped(schema) for schema in op_schemas())
     return f"\n```python\n{public}\n```\n\n```\n{schemas}\n```\n\n"
@@ -98,7 +98,7 @@ def _parameters(parameters: Iterable[inspect.Parameter]) -> list[str]:
         if parameter.annotation is not inspect.Parameter.empty:
             word += f": {written(parameter.annotation)}"
         if parameter.default is not inspect.Parameter.empty:
-            word += f" = {parameter.default!r}"
+            word += " = …" if inspect.isfunction(parameter.default) else f" = {parameter.default!r}"
         words.append(word)
     return words
 

@@ -170,7 +170,7 @@ def shared_heads_caveat(heads: Heads) -> str:
     """Why receiver and global heads share peaks even in an untrained model; docs/analysis.md explains it further."""
     overlap = next(overlap for overlap in heads.overlaps if overlap.name == "receiver")
     return (
-        "Most of the lift comes from the method: both sets are chosen from the same pool and share heads by chance "
+        "Part of the lift comes from the method: both sets are chosen from the same pool and share heads by chance "
         f"({format_percent(overlap.random)}; here {format_percent(overlap.share)}), and a shared head has the same "
         "peaks. A small model with random weights shows +50%, too."
     )

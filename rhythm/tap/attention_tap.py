@@ -73,7 +73,7 @@ class AttentionTap:
     read once, on construction.
 
     Refused by name: biases, bidirectional attention, cross-attention, attention
-    dropout in train mode, layers without attention, packed rows, masks other than the causal or
+    dropout in train mode, layers without attention, packed rows without cu_seqlens, masks other than the causal or
     sliding-window mask of attention_mask (the window being the one that the layer's arguments or configuration
     name), arguments of the attention function that are not known, and any attention whose output is not that of
     the map we assume (some rows are computed and compared). Only the rows of responses are read, and only they are

@@ -43,7 +43,7 @@ def test_cards_say_what_their_number_does_not_show(browser: webdriver.Chrome, in
     assert len(cards) == 4
     assert cards[1].startswith("Receiver and global FAI peaks together, over permuted ones+164.5%")
     assert "60.8% against 23.0% permuted; p ≤ 0.001" in cards[1]
-    assert "Most of the lift comes from the method" in cards[1]
+    assert "Part of the lift comes from the method" in cards[1]
     assert "share heads by chance (25.0%; here 66.0%)" in cards[1]
     assert "random weights shows +50%" in cards[1]
     assert "p = 0.034" in cards[2]
