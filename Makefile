@@ -110,11 +110,14 @@ werror: install
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build build/werror
 
+CPP = $(wildcard csrc/* tests/*/*.c tests/*/*.cpp)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/shellcheck .ci/run
 	mkdir -p build
 	$(MAKE) --no-print-directory --dry-run --always-make $(TARGETS) > build/recipes.sh

@@ -23,8 +23,8 @@ Operand operand(const View& view) {
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
 void attention_statistics(const std::string& dtype, std::array<int64_t, 3> heads, const std::vector<int64_t>& bounds,
-                          const std::vector<int64_t>& prompt_lens, const std::vector<int64_t>& row_bounds, const View& q,
-                          const View& k, const std::optional<View>& v, float scale, float softcap,
+                          const std::vector<int64_t>& prompt_lens, const std::vector<int64_t>& row_bounds,
+                          const View& q, const View& k, const std::optional<View>& v, float scale, float softcap,
                           int64_t sliding_window, uintptr_t sinks, const std::vector<int64_t>& windows,
                           const std::vector<std::array<int64_t, 2>>& horizons, const std::string& reduce,
                           const std::pair<uintptr_t, int64_t>& row_weights, uintptr_t given_lse, uintptr_t row_span,

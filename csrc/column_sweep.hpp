@@ -67,7 +67,8 @@ inline typename S::V window_sum(const float* product, RowWeights weights, float 
     if (!touches<S>(first, 0.0f, window - 1.0f)) continue;
     const V d = S::sub(S::set1(first), S::iota());
     const V x = weights.of<S>(S::load(product + at));
-    sum = S::add(sum, S::where_between(d, S::zero(), S::set1(window - 1.0f), S::mul(x, whole ? d : S::sub(S::set1(window), d))));
+    sum = S::add(
+        sum, S::where_between(d, S::zero(), S::set1(window - 1.0f), S::mul(x, whole ? d : S::sub(S::set1(window), d))));
   }
   return sum;
 }
@@ -127,7 +128,9 @@ void sweep_columns(const Problem& p, const ColumnTask& task, float* workspace) {
     const int64_t count = least(rows, row_end - t0), t1 = t0 + count - 1;
     const int64_t own = with_window ? least(count, key_end - t0) : 0;  // rows whose WAADs this task computes
     const auto begin_of = [&](const ColumnBand& band) { return most(key_begin, t0 - band.hi); };
-    const auto end_of = [&](const ColumnBand& band) { return band.lo > band.hi ? 0 : least(key_end, t1 - band.lo + 1); };
+    const auto end_of = [&](const ColumnBand& band) {
+      return band.lo > band.hi ? 0 : least(key_end, t1 - band.lo + 1);
+    };
     int64_t first = s.length, last = 0;
     for (int64_t i = 0; i < p.horizon_count; ++i) {
       if (begin_of(bands[i]) >= end_of(bands[i])) continue;
@@ -144,9 +147,7 @@ void sweep_columns(const Problem& p, const ColumnTask& task, float* workspace) {
     for (int64_t n = first / panel; n * panel < last; ++n) {
       const int64_t key = n * panel;
       const auto in_band = [&](const ColumnBand& band) { return key < end_of(band) && key + panel > begin_of(band); };
-      const auto in_window = [&](int64_t window) {
-        return own > 0 && key < t0 + own && key + panel > t0 - window + 1;
-      };
+      const auto in_window = [&](int64_t window) { return own > 0 && key < t0 + own && key + panel > t0 - window + 1; };
       bool wanted = false;
       for (int64_t i = 0; i < p.horizon_count; ++i) wanted |= in_band(bands[i]);
       for (int64_t i = 0; i < p.window_count; ++i) wanted |= in_window(p.windows[i]);
@@ -175,9 +176,8 @@ void sweep_columns(const Problem& p, const ColumnTask& task, float* workspace) {
         const auto sum = p.holds(p.windows[i], last_row) ? window_sum<S, true> : window_sum<S, false>;
         const float window = static_cast<float>(least(p.windows[i], s.length));
         for (int64_t r = 0; r < own; ++r)
-          window_sums[i * rows + r] =
-              S::add(window_sums[i * rows + r],
-                     sum(score + r * row_stride, weights_of(t0 + r), static_cast<float>(t0 + r - key), window));
+          window_sums[i * rows + r] = S::add(window_sums[i * rows + r], sum(score + r * row_stride, weights_of(t0 + r),
+                                                                            static_cast<float>(t0 + r - key), window));
       }
     }
     for (int64_t r = 0; r < own; ++r) {

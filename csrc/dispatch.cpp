@@ -124,14 +124,16 @@ std::vector<RowTask> row_tasks(const Problem& p, const Kernels& kernels) {
   const int64_t rows = kernels.row_chunk * (kernels.row_blocks / heads);
   std::vector<RowTask> tasks;
   for (int64_t i = 0; i < p.sequences; ++i) {
-    const int64_t length = p.sequence[i].length, first = p.out || p.prompt_rows ? p.sequence[i].first_row : p.sequence[i].prompt;
+    const int64_t length = p.sequence[i].length,
+                  first = p.out || p.prompt_rows ? p.sequence[i].first_row : p.sequence[i].prompt;
     for (int64_t group = 0; group < p.query_heads; group += p.group())
       for (int64_t head = group; head < group + p.group(); head += heads)
         for (int64_t t = first; t < length; t += rows)
           tasks.push_back({i, head, std::min(head + heads, group + p.group()), t, std::min(t + rows, length)});
   }
   // The longest rows come first, so that the last task to end is a short one.
-  std::stable_sort(tasks.begin(), tasks.end(), [](const RowTask& a, const RowTask& b) { return a.row_end > b.row_end; });
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const RowTask& a, const RowTask& b) { return a.row_end > b.row_end; });
   return tasks;
 }
 

@@ -16,7 +16,7 @@ struct Operand {
 };
 
 struct Sequence {
-  int64_t start;        // first token on the flattened token axis of the statistics
+  int64_t start;  // first token on the flattened token axis of the statistics
   int64_t length;
   int64_t prompt;       // rows before this one are prompt
   int64_t first_row;    // q and the output have the rows from this one on; never after `prompt`
@@ -41,27 +41,27 @@ struct Problem {
   const Sequence* sequence = nullptr;
   Operand q, k, v;  // v.data may be null: no attention output. q's offset is that of its row 0, as in out_start
   float scale = 1.0f;
-  float softcap = 0.0f;  // c of score = c·tanh(score / c); 0: none
-  float cap_scale = 0;   // with a softcap: scale / c; products become tanh(product·cap_scale), and scale is c
-  int64_t sliding_window = 0;     // keys at this distance and beyond are hidden; the number of tokens: none are
-  const float* sinks = nullptr;   // [Hq], natural logits; null: none
-  const int64_t* windows = nullptr;     // those of waad; several only where bands are visited
-  const Horizon* horizons = nullptr;    // those of fai
+  float softcap = 0.0f;          // c of score = c·tanh(score / c); 0: none
+  float cap_scale = 0;           // with a softcap: scale / c; products become tanh(product·cap_scale), and scale is c
+  int64_t sliding_window = 0;    // keys at this distance and beyond are hidden; the number of tokens: none are
+  const float* sinks = nullptr;  // [Hq], natural logits; null: none
+  const int64_t* windows = nullptr;   // those of waad; several only where bands are visited
+  const Horizon* horizons = nullptr;  // those of fai
   int64_t window_count = 0, horizon_count = 0;
   Reduce reduce = Reduce::mean;
-  const float* row_weights = nullptr;   // [Hq or 1, T], factors of the rows' weights in fai, 0: a row takes no part; null: all 1
-  int64_t row_weights_stride = 0;       // between heads
-  bool flat = false;                 // the scale was 0 and is now 1; products become 0 (NaN where one is not finite)
-  const float* given_lse = nullptr;  // [Hq, T]; with it and without row_span only bands are visited
+  const float* row_weights = nullptr;  // [Hq or 1, T], factors of rows in fai, 0: takes no part; null: all 1
+  int64_t row_weights_stride = 0;      // between heads
+  bool flat = false;                   // the scale was 0 and is now 1; products become 0 (NaN where one is not finite)
+  const float* given_lse = nullptr;    // [Hq, T]; with it and without row_span only bands are visited
 
   // Outputs, [Hq, T] unless said otherwise. Null: not wanted.
   float* row_span = nullptr;  // Σ_s A[t, s]·(t − s) of response rows; required if no lse is given
   float* waad = nullptr;      // [windows, Hq, T]
   float* fai = nullptr;       // [horizons, Hq, T]
   float* lse = nullptr;
-  float* max_logit = nullptr;  // max_s of the scaled, capped score; with prompt_rows of all rows of q
-  float* top1 = nullptr;       // max_s A[t, s]
-  float* entropy = nullptr;    // −Σ_s A·log A
+  float* max_logit = nullptr;    // max_s of the scaled, capped score; with prompt_rows of all rows of q
+  float* top1 = nullptr;         // max_s A[t, s]
+  float* entropy = nullptr;      // −Σ_s A·log A
   float* first_mass = nullptr;   // Σ A over s < first
   float* prompt_mass = nullptr;  // Σ A over the prompt
   int64_t first = 4;
@@ -70,9 +70,9 @@ struct Problem {
 
   // Packed copies in 32-bit words (tile.hpp), shared by the query heads of a group.
   float* packed_k = nullptr;
-  float* packed_v = nullptr;            // 0 in place of elements that are not finite
-  uint8_t* not_finite = nullptr;        // [Hkv, panels]: whether a panel of v has elements that are not finite
-  int64_t panels = 0;                   // per head, over all sequences
+  float* packed_v = nullptr;      // 0 in place of elements that are not finite
+  uint8_t* not_finite = nullptr;  // [Hkv, panels]: whether a panel of v has elements that are not finite
+  int64_t panels = 0;             // per head, over all sequences
 
   // [Hq, T], response rows, from the row sweep to the column sweep: A = 2^((product − row_max)·scale·log2 e −
   // row_log2_sum). One number would not do: the fp32 lse of scores beyond 10^7 has no room for the second's digits.
@@ -108,10 +108,10 @@ struct PackTask {
 // The kernels of one instruction set for one element type.
 struct Kernels {
   const char* name;
-  int64_t panel_keys;                                          // keys per packed panel
-  int64_t row_chunk, row_blocks;                               // rows per block, blocks per row task
-  int64_t (*panel_words)(const Problem&, bool values);         // 32-bit words per packed panel of one head
-  int64_t (*workspace_words)(const Problem&);                  // scratch memory per thread
+  int64_t panel_keys;                                   // keys per packed panel
+  int64_t row_chunk, row_blocks;                        // rows per block, blocks per row task
+  int64_t (*panel_words)(const Problem&, bool values);  // 32-bit words per packed panel of one head
+  int64_t (*workspace_words)(const Problem&);           // scratch memory per thread
   void (*pack)(const Problem&, const PackTask&);
   void (*row_sweep)(const Problem&, const RowTask&, float* workspace);
   void (*column_sweep)(const Problem&, const ColumnTask&, float* workspace);

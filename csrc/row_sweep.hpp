@@ -32,7 +32,7 @@ struct More {
   struct Mass {           // of the keys before a limit, relative to the largest product there was then
     typename S::V sum;
     float max;
-  } mass[2];              // before p.first, and of the prompt
+  } mass[2];  // before p.first, and of the prompt
 };
 
 template <class S>
@@ -125,8 +125,9 @@ void keep_mass(typename More<S>::Mass& mass, int64_t limit, const Row<S>& row, t
                const float* score, int64_t key, int64_t keys, float scale) {
   if (key >= limit) return;
   mass.max = row.max;
-  mass.sum = key + keys <= limit ? row.sum
-                                 : S::add(S::mul(earlier, S::set1(shrink)), first_sum<S>(score, limit - key, row.max, scale));
+  mass.sum = key + keys <= limit
+                 ? row.sum
+                 : S::add(S::mul(earlier, S::set1(shrink)), first_sum<S>(score, limit - key, row.max, scale));
 }
 
 // What divides the sums of a finished row: A = 2^((product − max)·scale·log2 e − log2_total).
@@ -187,9 +188,9 @@ void finish_row(const Problem& p, const Sequence& s, int64_t head, int64_t t, co
     const float window = static_cast<float>(p.windows[0]);
     const float held = p.sinks ? window * (sum / by.total) : window;
     p.row_span[at] = defined ? S::sum(row.distance_sum) / by.total : NAN;
-    p.waad[at] = !defined              ? NAN
+    p.waad[at] = !defined                   ? NAN
                  : p.holds(p.windows[0], t) ? S::sum(row.distance_sum) / by.total
-                                       : held - S::sum(row.window_sum) / by.total;
+                                            : held - S::sum(row.window_sum) / by.total;
     p.lse[at] = defined ? by.lse : NAN;
     p.row_max[at] = by.max;
     p.row_log2_sum[at] = defined ? by.log2_total : NAN;

@@ -15,8 +15,8 @@
 namespace rhythm {
 namespace {
 
-constexpr int key_block = 256;                  // keys per step of a row block; their scores fit into the first-level cache
-constexpr int row_stride = 256 + 16;            // words between rows of a tile operand; not a power of two
+constexpr int key_block = 256;        // keys per step of a row block; their scores fit into the first-level cache
+constexpr int row_stride = 256 + 16;  // words between rows of a tile operand; not a power of two
 
 inline void clear(float* words, int64_t count) { std::memset(words, 0, static_cast<size_t>(count) * sizeof(float)); }
 // The absolute scale of base-2 exponents. A finite scale stays finite, since a difference of 0 must stay 0.

@@ -11,19 +11,19 @@ static time_t jump(void) {
   return now.tv_sec / 2 % 2 ? 86400 : -86400;
 }
 
-int clock_gettime(clockid_t clock, struct timespec *out) {
+int clock_gettime(clockid_t clock, struct timespec* out) {
   const int failed = (int)syscall(SYS_clock_gettime, clock, out);
   if (!failed && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) out->tv_sec += jump();
   return failed;
 }
 
-int gettimeofday(struct timeval *restrict out, void *restrict zone) {
+int gettimeofday(struct timeval* restrict out, void* restrict zone) {
   const int failed = (int)syscall(SYS_gettimeofday, out, zone);
   if (!failed && out) out->tv_sec += jump();
   return failed;
 }
 
-time_t time(time_t *out) {
+time_t time(time_t* out) {
   struct timespec now;
   clock_gettime(CLOCK_REALTIME, &now);
   if (out) *out = now.tv_sec;

@@ -30,14 +30,22 @@ torch::jit::Stack call(const char* op, const std::map<std::string, c10::IValue>&
 }
 
 // (span, waad, fai, lse) of packed q [T, Hq, D] and k [T, Hkv, D], horizon (lo, hi).
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistics(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& cu_seqlens, const at::Tensor& prompt_lens, double scale,
-    int64_t window, int64_t lo, std::optional<int64_t> hi) {
-  const auto results = call(
-      "rhythm::attention_statistics",
-      {{"q", q}, {"k", k}, {"cu_seqlens", cu_seqlens}, {"prompt_lens", prompt_lens}, {"scale", scale},
-       {"window", window}, {"horizon_lo", lo}, {"horizon_hi", hi}, {"lse", c10::IValue()}, {"span", true},
-       {"backend", "auto"}});
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistics(const at::Tensor& q, const at::Tensor& k,
+                                                                      const at::Tensor& cu_seqlens,
+                                                                      const at::Tensor& prompt_lens, double scale,
+                                                                      int64_t window, int64_t lo,
+                                                                      std::optional<int64_t> hi) {
+  const auto results = call("rhythm::attention_statistics", {{"q", q},
+                                                             {"k", k},
+                                                             {"cu_seqlens", cu_seqlens},
+                                                             {"prompt_lens", prompt_lens},
+                                                             {"scale", scale},
+                                                             {"window", window},
+                                                             {"horizon_lo", lo},
+                                                             {"horizon_hi", hi},
+                                                             {"lse", c10::IValue()},
+                                                             {"span", true},
+                                                             {"backend", "auto"}});
   return {results[0].toTensor(), results[1].toTensor(), results[2].toTensor(), results[3].toTensor()};
 }
 
