@@ -34,7 +34,8 @@ def attention_bands(
     sinks: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(WAAD for each window, FAI for each horizon) of causal attention whose lse is known (paper eqs. 9, 10).
+    """(WAAD (windowed average attention distance) for each window, FAI (future attention influence) for
+    each horizon) of causal attention whose lse is known (paper eqs. 9, 10).
 
     The same as `attention_statistics(q, k, lse=lse, span=False, …)` for one window and horizon after the other. The C++
     kernels compute the products near the diagonal once for all of them, O(T·max(window, H_hi)·D); other backends make

@@ -70,7 +70,8 @@ def attention_statistics(
     first: int = 4,
     prompt_rows: bool = False,
 ) -> AttentionStatistics:
-    """Span, WAAD and FAI of causal attention, without the attention maps (paper eqs. 7, 9, 10).
+    """Span, WAAD (windowed average attention distance) and FAI (future attention influence) of
+    causal attention, without the attention maps (paper eqs. 7, 9, 10).
 
     Memory is O(Hq·T) beyond a packed copy of k. With `lse` given (from any flash forward) and `span=False` only the
     bands near the diagonal are visited, O(T·(window + H_hi)·D). Inputs that require grad are treated as detached.

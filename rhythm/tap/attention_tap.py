@@ -49,7 +49,8 @@ class _SeenEnoughError(Exception):
 
 
 class AttentionTap:
-    """Reads WAAD, FAI and spans off a forward pass that happens anyway.
+    """Reads WAAD (windowed average attention distance), FAI (future attention influence) and spans
+    off a forward pass that happens anyway.
 
         with AttentionTap(model, attention_mask=mask, prompt_lens=prompt_lens) as tap:
             logits = model(input_ids, attention_mask=mask, use_cache=False).logits

@@ -34,7 +34,8 @@ def observe(
     cu_seqlens: Tensor | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> RhythmSignals:
-    """WAAD and FAI of every response token (paper eqs. 9 and 10, over the heads of eqs. 7 and 8).
+    """WAAD (windowed average attention distance) and FAI (future attention influence) of every
+    response token (paper eqs. 9 and 10, over the heads of eqs. 7 and 8).
 
     Runs the model without gradients or a KV cache up to the last sampled layer, in the mode (train or eval)
     it is in. Padding has no influence: each row's signals are those of the row alone, up to the model's own
