@@ -19,7 +19,7 @@ from rhythm.analysis import AnalysisConfig, analyze
 from rhythm.analysis.forward import Observer
 from rhythm.analysis.observation import Observation, observe_response
 from rhythm.analysis.results import Analysis
-from rhythm.analysis.rows import heads_frame, tokens_frame, trials_frame
+from rhythm.analysis.rows import heads_frame, responses_frame, tokens_frame, trials_frame
 from rhythm.credit.gamma import credit_weights
 from rhythm.tiny.model import build_tokenizer
 
@@ -253,3 +253,8 @@ def test_everything_is_written(analysis: Analysis) -> None:
     heads = heads_frame(analysis)
     assert heads["global"].sum() == 3
     assert len(heads) == LAYERS * HEADS
+    responses = responses_frame(analysis).set_index("response")
+    of_response = tokens.groupby("response")
+    assert responses["tokens"].equals(of_response.size().rename("tokens").loc[responses.index])
+    assert responses["waad_peaks"].tolist() == of_response["waad_peak"].sum().loc[responses.index].tolist()
+    assert responses["fai_mean"].tolist() == pytest.approx(of_response["fai"].mean().loc[responses.index].tolist())
