@@ -8,6 +8,7 @@ a second block: by default the first one counts. Everything is linear in the len
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Literal
 
 Which = Literal["first", "last"]
@@ -15,27 +16,74 @@ Which = Literal["first", "last"]
 MAX_ANSWER = 2_000
 """Characters of an answer; a longer one is none."""
 
-_END_OF_THOUGHT = "</think>"
+_OPEN_THOUGHT, _CLOSE_THOUGHT = "<think>", "</think>"
+_OPEN, _CLOSE = "<answer>", "</answer>"
 _TAGGED = re.compile(r"<answer>((?:(?!</?answer>)[\s\S])*)</answer>")
 _LINE = re.compile(r"^.*?####(.*)$|^[ \t*]*(?:final )?answer[ \t*]*:(.*)$", re.MULTILINE | re.IGNORECASE)
 _BRACE = re.compile(r"\\boxed\s{0,3}\{|\\[{}\\]|[{}]")
 
 
 def find_answer(response: str, which: Which = "first") -> str | None:
-    """The content of the first or last answer block behind the thoughts, which end with `</think>`; None: there is
+    """The content of the first or last answer block outside the thoughts, which end with `</think>`; None: there is
     none, or it has more than `MAX_ANSWER` characters.
+
+    The first block also counts where it stands before a `<think>` of the response itself: what the model thinks of a
+    second problem comes after the answer to the first.
     """
-    if _END_OF_THOUGHT in response:
-        before_after = response.split(_END_OF_THOUGHT, 1) if which == "first" else response.rsplit(_END_OF_THOUGHT, 1)
-        response = before_after[1]
+    content = _first_of(response, which, _find_block)
+    return content.strip() if content is not None and len(content) <= MAX_ANSWER else None
+
+
+def find_tagged(response: str, which: Which = "first") -> str | None:
+    """`find_answer` for `<answer>…</answer>` alone, of any length, with the white space around it."""
+    return _first_of(response, which, _find_tagged)
+
+
+def behind_thoughts(response: str, which: Which = "first") -> str:
+    """What follows the first or last `</think>`; the whole response where there is none."""
+    return _around_thoughts(response, which)[1]
+
+
+def _first_of(response: str, which: Which, find: Callable[[str, Which], str | None]) -> str | None:
+    """What `find` finds before the thoughts, unless it is blank, or else behind them."""
+    before, behind = _around_thoughts(response, which)
+    found = find(before, which)
+    return found if found and found.strip() else find(behind, which)
+
+
+def _around_thoughts(response: str, which: Which) -> tuple[str, str]:
+    """(what stands before the first thought, what follows the first or last one).
+
+    Before it stands nothing where the prompt opened the thought, nor where the last answer is asked for.
+    """
+    if which == "last":
+        return "", response.rpartition(_CLOSE_THOUGHT)[2]
+    thoughts, closed, behind = response.partition(_CLOSE_THOUGHT)
+    if not closed:
+        return "", response
+    before, opened, _ = thoughts.partition(_OPEN_THOUGHT)
+    return before if opened else "", behind
+
+
+def _find_block(text: str, which: Which) -> str | None:
     outermost: list[tuple[int, int, str]] = []
-    for block in sorted(_blocks(response), key=lambda block: (block[0], -block[1])):
+    for block in sorted(_blocks(text), key=lambda block: (block[0], -block[1])):
         if not outermost or block[0] >= outermost[-1][1]:
             outermost.append(block)
-    if not outermost:
-        return None
-    content = outermost[0 if which == "first" else -1][2]
-    return content.strip() if len(content) <= MAX_ANSWER else None
+    return outermost[0 if which == "first" else -1][2] if outermost else None
+
+
+def _find_tagged(text: str, which: Which) -> str | None:
+    """The content of the first or last match of _TAGGED, which looks ahead at every character, by searches alone."""
+    if which == "first":
+        opened = text.find(_OPEN)
+        end = text.find(_CLOSE, opened) if opened >= 0 else -1
+        start = text.rfind(_OPEN, opened, end) if end >= 0 else -1
+    else:
+        closed = text.rfind(_CLOSE)
+        start = text.rfind(_OPEN, 0, closed) if closed >= 0 else -1
+        end = text.find(_CLOSE, start)
+    return text[start + len(_OPEN) : end] if start >= 0 else None
 
 
 def _blocks(text: str) -> list[tuple[int, int, str]]:

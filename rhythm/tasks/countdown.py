@@ -23,6 +23,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from rhythm.tasks import expression
+from rhythm.tasks.answers import Which, find_tagged
 from rhythm.tasks.base import Reward
 from rhythm.tasks.prompts import PromptConfig
 
@@ -73,6 +74,10 @@ class CountdownConfig(PromptConfig, frozen=True):
     )
     format_score: float = Field(
         default=0.0, ge=0, lt=1, description="score of a wrong answer in the right format (0.1 in TinyZero)"
+    )
+    answer_block: Which = Field(
+        default="first",
+        description="which <answer> of a response counts in format answer; after the first, models invent new problems",
     )
 
     @model_validator(mode="after")
@@ -140,20 +145,23 @@ class Countdown:
 
     def reward(self, instance: CountdownInstance, response: str) -> Reward:
         """1 for a right answer, `format_score` for a wrong one that can be read, else 0. Never raises."""
-        grade = grade_steps if self.config.format == "steps" else grade_answer
-        readable, correct = grade(instance, response)
+        if self.config.format == "steps":
+            readable, correct = grade_steps(instance, response)
+        else:
+            readable, correct = grade_answer(instance, response, self.config.answer_block)
         return Reward(1.0 if correct else self.config.format_score * readable, correct, readable)
 
 
-def grade_answer(instance: CountdownInstance, response: str) -> tuple[bool, bool]:
-    """(readable, correct) for the last `<answer>…</answer>` of the response. Takes time linear in its length."""
-    end = response.rfind(_CLOSE)
-    # An answer longer than the parser allows is wrong anyway, so the opening tag is searched only within that length.
-    start = response.rfind(_OPEN, max(0, end - expression.MAX_LENGTH - len(_OPEN)), end) if end >= 0 else -1
-    if start < 0:
+def grade_answer(instance: CountdownInstance, response: str, which: Which = "first") -> tuple[bool, bool]:
+    """(readable, correct) for the first or last `<answer>…</answer>` outside the thoughts of the response.
+
+    `last` is TinyZero's rule, which looks for it on the last line only. Takes time linear in the response's length.
+    """
+    answer = find_tagged(response, which)
+    if answer is None:
         return False, False
     try:
-        parsed = expression.parse(response[start + len(_OPEN) : end])
+        parsed = expression.parse(answer)
         used_once = sorted(parsed.literals) == sorted(instance.numbers)
         return True, used_once and parsed.value() == instance.target
     except expression.ExpressionError:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rhythm.tasks.answers import MAX_ANSWER, find_answer
+from rhythm.tasks.answers import _TAGGED, MAX_ANSWER, find_answer, find_tagged
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,9 @@ from rhythm.tasks.answers import MAX_ANSWER, find_answer
         (r"\boxed{7", None),
         ("<answer>7", None),
         (r"<think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"\boxed{1}</think>\boxed{2}", "2"),  # the prompt opened the thought
+        (r"I will fill in \boxed{}. <think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"<think>\boxed{1}", "1"),  # a thought without an end is no thought
         ("", None),
     ],
 )
@@ -44,6 +47,35 @@ def test_a_second_problem_that_the_model_invents_does_not_change_the_first_answe
     response = "<think>3</think>\n<answer>3</answer>" + second
     assert find_answer(response) == "3"
     assert find_answer(response, "last") == "4"
+
+
+def test_an_answer_before_the_thoughts_about_a_second_problem() -> None:
+    """The first problem was answered without thoughts."""
+    response = "<answer>3</answer>\nUser: 2 + 2?\n<think>two: <answer>5</answer></think><answer>4</answer>"
+    assert (find_answer(response), find_tagged(response)) == ("3", "3")
+    assert (find_answer(response, "last"), find_tagged(response, "last")) == ("4", "4")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<answer>1</answer><answer>2</answer>",
+        "</answer><answer>1</answer></answer>",
+        "<answer>1<answer>2</answer>3</answer><answer>",
+        "<answer>1</answer><answer>2<answer>3",
+        "<answer></answer>1",
+        "</answer>1<answer>",
+        "1",
+    ],
+)
+def test_tagged_answers_are_those_of_the_pattern(response: str) -> None:
+    contents = [match[1] for match in _TAGGED.finditer(response)] or [None]
+    assert (find_tagged(response), find_tagged(response, "last")) == (contents[0], contents[-1])
+
+
+def test_tagged_answers_alone() -> None:
+    response = "Answer: 1\n#### 2 \\boxed{3} <answer> 4 </answer> \\boxed{5}"
+    assert (find_tagged(response), find_tagged(response, "last")) == (" 4 ", " 4 ")
 
 
 def test_an_answer_of_too_many_characters_is_none() -> None:

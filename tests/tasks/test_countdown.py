@@ -206,8 +206,7 @@ def test_equal_numbers_are_told_apart_in_the_expression() -> None:
     [
         ("<answer>(25-3)*4</answer>", RIGHT),
         ("Let me see. <answer> 4 * (25 - 3) </answer> done", RIGHT),
-        ("<answer>25</answer> no: <answer>(25-3)*4</answer>", RIGHT),
-        ("<answer>(25-3)*4</answer> or <answer>25+3+4</answer>", WRONG),
+        ("Answer: 25 or \\boxed{25}, <answer>(25-3)*4</answer>", RIGHT),  # no other form of block counts
         ("<answer>(25-3)*4</answer> and <answer>open", RIGHT),
         ("<answer>1 + <answer>(25-3)*4</answer>", RIGHT),
         ("<answer>25*4-3*4</answer>", WRONG),  # 88, with 4 twice
@@ -226,6 +225,46 @@ def test_equal_numbers_are_told_apart_in_the_expression() -> None:
 )
 def test_answers(response: str, reward: Reward) -> None:
     assert answers().reward(INSTANCE, response) == reward
+
+
+@pytest.mark.parametrize(
+    ("response", "first", "last"),
+    [
+        ("<answer>25</answer> no: <answer>(25-3)*4</answer>", WRONG, RIGHT),
+        ("<answer>(25-3)*4</answer> or <answer>25+3+4</answer>", RIGHT, WRONG),
+        ("so</think>\n<answer>(25-3)*4</answer>\nUser: 9 from 4, 5?\n<answer>4+5</answer>", RIGHT, WRONG),
+        ("so</think><answer>(25-3)*4</answer>\n<think>4, 5</think><answer>4+5</answer>", RIGHT, WRONG),
+        ("<answer>(25-3)*4</answer>\n<think>4, 5</think><answer>4+5</answer>", RIGHT, WRONG),
+        ("write <answer>(1+2)/3</answer>? no</think><answer>(25-3)*4</answer>", RIGHT, RIGHT),
+        ("<think>write <answer>(1+2)/3</answer>?</think><answer>(25-3)*4</answer>", RIGHT, RIGHT),
+        ("maybe <answer>(25-3)*4</answer></think>none", UNREADABLE, UNREADABLE),
+    ],
+)
+def test_which_answer_block_counts(response: str, first: Reward, last: Reward) -> None:
+    assert answers().reward(INSTANCE, response) == answers(answer_block="first").reward(INSTANCE, response) == first
+    assert answers(answer_block="last").reward(INSTANCE, response) == last
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "25-3=22</think>\n<answer>(25-3)*4</answer>",
+        "<answer>(25-3)*4</answer>",
+        "<answer>25+3+4</answer>\nfor sure",
+        "25-3=22,22*4=88",
+        "25-3=22,22*4=89",
+        "25-3",
+        "",
+    ],
+)
+@pytest.mark.parametrize("format", ["answer", "steps"])
+def test_one_answer_block_or_none_scores_the_same_whichever_counts(format: str, response: str) -> None:
+    """So do all responses in format steps, which have no blocks: those of the recorded runs of the tiny model."""
+    first, last = (
+        Countdown(small(train_size=1, test_size=1, format=format, format_score=0.1, answer_block=which))
+        for which in ("first", "last")
+    )
+    assert first.reward(INSTANCE, response) == last.reward(INSTANCE, response)
 
 
 def test_exact_fractions_on_the_way_count() -> None:
@@ -274,6 +313,7 @@ def test_a_division_by_zero_scores_nothing() -> None:
 )
 def test_steps(instance: CountdownInstance, response: str, reward: Reward) -> None:
     assert steps().reward(instance, response) == reward
+    assert steps(answer_block="last").reward(instance, response) == reward
 
 
 def test_format_score_goes_to_what_can_be_read_and_is_wrong() -> None:
@@ -350,13 +390,15 @@ LONG = {
 @pytest.mark.parametrize("response", LONG.values(), ids=LONG)
 def test_a_response_of_megabytes_is_no_answer(response: str) -> None:
     assert len(response) >= 3 * MEGABYTE
-    assert answers().reward(INSTANCE, response) == UNREADABLE
+    for which in ("first", "last"):
+        assert answers(answer_block=which).reward(INSTANCE, response) == UNREADABLE
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize("response", LONG.values(), ids=LONG)
-def test_a_response_of_megabytes_is_read_in_one_pass(response: str) -> None:
-    task = answers()
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_a_response_of_megabytes_is_read_in_one_pass(response: str, which: str) -> None:
+    task = answers(answer_block=which)
     start = time.perf_counter()
     task.reward(INSTANCE, response)
     assert time.perf_counter() - start < 0.1
