@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from rhythm.system.extras import needs
-from rhythm.tasks.answers import Which, find_answer
+from rhythm.tasks.answers import Which, behind_thoughts, find_answer
 from rhythm.tasks.base import Reward
 
 GraderName = Literal["math", "choice", "exact", "numeric"]
@@ -115,9 +115,10 @@ class ChoiceGrader:
     """The letter of a choice, or a text.
 
     A letter (`B`, `(B)`, `B. Oxygen`) is right where the first capital of the answer is that letter; the answer is the
-    last or first answer block, without one what follows `answer is`, and without that the whole response. So grades
-    ROLL's rule for CrossThink-QA. Any other right answer is compared with the answer block as text, but for case,
-    white space and a full stop.
+    last or first answer block, without one what follows `answer is` behind the thoughts, and without that all that
+    stands behind them. With `last`, ROLL's rule for CrossThink-QA does the same (its crossthinkqa_rule_reward_worker),
+    but knows `\\boxed{…}` alone as a block. Any other right answer is compared with the answer block as text, but for
+    case, white space and a full stop.
     """
 
     def check(self, answer: str) -> None:
@@ -132,7 +133,7 @@ class ChoiceGrader:
         if letter is None:
             correct = block is not None and _plain(block) == _plain(answer)
             return _reward(readable=block is not None, correct=correct)
-        text = _untexted(block) if block is not None else _after_answer_is(response, which)
+        text = _untexted(block) if block is not None else _after_answer_is(behind_thoughts(response, which), which)
         capital = next((character for character in text if character.isupper()), None)
         return _reward(readable=block is not None, correct=capital == letter[1])
 
@@ -186,8 +187,8 @@ def _plain(text: str) -> str:
     return " ".join(_untexted(text).strip("$").casefold().split()).rstrip(" .")
 
 
-def _after_answer_is(response: str, which: Which) -> str:
-    lower = response.lower()
+def _after_answer_is(text: str, which: Which) -> str:
+    lower = text.lower()
     at = lower.find("answer is") if which == "first" else lower.rfind("answer is")
     # Lowering some letters changes how many characters they are; then the places don't agree and nothing is cut off.
-    return response[at + len("answer is") :] if at >= 0 and len(lower) == len(response) else response
+    return text[at + len("answer is") :] if at >= 0 and len(lower) == len(text) else text

@@ -81,6 +81,11 @@ def test_exact() -> None:
         ("B", "The answer is A. So B?", UNREADABLE),
         ("B", "B", Reward(1.0, True, False)),
         ("B", "Because of this, B", Reward(1.0, True, False)),  # the first capital of a response without an answer
+        ("B", "<think>Perhaps the answer is A.</think>So the answer is B.", Reward(1.0, True, False)),
+        ("B", "Perhaps the answer is B.</think>So the answer is A.", UNREADABLE),  # the prompt opened the thought
+        ("B", "<think>Hmm, one moment</think>B", Reward(1.0, True, False)),
+        ("B", "<think>Boron</think>none", UNREADABLE),
+        ("B", "<think>Hmm, so the answer is B", Reward(1.0, True, False)),  # a thought without an end is no thought
         ("B", "none", UNREADABLE),
         ("Sodium chloride", r"\boxed{sodium  chloride.}", RIGHT),
         ("Sodium chloride", r"\boxed{Sodium}", WRONG),
@@ -89,6 +94,23 @@ def test_exact() -> None:
 )
 def test_choice(answer: str, response: str, expected: Reward) -> None:
     assert GRADERS["choice"]().grade(answer, response) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "first", "last"),
+    [
+        (r"\boxed{A} \boxed{B}", "A", "B"),
+        (r"</think>\boxed{A}</think>\boxed{B}", "A", "B"),
+        ("The answer is A. No, the answer is B.", "A", "B"),
+        ("</think>The answer is A.</think>The answer is B.", "A", "B"),
+        ("</think>(A)</think>(B)", "A", "B"),
+        ("<think>Could the answer is C?</think>(B)", "B", "B"),
+    ],
+)
+def test_choice_of_the_first_or_the_last_answer(response: str, first: str, last: str) -> None:
+    grader = GRADERS["choice"]()
+    assert [letter for letter in "ABC" if grader.grade(letter, response).correct] == [first]
+    assert [letter for letter in "ABC" if grader.grade(letter, response, "last").correct] == [last]
 
 
 @pytest.mark.parametrize(
