@@ -15,7 +15,7 @@ from rhythm.tasks.answers import Which
 from rhythm.tasks.base import Reward
 from rhythm.tasks.graders import GRADERS, Grader, GraderName
 from rhythm.tasks.prompts import Messages, PromptConfig
-from rhythm.tasks.rows import column, is_file, read_rows
+from rhythm.tasks.rows import Source, column, is_file, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class JsonlConfig(PromptConfig, frozen=True):
         default="first", description="which answer of a response counts; after the first, models invent new problems"
     )
     unusable: Literal["refuse", "drop"] = Field(
-        default="refuse", description="rows whose answer the grader can't read or whose id was there before"
+        default="refuse", description="rows whose answer the grader can't read or whose id another has"
     )
     seed: int = Field(default=0, ge=0, description="seed of which rows are held out")
 
@@ -71,6 +71,10 @@ class Problem:
     solution: str | None = None
 
 
+_Rows = dict[object, tuple[str, Problem]]
+"""By id, or else by question: where the row stands, for people, and what it says."""
+
+
 class Jsonl:
     """The task (see `rhythm.tasks.base.Task`)."""
 
@@ -78,21 +82,18 @@ class Jsonl:
 
     def __init__(self, config: JsonlConfig) -> None:
         """Reads all rows. Raises ValueError naming file, row and column where they can't be used, or where there are
-        none; ModuleNotFoundError naming the extra that is missing.
+        none, or where an id is in both sets; ModuleNotFoundError naming the extra that is missing.
         """
         self.config = config
         self._grader: Grader = GRADERS[config.grader]()
-        rows = self._read(config.path, config.split)
+        rows = self._read(Source(config.path, config.subset, config.split))
         if config.held_out is not None:
-            order = _shuffled(random.Random(config.seed), rows)
+            order = _shuffled(random.Random(config.seed), [problem for _, problem in rows.values()])
             count = math.ceil(config.held_out * len(order))
             test, train = order[:count], order[count:]
         else:
-            train, test = rows, self._read(config.test_path or config.path, config.test_split or config.split)
-            asked = {_key(problem) for problem in test}
-            train = [problem for problem in train if _key(problem) not in asked]
-            if len(train) < len(rows):
-                log.warning("%d training rows stand in the test set too: left out", len(rows) - len(train))
+            test_rows = self._read(_test_source(config))
+            test, train = [problem for _, problem in test_rows.values()], self._without(test_rows, rows)
         self.train: Sequence[Problem] = train
         self.test: Sequence[Problem] = test
 
@@ -119,16 +120,34 @@ class Jsonl:
         """1 for the right answer, else 0."""
         return self._grader.grade(instance.answer, response, self.config.answer_block)
 
-    def _read(self, path: str, split: str) -> list[Problem]:
+    def _without(self, test: _Rows, train: _Rows) -> list[Problem]:
+        """The training rows whose question, and whose id if rows have ids, is not in the test set."""
+        asked = {_key(problem) for _, problem in test.values()}
+        left = []
+        for key, (where, problem) in train.items():
+            if self.config.id is not None and key in test and self.config.unusable == "refuse":
+                raise ValueError(
+                    f"{where}: {self.config.id} is {key!r}, which {test[key][0]} of the test set has too: ids must "
+                    "differ (unusable=drop leaves this row out, id=null ignores the ids)"
+                )
+            if key not in test and _key(problem) not in asked:
+                left.append(problem)
+        if len(left) < len(train):
+            log.warning("%d training rows stand in the test set too: left out", len(train) - len(left))
+        return left
+
+    def _read(self, source: Source) -> _Rows:
         config = self.config
-        problems: dict[object, Problem] = {}
+        problems: _Rows = {}
+        asked = set()
         repeated = unreadable = rows = 0
-        for rows, (where, row) in enumerate(read_rows(path, config.subset, split), 1):  # noqa: B007
+        for rows, (where, row) in enumerate(read_rows(source), 1):  # noqa: B007
             problem = _problem(config, where, row)
-            key = _key(problem) if config.id is None else str(_value(row, config.id, "id", where))
-            if key in problems:
-                if config.id is not None and config.unusable == "refuse":
-                    raise ValueError(f"{where}: {config.id} is {key!r}, which an earlier row has: ids must differ")
+            question = _key(problem)
+            key = question if config.id is None else str(_value(row, config.id, "id", where))
+            if config.id is not None and key in problems and config.unusable == "refuse":
+                raise ValueError(f"{where}: {config.id} is {key!r}, which an earlier row has: ids must differ")
+            if key in problems or question in asked:
                 repeated += 1
                 continue
             try:
@@ -140,15 +159,24 @@ class Jsonl:
                     ) from error
                 unreadable += 1
                 continue
-            problems[key] = problem
+            problems[key] = where, problem
+            asked.add(question)
         if not problems:
-            raise ValueError(f"path is {path}: {f'none of {rows} rows can be used' if rows else 'has no rows'}")
+            raise ValueError(f"{source}: {f'none of {rows} rows can be used' if rows else 'has no rows'}")
         if repeated or unreadable:
             log.warning(
                 "%s: of %d rows, %d repeat an earlier one and %d have an answer that grader %s can't read: left out",
-                path, rows, repeated, unreadable, config.grader,
+                source.path, rows, repeated, unreadable, config.grader,
             )  # fmt: skip
-        return list(problems.values())
+        return problems
+
+
+def _test_source(config: JsonlConfig) -> Source:
+    """The source of the held-out rows, where there is a test file or split."""
+    if config.test_path is not None:
+        return Source(config.test_path, config.subset, config.split, path_key="test_path")
+    assert config.test_split is not None  # JsonlConfig sees to it
+    return Source(config.path, config.subset, config.test_split, split_key="test_split")
 
 
 def _problem(config: JsonlConfig, where: str, row: Mapping[str, Any]) -> Problem:

@@ -1,10 +1,11 @@
-"""Rows of a JSONL or Parquet file, or of a data set on the hub, one at a time; every error names file and row."""
+"""Rows of a JSONL or Parquet file, or of a data set on the hub, one at a time; every error names file, row and key."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,48 @@ _PARQUET = (".parquet",)
 _BATCH = 1_000  # rows of Parquet decoded at once
 
 
-def read_rows(path: str, subset: str | None, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, row) of every row of a file, or of a split of what `datasets` loads: a hub name, or a directory.
+@dataclass(frozen=True)
+class Source:
+    """A file, or a split of what `datasets` loads: a hub name, or a directory; and the keys that give path and split.
+
+    As a string it begins an error message: `test_path is b.jsonl`; `path is DIR, test_split test`.
+    """
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    path_key: str = "path"
+    split_key: str = "split"
+
+    def __str__(self) -> str:
+        if is_file(self.path):
+            return f"{self.path_key} is {self.path}"
+        subset = f", {self.subset}" if self.subset else ""
+        return f"{self.path_key} is {self.path}{subset}, {self.split_key} {self.split}"
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, row) of every row.
 
     `where` is for people: the file and the row's number, from 1 on; of JSONL, the line's. Rows are streamed.
 
-    Raises ValueError for a file that isn't there, can't be read, or holds something else; ModuleNotFoundError where the
-    package that reads it is missing.
+    Raises ValueError, naming the key, for a path or a split that is empty, isn't there, can't be read, or holds
+    something else; ModuleNotFoundError where the package that reads it is missing.
     """
-    suffix = Path(path).suffix.lower()
+    path = Path(source.path)
+    suffix = path.suffix.lower()
     if suffix in _LINES:
-        return _json_lines(Path(path))
+        return _json_lines(source)
     if suffix in _PARQUET:
-        return _parquet(Path(path))
-    if Path(path).is_file():
-        raise ValueError(f"path is {path}: must be a file of {', '.join((*_LINES, *_PARQUET))}, or a name on the hub")
-    return _from_datasets(path, subset, split)
+        return _parquet(source)
+    files = ", ".join((*_LINES, *_PARQUET))
+    if not source.path:
+        raise ValueError(f"{source.path_key} is '': must be a file of {files}, a directory or a name on the hub")
+    if path.is_file():
+        raise ValueError(f"{source.path_key} is {path}: must be a file of {files}, or a name on the hub")
+    if not source.split:
+        raise ValueError(f"{source.split_key} is '': must be the name of a split of {path}")
+    return _from_datasets(source)
 
 
 def is_file(path: str) -> bool:
@@ -50,7 +77,8 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _json_lines(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    path = Path(source.path)
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -65,12 +93,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     raise ValueError(f"{where}: must be an object, got {type(row).__name__}")
                 yield where, row
     except OSError as error:
-        raise ValueError(f"path is {path}: {error.strerror}") from error
+        raise ValueError(f"{source}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"path is {path}: is not UTF-8: byte {error.object[error.start]:#04x}") from error
+        raise ValueError(f"{source}: is not UTF-8: byte {error.object[error.start]:#04x}") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    path = Path(source.path)
     with needs(f"reading {path}"):
         import pyarrow
         from pyarrow import parquet
@@ -83,20 +112,22 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"path is {path}: can't be read as Parquet after row {number}: {first_line}") from error
+        raise ValueError(f"{source}: can't be read as Parquet after row {number}: {first_line}") from error
 
 
-def _from_datasets(path: str, subset: str | None, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with needs(f"loading {path}"):
+def _from_datasets(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with needs(f"loading {source.path}"):
         import datasets
-    source = f"{path}{f', {subset}' if subset else ''}, split {split}"
+    where = f"{source.path}{f', {source.subset}' if source.subset else ''}, split {source.split}"
     logging.getLogger("datasets").setLevel(logging.ERROR)
     number = 0
     try:
-        for row in datasets.load_dataset(path, subset, split=split, streaming=True):
+        for row in datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True):
             number += 1
-            yield f"{source}, row {number}", row
+            yield f"{where}, row {number}", row
     except GeneratorExit:
         raise
     except Exception as error:  # of datasets, of the hub's client, of the readers of a dozen formats
-        raise ValueError(f"path is {source}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        after = f" after row {number}" if number else ""
+        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{source}: can't be read{after}: {problem}") from error

@@ -70,8 +70,65 @@ def test_a_directory_goes_through_datasets_as_a_hub_name_does(tmp_path: Path) ->
     task = load_task("jsonl", options(str(tmp_path), held_out=None, test_split="test"))
     assert (len(task.train), len(task.test)) == (15, 5)
     assert task.test[0].question == "What is 15 + 1?"
-    with pytest.raises(ValueError, match=r"path is .*, split validation: "):
+    with pytest.raises(ValueError, match=rf"^path is {tmp_path}, split validation: can't be read: ValueError: "):
         load_task("jsonl", options(str(tmp_path), split="validation"))
+    with pytest.raises(ValueError, match=rf"^path is {tmp_path}, test_split dev: can't be read: ValueError: "):
+        load_task("jsonl", options(str(tmp_path), held_out=None, test_split="dev"))
+
+
+def test_an_empty_split_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data" / "train-0.parquet", ROWS)
+    none = pyarrow.Table.from_pylist(ROWS).slice(0, 0)
+    parquet.write_table(none, tmp_path / "data" / "test-0.parquet")
+    with pytest.raises(ValueError, match=rf"^path is {tmp_path}, split test: has no rows$"):
+        load_task("jsonl", options(str(tmp_path), split="test"))
+    with pytest.raises(ValueError, match=rf"^path is {tmp_path}, test_split test: has no rows$"):
+        load_task("jsonl", options(str(tmp_path), held_out=None, test_split="test"))
+    with pytest.raises(ValueError, match=rf"^test_split is '': must be the name of a split of {tmp_path}$"):
+        load_task("jsonl", options(str(tmp_path), held_out=None, test_split=""))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.jsonl", None, r"test_path is .*none\.jsonl: No such file"),
+        ("none.parquet", None, r"test_path is .*none\.parquet: can't be read as Parquet after row 0"),
+        ("", None, r"test_path is '': must be a file of \.jsonl"),
+        ("test.jsonl", "", r"test_path is .*test\.jsonl: has no rows$"),
+        ("test.csv", "problem,answer", r"test_path is .*test\.csv: must be a file of \.jsonl"),
+        ("test.jsonl", '{"problem": "a", "answer": ""}', r".*test\.jsonl, line 1: answer is '': for grader math"),
+        ("test.jsonl", '{"problem": "a"}', r".*test\.jsonl, line 1: has no column answer \(answer\)"),
+    ],
+)
+def test_a_test_file_that_cannot_be_used(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load_task("jsonl", options(path, held_out=None, test_path=str(tmp_path / name) if name else ""))
+
+
+def test_a_test_file_of_which_no_row_can_be_used(tmp_path: Path) -> None:
+    path, test = write_lines(tmp_path / "a.jsonl", ROWS), write_lines(tmp_path / "b.jsonl", [{**ROWS[0], "answer": ""}])
+    with pytest.raises(ValueError, match=r"^test_path is .*b\.jsonl: none of 1 rows can be used$"):
+        load_task("jsonl", options(path, held_out=None, test_path=test, unusable="drop"))
+
+
+def test_an_id_of_the_test_file_must_not_be_in_the_training_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    others = [{"problem": "What is 2 + 2?", "answer": "4", "name": "p7"}, {**ROWS[3], "name": "q"}]
+    path, test = write_lines(tmp_path / "a.jsonl", ROWS), write_lines(tmp_path / "b.jsonl", others)
+    both = options(path, held_out=None, test_path=test)
+    with pytest.raises(
+        ValueError, match=rf"^{path}, line 8: name is 'p7', which {test}, line 1 of the test set has too: ids must"
+    ):
+        load_task("jsonl", {**both, "id": "name"})
+    dropped = load_task("jsonl", {**both, "id": "name", "unusable": "drop"})
+    assert (len(dropped.train), len(dropped.test)) == (18, 2)
+    assert not {"What is 7 + 1?", "What is 3 + 1?"} & {problem.question for problem in dropped.train}
+    assert "2 training rows stand in the test set too: left out" in caplog.text
+    assert len(load_task("jsonl", both).train) == 19  # without ids only the question counts
 
 
 def test_columns_within_columns_worked_solutions_and_messages(tmp_path: Path) -> None:
@@ -98,6 +155,10 @@ def test_repeated_questions_count_once_and_ids_must_differ(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 21: name is 'p4', which an earlier row has"):
         load_task("jsonl", options(path, id="name"))
     assert len(load_task("jsonl", options(path, id="name", held_out=1.0, unusable="drop")).test) == 20
+    again = write_lines(tmp_path / "again.jsonl", [*ROWS, *({**row, "name": f"{row['name']} again"} for row in ROWS)])
+    task = load_task("jsonl", options(again, id="name", held_out=0.5))
+    assert not {problem.question for problem in task.train} & {problem.question for problem in task.test}
+    assert len(task.train) == len(task.test) == 10
 
 
 def test_rows_that_cannot_be_used_are_left_out_when_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
