@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import reprlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rhythm.cli.config_keys import Key, config_keys, sections
 from rhythm.tasks.countdown import CountdownConfig
@@ -86,26 +87,57 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """`read_config` for a training run; the keys of `task.options` are those of the task named in it."""
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """As `read_config`, for a training run; the keys of `task.options` are those of the task named in it."""
+    return _train_config(_with_overrides(_values(path), overrides))
+
+
+def load_for_help(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """`load_config` for --help, for which the task's options need not be complete.
+
+    The file's options don't count where the overrides name another task than the file does. Required options without a
+    value are `…`, and what only a run needs of them together, such as a test set, is not checked.
+
+    Raises ConfigError for all else that `load_config` refuses.
+    """
+    from rhythm.tasks import task_class
+
+    of_file = _values(path)
+    values = _with_overrides(of_file, overrides)
+    if _task_name(values) != _task_name(of_file):
+        values = _with_overrides(of_file, [f"{_OPTIONS.removesuffix('.')}={{}}", *overrides])
+    task = values.get("task") or {}
+    options = (task.get("options") or {}) if isinstance(task, dict) else None
+    try:
+        kind = task_class(_task_name(values)).config_class
+        kind.model_validate(options)
+    except ValidationError as error:
+        if isinstance(options, dict) and all(
+            not fault["loc"] or (fault["type"] == "missing" and len(fault["loc"]) == 1) for fault in error.errors()
+        ):
+            incomplete = kind.model_construct(**_needed(kind) | _fields(kind, options))
+            values["task"] = {**task, "options": incomplete}
+    except (ValueError, ImportError, AttributeError, TypeError):  # reported where the values are checked
+        pass
+    return _train_config(values)
+
+
+def _train_config(values: dict[str, Any]) -> TrainConfig:
     # Imported here, because rhythm-analyze reads its configuration without the trainer.
     from rhythm.tasks import task_class
     from rhythm.tasks.config import TaskConfig
     from rhythm.trainer.config import TrainConfig
 
-    def with_the_task(values: Mapping[str, Any]) -> TrainConfig:
-        task = values.get("task")
-        name = task.get("name", "countdown") if isinstance(task, Mapping) else "countdown"
-        try:
-            kind = task_class(name).config_class
-        except (ValueError, ImportError, AttributeError, TypeError):  # reported where the values are checked
-            return TrainConfig()
+    like, name = TrainConfig(), _task_name(values)
+    try:
+        kind = task_class(name).config_class
+    except (ValueError, ImportError, AttributeError, TypeError):  # reported where the values are checked
+        pass
+    else:
         # Not checked: options that must be given are missing.
-        needed = {key: "…" for key, field in kind.model_fields.items() if field.is_required()}
-        task_config = TaskConfig.model_construct(name=name, options=kind.model_construct(**needed))
-        return TrainConfig().model_copy(update={"task": task_config})
-
-    return read_config(TrainConfig, path, overrides, like=with_the_task)
+        task_config = TaskConfig.model_construct(name=name, options=kind.model_construct(**_needed(kind)))
+        like = like.model_copy(update={"task": task_config})
+    return _checked(TrainConfig, values, like)
 
 
 def read_config(
@@ -115,7 +147,7 @@ def read_config(
     *,
     given: Mapping[str, Any] | None = None,
     wanted: Sequence[str] = (),
-    like: Callable[[Mapping[str, Any]], C] | None = None,
+    like: C | None = None,
     placeholders: bool = False,
 ) -> C:
     """The file's configuration with `key=value` overrides (dotted keys, values in YAML), checked as a whole.
@@ -125,25 +157,21 @@ def read_config(
         path: a YAML file; None: only the overrides.
         given: values of top-level keys, which take precedence over file and overrides.
         wanted: sections that are there, with their defaults, if neither file nor overrides set any of their keys.
-        like: returns, for the values read, a configuration that has all keys that may be set; None: the keys are those
-            of `kind`, whatever the values.
+        like: has all keys that may be set; None: they are those of `kind`.
         placeholders: give required keys without a value the value `…`, for --help.
 
     Raises ConfigError: no such file, not YAML, an override without `=`, an unknown key (with the most similar known
     key), a value that is not allowed, a missing required key.
     """
-    values = {} if path is None else _parse(_read(path), str(path))
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"{path}: must hold keys and values, got {type(values).__name__}")
-    values = values or {}
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not (separator and key):
-            raise ConfigError(f"{override!r}: an override is written key=value, for example seed=1")
-        _put(values, key, _parse(value, _cut(override)))
+    values = _with_overrides(_values(path), overrides)
     values |= given or {}
     values |= {name: {} for name in wanted if values.get(name) is None}
-    keys = list(config_keys(example(kind) if like is None else like(values)))
+    return _checked(kind, values, example(kind) if like is None else like, placeholders=placeholders)
+
+
+def _checked(kind: type[C], values: Mapping[str, Any], like: C, *, placeholders: bool = False) -> C:
+    """The values as a configuration; see read_config."""
+    keys = list(config_keys(like))
     if wrong := list(_wrong_numbers(values, keys)):
         raise ConfigError("\n".join(wrong))
     try:
@@ -157,13 +185,51 @@ def example(kind: type[C], values: Mapping[str, Any] | None = None) -> C:
 
     Raises pydantic's ValidationError for values that are not allowed.
     """
-    needed = {name: "…" for name, field in kind.model_fields.items() if field.is_required()}
-    return kind.model_validate(needed | dict(values or {}))
+    return kind.model_validate(_needed(kind) | dict(values or {}))
 
 
 def dump_config(config: BaseModel) -> str:
     """The resolved configuration as YAML, from which `read_config` gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _needed(kind: type[BaseModel]) -> dict[str, str]:
+    """The required keys, each with the value `…`."""
+    return {name: "…" for name, field in kind.model_fields.items() if field.is_required()}
+
+
+def _fields(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that are allowed one by one, each as its field has it: a tuple for a list, a section for a mapping."""
+    fields = kind.model_fields
+    return {
+        name: TypeAdapter(fields[name].annotation).validate_python(value)
+        for name, value in values.items()
+        if name in fields
+    }
+
+
+def _task_name(values: Mapping[str, Any]) -> Any:
+    task = values.get("task")
+    return task.get("name", "countdown") if isinstance(task, Mapping) else "countdown"
+
+
+def _values(path: Path | None) -> dict[str, Any]:
+    """The file's values, not checked."""
+    values = {} if path is None else _parse(_read(path), str(path))
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: must hold keys and values, got {type(values).__name__}")
+    return values or {}
+
+
+def _with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the values, replaced and completed by those of the overrides."""
+    changed = copy.deepcopy(dict(values))
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not (separator and key):
+            raise ConfigError(f"{override!r}: an override is written key=value, for example seed=1")
+        _put(changed, key, _parse(value, _cut(override)))
+    return changed
 
 
 def _read(path: Path) -> str:

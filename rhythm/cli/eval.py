@@ -70,7 +70,7 @@ def _config(arguments: argparse.Namespace) -> CommandConfig:
     given = {name: value for name in ALIASES if (value := getattr(arguments, name)) is not None}
     if twice := [name for name in given if any(override.startswith(f"{name}=") for override in overrides)]:
         raise ConfigError(f"{twice[0]} is given twice: --{twice[0]} {given[twice[0]]} is short for {twice[0]}=…")
-    return read_config(CommandConfig, path, overrides, given=given, like=lambda _: _DEFAULTS)
+    return read_config(CommandConfig, path, overrides, given=given, like=_DEFAULTS)
 
 
 _DEFAULTS = CommandConfig.model_construct(model=Path("…"), tasks=())

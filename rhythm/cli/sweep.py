@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path is None:
         raise ConfigError("no sweep given: rhythm-sweep SWEEP.yaml, or rhythm-sweep --help")
     # Methods and overrides hold keys of rhythm-train, which are checked with the runs' configurations.
-    sweep = read_config(SweepConfig, path, overrides, like=lambda _: _EXAMPLE)
+    sweep = read_config(SweepConfig, path, overrides, like=_EXAMPLE)
     base = sweep.base if sweep.base.is_absolute() else path.parent / sweep.base
     runs = plan(sweep, lambda keys: load_config(base, keys))
     if arguments.dry_run:

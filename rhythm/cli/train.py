@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
 from rhythm.cli.arguments import command_parser, config_and_overrides
-from rhythm.cli.config_file import ConfigError, dump_config, load_config
+from rhythm.cli.config_file import ConfigError, dump_config, load_config, load_for_help
 from rhythm.cli.config_keys import config_keys, describe
 from rhythm.cli.failures import SIGNALLED, ErrorConsole, ExitCode, command, show
 from rhythm.engines.parity import ParityError
@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _help(path: Path | None, overrides: Sequence[str]) -> str:
-    """The text of --help; a given configuration replaces the defaults it shows, and names the task's options."""
-    config = TrainConfig() if path is None else load_config(path, overrides)
+    """The text of --help; configuration and overrides replace the defaults it shows, and say whose options."""
+    config = load_for_help(path, overrides)
     source = "defaults" if path is None else f"values of {path}"
     keys = describe(list(config_keys(config)))
     return f"{_parser().format_help()}\nkeys of the configuration, their types and {source}:\n{keys}"

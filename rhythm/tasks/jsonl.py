@@ -139,7 +139,7 @@ class Jsonl:
     def _read(self, source: Source) -> _Rows:
         config = self.config
         problems: _Rows = {}
-        asked = set()
+        asked: set[object] = set()
         repeated = unreadable = rows = 0
         for rows, (where, row) in enumerate(read_rows(source), 1):  # noqa: B007
             problem = _problem(config, where, row)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from rhythm.cli.train import main
+from rhythm.tasks import TASKS, task_class
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import RunSummary
 
@@ -37,6 +38,86 @@ def test_help_lists_every_key_with_its_default_and_meaning(capsys: pytest.Captur
     assert "amplif" in shown
     line = next(line for line in shown.splitlines() if line.strip().startswith("credit.top_fraction"))
     assert "0.4" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shown", "absent"),
+    [
+        ([], {"max_number": 8, "train_size": 20000}, ["grader"]),
+        (["task.options.train_size=9"], {"max_number": 8, "train_size": 9}, ["grader"]),
+        (["task.name=countdown"], {"max_number": 8}, ["grader"]),
+        (["task.name=gsm8k"], {"path": "openai/gsm8k", "grader": "numeric", "seed": 0}, ["max_number"]),
+        (["task.name=jsonl"], {"path": "…", "grader": "math", "held_out": None}, ["max_number"]),
+        (["task.options.path=a.jsonl", "task.name=jsonl"], {"path": "a.jsonl", "held_out": None}, ["max_number"]),
+        (["task.name=jsonl", "task.options.held_out=0.5"], {"path": "…", "held_out": 0.5}, ["max_number"]),
+        (["task={name: jsonl, options: {seed: 3}}"], {"path": "…", "seed": 3}, ["max_number"]),
+        (["task.name=reasoning_gym:chain_sum"], {"train_size": 10000, "parameters": {}}, ["max_number"]),
+    ],
+)
+def test_help_has_the_options_of_the_task_that_is_named(
+    overrides: list[str],
+    shown: dict[str, object],
+    absent: list[str],
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Though the file has options of Countdown, and no run could begin with these."""
+    config.write_text(config.read_text(encoding="utf-8") + "task: {options: {max_number: 8}}\n", encoding="utf-8")
+    assert main([str(config), *overrides, "--help"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  task.options.")]
+    values = {line.split()[0].removeprefix("task.options."): yaml.safe_load(line.partition(" = ")[2]) for line in lines}
+    assert {key: values[key] for key in shown} == shown
+    assert not values.keys() & set(absent)
+    assert not [warning for warning in recwarn if "serializ" in str(warning.message)]
+
+
+def test_help_needs_no_file_for_the_options_of_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task.name=jsonl", "seed=7", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "  task.options.path  str = …\n" in shown
+    assert "  seed  int = 7\n" in shown
+
+
+def test_help_has_options_given_together_that_no_run_takes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(config), "task.options.numbers=[4, 3]", "--help"]) == 0
+    assert "= [4, 3]\n" in capsys.readouterr().out
+    assert main([str(config), "task.options.numbers=[4, 3]", "--dry-run"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.name=jsonl", "task.options.max_number=8"], "max_number belongs to task countdown"),
+        (["task.name=jsonl", "task.options.gradr=math"], "did you mean task.options.grader?"),
+        (["task.name=jsonl", "task.options.held_out=2"], "task.options.held_out is 2"),
+        (["task.name=gsm9k"], "did you mean 'gsm8k'?"),
+        (["task.name=no.such:Task"], "task.name"),
+        (["task.name=3"], "task.name"),
+        (["task.options=3"], "task.options"),
+        (["task=3"], "task"),
+        (["task.options.max_number=true"], "task.options.max_number is True"),
+        (["optimizer.lr=-1"], "optimizer.lr"),
+        (["steps"], "steps"),
+    ],
+)
+def test_help_refuses_a_bad_value(
+    overrides: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config), *overrides, "--help"]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_help_of_every_configuration_and_task(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command of docs/tasks.md."""
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        for name in (*TASKS, "reasoning_gym:gsm_symbolic"):
+            assert main([str(path), f"task.name={name}", "--help"]) == 0, (path, name)
+            shown = capsys.readouterr().out
+            for option in task_class(name).config_class.model_fields:
+                assert f"  task.options.{option}  " in shown
 
 
 def test_dry_run_prints_the_resolved_configuration_and_batch_sizes(
