@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, field_validator
@@ -54,15 +55,41 @@ class PromptConfig(BaseModel, extra="forbid", frozen=True):
         return prompt if self.chat else str(prompt)
 
 
+class NoChatTemplateError(ValueError):
+    """A prompt is a ChatPrompt, and the tokenizer has no chat template. The message begins with the option, `chat`: put
+    in front of it where the task's options stand, `task.options.`.
+    """
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """How long prompts may be.
+
+    longest: tokens; why: the setting that says so, for messages, such as `sampling.max_prompt_tokens is 1024`.
+    """
+
+    longest: int
+    why: str
+
+    @classmethod
+    def of(cls, context: int, named: str, max_prompt_tokens: int | None) -> Self:
+        """A prompt has to leave a token of `context` (tokens; `named` in messages) for a response, and may have
+        `max_prompt_tokens` where that is less.
+        """
+        if max_prompt_tokens is not None and max_prompt_tokens < context:
+            return cls(max_prompt_tokens, f"sampling.max_prompt_tokens is {max_prompt_tokens}")
+        return cls(context - 1, f"{named} is {context}")
+
+
 def encode_prompt(tokenizer: Any, prompt: str) -> tuple[str, list[int]]:
     """The prompt as the model reads it, and its tokens: a ChatPrompt by the tokenizer's chat template, ready for the
     answer; any other with the special tokens that the tokenizer puts in front.
 
-    Raises ValueError where a chat template is asked for and the tokenizer has none.
+    Raises NoChatTemplateError where a chat template is asked for and the tokenizer has none.
     """
     if not isinstance(prompt, ChatPrompt):
         return prompt, list(tokenizer.encode(prompt))
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat is true: the model's tokenizer has no chat template; leave task.options.chat out")
+        raise NoChatTemplateError("chat is true: the model's tokenizer has no chat template; leave it out")
     text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
     return text, list(tokenizer.encode(text, add_special_tokens=False))

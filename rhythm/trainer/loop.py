@@ -29,7 +29,7 @@ from rhythm.trainer.ahead import load_drawn, save_drawn
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.drawing import Drawn
-from rhythm.trainer.evaluation import FurtherTask, evaluate, evaluate_further
+from rhythm.trainer.evaluation import FurtherTask, evaluate, evaluate_further, isolated_rewards
 from rhythm.trainer.interrupts import Interrupts
 from rhythm.trainer.metrics import MetricsLog, Record, Stopwatch, read_metrics
 from rhythm.trainer.notices import Notices
@@ -37,14 +37,12 @@ from rhythm.trainer.progress import RunProgress
 from rhythm.trainer.run_dir import CHECKPOINTS, SAMPLES, open_run_dir
 from rhythm.trainer.samples import first_rows, sample_lines, write_samples
 from rhythm.trainer.setup import (
-    build_further_tasks,
-    build_task,
+    RunTasks,
+    build_tasks,
     check_machine,
-    fit_task,
     initial_checkpoint,
     load_vocabulary,
     open_engines,
-    open_evaluation,
     open_reward_worker,
 )
 from rhythm.trainer.step import Engines, StepAbandonedError, train_step
@@ -93,30 +91,24 @@ def run(config: TrainConfig, *, resume: bool = False, console: Console | None = 
     """
     console = console or Console(stderr=True)
     check_machine(config)
-    task, asked = build_task(config), build_further_tasks(config)
-    if config.model.path is not None:  # the tiny model's tokenizer is there once it has been warm-started
-        task = fit_task(config, task, config.model.path)
+    tasks = build_tasks(config)
     with lock_directory(config.run_dir):
-        return _run(config, task, asked, resume, console)
+        return _run(config, tasks, resume, console)
 
 
-def _run(
-    config: TrainConfig, task: Task[Any], asked: Sequence[FurtherTask], resume: bool, console: Console
-) -> RunSummary:
+def _run(config: TrainConfig, tasks: RunTasks, resume: bool, console: Console) -> RunSummary:
     """`run`, with the directory locked."""
     resumed = open_run_dir(config, resume=resume)
     # Lost processes restart from the checkpoint that the engines were built with, and the KL reference is the model
     # that the run began with. The run's own checkpoints can't serve: old ones are deleted as it goes on.
     keeps_start = config.cluster is not None or config.loss.kl_coef > 0
-    start = resumed[0] if resumed and not keeps_start else initial_checkpoint(config, task, console)
-    if config.model.path is None:
-        task = fit_task(config, task, start)
+    start = resumed[0] if resumed and not keeps_start else initial_checkpoint(config, tasks.whole, console)
     vocabulary = load_vocabulary(start, config.model)
     restarts = 0
     with (
-        open_reward_worker(config, task) as isolated,
-        open_evaluation(config, asked, start) as further,
-        open_engines(config, task, vocabulary) as build,
+        open_reward_worker(config, tasks.fitted) as isolated,
+        isolated_rewards(tasks.further, config.reward) as further,
+        open_engines(config, tasks.fitted, vocabulary) as build,
     ):
         while True:
             try:

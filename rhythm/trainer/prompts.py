@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from rhythm.tasks import Reward, Task
-from rhythm.tasks.prompts import encode_prompt
+from rhythm.tasks.prompts import PromptLimit, encode_prompt
 
 log = logging.getLogger(__name__)
 
@@ -38,26 +38,44 @@ class FittedTask:
         return self.task.reward(instance, response)
 
 
-def fit_prompts(task: Task[Any], tokenizer: Any, longest: int) -> tuple[Task[Any], int]:
-    """The task with the instances whose prompts have at most `longest` tokens, and the tokens of the longest of these;
-    what is left out is counted in the log.
+def fit_prompts(task: Task[Any], tokenizer: Any, limit: PromptLimit) -> tuple[Task[Any], int]:
+    """The task with the instances whose prompts keep within `limit`, and the tokens of the longest of these; what is
+    left out is counted in the log.
 
-    Raises ValueError where none of a set that had some is left, and where a chat template is asked for and the
-    tokenizer has none.
+    Raises ValueError, beginning with the setting that is the limit, where none of a set that had some is left, and
+    NoChatTemplateError where a chat template is asked for and the tokenizer has none.
     """
-    sets = {"training": task.train, "held-out": task.test}
-    fitting, most = {}, 0
-    for name, instances in sets.items():
-        lens = [len(encode_prompt(tokenizer, task.prompt(instance))[1]) for instance in instances]
-        fitting[name] = [instance for instance, tokens in zip(instances, lens, strict=True) if tokens <= longest]
-        if lens and not fitting[name]:
-            raise ValueError(f"no {name} prompt has at most {longest} tokens; the shortest has {min(lens)}")
-        most = max([most, *(tokens for tokens in lens if tokens <= longest)])
-        if left_out := len(lens) - len(fitting[name]):
-            log.warning(
-                "%d of %d %s prompts have more than %d tokens, up to %d: left out",
-                left_out, len(lens), name, longest, max(lens),
-            )  # fmt: skip
-    if all(len(fitting[name]) == len(instances) for name, instances in sets.items()):
+    train, most = _fitting(task, tokenizer, limit, task.train, "training")
+    test, most_held_out = _fitting(task, tokenizer, limit, task.test, "held-out")
+    most = max(most, most_held_out)
+    if len(train) == len(task.train) and len(test) == len(task.test):
         return task, most
-    return FittedTask(task, fitting["training"], fitting["held-out"]), most
+    return FittedTask(task, train, test), most
+
+
+def fit_held_out(task: Task[Any], tokenizer: Any, limit: PromptLimit, *, title: str, problems: int | None) -> Task[Any]:
+    """The task, which is only evaluated, with those of its first `problems` held-out instances (None: of all) whose
+    prompts keep within `limit`; what is left out is counted in the log, under `title`.
+
+    Raises as `fit_prompts` does.
+    """
+    fitting, _ = _fitting(task, tokenizer, limit, task.test[:problems], "held-out", f"{title}: ")
+    return task if len(fitting) == len(task.test) else FittedTask(task, task.train, fitting)
+
+
+def _fitting(
+    task: Task[Any], tokenizer: Any, limit: PromptLimit, instances: Sequence[Any], name: str, logged_as: str = ""
+) -> tuple[list[Any], int]:
+    """The instances whose prompts keep within `limit`, and the tokens of the longest of these, 0 for none."""
+    lens = [len(encode_prompt(tokenizer, task.prompt(instance))[1]) for instance in instances]
+    fitting = [instance for instance, tokens in zip(instances, lens, strict=True) if tokens <= limit.longest]
+    if lens and not fitting:
+        raise ValueError(
+            f"{limit.why}: no {name} prompt has at most {limit.longest} tokens; the shortest has {min(lens)}"
+        )
+    if left_out := len(lens) - len(fitting):
+        log.warning(
+            "%s%d of %d %s prompts have more than %d tokens, up to %d: left out (%s)",
+            logged_as, left_out, len(lens), name, limit.longest, max(lens), limit.why,
+        )  # fmt: skip
+    return fitting, max([0, *(tokens for tokens in lens if tokens <= limit.longest)])

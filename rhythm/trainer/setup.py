@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,13 @@ from rhythm.ops.backends import check_backend
 from rhythm.system.allocator import keep_freed_memory
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.isolation import IsolatedTask
-from rhythm.tasks.prompts import ChatPrompt
+from rhythm.tasks.prompts import ChatPrompt, NoChatTemplateError, PromptLimit
+from rhythm.tiny.model import build_tokenizer
 from rhythm.tiny.warm_start import warm_start
 from rhythm.trainer.cluster_engines import check_cluster, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
-from rhythm.trainer.evaluation import FurtherTask, isolated_rewards, load_further_tasks
-from rhythm.trainer.prompts import fit_prompts
+from rhythm.trainer.evaluation import FurtherTask, load_further_tasks
+from rhythm.trainer.prompts import fit_held_out, fit_prompts
 from rhythm.trainer.step import Engines
 
 log = logging.getLogger(__name__)
@@ -74,20 +75,49 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def _check_code(checkpoint: Path, config: ModelConfig) -> None:
-    """Raise SetupError where the checkpoint's configuration or tokenizer can't be read, or needs code that
-    model.trust_remote_code doesn't allow.
+    """Raise SetupError where the checkpoint's configuration or tokenizer can't be read, has no end token, or needs code
+    that model.trust_remote_code doesn't allow.
     """
     try:
         with _refused(checkpoint):
             AutoConfig.from_pretrained(checkpoint, **loading_options(config.trust_remote_code))
-            AutoTokenizer.from_pretrained(checkpoint, **loading_options(config.trust_remote_code))
+        load_vocabulary(checkpoint, config)
     except SetupError:
         raise
     except (OSError, ValueError) as error:
         raise SetupError(f"model.path is {checkpoint}: {str(error).strip().splitlines()[0]}") from error
 
 
-def build_task(config: TrainConfig) -> Task[Any]:
+@dataclass(frozen=True)
+class RunTasks:
+    """What a run asks.
+
+    whole: the run's own task, on all of which the tiny model is warm-started; fitted: the same without prompts that are
+    too long; further: the tasks of `evaluation.tasks`, without such prompts.
+    """
+
+    whole: Task[Any]
+    fitted: Task[Any]
+    further: list[FurtherTask]
+
+
+def build_tasks(config: TrainConfig) -> RunTasks:
+    """The run's tasks, with the prompts that leave room for a response in the model's context. Reads no weights and
+    writes nothing: the tiny model's tokenizer is built as its warm start will build it.
+
+    Raises SetupError where a task can't be had, where no prompt is left, where a chat template is asked for and the
+    tokenizer has none, and where batch.max_tokens has no room for the longest prompt and its response.
+    """
+    task, further = _build_task(config), _build_further_tasks(config)
+    tokenizer, limit, context = _prompts(config, task)
+    return RunTasks(
+        task,
+        _fit_task(config, task, tokenizer, limit, context),
+        [_fit_further(item, tokenizer, limit) for item in further],
+    )
+
+
+def _build_task(config: TrainConfig) -> Task[Any]:
     """The task. Raises SetupError where its options don't fit together or it has too few instances."""
     try:
         task = load_task(config.task.name, config.task.options.model_dump())
@@ -105,13 +135,50 @@ def build_task(config: TrainConfig) -> Task[Any]:
     return task
 
 
-def fit_task(config: TrainConfig, task: Task[Any], checkpoint: Path) -> Task[Any]:
-    """The task with the instances whose prompts leave room for a response in the context of the checkpoint's model.
+def _build_further_tasks(config: TrainConfig) -> list[FurtherTask]:
+    """The tasks of `evaluation.tasks`. Raises SetupError where one can't be had."""
+    try:
+        further = load_further_tasks(config.evaluation, config.sampling)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    for item in further:
+        if config.model.path is None and any(
+            isinstance(item.task.prompt(one), ChatPrompt) for one in item.task.test[:1]
+        ):
+            raise SetupError(
+                f"evaluation.tasks, {item.plan.title}: options.chat is true: the tiny model has no chat template; give "
+                "model.path"
+            )
+    return further
 
-    Raises SetupError where none is left, where a chat template is asked for and the tokenizer has none, and where
-    batch.max_tokens has no room for the longest prompt and its response.
-    """
-    fitted, prompt, row = _fitted(config, task, checkpoint)
+
+def _prompts(config: TrainConfig, task: Task[Any]) -> tuple[Any, PromptLimit, int]:
+    """The tokenizer, how long prompts may be, and the longest prompt and response together, in tokens."""
+    checkpoint, trust = config.model.path, config.model.trust_remote_code
+    if checkpoint is None:
+        start = config.warm_start
+        texts = ((task.prompt(one), task.solution(one)) for one in task.train[: start.examples])
+        tokenizer: Any = build_tokenizer(start.model.vocabulary, (text for pair in texts for text in pair))
+        context, named = start.model.max_positions, "warm_start.model.max_positions"
+    else:
+        with _refused(checkpoint):
+            model = AutoConfig.from_pretrained(checkpoint, **loading_options(trust))
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading_options(trust))
+        context, named = max_positions(model), "the model's context"
+    if config.cluster is not None and config.cluster.max_length < context:
+        context, named = config.cluster.max_length, "cluster.max_length"
+    return tokenizer, PromptLimit.of(context, named, config.sampling.max_prompt_tokens), context
+
+
+def _fit_task(config: TrainConfig, task: Task[Any], tokenizer: Any, limit: PromptLimit, context: int) -> Task[Any]:
+    """The run's own task with the prompts that fit. Raises SetupError as `build_tasks` says."""
+    try:
+        fitted, prompt = fit_prompts(task, tokenizer, limit)
+    except NoChatTemplateError as error:
+        raise SetupError(f"task.options.{error}") from error
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    row = min(context, prompt + config.sampling.max_new_tokens)
     if config.batch.max_tokens is not None and row > config.batch.max_tokens:
         raise SetupError(
             f"batch.max_tokens is {config.batch.max_tokens}: must be at least {row}, the tokens of the longest prompt "
@@ -120,20 +187,17 @@ def fit_task(config: TrainConfig, task: Task[Any], checkpoint: Path) -> Task[Any
     return fitted
 
 
-def _fitted(config: TrainConfig, task: Task[Any], checkpoint: Path) -> tuple[Task[Any], int, int]:
-    """The task as `fit_task` describes it; tokens of its longest prompt, and of the longest prompt and response."""
-    with _refused(checkpoint):
-        model = AutoConfig.from_pretrained(checkpoint, **loading_options(config.model.trust_remote_code))
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading_options(config.model.trust_remote_code))
-    context = max_positions(model)
-    if config.cluster is not None:
-        context = min(context, config.cluster.max_length)
-    longest = min(context - 1, config.sampling.max_prompt_tokens or context)
+def _fit_further(item: FurtherTask, tokenizer: Any, limit: PromptLimit) -> FurtherTask:
+    """A task of `evaluation.tasks` with the prompts that fit. Raises SetupError as `build_tasks` says."""
+    title, where = item.plan.title, f"evaluation.tasks, {item.plan.title}: "
     try:
-        fitted, prompt = fit_prompts(task, tokenizer, longest)
+        return FurtherTask(
+            item.plan, fit_held_out(item.task, tokenizer, limit, title=title, problems=item.plan.problems)
+        )
+    except NoChatTemplateError as error:
+        raise SetupError(f"{where}options.{error}") from error
     except ValueError as error:
-        raise SetupError(f"task.options: {error}") from error
-    return fitted, prompt, min(context, prompt + config.sampling.max_new_tokens)
+        raise SetupError(f"{where}{error}") from error
 
 
 def initial_checkpoint(config: TrainConfig, task: Task[Any], console: Console) -> Path:
@@ -195,24 +259,6 @@ def open_reward_worker(config: TrainConfig, task: Task[Any]) -> Iterator[Task[An
     name, options = config.task.name, config.task.options.model_dump()
     with IsolatedTask(task, name, options, **config.reward.model_dump()) as isolated:
         yield isolated
-
-
-def build_further_tasks(config: TrainConfig) -> list[FurtherTask]:
-    """The tasks of `evaluation.tasks`. Raises SetupError where one can't be had."""
-    try:
-        return load_further_tasks(config.evaluation, config.sampling)
-    except ValueError as error:
-        raise SetupError(str(error)) from error
-
-
-@contextmanager
-def open_evaluation(config: TrainConfig, tasks: Sequence[FurtherTask], checkpoint: Path) -> Iterator[list[FurtherTask]]:
-    """The further tasks without prompts that don't fit (`fit_task`), rewards in processes of their own; until the block
-    is left.
-    """
-    fitted = [FurtherTask(further.plan, _fitted(config, further.task, checkpoint)[0]) for further in tasks]
-    with isolated_rewards(fitted, config.reward) as further:
-        yield further
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from rhythm.engines.interfaces import Rollout, SamplingConfig
 from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.stopping import cut_at_stop, tokens_to_stop
 from rhythm.tasks import load_task
-from rhythm.tasks.prompts import ChatPrompt, PromptConfig, encode_prompt
+from rhythm.tasks.prompts import ChatPrompt, PromptConfig, PromptLimit, encode_prompt
 from rhythm.tiny.model import TinyModelConfig, build_model, build_tokenizer, save_checkpoint
-from rhythm.trainer.prompts import fit_prompts
+from rhythm.trainer.prompts import fit_held_out, fit_prompts
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 
@@ -71,13 +71,36 @@ def test_prompts_too_long_are_counted_and_left_out(tmp_path: Path, caplog: pytes
     rows = [{"prompt": "x" * n, "answer": str(n)} for n in range(1, 11)]
     options = {"path": str(lines(tmp_path, rows)), "held_out": 0.2}
     task, tokenizer = load_task("jsonl", options), build_tokenizer()
-    fitted, _ = fit_prompts(task, tokenizer, longest=8)  # a token in front, so seven characters
+    # A token in front, so seven characters.
+    fitted, _ = fit_prompts(task, tokenizer, PromptLimit(8, "sampling.max_prompt_tokens is 8"))
     assert sorted(len(item.question) for item in (*fitted.train, *fitted.test)) == [1, 2, 3, 4, 5, 6, 7]
     train_left_out = len(task.train) - len(fitted.train)
     assert f"{train_left_out} of 8 training prompts have more than 8 tokens, up to 11: left out" in caplog.text
-    assert fit_prompts(task, tokenizer, longest=11) == (task, 11)
-    with pytest.raises(ValueError, match="no training prompt has at most 1 tokens; the shortest has 2"):
-        fit_prompts(task, tokenizer, longest=1)
+    assert "left out (sampling.max_prompt_tokens is 8)" in caplog.text
+    assert fit_prompts(task, tokenizer, PromptLimit(11, "")) == (task, 11)
+    with pytest.raises(ValueError, match=r"^it is: no training prompt has at most 1 tokens; the shortest has 2$"):
+        fit_prompts(task, tokenizer, PromptLimit(1, "it is"))
+
+
+def test_of_a_task_that_is_only_evaluated_only_the_problems_are_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "x" * n, "answer": str(n)} for n in range(1, 11)]
+    task = load_task("jsonl", {"path": str(lines(tmp_path, rows)), "held_out": 0.5})
+    tokenizer, lens = build_tokenizer(), [len(item.question) for item in task.test]
+    longest = sorted(lens[:3])[1]  # two of the first three prompts have so many characters, or fewer
+    fitted = fit_held_out(task, tokenizer, PromptLimit(longest + 1, "it is"), title="few", problems=3)
+    assert [len(item.question) for item in fitted.test] == [n for n in lens[:3] if n <= longest]
+    assert f"few: 1 of 3 held-out prompts have more than {longest + 1} tokens" in caplog.text
+    assert fit_held_out(task, tokenizer, PromptLimit(11, "it is"), title="all", problems=None) is task
+    with pytest.raises(ValueError, match="it is: no held-out prompt has at most 1 tokens"):
+        fit_held_out(task, tokenizer, PromptLimit(1, "it is"), title="none", problems=None)
+
+
+def test_the_limit_of_prompts_names_what_sets_it() -> None:
+    assert PromptLimit.of(40, "the model's context", None) == PromptLimit(39, "the model's context is 40")
+    assert PromptLimit.of(40, "cluster.max_length", 40) == PromptLimit(39, "cluster.max_length is 40")
+    assert PromptLimit.of(40, "the model's context", 39) == PromptLimit(39, "sampling.max_prompt_tokens is 39")
 
 
 def test_a_budget_below_the_longest_row_is_refused_before_training(
@@ -94,8 +117,9 @@ def test_a_budget_below_the_longest_row_is_refused_before_training(
     assert "batch.max_tokens is 18: must be at least 19, the tokens of the longest prompt and response, 11 + 8" in (
         " ".join(capsys.readouterr().err.split())
     )
-    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
-    assert main([*arguments, "batch.max_tokens=19", "--resume"]) == 0
+    assert not (tmp_path / "runs" / "run" / "config.yaml").exists()
+    assert not (tmp_path / "cache").exists()
+    assert main([*arguments, "batch.max_tokens=19"]) == 0
 
 
 def test_a_long_prompt_gets_what_the_context_leaves_and_a_short_one_all() -> None:
@@ -164,7 +188,10 @@ def test_a_run_asks_through_the_chat_template_with_stop_strings(tmp_path: Path) 
     ("more", "message"),
     [
         (["task.options.chat=true"], "the tiny model has no chat template; give model.path"),
-        (["task.options.chat=true", "model.path=MODEL"], "the model's tokenizer has no chat template"),
+        (
+            ["task.options.chat=true", "model.path=MODEL"],
+            "task.options.chat is true: the model's tokenizer has no chat template; leave it out",
+        ),
         (["task.options.held_out=1.0"], "all instances are held out, so there is nothing to train on"),
         (
             ["task.options.answer=truth"],
@@ -172,7 +199,31 @@ def test_a_run_asks_through_the_chat_template_with_stop_strings(tmp_path: Path) 
         ),
         (["task.options.path=/none.jsonl"], "path is /none.jsonl: No such file"),
         (["task.options.promt=x"], "did you mean task.options.prompt?"),
-        (["sampling.max_prompt_tokens=1", "model.path=MODEL"], "no training prompt has at most 1 tokens"),
+        (
+            ["sampling.max_prompt_tokens=1", "model.path=MODEL"],
+            "sampling.max_prompt_tokens is 1: no training prompt has at most 1 tokens; the shortest has 3",
+        ),
+        (
+            ["sampling.max_prompt_tokens=1", "warm_start.model.vocabulary=null"],
+            "sampling.max_prompt_tokens is 1: no training prompt has at most 1 tokens; the shortest has 3",
+        ),
+        (["warm_start.model.max_positions=2"], "warm_start.model.max_positions is 2: no training prompt has at most 1"),
+        (
+            ["evaluation.tasks=[{name: countdown, label: game, options: {chat: true}}]", "model.path=MODEL"],
+            "evaluation.tasks, game: options.chat is true: the model's tokenizer has no chat template; leave it out",
+        ),
+        (
+            ["evaluation.tasks=[{name: countdown, label: game, options: {chat: true}}]"],
+            "evaluation.tasks, game: options.chat is true: the tiny model has no chat template; give model.path",
+        ),
+        (
+            ["evaluation.tasks=[countdown]", "sampling.max_prompt_tokens=4", "model.path=MODEL"],
+            "evaluation.tasks, countdown: sampling.max_prompt_tokens is 4: no held-out prompt has at most 4 tokens",
+        ),
+        (
+            ["evaluation.tasks=[countdown]", "sampling.max_prompt_tokens=4"],
+            "evaluation.tasks, countdown: sampling.max_prompt_tokens is 4: no held-out prompt has at most 4 tokens",
+        ),
         (["task.name=reasoning_gym:countdown", "task.options={}"], "evaluates a response as Python code"),
     ],
     ids=lambda value: str(value)[:40],
@@ -189,3 +240,16 @@ def test_what_is_refused_before_anything_starts(
     assert "Traceback" not in error
     assert not (tmp_path / "runs" / "run" / "config.yaml").exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoint(tmp_path, None)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        said = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({key: said[key] for key in said if not key.startswith("eos_token")}))
+    assert main(config(tmp_path, f"model.path={model}")) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"model.path: the tokenizer of {model} has no end token; a response needs one" in error
+    assert not (tmp_path / "runs").exists()
