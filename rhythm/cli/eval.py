@@ -17,9 +17,17 @@ from rhythm.cli.config_file import ConfigError, dump_config, read_config
 from rhythm.cli.config_keys import config_keys, describe
 from rhythm.cli.failures import ErrorConsole, ExitCode, command, show
 from rhythm.evaluation.config import EvaluationConfig, MachineConfig
-from rhythm.evaluation.engine import check_checkpoint, placed
+from rhythm.evaluation.engine import placed, read_checkpoint
 from rhythm.evaluation.page import table
-from rhythm.evaluation.run import REPORT, RESPONSES, RESULTS, Evaluation, default_directory, evaluate_checkpoint
+from rhythm.evaluation.run import (
+    REPORT,
+    RESPONSES,
+    RESULTS,
+    Evaluation,
+    ask_tasks,
+    default_directory,
+    evaluate_checkpoint,
+)
 
 ALIASES = ("model", "out")
 
@@ -111,16 +119,14 @@ def _help(arguments: argparse.Namespace) -> str:
 
 
 def _dry_run(config: CommandConfig) -> str:
-    """YAML, what follows from it in comments. Reads no weights and writes nothing."""
-    check_checkpoint(config.model)
+    """YAML, what follows from it in comments. Loads no weights and writes nothing."""
+    _, asked = ask_tasks(config.evaluation, read_checkpoint(config.evaluation, config.machine))
     device, dtype = placed(config.device, config.dtype)
     lines = [f"# model: on {device}, dtype {str(dtype).removeprefix('torch.')}, engine {config.engine}"]
-    for plan in config.plans():
-        problems = len(plan.load_task().test[: plan.problems])
+    for item in asked:
+        plan, problems = item.plan, item.responses // item.plan.samples
         metrics = ", ".join([f"avg@{plan.samples}", *(f"pass@{k}" for k in plan.ks)])
-        lines.append(
-            f"# {plan.title}: {problems} problems × {plan.samples} = {problems * plan.samples} responses; {metrics}"
-        )
+        lines.append(f"# {plan.title}: {problems} problems × {plan.samples} = {item.responses} responses; {metrics}")
     out = config.out or default_directory(config.model)
     kept = sum(path.read_bytes().count(b"\n") for path in (out / RESPONSES).glob("*.jsonl"))
     lines.append(f"# out: {out}" + (f", which has {kept} responses already" if kept else ""))

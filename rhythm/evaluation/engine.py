@@ -1,11 +1,11 @@
-"""Opens a checkpoint: an engine that generates responses, the tokenizer and the context length."""
+"""Reads a checkpoint: its tokenizer and context length, then an engine with its weights that generates responses."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,15 @@ _EDGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Answerer:
-    """context: longest prompt and response together, in tokens."""
+class Checkpoint:
+    """A checkpoint without its weights.
 
-    infer: SeededInfer
+    end_ids: tokens that end a response; pad_id: padding; context: longest prompt and response together, in tokens.
+    """
+
     tokenizer: Any
+    end_ids: tuple[int, ...]
+    pad_id: int
     context: int
 
 
@@ -67,30 +71,45 @@ def placed(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return device_found, getattr(torch, dtype)
 
 
-@contextmanager
-def open_answerer(config: EvaluationConfig, machine: MachineConfig) -> Iterator[Answerer]:
-    """Context with the engine. Raises ValueError for a checkpoint or an engine that can't be used."""
+def read_checkpoint(config: EvaluationConfig, machine: MachineConfig) -> Checkpoint:
+    """What of a checkpoint is needed before its weights. Loads no weights and writes nothing.
+
+    Raises ValueError for a checkpoint whose configuration or tokenizer can't be used, and for a device or an engine
+    that isn't there.
+    """
+    check_checkpoint(config.model)
+    placed(machine.device, config.dtype)
+    if config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(f"{missing('engine=vllm', 'vllm')}, or take engine=transformers")
     trust = machine.trust_remote_code
-    device, dtype = placed(machine.device, config.dtype)
-    with refusal_names("set trust_remote_code=true", config.model):
-        tokenizer = AutoTokenizer.from_pretrained(config.model, **loading_options(trust))
-        model_config = AutoConfig.from_pretrained(config.model, **loading_options(trust))
-        ends = checkpoint_end_tokens(config.model, tokenizer, trust_remote_code=trust)
+    try:
+        with _refused(config):
+            tokenizer = AutoTokenizer.from_pretrained(config.model, **loading_options(trust))
+            model_config = AutoConfig.from_pretrained(config.model, **loading_options(trust))
+            ends = checkpoint_end_tokens(config.model, tokenizer, trust_remote_code=trust)
+    except OSError as error:
+        raise ValueError(f"model is {config.model}: {str(error).strip().splitlines()[0]}") from error
     if not ends:
         raise ValueError(f"model is {config.model}: its tokenizer has no end token; a response needs one")
     pad = ends[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-    context = max_positions(model_config)
+    return Checkpoint(tokenizer, ends, pad, max_positions(model_config))
+
+
+@contextmanager
+def open_infer(config: EvaluationConfig, machine: MachineConfig, checkpoint: Checkpoint) -> Iterator[SeededInfer]:
+    """Context with the engine and the weights. Raises ValueError for an engine that can't be used."""
+    trust = machine.trust_remote_code
+    device, dtype = placed(machine.device, config.dtype)
+    tokenizer, ends, pad = checkpoint.tokenizer, checkpoint.end_ids, checkpoint.pad_id
     if config.engine == "transformers":
-        with refusal_names("set trust_remote_code=true", config.model):
+        with _refused(config):
             model = load_model(config.model, dtype=dtype, device=device, trust_remote_code=trust)
-        yield Answerer(GenerateInfer(model, end_ids=ends, pad_id=pad, tokenizer=tokenizer), tokenizer, context)
+        yield GenerateInfer(model, end_ids=ends, pad_id=pad, tokenizer=tokenizer)
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError(f"{missing('engine=vllm', 'vllm')}, or take engine=transformers")
     infer = VllmInfer(
         config.model,
         machine.vllm,
-        max_length=context,
+        max_length=checkpoint.context,
         end_ids=ends,
         pad_id=pad,
         dtype=dtype,
@@ -99,6 +118,11 @@ def open_answerer(config: EvaluationConfig, machine: MachineConfig) -> Iterator[
         stop_strings=bool(config.sampling.stop),
     )
     try:
-        yield Answerer(infer, tokenizer, context)
+        yield infer
     finally:
         infer.close()
+
+
+def _refused(config: EvaluationConfig) -> AbstractContextManager[None]:
+    """Turns the refusal to run the checkpoint's code into a ValueError that names trust_remote_code."""
+    return refusal_names("set trust_remote_code=true", config.model)

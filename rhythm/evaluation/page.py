@@ -16,14 +16,21 @@ from rhythm.evaluation.scores import TaskScores
 from rhythm.reports.format import format_number, format_percent, template_environment
 from rhythm.reports.run import TEMPLATES
 from rhythm.system.writing import replace_file
+from rhythm.tasks.prompts import PromptLimit
 
 MAX_CELLS, MAX_PROBLEMS, MAX_RESPONSES, MAX_CHARACTERS = 600, 12, 4, 4000
 
 
 def write_page(
-    path: Path, config: EvaluationConfig, scores: Sequence[TaskScores], rows: Mapping[str, Sequence[ResponseRow]]
+    path: Path,
+    config: EvaluationConfig,
+    scores: Sequence[TaskScores],
+    rows: Mapping[str, Sequence[ResponseRow]],
+    limit: PromptLimit,
 ) -> None:
-    """Write the page of a finished evaluation; `rows`: the responses of every task."""
+    """Write the page of a finished evaluation; `rows`: the responses of every task; `limit`: how long prompts were
+    allowed to be.
+    """
     sampling = config.sampling
     drawn = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
     page = (
@@ -33,7 +40,7 @@ def write_page(
             model=str(config.model),
             facts=[f"{len(scores)} task{'s' * (len(scores) != 1)}", drawn, f"seed {config.seed}", config.engine],
             interval=INTERVAL,
-            tasks=[_task(task, rows[task.task]) for task in scores],
+            tasks=[_task(task, rows[task.task], limit) for task in scores],
             settings=yaml.safe_dump(settings(config), sort_keys=False, allow_unicode=True),
         )
     )
@@ -62,7 +69,7 @@ def _interval(estimate: Estimate) -> str:
     return f"{format_percent(estimate.low)} to {format_percent(estimate.high)}"
 
 
-def _task(scores: TaskScores, rows: Sequence[ResponseRow]) -> dict[str, Any]:
+def _task(scores: TaskScores, rows: Sequence[ResponseRow], limit: PromptLimit) -> dict[str, Any]:
     by_problem: dict[int, list[ResponseRow]] = {}
     for row in rows:
         by_problem.setdefault(row.problem, []).append(row)
@@ -74,7 +81,10 @@ def _task(scores: TaskScores, rows: Sequence[ResponseRow]) -> dict[str, Any]:
         f"{format_percent(scores.format_share)} could be read",
     ]
     facts += [f"{scores.faults} not scored (late, or the reward failed)"] if scores.faults else []
-    facts += [f"{scores.left_out} problems left out: the prompt fills the context"] if scores.left_out else []
+    if scores.left_out:
+        facts.append(
+            f"{scores.left_out} problems left out: the prompt has more than {limit.longest:,} tokens ({limit.why})"
+        )
     return {
         "scores": scores,
         "facts": facts,

@@ -14,9 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
+from rhythm.engines.interfaces import SeededInfer
 from rhythm.engines.stopping import cut_at_stop, response_texts
 from rhythm.evaluation.config import EvaluationConfig, MachineConfig, Plan, settings
-from rhythm.evaluation.engine import Answerer, check_checkpoint, fingerprint, open_answerer
+from rhythm.evaluation.engine import Checkpoint, fingerprint, open_infer, read_checkpoint
 from rhythm.evaluation.estimators import INTERVAL
 from rhythm.evaluation.page import write_page
 from rhythm.evaluation.progress import EvaluationProgress
@@ -28,7 +29,7 @@ from rhythm.system.version import __version__
 from rhythm.system.writing import replace_file
 from rhythm.tasks import Task
 from rhythm.tasks.isolation import IsolatedTask, RewardConfig
-from rhythm.tasks.prompts import encode_prompt
+from rhythm.tasks.prompts import NoChatTemplateError, PromptLimit, encode_prompt
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,21 @@ Batch = Sequence[Asked]
 """Responses that are generated together."""
 
 
+@dataclass(frozen=True)
+class AskedTask:
+    """What is asked of a task. left_out: problems whose prompts are too long."""
+
+    plan: Plan
+    task: Task[Any]
+    batches: list[Batch]
+    left_out: int
+
+    @property
+    def responses(self) -> int:
+        """The number of responses of the finished task."""
+        return sum(map(len, self.batches))
+
+
 def default_directory(model: Path) -> Path:
     """evaluations/<name>: of the checkpoint, with its run's in front where it is one of a run's checkpoints."""
     path = model.resolve()
@@ -74,51 +90,46 @@ def evaluate_checkpoint(
     an evaluation that was killed and went on has the same results as one that never was, on the same machine.
 
     Raises:
-        ValueError: no such checkpoint, a task that can't be loaded, a directory of another evaluation.
+        ValueError: no such checkpoint, a task that can't be loaded, prompts that the model can't be asked
+            (`ask_tasks`), a directory of another evaluation; nothing has been written, no weights have been loaded.
         DirectoryLockedError (a ValueError): another process works there.
         OSError: a file can't be read or written. What was finished stays.
     """
     machine = machine or MachineConfig()
-    check_checkpoint(config.model)
-    plans = config.plans()
-    tasks = [plan.load_task() for plan in plans]
+    checkpoint = read_checkpoint(config, machine)
+    limit, asked = ask_tasks(config, checkpoint)
     directory = machine.out or default_directory(config.model)
     with lock_directory(directory):
         _check_settings(directory, config)
         (directory / RESPONSES).mkdir(exist_ok=True)
-        with open_answerer(config, machine) as answerer:
+        with open_infer(config, machine, checkpoint) as infer:
             work = [
-                _Work(plan, task, directory / RESPONSES / f"{plan.title}.jsonl", config, answerer)
-                for plan, task in zip(plans, tasks, strict=True)
+                _Work(
+                    item, directory / RESPONSES / f"{item.plan.title}.jsonl", config.seed, infer, checkpoint.tokenizer
+                )
+                for item in asked
             ]
-            total = sum(item.responses for item in work)
+            total = sum(item.responses for item in asked)
             with EvaluationProgress(console, responses=total, kept=sum(len(item.kept) for item in work)) as progress:
                 for item in work:
                     progress.task(item.plan.title)
                     item.finish(machine.reward, progress)
         scores = tuple(item.scores() for item in work)
         replace_file(directory / RESULTS, results_json(config, scores))
-        write_page(directory / REPORT, config, scores, {item.plan.title: item.kept for item in work})
+        write_page(directory / REPORT, config, scores, {item.plan.title: item.kept for item in work}, limit)
     return Evaluation(directory, scores)
 
 
 class _Work:
     """The responses of one task: those on the disk, and those still to be generated."""
 
-    def __init__(self, plan: Plan, task: Task[Any], path: Path, config: EvaluationConfig, answerer: Answerer) -> None:
-        self.plan = plan
-        self._task, self._path, self._config, self._answerer = task, path, config, answerer
-        self.batches, self.left_out = batches(plan, task, answerer)
-        if not self.batches:
-            raise ValueError(
-                f"task {plan.title}: no prompt leaves room for a response in the model's context of {answerer.context}"
-            )
-        if self.left_out:
-            log.warning("%s: left out %d problems whose prompts fill the context", plan.title, self.left_out)
+    def __init__(self, item: AskedTask, path: Path, seed: int, infer: SeededInfer, tokenizer: Any) -> None:
+        self.plan, self._item = item.plan, item
+        self._path, self._seed, self._infer, self._tokenizer = path, seed, infer, tokenizer
         there = read_rows(path)
         self.kept: list[ResponseRow] = []
         self._open: list[Batch] = []
-        for batch in self.batches:  # part of a batch is generated again with the rest of it, to be the same
+        for batch in item.batches:  # part of a batch is generated again with the rest of it, to be the same
             rows = [there[key] for asked in batch if (key := (asked.problem, asked.sample)) in there]
             if len(rows) == len(batch):
                 self.kept += rows
@@ -127,17 +138,12 @@ class _Work:
         if path.is_file():
             keep_rows(path, self.kept)
 
-    @property
-    def responses(self) -> int:
-        """The number of responses of the finished task."""
-        return sum(map(len, self.batches))
-
     def finish(self, reward: RewardConfig, progress: EvaluationProgress) -> None:
         """Generate and score the missing responses, batch by batch: one is scored while the next is generated."""
         if not self._open:
             return
         name, options = self.plan.task.name, self.plan.task.options.model_dump()
-        with IsolatedTask(self._task, name, options, **reward.model_dump()) as isolated:
+        with IsolatedTask(self._item.task, name, options, **reward.model_dump()) as isolated:
             scored: Callable[[], list[ResponseRow]] = list
             for batch in self._open:
                 following = self._answer(batch, isolated)
@@ -152,12 +158,9 @@ class _Work:
 
     def _answer(self, batch: Batch, task: IsolatedTask) -> Callable[[], list[ResponseRow]]:
         """Generate a batch and begin to score it; what this returns waits for the scores."""
-        seeds = [
-            derive_seed(self._config.seed, "evaluation", self.plan.title, asked.problem, asked.sample)
-            for asked in batch
-        ]
-        sampling, tokenizer = self.plan.sampling, self._answerer.tokenizer
-        generated = self._answerer.infer.generate_each([asked.ids for asked in batch], sampling, seeds)
+        seeds = [derive_seed(self._seed, "evaluation", self.plan.title, asked.problem, asked.sample) for asked in batch]
+        sampling, tokenizer = self.plan.sampling, self._tokenizer
+        generated = self._infer.generate_each([asked.ids for asked in batch], sampling, seeds)
         rollout = cut_at_stop(generated, tokenizer, sampling.stop)
         texts = response_texts(rollout, tokenizer)
         rewards = task.start_rewards([task.test[asked.problem] for asked in batch], texts)
@@ -183,26 +186,49 @@ class _Work:
 
     def scores(self) -> TaskScores:
         """The scores of the finished task."""
-        return score(self.plan.title, [row.scored for row in self.kept], self.plan.samples, self.plan.ks, self.left_out)
+        plan = self.plan
+        return score(plan.title, [row.scored for row in self.kept], plan.samples, plan.ks, self._item.left_out)
 
 
-def batches(plan: Plan, task: Task[Any], answerer: Answerer) -> tuple[list[Batch], int]:
-    """What is generated together, and how many problems are left out: those whose prompts leave no room for a response
-    in the context, or have more than sampling.max_prompt_tokens.
+def ask_tasks(config: EvaluationConfig, checkpoint: Checkpoint) -> tuple[PromptLimit, list[AskedTask]]:
+    """How long prompts may be: they leave room for a response in the model's context, and have at most
+    sampling.max_prompt_tokens; what is asked of every task, in the order of `config.tasks`. What is left out is logged.
 
-    A batch depends on nothing but the configuration and the checkpoint.
+    Raises ValueError naming the task where it can't be loaded, where none of its prompts is left, and where it asks for
+    a chat template and the tokenizer has none.
     """
-    longest = min(answerer.context - 1, plan.sampling.max_prompt_tokens or answerer.context)
-    asked: list[Asked] = []
-    left_out = 0
-    for problem, instance in enumerate(task.test[: plan.problems]):
-        prompt, ids = encode_prompt(answerer.tokenizer, task.prompt(instance))
-        if len(ids) > longest:
-            left_out += 1
-        else:
-            asked += [Asked(problem, sample, prompt, ids) for sample in range(plan.samples)]
+    limit = PromptLimit.of(checkpoint.context, "the model's context", config.sampling.max_prompt_tokens)
+    plans = config.plans()
+    tasks = [plan.load_task() for plan in plans]
+    return limit, [_ask(plan, task, checkpoint.tokenizer, limit) for plan, task in zip(plans, tasks, strict=True)]
+
+
+def _ask(plan: Plan, task: Task[Any], tokenizer: Any, limit: PromptLimit) -> AskedTask:
+    """Batches depend on nothing but the configuration and the checkpoint."""
+    problems = task.test[: plan.problems]
+    try:
+        encoded = [encode_prompt(tokenizer, task.prompt(instance)) for instance in problems]
+    except NoChatTemplateError as error:
+        raise ValueError(f"task {plan.title}: options.{error}") from error
+    asked = [
+        Asked(problem, sample, prompt, ids)
+        for problem, (prompt, ids) in enumerate(encoded)
+        if len(ids) <= limit.longest
+        for sample in range(plan.samples)
+    ]
+    if not asked:
+        shortest = min(len(ids) for _, ids in encoded)
+        raise ValueError(
+            f"task {plan.title}: {limit.why}: no prompt has at most {limit.longest} tokens; the shortest has {shortest}"
+        )
+    if left_out := sum(len(ids) > limit.longest for _, ids in encoded):
+        log.warning(
+            "%s: left out %d problems whose prompts have more than %d tokens (%s)",
+            plan.title, left_out, limit.longest, limit.why,
+        )  # fmt: skip
     at_once = plan.sampling.rows_at_once
-    return [asked[i : i + at_once] for i in range(0, len(asked), at_once)], left_out
+    batches: list[Batch] = [asked[i : i + at_once] for i in range(0, len(asked), at_once)]
+    return AskedTask(plan, task, batches, left_out)
 
 
 def results_json(config: EvaluationConfig, scores: Sequence[TaskScores]) -> str:

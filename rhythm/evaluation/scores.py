@@ -26,7 +26,7 @@ class TaskScores:
     """The results of one task.
 
     problems: how many; samples: responses to each; correct: of each problem, how many are right; left_out: problems
-    whose prompt leaves no room for a response; the shares and the mean length (tokens) are over responses.
+    whose prompt is too long; the shares and the mean length (tokens) are over responses.
     """
 
     task: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
@@ -215,6 +216,11 @@ def test_the_context_limits_responses_and_leaves_problems_out(
     )
     (scores,) = found.scores
     assert (scores.problems, scores.left_out) == (2, 1)
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert (
+        f"1 problems left out: the prompt has more than {context - 1:,} tokens (the model's context is {context})"
+        in (page)
+    )
     for row in rows(tmp_path / "out", "Long"):
         assert row["tokens"] <= context - (len(row["prompt"]) + 1)
 
