@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rhythm.evaluation.estimators import Estimate, estimates
+from rhythm.tasks.base import FaultKind
+from rhythm.tasks.scoring import FAULTS
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class TaskScores:
     """The results of one task.
 
     problems: how many; samples: responses to each; correct: of each problem, how many are right; left_out: problems
-    whose prompt is too long; the shares and the mean length (tokens) are over responses.
+    whose prompt is too long; the shares and the mean length (tokens) are over responses. faults: responses without a
+    reward of their own, which count as wrong; fault_kinds: how many of each kind.
     """
 
     task: str
@@ -39,6 +42,7 @@ class TaskScores:
     format_share: float
     mean_tokens: float
     faults: int
+    fault_kinds: dict[FaultKind, int]
 
     def estimate(self, name: str) -> Estimate:
         """The estimate of this name. Raises KeyError."""
@@ -72,10 +76,14 @@ def score(
         format_share=share(sum(response.format_ok for response in responses)),
         mean_tokens=share(sum(response.tokens for response in responses)),
         faults=sum(response.fault is not None for response in responses),
+        fault_kinds={kind: sum(response.fault == kind for response in responses) for kind in FAULTS},
     )
 
 
 def as_metrics(scores: TaskScores) -> dict[str, float]:
-    """Metrics for a training step: `aime24/avg@16`, `aime24/pass@16`, …, and the number of problems."""
+    """Metrics for a training step: `aime24/avg@16`, `aime24/pass@16`, …, the number of problems, and how many responses
+    have no reward of their own (`aime24/rewards_late`, …).
+    """
     named = {f"{scores.task}/{estimate.name}": estimate.value for estimate in scores.estimates}
-    return {**named, f"{scores.task}/problems": float(scores.problems)}
+    faults = {f"{scores.task}/rewards_{kind}": float(count) for kind, count in scores.fault_kinds.items()}
+    return {**named, f"{scores.task}/problems": float(scores.problems), **faults}

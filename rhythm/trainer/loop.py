@@ -25,6 +25,7 @@ from rhythm.system.directory_lock import lock_directory
 from rhythm.system.progress import Heartbeat, duration
 from rhythm.system.writing import naming
 from rhythm.tasks import Task
+from rhythm.tasks.scoring import FAULTS
 from rhythm.trainer.ahead import load_drawn, save_drawn
 from rhythm.trainer.checkpoint import RunState, latest_checkpoint, save_checkpoint
 from rhythm.trainer.config import TrainConfig
@@ -253,6 +254,8 @@ class _Trainer:
         )
         record["accuracy"] = scored.accuracy
         record["accuracy_instances"] = float(len(scored.rewards))
+        for kind in FAULTS:
+            record[f"accuracy_rewards_{kind}"] = float(sum(reward.fault == kind for reward in scored.rewards))
         for scores in evaluate_further(
             self.engines.infer, self.further, self.tokenizer, seed=config.seed, step=state.step
         ):

@@ -87,6 +87,15 @@ def test_scores_count_per_problem() -> None:
     found = score("aime", responses, 2, [1, 2], left_out=3)
     assert (found.problems, found.correct, found.left_out, found.faults) == (2, (1, 0), 3, 1)
     assert (found.finished_share, found.format_share, found.mean_tokens) == (0.75, 0.75, 6)
-    assert as_metrics(found) == {"aime/pass@1": 0.25, "aime/pass@2": 0.5, "aime/avg@2": 0.25, "aime/problems": 2}
+    assert as_metrics(found) == {
+        "aime/pass@1": 0.25,
+        "aime/pass@2": 0.5,
+        "aime/avg@2": 0.25,
+        "aime/problems": 2,
+        "aime/rewards_late": 1,
+        "aime/rewards_raised": 0,
+        "aime/rewards_memory": 0,
+        "aime/rewards_invalid": 0,
+    }
     with pytest.raises(KeyError):
         found.estimate("pass@3")

@@ -43,3 +43,43 @@ def test_tasks_that_cant_be_evaluated_are_named(small_config: Configure, tmp_pat
     with pytest.raises(SetupError, match=r"evaluation\.tasks, countdown: train_size"):
         run(small_config(f"runs_dir={tmp_path}", "steps=0", impossible))
     assert not (tmp_path / "small").exists()  # refused before the warm start, and before anything is written
+
+
+FAULTY = """
+import time
+from rhythm.tasks.countdown import Countdown
+
+class Faulty(Countdown):
+    def reward(self, instance, response):
+        place = self.test.index(instance) if instance in self.test else -1
+        if place == 0:
+            return None
+        if place == 1:
+            time.sleep(600)
+        if place in (2, 3, 4):
+            raise RuntimeError("no reward for this")
+        return super().reward(instance, response)
+"""
+
+
+def test_faulty_rewards_are_counted_apart_from_wrong_answers(
+    small_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty_held_out.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = f"{{{SMALL}}}"
+    summary = run(
+        small_config(
+            f"runs_dir={tmp_path}",
+            "steps=0",
+            "reward.seconds=1",
+            "task.name=faulty_held_out:Faulty",
+            f"evaluation.tasks=[{{name: 'faulty_held_out:Faulty', label: few, problems: 3, options: {options}}}, "
+            f"{{name: countdown, options: {options}}}]",
+        )
+    )
+    (row,) = [json.loads(line) for line in (summary.run_dir / "metrics.jsonl").read_text().splitlines()]
+    kinds = ("late", "raised", "memory", "invalid")
+    assert [row[f"accuracy_rewards_{kind}"] for kind in kinds] == [1, 3, 0, 1]
+    assert [row[f"few/rewards_{kind}"] for kind in kinds] == [1, 1, 0, 1]
+    assert [row[f"countdown/rewards_{kind}"] for kind in kinds] == [0, 0, 0, 0]
