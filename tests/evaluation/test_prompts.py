@@ -1,4 +1,6 @@
-"""What rhythm-eval asks: what is refused before anything is written or loaded, and which prompts are left out."""
+"""What rhythm-eval asks: what is refused before anything is written or loaded, which prompts are left out, and where a
+response stops.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,9 @@ import pytest
 
 from rhythm.cli.eval import main
 from rhythm.evaluation import engine
+from rhythm.evaluation.config import EvaluationConfig, MachineConfig
+from rhythm.evaluation.engine import open_infer, read_checkpoint
+from rhythm.evaluation.run import evaluate_checkpoint
 
 HERE = Path(__file__).parent
 Evaluate = Callable[..., int]
@@ -25,6 +30,10 @@ def evaluate(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(HERE)
     given = ["--model", str(checkpoint), "--out", str(tmp_path / "out"), "sampling.max_new_tokens=6"]
     return lambda *words: main([*given, *words])
+
+
+def settings(checkpoint: Path, **given: Any) -> EvaluationConfig:
+    return EvaluationConfig.model_validate({"model": checkpoint, "tasks": ["words:Words"]} | given)
 
 
 def rows(out: Path, task: str) -> list[dict[str, Any]]:
@@ -113,3 +122,38 @@ def test_prompts_with_more_than_max_prompt_tokens_are_left_out_and_counted(
     assert caplog.messages == [f"Words: left out 9 problems whose prompts have {why}"]
     page = html.unescape((out / "report.html").read_text())
     assert f"9 problems left out: the prompt has {why}" in page
+
+
+def test_a_response_ends_with_the_first_stop_string(checkpoint: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    digits = [str(digit) for digit in range(10)]
+    sampling = {"max_new_tokens": 12, "stop": digits}
+    config = settings(checkpoint, samples=6, sampling=sampling)
+    evaluate_checkpoint(config, MachineConfig(out=tmp_path / "out"))
+    responses = rows(tmp_path / "out", "Words")
+    stopped = [row for row in responses if any(digit in row["response"] for digit in digits)]
+    assert len(stopped) > 10
+    for row in stopped:
+        assert row["response"][-1] in digits
+        assert not any(digit in row["response"][:-1] for digit in digits)
+        assert row["finished"]  # by itself: only the string can say so, no end token does
+    assert min(row["tokens"] for row in stopped) == 1
+
+
+def test_vllm_is_told_of_stop_strings(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its tokenizer vLLM refuses `sampling.stop`."""
+    asked: list[dict[str, Any]] = []
+
+    class StandIn:
+        def __init__(self, *_: Any, **given: Any) -> None:
+            asked.append(given)
+
+        def close(self) -> None:
+            asked[-1]["closed"] = True
+
+    monkeypatch.setattr(engine, "VllmInfer", StandIn)
+    read = read_checkpoint(settings(checkpoint), MachineConfig())
+    for stop in ([], ["a"]):
+        with open_infer(settings(checkpoint, engine="vllm", sampling={"stop": stop}), MachineConfig(), read):
+            pass
+    assert [given["stop_strings"] for given in asked] == [False, True]
+    assert all(given["closed"] and given["max_length"] == read.context for given in asked)
