@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -12,6 +13,8 @@ import yaml
 
 import rhythm
 import rhythm.credit
+from rhythm.cli.config_file import load_config
+from rhythm.tasks.countdown import CountdownConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -102,6 +105,21 @@ def test_functions_named_on_pages_exist() -> None:
         for called in re.findall(r"`([A-Za-z_][\w.]*)\(", prose):
             if called.split(".")[0] not in ("torch", "tl", "pytest"):
                 assert called.split(".")[-1] in names, f"{page}: {called}"
+
+
+def test_the_guide_to_a_real_model_evaluates_the_task_that_it_trains() -> None:
+    """The same held-out problems, asked in the same way; options that only score don't matter."""
+    page = (DOCS / "real_model.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^rhythm-eval .*(?:\\\n.*)*", page, re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", " "))[1:]
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    trained = load_config(ROOT / "configs" / "countdown_model.yaml")
+    (task,) = yaml.safe_load(given["tasks"])
+    evaluated = CountdownConfig.model_validate(task["options"]).model_dump(exclude={"format_score"})
+    assert task["name"] == trained.task.name
+    assert evaluated == trained.task.options.model_dump(exclude={"format_score"})
+    assert int(given["sampling.max_new_tokens"]) == trained.sampling.max_new_tokens
+    assert words[words.index("--model") + 1] == f"{trained.run_dir}/checkpoints/step_{trained.steps:06d}"
 
 
 def test_contributing_names_every_target_and_package() -> None:
