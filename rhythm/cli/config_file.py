@@ -200,12 +200,8 @@ def _needed(kind: type[BaseModel]) -> dict[str, str]:
 
 def _fields(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values that are allowed one by one, each as its field has it: a tuple for a list, a section for a mapping."""
-    fields = kind.model_fields
-    return {
-        name: TypeAdapter(fields[name].annotation).validate_python(value)
-        for name, value in values.items()
-        if name in fields
-    }
+    types: dict[str, Any] = {name: field.annotation for name, field in kind.model_fields.items()}
+    return {name: TypeAdapter(types[name]).validate_python(value) for name, value in values.items() if name in types}
 
 
 def _task_name(values: Mapping[str, Any]) -> Any:
