@@ -37,6 +37,10 @@ class Checkpoint:
     context: int
 
 
+class _CodeRefusedError(ValueError):
+    """The checkpoint needs code of its own, which trust_remote_code doesn't allow."""
+
+
 def check_checkpoint(directory: Path) -> None:
     """Raise ValueError if there is no checkpoint."""
     if not directory.is_dir():
@@ -87,7 +91,9 @@ def read_checkpoint(config: EvaluationConfig, machine: MachineConfig) -> Checkpo
             tokenizer = AutoTokenizer.from_pretrained(config.model, **loading_options(trust))
             model_config = AutoConfig.from_pretrained(config.model, **loading_options(trust))
             ends = checkpoint_end_tokens(config.model, tokenizer, trust_remote_code=trust)
-    except OSError as error:
+    except _CodeRefusedError:
+        raise
+    except (OSError, ValueError) as error:
         raise ValueError(f"model is {config.model}: {str(error).strip().splitlines()[0]}") from error
     if not ends:
         raise ValueError(f"model is {config.model}: its tokenizer has no end token; a response needs one")
@@ -125,4 +131,4 @@ def open_infer(config: EvaluationConfig, machine: MachineConfig, checkpoint: Che
 
 def _refused(config: EvaluationConfig) -> AbstractContextManager[None]:
     """Turns the refusal to run the checkpoint's code into a ValueError that names trust_remote_code."""
-    return refusal_names("set trust_remote_code=true", config.model)
+    return refusal_names("set trust_remote_code=true", config.model, _CodeRefusedError)

@@ -110,7 +110,7 @@ def test_functions_named_on_pages_exist() -> None:
 def test_the_guide_to_a_real_model_evaluates_the_task_that_it_trains() -> None:
     """The same held-out problems, asked in the same way; options that only score don't matter."""
     page = (DOCS / "real_model.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^rhythm-eval .*(?:\\\n.*)*", page, re.MULTILINE)
+    (command,) = re.findall(r"^rhythm-eval (?:.*\\\n)*.*", page, re.MULTILINE)
     words = shlex.split(command.replace("\\\n", " "))[1:]
     given = dict(word.split("=", 1) for word in words if "=" in word)
     trained = load_config(ROOT / "configs" / "countdown_model.yaml")
