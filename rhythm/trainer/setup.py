@@ -108,7 +108,7 @@ def build_tasks(config: TrainConfig) -> RunTasks:
     Raises SetupError where a task can't be had, where no prompt is left, where a chat template is asked for and the
     tokenizer has none, and where batch.max_tokens has no room for the longest prompt and its response.
     """
-    task, further = _build_task(config), _build_further_tasks(config)
+    task, further = build_task(config), _build_further_tasks(config)
     tokenizer, limit, context = _prompts(config, task)
     return RunTasks(
         task,
@@ -117,7 +117,7 @@ def build_tasks(config: TrainConfig) -> RunTasks:
     )
 
 
-def _build_task(config: TrainConfig) -> Task[Any]:
+def build_task(config: TrainConfig) -> Task[Any]:
     """The task. Raises SetupError where its options don't fit together or it has too few instances."""
     try:
         task = load_task(config.task.name, config.task.options.model_dump())
