@@ -31,11 +31,11 @@ def find_answer(response: str, which: Which = "first") -> str | None:
     second problem comes after the answer to the first.
     """
     content = _first_of(response, which, _find_block)
-    return content.strip() if content is not None and len(content) <= MAX_ANSWER else None
+    return None if content is None else content.strip()
 
 
 def find_tagged(response: str, which: Which = "first") -> str | None:
-    """`find_answer` for `<answer>…</answer>` alone, of any length, with the white space around it."""
+    """`find_answer` for `<answer>…</answer>` alone, with the white space around the content."""
     return _first_of(response, which, _find_tagged)
 
 
@@ -47,8 +47,10 @@ def behind_thoughts(response: str, which: Which = "first") -> str:
 def _first_of(response: str, which: Which, find: Callable[[str, Which], str | None]) -> str | None:
     """What `find` finds before the thoughts, unless it is blank, or else behind them."""
     before, behind = _around_thoughts(response, which)
-    found = find(before, which)
-    return found if found and found.strip() else find(behind, which)
+    content = find(before, which)
+    if content is None or not content.strip():
+        content = find(behind, which)
+    return content if content is not None and len(content) <= MAX_ANSWER else None
 
 
 def _around_thoughts(response: str, which: Which) -> tuple[str, str]:

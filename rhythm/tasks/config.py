@@ -36,5 +36,6 @@ class TaskConfig(BaseModel, extra="forbid", frozen=True):
     def _of_the_task(cls, value: object, handler: object, info: ValidationInfo) -> BaseModel:
         if "name" not in info.data:  # its error is reported already, and without the task no option can be checked
             return _NoOptions()
-        options: BaseModel = task_class(info.data["name"]).config_class.model_validate(value)
-        return options
+        kind: type[BaseModel] = task_class(info.data["name"]).config_class
+        # Options that are built already aren't checked again: those that --help shows need not be complete.
+        return value if isinstance(value, kind) else kind.model_validate(value)

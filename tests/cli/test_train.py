@@ -66,8 +66,8 @@ def test_help_has_the_options_of_the_task_that_is_named(
     config.write_text(config.read_text(encoding="utf-8") + "task: {options: {max_number: 8}}\n", encoding="utf-8")
     assert main([str(config), *overrides, "--help"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  task.options.")]
-    values = {line.split()[0].removeprefix("task.options."): yaml.safe_load(line.partition(" = ")[2]) for line in lines}
-    assert {key: values[key] for key in shown} == shown
+    values = {line.split()[0].removeprefix("task.options."): line.partition(" = ")[2] for line in lines}
+    assert {key: yaml.safe_load(values[key]) for key in shown} == shown
     assert not values.keys() & set(absent)
     assert not [warning for warning in recwarn if "serializ" in str(warning.message)]
 
@@ -112,12 +112,13 @@ def test_help_refuses_a_bad_value(
 
 def test_help_of_every_configuration_and_task(capsys: pytest.CaptureFixture[str]) -> None:
     """The command of docs/tasks.md."""
-    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
-        for name in (*TASKS, "reasoning_gym:gsm_symbolic"):
-            assert main([str(path), f"task.name={name}", "--help"]) == 0, (path, name)
-            shown = capsys.readouterr().out
-            for option in task_class(name).config_class.model_fields:
-                assert f"  task.options.{option}  " in shown
+    first, *others = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    every = [(first, name) for name in (*TASKS, "reasoning_gym:gsm_symbolic")]
+    for path, name in [*every, *((path, "jsonl") for path in others)]:
+        assert main([str(path), f"task.name={name}", "--help"]) == 0, (path, name)
+        shown = capsys.readouterr().out
+        for option in task_class(name).config_class.model_fields:
+            assert f"  task.options.{option}  " in shown
 
 
 def test_dry_run_prints_the_resolved_configuration_and_batch_sizes(

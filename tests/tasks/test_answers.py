@@ -80,7 +80,9 @@ def test_tagged_answers_alone() -> None:
 
 def test_an_answer_of_too_many_characters_is_none() -> None:
     assert find_answer(f"<answer>{'1' * MAX_ANSWER}</answer>") == "1" * MAX_ANSWER
-    assert find_answer(f"<answer>{'1' * (MAX_ANSWER + 1)}</answer>") is None
+    assert find_tagged(f"<answer>{'1' * MAX_ANSWER}</answer>") == "1" * MAX_ANSWER
+    for find in (find_answer, find_tagged):
+        assert find(f"<answer>{'1' * (MAX_ANSWER + 1)}</answer>") is None
 
 
 MEGABYTE = [

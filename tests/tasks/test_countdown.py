@@ -374,7 +374,8 @@ def test_hostile_answers_cost_nothing(text: str) -> None:
             start = time.perf_counter()
             task.reward(instance, response)
             seconds.append(time.perf_counter() - start)
-        assert min(seconds) < 1e-3
+        # A longer response is searched for the end of its thoughts, at a millisecond per megabyte.
+        assert min(seconds) < (1e-3 if len(response) < MEGABYTE else 2e-2)
 
 
 LONG = {

@@ -77,9 +77,8 @@ def test_a_directory_goes_through_datasets_as_a_hub_name_does(tmp_path: Path) ->
 
 
 def test_an_empty_split_is_named(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "data" / "train-0.parquet", ROWS)
-    none = pyarrow.Table.from_pylist(ROWS).slice(0, 0)
-    parquet.write_table(none, tmp_path / "data" / "test-0.parquet")
+    write_lines(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "test.jsonl").touch()
     with pytest.raises(ValueError, match=rf"^path is {tmp_path}, split test: has no rows$"):
         load_task("jsonl", options(str(tmp_path), split="test"))
     with pytest.raises(ValueError, match=rf"^path is {tmp_path}, test_split test: has no rows$"):
