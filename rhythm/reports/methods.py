@@ -25,9 +25,19 @@ NAMES = {
 SHORT = {"global_anchor": "Global", "local_chunk": "Local", "coupled": "Coupled", "entropy": "Entropy"}
 """Of Table 5."""
 USUAL_FRACTION = 0.4
-# Where and how a run was computed, not what: it makes no other method and no other block.
-_WHERE = ("name", "runs_dir", "seed", "tensorboard", "checkpoint.", "warm_start.cache_dir", "cluster.", "evaluation.",
-          "model.device", "batch.micro_batch_size", "batch.max_tokens", "optimizer.token_chunk")  # fmt: skip
+NO_OTHER_METHOD = (
+    "name", "runs_dir", "seed", "tensorboard", "wandb", "profile_steps", "checkpoint.", "cluster.", "reward.",
+    "warm_start.cache_dir", "model.device", "model.gradient_checkpointing", "batch.micro_batch_size",
+    "batch.log_prob_micro_batch_size", "batch.max_tokens", "batch.share_prompts", "optimizer.token_chunk",
+    "sampling.rows_at_once", "signals.backend", "evaluation.samples", "evaluation.rhythm_responses",
+    "evaluated.sampling.rows_at_once",
+)  # fmt: skip
+"""Keys and sections, by how they begin, that say only where and how a run was computed and what else it wrote: they
+make no other method and no other block.
+"""
+OF_THE_METHOD = ("cluster.rollout_ahead", "cluster.parity.every_steps", "cluster.max_length")
+"""Of these sections, the keys that do."""
+_UNLESS_SAID = {"cluster.rollout_ahead": 0}  # of a run without a cluster, too
 _WHICH_CHECKPOINT = ("model", "engine", "dtype")
 
 
@@ -110,7 +120,11 @@ def _named(run: MethodRun, differing: set[str], usual_fraction: float, labels: M
     if strategy is None:
         name = label or run.run.name
         return replace(run, method=name, ablation=name, rank=(len(NAMES) + 1,))
-    block = ", ".join(f"{key}={config.get(key)}" for key in sorted(differing) if not key.startswith("credit."))
+    block = ", ".join(
+        f"{key}={_value(config, key)}"
+        for key in sorted(differing)
+        if not key.startswith("credit.") and _decides(config, key)
+    )
     select, fraction = config.get("credit.select", "top"), config.get("credit.top_fraction", USUAL_FRACTION)
     usual = label is not None or strategy == "none" or (select == "top" and fraction == usual_fraction)
     name = NAMES.get(strategy, f"+ {strategy} credit")
@@ -142,15 +156,32 @@ def _usual_fraction(configs: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Keys in which the runs differ, but for where and by which seed they ran. `none` has no γ to differ in."""
+    """Keys in which the runs differ, but for where and by which seed they ran."""
     keys = set()
     for key in {key for config in configs for key in config}:
-        if key.startswith(_WHERE):
+        if key.startswith(NO_OTHER_METHOD) and key not in OF_THE_METHOD:
             continue
-        asked = [c for c in configs if not (key.startswith("credit.") and c.get("credit.strategy") == "none")]
-        if len({repr(config.get(key)) for config in asked}) > 1:
+        if len({repr(_value(config, key)) for config in configs if _decides(config, key)}) > 1:
             keys.add(key)
     return keys
+
+
+def _decides(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the key changes anything there: `none` has no γ to differ in; what a run evaluated while it trained is
+    not what rhythm-eval made of its checkpoint; only a cluster has a max_length; and only where rollouts are drawn
+    ahead does it matter which of them are not, as they are compared for parity.
+    """
+    if key.startswith("credit."):
+        return config.get("credit.strategy") != "none"
+    if key.startswith("evaluation."):
+        return "evaluated.tasks" not in config
+    if key == "cluster.parity.every_steps":
+        return bool(config.get("cluster.rollout_ahead"))
+    return key != "cluster.max_length" or key in config
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    return config.get(key, _UNLESS_SAID.get(key))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -96,6 +96,20 @@ def test_evaluations_made_otherwise_are_not_compared(two: list[Path], tmp_path: 
     assert all(math.isnan(cell.gain) for table in tables for row in table.rows for cell in row.cells)
 
 
+def test_what_a_run_evaluated_is_nothing_to_rhythm_eval(tmp_path: Path, write_run: WriteRun) -> None:
+    """Its evaluations of checkpoints are compared, whatever the runs evaluated themselves: the runs are not."""
+    grpo = write_run(tmp_path, "grpo", [0.3], strategy="none")
+    coupled = write_run(tmp_path, "coupled", [0.4], strategy="coupled", config={"evaluation": {"temperature": 0.7}})
+    evaluations = [
+        evaluation(tmp_path / "eval-grpo", checkpoint(grpo, 10), HALF),
+        evaluation(tmp_path / "eval-coupled", checkpoint(coupled, 10), MORE, sampling={"rows_at_once": 8}),
+    ]
+    (block,) = compare(evaluations).sections[0].blocks
+    assert (block.title, block.rows[1].cells[0].gain) == ("", pytest.approx(0.25))
+    together = compare([grpo, coupled, *evaluations]).sections[0].blocks
+    assert sorted(len(block.rows) for block in together) == [1, 1, 2]
+
+
 def test_with_a_run(two: list[Path], tmp_path: Path, write_run: WriteRun) -> None:
     run = write_run(tmp_path, "random", [0.3], seed=3, strategy="random", further={"aime24/avg@2": 0.6})
     columns = compare([two[0], run]).columns
