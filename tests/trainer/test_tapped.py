@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from rhythm.engines.local import packed as packing
+from rhythm.engines.local.infer import GenerateInfer
 from rhythm.engines.local.train import TorchTrain
 from rhythm.trainer.config import TrainConfig
 from rhythm.trainer.loop import run
@@ -151,6 +153,46 @@ def test_later_mini_batches_have_the_rollouts_log_probs(
     assert passes == rows
     assert training[1]["approx_kl"] > 0
     for key in ("loss", "clip_share", "approx_kl", "grad_norm"):
+        assert training[1][key] == pytest.approx(inline[1][key], rel=1e-3, abs=1e-6), key
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sizes", "mode"),
+    [
+        ("coupled", WHOLE, "token_truncate"),
+        ("coupled", WHOLE, "token_mask"),
+        ("random", (), "token_truncate"),
+    ],
+)
+def test_the_loss_is_corrected_as_inline(
+    small_config: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    sizes: tuple[str, ...],
+    mode: str,
+) -> None:
+    """Rollouts whose log-probs are half a nat too high and too low by turns: ratios of 0.61 and 1.65, above 1.2 cut or
+    masked. With two gradient steps the second one's old log-probs come from a pass before them.
+    """
+    honest = GenerateInfer.generate
+
+    def generate(self: GenerateInfer, *arguments: Any) -> Any:
+        rollout = honest(self, *arguments)
+        shift_T = torch.where(torch.arange(rollout.logprobs.shape[1]) % 2 == 0, 0.5, -0.5)
+        return replace(rollout, logprobs=rollout.logprobs + shift_T * rollout.response_mask)
+
+    monkeypatch.setattr(GenerateInfer, "generate", generate)
+    shared = (f"runs_dir={tmp_path}", "steps=1", f"credit.strategy={strategy}", *sizes, *EVALUATION)
+    corrected = (f"correction.mode={mode}", "correction.high=1.2")
+    plain, _ = records_and_weights(small_config(*shared, "name=plain", TRAINING))
+    inline, expected = records_and_weights(small_config(*shared, *corrected, "name=inline"))
+    training, weights = records_and_weights(small_config(*shared, *corrected, "name=training", TRAINING))
+    assert training[1]["corrected_share"] == pytest.approx(0.5, abs=0.1)
+    assert abs(training[1]["grad_norm"] - plain[1]["grad_norm"]) > 0.02 * plain[1]["grad_norm"]
+    for key in ("loss", "grad_norm"):
         assert training[1][key] == pytest.approx(inline[1][key], rel=1e-3, abs=1e-6), key
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
