@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rhythm.cli.eval import main
+from rhythm.engines.local.infer import GenerateInfer
 from rhythm.evaluation import engine
 from rhythm.evaluation.config import EvaluationConfig, MachineConfig
 from rhythm.evaluation.engine import open_infer, read_checkpoint
@@ -124,7 +125,14 @@ def test_prompts_with_more_than_max_prompt_tokens_are_left_out_and_counted(
     assert f"9 problems left out: the prompt has {why}" in page
 
 
-def test_a_response_ends_with_the_first_stop_string(checkpoint: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+@pytest.mark.parametrize("engine_stops", [True, False])
+def test_a_response_ends_with_the_first_stop_string(
+    engine_stops: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the engine goes on behind it."""
+    monkeypatch.syspath_prepend(HERE)
+    if not engine_stops:
+        monkeypatch.setattr(engine, "GenerateInfer", lambda *model, tokenizer, **given: GenerateInfer(*model, **given))
     digits = [str(digit) for digit in range(10)]
     sampling = {"max_new_tokens": 12, "stop": digits}
     config = settings(checkpoint, samples=6, sampling=sampling)
