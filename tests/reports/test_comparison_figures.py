@@ -51,7 +51,7 @@ def test_bold_is_the_running_peak_and_thin_what_was_measured(
     assert [to_hex(line.get_color()) for line in thin] == [PALETTE[0], PALETTE[1], PALETTE[1]]
 
     (band,) = axes.collections  # of the method with two seeds
-    outline = band.get_paths()[0].vertices
+    outline = np.asarray(band.get_paths()[0].vertices, dtype=float)
     for place, step in enumerate((0, 10, 20)):
         low, high = over_seeds([PEAKS["coupled", seed][place] for seed in (0, 1)])
         at = outline[outline[:, 0] == step][:, 1]
