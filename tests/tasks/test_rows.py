@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rhythm.tasks.rows import read_rows
+from rhythm.tasks.rows import Source, read_rows
 
 ROWS = [{"number": n, "text": "x" * 100} for n in range(20_000)]
 
@@ -30,7 +30,7 @@ def test_lines_are_read_as_they_are_taken(tmp_path: Path, monkeypatch: pytest.Mo
         return files[-1]
 
     monkeypatch.setattr(Path, "open", opened)
-    rows = read_rows(str(path), None, "train")
+    rows = read_rows(Source(str(path)))
     assert next(rows) == (f"{path}, line 1", ROWS[0])
     (file,) = files
     assert not file.closed
@@ -48,7 +48,7 @@ def test_parquet_is_decoded_as_it_is_taken(tmp_path: Path) -> None:
     start = column.data_page_offset  # of the header of its page
     data[start : start + 30] = bytes(30)
     path.write_bytes(bytes(data))
-    rows = read_rows(str(path), None, "train")
+    rows = read_rows(Source(str(path)))
     taken = [next(rows)]
     assert taken == [(f"{path}, row 1", ROWS[0])]
     with pytest.raises(ValueError, match=r"rows\.parquet: can't be read as Parquet after row \d+"):
@@ -61,7 +61,7 @@ def test_data_sets_are_streamed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-0.jsonl").write_text(lines(ROWS[:10]), encoding="utf-8")
     (tmp_path / "data" / "train-1.jsonl").write_text("no JSON\n", encoding="utf-8")
-    rows = read_rows(str(tmp_path), None, "train")
+    rows = read_rows(Source(str(tmp_path)))
     source = f"{tmp_path}, split train"
     assert [next(rows) for _ in range(10)] == [(f"{source}, row {n + 1}", row) for n, row in enumerate(ROWS[:10])]
     with pytest.raises(ValueError, match=r"split train: "):
