@@ -6,7 +6,9 @@ They are read off the typed models, as the commands' --help does.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
+from html import escape
 from itertools import groupby
 from pathlib import Path
 
@@ -51,6 +53,9 @@ def _table(section: str, keys: list[Key]) -> str:
 
 
 def _code(text: str) -> str:
+    if "<!" in text:  # as in a pattern; Markdown takes it for HTML, also within backticks
+        signs = re.sub(r"[|*_\\]", lambda sign: f"&#{ord(sign[0])};", escape(text))
+        return f"<code>{signs}</code>"
     return f"`{_cell(text)}`"
 
 
