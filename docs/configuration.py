@@ -12,11 +12,10 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from rhythm.cli import analyze, eval, report
+from rhythm.cli import analyze, eval, report, sweep
 from rhythm.cli.config_file import example
 from rhythm.cli.config_keys import Key, config_keys
 from rhythm.cluster.config import ClusterConfig
-from rhythm.sweep.config import SweepConfig
 from rhythm.trainer.config import TrainConfig
 
 DOC = Path(__file__).with_suffix(".md")
@@ -29,9 +28,9 @@ names the nearest known one. WAAD is windowed average attention distance, FAI fu
 [rhythm-analyze](#rhythm-analyze), [rhythm-sweep](#rhythm-sweep) and [rhythm-report](#rhythm-report).
 """
 OTHERS = {
-    "rhythm-eval": example(eval.CommandConfig, {"tasks": ["countdown"]}),
+    "rhythm-eval": eval.DEFAULTS,
     "rhythm-analyze": example(analyze.CommandConfig),
-    "rhythm-sweep": SweepConfig(methods={"grpo": {"credit.strategy": "none"}}),
+    "rhythm-sweep": sweep.EXAMPLE,
     "rhythm-report": report.ReportConfig(),
 }
 

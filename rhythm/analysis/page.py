@@ -111,7 +111,7 @@ def facts(analysis: Analysis) -> list[str]:
     count = len(analysis.names) if so_far is None else so_far.responses
     pool = ", ".join(map(str, heads.pool_layers))
     return [
-        ("" if so_far is None else f"{so_far.measured:,} of ")
+        ("" if so_far is None else f"{len(analysis.names):,} of ")
         + f"{count:,} response{'' if count == 1 else 's'}"
         + (f" to {_last_part(analysis.problems)}" if analysis.problems else ""),
         f"{heads.layers} layers of {heads.heads} heads",
@@ -130,7 +130,7 @@ def unfinished(analysis: Analysis) -> list[str]:
     else:
         counterfactuals = ["There are no counterfactuals (Table 1) yet."]
     return [
-        f"Signals, heads and couplings (Table 2) are of {so_far.measured:,} of {so_far.responses:,} responses.",
+        f"Signals, heads and couplings (Table 2) are of {len(analysis.names):,} of {so_far.responses:,} responses.",
         *counterfactuals,
         "All numbers will change; load the page again for more.",
     ]

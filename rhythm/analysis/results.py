@@ -170,13 +170,11 @@ class SoFar:
     """How far an analysis is that has not finished.
 
     Attributes:
-        responses: number of responses of the whole analysis.
-        measured: those with signals, peaks and heads, which Table 2 and the heads are about.
+        responses: number of responses of the whole analysis; `Analysis.names` are those that are measured.
         counterfactuals: those whose counterfactuals are done, which Table 1 is about; None if none were requested.
     """
 
     responses: int
-    measured: int
     counterfactuals: int | None
 
 

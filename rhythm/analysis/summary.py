@@ -72,7 +72,7 @@ def summarize(
         if done
         else None,
         table2=couplings,
-        so_far=None if of is None else SoFar(of, len(names), None if config.counterfactuals is None else done),
+        so_far=None if of is None else SoFar(of, None if config.counterfactuals is None else done),
         directory=directory,
     )
 

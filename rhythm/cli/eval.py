@@ -78,10 +78,10 @@ def _config(arguments: argparse.Namespace) -> CommandConfig:
     given = {name: value for name in ALIASES if (value := getattr(arguments, name)) is not None}
     if twice := [name for name in given if any(override.startswith(f"{name}=") for override in overrides)]:
         raise ConfigError(f"{twice[0]} is given twice: --{twice[0]} {given[twice[0]]} is short for {twice[0]}=…")
-    return read_config(CommandConfig, path, overrides, given=given, like=_DEFAULTS)
+    return read_config(CommandConfig, path, overrides, given=given, like=DEFAULTS)
 
 
-_DEFAULTS = CommandConfig.model_construct(model=Path("…"), tasks=())
+DEFAULTS = CommandConfig.model_construct(model=Path("…"), tasks=())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 def _help(arguments: argparse.Namespace) -> str:
     """With a configuration: its values as defaults."""
     path, _ = config_and_overrides(arguments.words)
-    config = _DEFAULTS if path is None else _config(arguments)
+    config = DEFAULTS if path is None else _config(arguments)
     source = "defaults" if path is None else f"values of {path}"
     return (
         f"{_parser().format_help()}\nkeys of the configuration, their types and {source}:\n"

@@ -16,7 +16,7 @@ from rhythm.sweep.results import Results, read_results
 from rhythm.sweep.run import SweepOutcome, left, run_sweep
 from rhythm.system.progress import duration
 
-_EXAMPLE = SweepConfig(methods={"grpo": {"credit.strategy": "none"}})
+EXAMPLE = SweepConfig(methods={"grpo": {"credit.strategy": "none"}})
 
 
 @command("rhythm-sweep", {ValueError: ExitCode.BAD_INPUT})
@@ -25,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     sys.path.append(str(Path.cwd()))  # to find the user's own task; last, so that it shadows no installed module
     if arguments.help:
-        keys = describe(list(config_keys(_EXAMPLE)))
+        keys = describe(list(config_keys(EXAMPLE)))
         show(f"{_parser().format_help()}\nkeys of a sweep, their types and defaults:\n{keys}")
         return ExitCode.DONE
     path, overrides = config_and_overrides(arguments.words)
     if path is None:
         raise ConfigError("no sweep given: rhythm-sweep SWEEP.yaml, or rhythm-sweep --help")
     # Methods and overrides hold keys of rhythm-train, which are checked with the runs' configurations.
-    sweep = read_config(SweepConfig, path, overrides, like=_EXAMPLE)
+    sweep = read_config(SweepConfig, path, overrides, like=EXAMPLE)
     base = sweep.base if sweep.base.is_absolute() else path.parent / sweep.base
     runs = plan(sweep, lambda keys: load_config(base, keys))
     if arguments.dry_run:

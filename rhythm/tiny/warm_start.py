@@ -93,18 +93,28 @@ def warm_start(task: Task[Any], config: WarmStartConfig, console: Console | None
     The same seed, number of threads and machine give bitwise equal weights. Raises ValueError if `examples` exceeds the
     task's training set, and FloatingPointError if the loss becomes NaN or infinite.
     """
-    instances = task.train
-    if config.examples is not None:
-        if config.examples > len(instances):
-            raise ValueError(f"examples is {config.examples}: the training set has {len(instances)}")
-        instances = instances[: config.examples]
-    texts = [(task.prompt(instance), task.solution(instance)) for instance in instances]
+    texts = worked_solutions(task, config)
     directory = config.cache_dir / f"warm-start-{cache_key(texts, config)}"
     if finished := _finished(directory):
         return finished
     # Another process may train the same now, such as another method of a sweep.
     with lock_directory(config.cache_dir, f".{directory.name}.lock", waiting=log.info):
         return _finished(directory) or _trained(texts, directory, config, console)
+
+
+def worked_solutions(task: Task[Any], config: WarmStartConfig) -> list[tuple[str, str]]:
+    """The prompts and solutions that `warm_start` trains on. Raises ValueError as it does."""
+    instances = task.train
+    if config.examples is not None:
+        if config.examples > len(instances):
+            raise ValueError(f"examples is {config.examples}: the training set has {len(instances)}")
+        instances = instances[: config.examples]
+    return [(task.prompt(instance), task.solution(instance)) for instance in instances]
+
+
+def tokenizer_of(texts: Sequence[tuple[str, str]], config: WarmStartConfig) -> Any:
+    """The tokenizer of the model that `warm_start` trains on these prompts and solutions."""
+    return build_tokenizer(config.model.vocabulary, (text for pair in texts for text in pair))
 
 
 def _finished(directory: Path) -> WarmStart | None:
@@ -119,7 +129,7 @@ def _trained(
     texts: Sequence[tuple[str, str]], directory: Path, config: WarmStartConfig, console: Console | None
 ) -> WarmStart:
     """Trained now, and saved in `directory`."""
-    tokenizer = build_tokenizer(config.model.vocabulary, (text for pair in texts for text in pair))
+    tokenizer = tokenizer_of(texts, config)
     model = build_model(config.model, tokenizer)
     start = time.perf_counter()
     losses = train(model, encode(tokenizer, texts), config, pad=tokenizer.pad_token_id, console=console)

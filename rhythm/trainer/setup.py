@@ -26,8 +26,7 @@ from rhythm.system.allocator import keep_freed_memory
 from rhythm.tasks import Task, load_task
 from rhythm.tasks.isolation import IsolatedTask
 from rhythm.tasks.prompts import ChatPrompt, NoChatTemplateError, PromptLimit
-from rhythm.tiny.model import build_tokenizer
-from rhythm.tiny.warm_start import warm_start
+from rhythm.tiny.warm_start import tokenizer_of, warm_start, worked_solutions
 from rhythm.trainer.cluster_engines import check_cluster, open_cluster
 from rhythm.trainer.config import ModelConfig, TrainConfig
 from rhythm.trainer.evaluation import FurtherTask, load_further_tasks
@@ -157,8 +156,7 @@ def _prompts(config: TrainConfig, task: Task[Any]) -> tuple[Any, PromptLimit, in
     checkpoint, trust = config.model.path, config.model.trust_remote_code
     if checkpoint is None:
         start = config.warm_start
-        texts = ((task.prompt(one), task.solution(one)) for one in task.train[: start.examples])
-        tokenizer: Any = build_tokenizer(start.model.vocabulary, (text for pair in texts for text in pair))
+        tokenizer: Any = tokenizer_of(worked_solutions(task, start), start)
         context, named = start.model.max_positions, "warm_start.model.max_positions"
     else:
         with _refused(checkpoint):

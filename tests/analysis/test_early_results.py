@@ -141,13 +141,13 @@ def test_pages_on_the_way(
 ) -> None:
     """Each has every response that was measured until then, and Table 1 those that have counterfactuals alone."""
     monkeypatch.setattr(interim, "PAUSE", 0.0)
-    seen: list[SoFar] = []
+    seen: list[tuple[int, SoFar]] = []
     write = interim.write_page
 
     def looking(analysis: Analysis) -> Path:
         path = write(analysis)
         assert analysis.so_far is not None
-        seen.append(analysis.so_far)
+        seen.append((len(analysis.names), analysis.so_far))
         partial = read_analysis(tmp_path, partial=True)
         assert partial.so_far == analysis.so_far
         assert partial.names == analysis.names
@@ -167,8 +167,8 @@ def test_pages_on_the_way(
 
     monkeypatch.setattr(interim, "write_page", looking)
     done = analyze(model, tokenizer, PROBLEMS, out=tmp_path, config=CONFIG)
-    of = [(each.measured, each.counterfactuals) for each in seen]
-    assert {each.responses for each in seen} == {7}
+    of = [(measured, each.counterfactuals) for measured, each in seen]
+    assert {each.responses for _, each in seen} == {7}
     assert of == [(1, 0), (2, 0), (3, 0), (4, 0), (4, 2), (4, 4), (5, 4), (6, 4), (7, 4), (7, 6), (7, 7)]
     assert same(tmp_path, whole)
     assert done.so_far is None
@@ -204,16 +204,16 @@ def test_a_page_with_responses_that_lack_counterfactuals(invented: Invented) -> 
     assert "so far" not in finished
     assert "Not finished" not in finished
     first, *others = analysis.responses()
-    part = invented([first, *(replace(each, trials=None) for each in others)], so_far=SoFar(12, 3, 1))
+    part = invented([first, *(replace(each, trials=None) for each in others)], so_far=SoFar(12, 1))
     page = render(part)
     assert "3 of 12 responses to gsm8k.jsonl" in page
     assert "Signals, heads and couplings (Table 2) are of 3 of 12 responses." in page
     assert "Counterfactuals (Table 1) are of 1 of 12." in page
     assert page.count("1 of 12 responses so far") == 2, "on the card and in Table 1"
     assert page.count('"no counterfactuals yet"') == 2, "beside the two responses without"
-    without = render(replace(part, table1=None, so_far=SoFar(12, 3, 0)))
+    without = render(replace(part, table1=None, so_far=SoFar(12, 0)))
     assert "There are no counterfactuals (Table 1) yet." in without
     assert 'id="table-1"' not in without
-    never = render(replace(part, table1=None, so_far=SoFar(12, 3, None)))
+    never = render(replace(part, table1=None, so_far=SoFar(12, None)))
     assert "(Table 1)" not in never
     assert write_figures(part), "which read responses, too"
