@@ -14,6 +14,7 @@ from rhythm.evaluation.page import write_page
 from rhythm.evaluation.responses import ResponseRow
 from rhythm.evaluation.scores import score
 from rhythm.reports.comparison_page import compare, write_comparison
+from rhythm.tasks.prompts import PromptLimit
 
 NARROW = (360, 800)
 HOSTILE = "<script>alert('x')</script>" + "long" * 300
@@ -63,7 +64,7 @@ def test_an_evaluation_fits_and_escapes_responses(
     ]  # fmt: skip
     scores = score("countdown", [row.scored for row in rows], 2, [1, 2])
     config = EvaluationConfig.model_validate({"model": "some/model", "tasks": ["countdown"], "samples": 2})
-    write_page(tmp_path / "page.html", config, [scores], {"countdown": rows})
+    write_page(tmp_path / "page.html", config, [scores], {"countdown": rows}, PromptLimit(63, "the context is 64"))
     resize(browser, size)
     browser.get((tmp_path / "page.html").as_uri())
     browser.execute_script("for (const details of document.querySelectorAll('details')) details.open = true")
